@@ -1,0 +1,1 @@
+"""Axes, meshes and chips; nothing here knows the model."""

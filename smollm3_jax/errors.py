@@ -1,0 +1,37 @@
+"""The typed errors of the package. The CLI prints their message and exits with their code."""
+
+
+class SmolLM3Error(Exception):
+    """Base of every error that a user can cause; the message names the culprit and the way out."""
+
+    exit_code = 3
+
+
+class OptionError(SmolLM3Error, ValueError):
+    """An option or argument that cannot be meant as given."""
+
+    exit_code = 2
+
+
+class ConfigError(SmolLM3Error, ValueError):
+    """A config.json that is missing, garbled, or asks for what this model does not do."""
+
+
+class CheckpointFormatError(SmolLM3Error, ValueError):
+    """A weight file that is damaged, or whose tensors are not those that its config asks for."""
+
+
+class TokenizerError(SmolLM3Error, ValueError):
+    """A tokenizer or chat template that is missing, unreadable, or belongs to another model."""
+
+
+class HubError(SmolLM3Error, OSError):
+    """A model that could not be fetched."""
+
+
+class SaveError(SmolLM3Error, OSError):
+    """A checkpoint that could not be written; what was there before is untouched."""
+
+
+class SupportError(SmolLM3Error, RuntimeError):
+    """An installation that this package does not support, or an optional part that is missing."""

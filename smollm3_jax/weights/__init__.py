@@ -1,0 +1,1 @@
+"""The weight bridge: Hugging Face checkpoints in, Hugging Face checkpoints out."""

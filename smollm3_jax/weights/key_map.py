@@ -1,0 +1,114 @@
+"""The one table that says what every parameter is called elsewhere; import and export both read it.
+
+Shapes need no table: a Hugging Face tensor has the parameter's dimensions in the same order, without
+the leading `layers` and with heads and head width fused into rows.
+"""
+
+import dataclasses
+import functools
+import math
+import re
+from typing import Any
+
+import jax
+from flax import nnx
+
+from ..config import AXIS_FIELDS, GenerationConfig, ModelConfig
+from ..model import SmolLM3
+
+# parameter of the model, Hugging Face name, GGUF name; {} is the layer. In Hugging Face's order,
+# so that shards come out as the reference implementation writes them.
+TABLE = (
+    ("embed", "model.embed_tokens.weight", "token_embd.weight"),
+    ("layers.q", "model.layers.{}.self_attn.q_proj.weight", "blk.{}.attn_q.weight"),
+    ("layers.q_bias", "model.layers.{}.self_attn.q_proj.bias", "blk.{}.attn_q.bias"),
+    ("layers.k", "model.layers.{}.self_attn.k_proj.weight", "blk.{}.attn_k.weight"),
+    ("layers.k_bias", "model.layers.{}.self_attn.k_proj.bias", "blk.{}.attn_k.bias"),
+    ("layers.v", "model.layers.{}.self_attn.v_proj.weight", "blk.{}.attn_v.weight"),
+    ("layers.v_bias", "model.layers.{}.self_attn.v_proj.bias", "blk.{}.attn_v.bias"),
+    ("layers.o", "model.layers.{}.self_attn.o_proj.weight", "blk.{}.attn_output.weight"),
+    ("layers.o_bias", "model.layers.{}.self_attn.o_proj.bias", "blk.{}.attn_output.bias"),
+    ("layers.gate", "model.layers.{}.mlp.gate_proj.weight", "blk.{}.ffn_gate.weight"),
+    ("layers.gate_bias", "model.layers.{}.mlp.gate_proj.bias", "blk.{}.ffn_gate.bias"),
+    ("layers.up", "model.layers.{}.mlp.up_proj.weight", "blk.{}.ffn_up.weight"),
+    ("layers.up_bias", "model.layers.{}.mlp.up_proj.bias", "blk.{}.ffn_up.bias"),
+    ("layers.down", "model.layers.{}.mlp.down_proj.weight", "blk.{}.ffn_down.weight"),
+    ("layers.down_bias", "model.layers.{}.mlp.down_proj.bias", "blk.{}.ffn_down.bias"),
+    ("layers.attn_norm", "model.layers.{}.input_layernorm.weight", "blk.{}.attn_norm.weight"),
+    ("layers.mlp_norm", "model.layers.{}.post_attention_layernorm.weight", "blk.{}.ffn_norm.weight"),
+    ("norm", "model.norm.weight", "output_norm.weight"),
+    ("head", "lm_head.weight", "output.weight"),
+)
+EMBED_NAME, HEAD_NAME = "model.embed_tokens.weight", "lm_head.weight"
+
+
+@dataclasses.dataclass(frozen=True)
+class Slot:
+    """Where one Hugging Face tensor lives in the model, and what its dimensions must be.
+
+    `layer` is None for what is not stacked; `dims` names each dimension by its config fields.
+    """
+
+    param: str
+    layer: int | None
+    shape: tuple[int, ...]
+    dims: tuple[str, ...]
+
+
+def parameters(model: SmolLM3) -> dict[str, nnx.Param]:
+    """Every parameter by its path ("embed", "layers.q", ...), abstract or not, in the table's order."""
+    leaves = jax.tree_util.tree_leaves_with_path(model, is_leaf=lambda x: isinstance(x, nnx.Variable))
+    found = {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
+    return {param: found.pop(param) for param, _, _ in TABLE if param in found} | found
+
+
+def abstract_model(config: ModelConfig, dtype: Any, generation_config: GenerationConfig | None = None) -> SmolLM3:
+    """The model with `jax.ShapeDtypeStruct`s in place of arrays."""
+    return jax.eval_shape(lambda: SmolLM3(config, rngs=nnx.Rngs(0), dtype=dtype, generation_config=generation_config))
+
+
+def slots(config: ModelConfig) -> dict[str, Slot]:
+    """Every Hugging Face tensor that a checkpoint of this config holds -> its slot, in Hugging Face's order."""
+    params = parameters(abstract_model(config, "float32"))
+    first, stacked, last = {}, {}, {}
+    for param, hf_name, _ in TABLE:
+        if param not in params:
+            continue
+        axes = params[param].get_metadata("axes")
+        if axes[0] == "layers":
+            stacked[hf_name] = (param, axes[1:])
+        else:
+            where = last if stacked else first
+            where[hf_name] = Slot(param, None, *_hf_dims(config, axes))
+    layers = {
+        name.format(layer): Slot(param, layer, *_hf_dims(config, axes))
+        for layer in range(config.num_hidden_layers)
+        for name, (param, axes) in stacked.items()
+    }
+    return first | layers | last
+
+
+def _hf_dims(config: ModelConfig, axes: tuple[str, ...]) -> tuple[tuple[int, ...], tuple[str, ...]]:
+    """(shape, names of its dimensions): heads and head width are one dimension there."""
+    groups: list[list[str]] = []
+    for axis in axes:
+        if axis == "head":
+            groups[-1].append(axis)
+        else:
+            groups.append([axis])
+    shape = tuple(math.prod(config.axis_sizes[axis] for axis in group) for group in groups)
+    return shape, tuple(" * ".join(AXIS_FIELDS[axis] for axis in group) for group in groups)
+
+
+@functools.cache
+def _gguf_rows() -> dict[str, str]:
+    return {gguf_name: hf_name for _, hf_name, gguf_name in TABLE}
+
+
+def hf_name_of_gguf(name: str) -> str | None:
+    """The Hugging Face name of a GGUF tensor; None if the table does not have it."""
+    layer = re.match(r"blk\.(\d+)\.", name)
+    if layer is None:
+        return _gguf_rows().get(name)
+    row = _gguf_rows().get(f"blk.{{}}.{name[layer.end() :]}")
+    return row and row.format(layer[1])

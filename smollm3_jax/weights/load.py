@@ -1,0 +1,288 @@
+"""Checkpoints of every kind, opened without reading them, and streamed onto their devices."""
+
+import dataclasses
+import functools
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh, Sharding, SingleDeviceSharding
+
+from sharding.rules import named_sharding
+
+from ..config import DTYPES, AXIS_FIELDS, GenerationConfig, ModelConfig
+from ..errors import CheckpointFormatError, OptionError
+from ..model import SmolLM3
+from ..progress import progress
+from . import gguf, hub, safetensors, torch_files
+from .key_map import EMBED_NAME, HEAD_NAME, Slot, abstract_model, hf_name_of_gguf, parameters, slots
+from .stored import NUMPY_DTYPES, StoredTensor
+
+# Files that make a folder a whole model beside its weights and configs; they are copied as they are.
+TEXT_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+
+log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint that has been found sound, but not read: headers only.
+
+    `tensors` are in Hugging Face's order; `files` are the tokenizer's and template's, name -> content.
+    """
+
+    config: ModelConfig
+    generation_config: GenerationConfig
+    tensors: dict[str, StoredTensor]
+    files: dict[str, bytes]
+
+
+def open_checkpoint(path: Path) -> Checkpoint:
+    """Opens a Hugging Face folder (safetensors or PyTorch files) or a .gguf file.
+
+    Raises:
+      ConfigError: config.json is missing, garbled or unsupported.
+      CheckpointFormatError: weights are missing or damaged, or are not those that the config asks for.
+    """
+    if path.suffix == ".gguf":
+        file = gguf.open_gguf(path, hf_name_of_gguf)
+        config = ModelConfig.from_hf(file.config)
+        generation = GenerationConfig.from_hf(file.generation_config, config)
+        found = {tensor.name: tensor for tensor in file.tensors}
+        files = {name: text.encode() for name, text in file.tokenizer_files.items()}
+    else:
+        config = ModelConfig.from_hf(path)
+        generation = GenerationConfig.from_hf(path, config)
+        if any(path.glob("*.safetensors")) or (path / safetensors.INDEX).exists():
+            found = safetensors.open_folder(path)
+        else:
+            found = _open_torch(path)
+        files = {name: (path / name).read_bytes() for name in TEXT_FILES if (path / name).is_file()}
+    return Checkpoint(config, generation, check_tensors(path, config, found), files)
+
+
+def _open_torch(folder: Path) -> dict[str, StoredTensor]:
+    paths = torch_files.find(folder)
+    if not paths:
+        raise CheckpointFormatError(
+            f"{folder} holds no weights: neither {safetensors.INDEX}, {safetensors.SINGLE}, {torch_files.SINGLE} "
+            "nor a .pt file"
+        )
+    tensors: dict[str, StoredTensor] = {}
+    for tensor in [tensor for path in paths for tensor in torch_files.open_file(path)]:
+        if tensor.name in tensors:
+            raise CheckpointFormatError(f"tensor {tensor.name} is in {tensors[tensor.name].file} and {tensor.file}")
+        tensors[tensor.name] = tensor
+    return tensors
+
+
+def check_tensors(path: Path, config: ModelConfig, found: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
+    """The tensors that the config asks for, in Hugging Face's order.
+
+    Raises:
+      CheckpointFormatError: some are missing, too many, or of another shape than the config says; or a
+        tied model comes with an output head that is not its embedding.
+    """
+    wanted = slots(config)
+    extra = [name for name in found if name not in wanted]
+    if config.tie_word_embeddings and HEAD_NAME in extra and EMBED_NAME in found:
+        if not _same_bytes(found[HEAD_NAME], found[EMBED_NAME]):
+            raise CheckpointFormatError(
+                f"{path}: {HEAD_NAME} differs from {EMBED_NAME}, but tie_word_embeddings is true; "
+                "set it to false in config.json, or remove the tensor"
+            )
+        extra.remove(HEAD_NAME)
+    missing = [name for name in wanted if name not in found]
+    if missing or extra:
+        raise CheckpointFormatError(
+            f"{path}: the tensors are not those that config.json asks for"
+            + _some("missing", missing)
+            + _some("unknown", extra)
+        )
+    for name, slot in wanted.items():
+        if found[name].shape != slot.shape:
+            raise CheckpointFormatError(f"{path}: {_shape_mismatch(found[name], slot)}")
+    return {name: found[name] for name in wanted}
+
+
+def _some(what: str, names: Sequence[str]) -> str:
+    if not names:
+        return ""
+    more = f" and {len(names) - 10} more" if len(names) > 10 else ""
+    return f"; {len(names)} {what}: {', '.join(names[:10])}{more}"
+
+
+def _shape_mismatch(tensor: StoredTensor, slot: Slot) -> str:
+    wrong = [
+        f"{field} (config.json: {wanted}, tensor: {length})"
+        for field, wanted, length in zip(slot.dims, slot.shape, tensor.shape, strict=False)
+        if wanted != length
+    ]
+    return (
+        f"tensor {tensor.name} has shape {list(tensor.shape)} where config.json asks for {list(slot.shape)}; "
+        f"they differ in {', '.join(wrong) or 'the number of dimensions'}"
+    )
+
+
+def _same_bytes(a: StoredTensor, b: StoredTensor) -> bool:
+    # memoryview compares without a temporary array as large as the tensor.
+    same_kind = a.shape == b.shape and a.dtype == b.dtype
+    return same_kind and memoryview(_bytes(a.read())) == memoryview(_bytes(b.read()))
+
+
+def _bytes(array: np.ndarray) -> np.ndarray:
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+
+
+def common_dtype(tensors: Mapping[str, StoredTensor]) -> str:
+    """The dtype that most bytes of the checkpoint have."""
+    sizes = dict.fromkeys(NUMPY_DTYPES, 0)
+    for tensor in tensors.values():
+        sizes[tensor.dtype] += tensor.nbytes
+    return max(sizes, key=lambda dtype: sizes[dtype])
+
+
+def check_dtype(dtype: Any) -> str:
+    """The name of a supported dtype, given as a name or as numpy's, jax's or torch's object.
+
+    Raises:
+      OptionError: it is not supported.
+    """
+    name = str(dtype).removeprefix("torch.") if not isinstance(dtype, type) else jnp.dtype(dtype).name
+    if name not in DTYPES:
+        raise OptionError(f"dtype {name!r} is not supported; choose one of {', '.join(DTYPES)}")
+    return name
+
+
+def from_pretrained(
+    model: str | Path,
+    dtype: Any = None,
+    mesh: Mesh | None = None,
+    rules: str | Mapping[str, Any] | None = None,
+    *,
+    revision: str | None = None,
+    token: str | None = None,
+) -> SmolLM3:
+    """Loads a model, tensor by tensor, straight to where each one stays.
+
+    Args:
+      model: a Hugging Face folder, a .gguf file, a hub id, or "demo".
+      dtype: float32, bfloat16 or float16; None keeps the checkpoint's own, which must then be one.
+      mesh: place every parameter on this mesh; None is the default device.
+      rules: a strategy of `sharding.rules` or a table of one's own; None with a mesh means "fsdp".
+      revision, token: of the hub.
+
+    Raises:
+      SmolLM3Error: what is wrong, with the file, tensor or field by name.
+      ShardingError: the rules do not fit the mesh or the model.
+    """
+    return load(open_checkpoint(hub.resolve(model, revision, token)), dtype, mesh, rules)
+
+
+def load(
+    checkpoint: Checkpoint, dtype: Any = None, mesh: Mesh | None = None, rules: str | Mapping[str, Any] | None = None
+) -> SmolLM3:
+    """As `from_pretrained`, from an open checkpoint."""
+    config, tensors = checkpoint.config, checkpoint.tensors
+    if mesh is None and rules not in (None, "single"):
+        raise OptionError(f"rules {rules!r} need a mesh; give one, or leave rules out")
+    own = common_dtype(tensors)
+    if dtype is None:
+        odd = [f"{tensor.name} ({tensor.dtype})" for tensor in tensors.values() if tensor.dtype != own]
+        if odd:
+            raise CheckpointFormatError(
+                f"most tensors are {own}, but not all{_some('others', odd)}; say which dtype to cast all to: "
+                'dtype="float32" (--dtype float32)'
+            )
+        if config.dtype not in (None, own):
+            log.warning("config.json says %s, but the tensors are %s: loading them as they are", config.dtype, own)
+    target = own if dtype is None else check_dtype(dtype)
+    if any(tensor.dtype != target for tensor in tensors.values()):
+        log.info("casting %s tensors to %s", own, target)
+    config = dataclasses.replace(config, dtype=target) if target != (config.dtype or own) else config
+    model = abstract_model(config, target, checkpoint.generation_config)
+    by_param: dict[str, list[StoredTensor]] = {}
+    for name, slot in slots(config).items():
+        by_param.setdefault(slot.param, []).append(tensors[name])
+    not_finite: list[str] = []
+    with progress("loading", sum(tensor.nbytes for tensor in tensors.values())) as done:
+        for path, param in parameters(model).items():
+            axes = param.get_metadata("axes")
+            if mesh is None:
+                sharding = SingleDeviceSharding(jax.local_devices()[0])
+            else:
+                sharding = named_sharding(path, axes, param.shape, mesh, rules or "fsdp")
+            place = _place_stack if axes[0] == "layers" else _place_one
+            param.set_value(place(by_param[path], param, sharding, not_finite, done))
+    if not_finite:
+        log.warning("not all finite%s: the checkpoint is damaged or diverged", _some("tensors", not_finite))
+    return model
+
+
+def _place_one(tensors: list[StoredTensor], param: nnx.Param, sharding: Sharding, not_finite: list[str], done: Any):
+    (tensor,) = tensors
+    view = tensor.read().reshape(param.shape)
+    # A copy: on CPU the array would otherwise be the mapped file itself, and change with it.
+    array = jax.make_array_from_callback(
+        param.shape, sharding, lambda index: np.array(view[index], NUMPY_DTYPES[param.dtype.name])
+    )
+    if not _is_finite(array):
+        not_finite.append(tensor.name)
+    done(tensor.nbytes)
+    return array
+
+
+def _place_stack(tensors: list[StoredTensor], param: nnx.Param, sharding: Sharding, not_finite: list[str], done: Any):
+    """One array of all layers, filled in place: a layer is on the host only while it is copied."""
+    stack = jax.jit(jnp.zeros, static_argnums=(0, 1), out_shardings=sharding)(param.shape, param.dtype)
+    insert = _insert(sharding)
+    finite = []
+    for layer, tensor in enumerate(tensors):
+        view = tensor.read().reshape(param.shape[1:])
+        one = jax.make_array_from_callback(param.shape[1:], _without_layers(sharding), lambda index: view[index])
+        stack, ok = insert(stack, one, layer)
+        finite.append(ok)
+        # Wait, so that the mapped pages and any dequantized copy are given back before the next tensor.
+        ok.block_until_ready()
+        done(tensor.nbytes)
+    not_finite += [tensor.name for tensor, ok in zip(tensors, finite, strict=True) if not ok]
+    return stack
+
+
+def _without_layers(sharding: Sharding) -> Sharding:
+    if isinstance(sharding, jax.sharding.NamedSharding):
+        return jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec(*sharding.spec[1:]))
+    return sharding
+
+
+@functools.cache
+def _insert(sharding: Sharding):
+    """A compiled `stack[layer] = one` that reuses the stack's memory, and whether all of `one` is finite."""
+
+    def insert(stack, one, layer):
+        new = jax.lax.dynamic_update_index_in_dim(stack, one.astype(stack.dtype), layer, axis=0)
+        return new, jnp.isfinite(one).all()
+
+    replicated = None
+    if isinstance(sharding, jax.sharding.NamedSharding):
+        replicated = jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec())
+    return jax.jit(insert, donate_argnums=0, out_shardings=(sharding, replicated or sharding))
+
+
+@jax.jit
+def _is_finite(array):
+    return jnp.isfinite(array).all()

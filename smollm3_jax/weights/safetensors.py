@@ -1,0 +1,206 @@
+"""Safetensors files, read by memory map and written tensor by tensor.
+
+The `safetensors` library judges whether a file is sound; the two things it does not do are done
+here: it accepts a name that stands twice in a header, and it writes a shard only from memory.
+"""
+
+import json
+import logging
+import os
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..errors import CheckpointFormatError, SaveError
+from .stored import NUMPY_DTYPES, SAFETENSORS_TAGS, StoredTensor
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+
+log = logging.getLogger(__name__)
+
+
+def open_file(path: Path) -> list[StoredTensor]:
+    """The tensors of one file; nothing but its header is read.
+
+    Raises:
+      CheckpointFormatError: the file is missing, damaged or truncated, a name stands twice, or a
+        tensor is not float32, bfloat16 or float16.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        # Opening checks the header against the file: sizes, offsets, overlaps, holes, truncation.
+        with safe_open(path, framework="numpy"):
+            pass
+        with path.open("rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(size), object_pairs_hook=_unique)
+    except FileNotFoundError:
+        raise CheckpointFormatError(f"{path} is missing") from None
+    except (SafetensorError, OSError, ValueError, RecursionError) as error:
+        raise CheckpointFormatError(f"{path} is not a sound safetensors file: {error}; fetch it again") from None
+    header.pop("__metadata__", None)
+    for name, entry in header.items():
+        if entry["dtype"] not in SAFETENSORS_TAGS:
+            raise CheckpointFormatError(
+                f"{path}: tensor {name} is {entry['dtype']}; supported are {', '.join(SAFETENSORS_TAGS)}"
+            )
+    return [
+        StoredTensor(
+            name=name,
+            dtype=SAFETENSORS_TAGS[entry["dtype"]],
+            shape=tuple(entry["shape"]),
+            file=str(path),
+            read=_mapped(path, 8 + size + entry["data_offsets"][0], SAFETENSORS_TAGS[entry["dtype"]], entry["shape"]),
+        )
+        for name, entry in header.items()
+    ]
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    names = [name for name, _ in pairs]
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"{twice} stands twice in the header")
+    return dict(pairs)
+
+
+def _mapped(path: Path, offset: int, dtype: str, shape: Sequence[int]):
+    def read() -> np.ndarray:
+        if 0 in shape:  # an empty range cannot be mapped
+            return np.zeros(shape, NUMPY_DTYPES[dtype])
+        # ascontiguousarray would copy; a plain ndarray over the map keeps it alive and lazy.
+        return np.asarray(np.memmap(path, NUMPY_DTYPES[dtype], "r", offset, tuple(shape)))
+
+    return read
+
+
+def open_folder(folder: Path) -> dict[str, StoredTensor]:
+    """All tensors of a folder, by the index if there is one.
+
+    Raises:
+      CheckpointFormatError: the index or a shard is missing, damaged, or they contradict each other.
+    """
+    present = {path.name for path in folder.glob("*.safetensors")}
+    if not (folder / INDEX).exists():
+        if SINGLE not in present:
+            raise CheckpointFormatError(
+                f"{folder / INDEX} is missing, and without it {len(present)} shards cannot be told to be complete"
+            )
+        shards, listed = [SINGLE], None
+    else:
+        listed = read_weight_map(folder / INDEX)
+        shards = sorted(set(listed.values()))
+        if missing := [shard for shard in shards if not (folder / shard).exists()]:
+            raise CheckpointFormatError(f"{folder}: {missing[0]} is listed in {INDEX} but missing; fetch it again")
+    if extra := sorted(present - set(shards)):
+        log.warning("%s: %s not listed in %s, ignored", folder, ", ".join(extra), INDEX if listed else SINGLE)
+    tensors: dict[str, StoredTensor] = {}
+    for shard in shards:
+        for tensor in open_file(folder / shard):
+            if tensor.name in tensors:
+                raise CheckpointFormatError(f"tensor {tensor.name} is in {tensors[tensor.name].file} and {tensor.file}")
+            tensors[tensor.name] = tensor
+    if listed is not None:
+        for name in sorted(listed.keys() | tensors.keys()):
+            if name not in tensors or name not in listed or Path(tensors[name].file).name != listed[name]:
+                found = Path(tensors[name].file).name if name in tensors else "no shard"
+                raise CheckpointFormatError(
+                    f"{folder / INDEX}: tensor {name} is listed in {listed.get(name, 'no shard')} but is in {found}"
+                )
+    return tensors
+
+
+def read_weight_map(index: Path) -> dict[str, str]:
+    """Tensor name -> shard name of an index file, each a plain file name of the index's own folder.
+
+    Raises:
+      CheckpointFormatError: the index is garbled, or names a file outside its folder.
+    """
+    try:
+        weight_map = json.loads(index.read_bytes(), object_pairs_hook=_unique)["weight_map"]
+        entries = list(weight_map.items())
+    except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointFormatError(f"{index} has no readable weight_map: {error!r}") from None
+    for name, shard in entries:
+        # Judged by name: the shards of a Hugging Face cache are links that lead out of the folder.
+        if not isinstance(shard, str) or shard in ("", ".", "..") or set(shard) & set("/\\\0"):
+            raise CheckpointFormatError(f"{index}: {name} is in {shard!r}, which is not a plain file name")
+    if not entries:
+        raise CheckpointFormatError(f"{index}: weight_map is empty")
+    return weight_map
+
+
+def split(tensors: Sequence[StoredTensor], max_shard_size: int) -> list[list[StoredTensor]]:
+    """The tensors in order, cut so that no shard exceeds max_shard_size bytes (a larger tensor stands alone)."""
+    shards: list[list[StoredTensor]] = [[]]
+    size = 0
+    for tensor in tensors:
+        if shards[-1] and size + tensor.nbytes > max_shard_size:
+            shards.append([])
+            size = 0
+        shards[-1].append(tensor)
+        size += tensor.nbytes
+    return shards
+
+
+def shard_names(count: int, single: str) -> list[str]:
+    """Names of `count` shards: the single one's, or Hugging Face's NAME-00001-of-0000N."""
+    stem, suffix = os.path.splitext(single)
+    return [single] if count == 1 else [f"{stem}-{i:05d}-of-{count:05d}{suffix}" for i in range(1, count + 1)]
+
+
+def index_content(shards: Sequence[Sequence[StoredTensor]], names: Sequence[str]) -> dict[str, Any]:
+    """What the index file of these shards says."""
+    every = [tensor for shard in shards for tensor in shard]
+    return {
+        "metadata": {
+            "total_parameters": sum(tensor.nbytes // NUMPY_DTYPES[tensor.dtype].itemsize for tensor in every),
+            "total_size": sum(tensor.nbytes for tensor in every),
+        },
+        "weight_map": {tensor.name: name for shard, name in zip(shards, names, strict=True) for tensor in shard},
+    }
+
+
+def write_file(path: Path, tensors: Sequence[StoredTensor], done: Any = None) -> None:
+    """Writes one file, holding one tensor at a time, and reads back what was written.
+
+    Args:
+      done: called with the bytes of each tensor written.
+
+    Raises:
+      OSError: as the system gives it.
+      SaveError: what is on the disk is not what was written.
+    """
+    # Wider types first keep every tensor aligned to its own width, as the library's writer does.
+    tensors = sorted(tensors, key=lambda t: -NUMPY_DTYPES[t.dtype].itemsize)
+    tags = {dtype: tag for tag, dtype in SAFETENSORS_TAGS.items()}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for tensor in tensors:
+        span = [offset, offset := offset + tensor.nbytes]
+        header[tensor.name] = {"dtype": tags[tensor.dtype], "shape": list(tensor.shape), "data_offsets": span}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    checksums = {}
+    with path.open("xb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for tensor in tensors:
+            # A transposed or strided array must be laid out in C order before its bytes are taken.
+            array = np.ascontiguousarray(tensor.read())
+            assert array.shape == tensor.shape and array.dtype == NUMPY_DTYPES[tensor.dtype], tensor.name
+            content = memoryview(array.reshape(-1).view(np.uint8))
+            file.write(content)
+            checksums[tensor.name] = zlib.crc32(content)
+            if done is not None:
+                done(tensor.nbytes)
+        file.flush()
+        os.fsync(file.fileno())
+    for tensor in open_file(path):
+        if zlib.crc32(memoryview(tensor.read().reshape(-1).view(np.uint8))) != checksums.pop(tensor.name):
+            raise SaveError(f"{path}: tensor {tensor.name} reads back differently from what was written")
+    assert not checksums

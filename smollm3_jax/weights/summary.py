@@ -1,0 +1,40 @@
+"""What a checkpoint holds, from its headers alone."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+from . import hub
+from .key_map import slots
+from .load import open_checkpoint
+
+
+def summarize(source: str | Path) -> dict[str, Any]:
+    """Config, parameter count, bytes, and every tensor; no weight is read or allocated.
+
+    Raises:
+      SmolLM3Error: the checkpoint is unsound.
+    """
+    path = hub.resolve(source)
+    checkpoint = open_checkpoint(path)
+    tensors = checkpoint.tensors
+    return {
+        "path": str(path),
+        "parameters": sum(math.prod(tensor.shape) for tensor in tensors.values()),
+        "bytes": sum(tensor.nbytes for tensor in tensors.values()),
+        "config": checkpoint.config.to_hf(),
+        "generation_config": checkpoint.generation_config.to_hf(),
+        "text_files": sorted(checkpoint.files),
+        "tensors": [
+            {
+                "name": name,
+                "parameter": slot.param,
+                "layer": slot.layer,
+                "dtype": tensors[name].dtype,
+                "shape": list(slot.shape),
+                "bytes": tensors[name].nbytes,
+                "file": Path(tensors[name].file).name,
+            }
+            for name, slot in slots(checkpoint.config).items()
+        ],
+    }

@@ -1,0 +1,93 @@
+"""PyTorch state dicts (.bin, .pt), through torch's restricted unpickler only."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..errors import CheckpointFormatError, SupportError
+from .safetensors import read_weight_map
+from .stored import NUMPY_DTYPES, StoredTensor
+
+INDEX = "pytorch_model.bin.index.json"
+SINGLE = "pytorch_model.bin"
+
+
+def _torch() -> Any:
+    try:
+        import torch
+    except ImportError:
+        raise SupportError(
+            "PyTorch files need torch: pip install 'smollm3-jax[torch]'; or convert where torch is installed"
+        ) from None
+    return torch
+
+
+def find(folder: Path) -> list[Path]:
+    """The PyTorch files of a folder: those of its index, pytorch_model.bin, or a lone .pt or .bin.
+
+    Raises:
+      CheckpointFormatError: there is more than one and no index.
+    """
+    if (folder / INDEX).exists():
+        return [folder / shard for shard in sorted(set(read_weight_map(folder / INDEX).values()))]
+    if (folder / SINGLE).exists():
+        return [folder / SINGLE]
+    lone = sorted([*folder.glob("*.pt"), *folder.glob("*.bin")])
+    if len(lone) > 1:
+        raise CheckpointFormatError(
+            f"{folder} has {', '.join(p.name for p in lone)} and no {INDEX}; keep one, or name the weights {SINGLE}"
+        )
+    return lone
+
+
+def open_file(path: Path) -> list[StoredTensor]:
+    """The tensors of a state dict, memory-mapped.
+
+    Raises:
+      CheckpointFormatError: the file is missing or damaged, holds anything but a flat dict of
+        float tensors, or would run code when unpickled.
+      SupportError: torch is not installed.
+    """
+    torch = _torch()
+    try:
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except RuntimeError:  # the format before torch 1.6 is no zip archive and cannot be mapped
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise CheckpointFormatError(f"{path} is missing") from None
+    except Exception as error:  # torch raises what its parts raise: UnpicklingError, EOFError, KeyError, ...
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise CheckpointFormatError(
+            f"{path} cannot be read as a plain state dict ({reason}); "
+            "save it with torch.save(model.state_dict(), ...) or as safetensors"
+        ) from None
+    if not isinstance(state, dict) or not all(
+        isinstance(key, str) and isinstance(value, torch.Tensor) for key, value in state.items()
+    ):
+        raise CheckpointFormatError(f"{path} is not a flat dict of tensors; save model.state_dict() itself")
+    return [_stored(path, name, tensor) for name, tensor in state.items()]
+
+
+def _stored(path: Path, name: str, tensor: Any) -> StoredTensor:
+    dtype = str(tensor.dtype).removeprefix("torch.")
+    if dtype not in NUMPY_DTYPES:
+        raise CheckpointFormatError(f"{path}: tensor {name} is {dtype}; supported are {', '.join(NUMPY_DTYPES)}")
+
+    def read() -> np.ndarray:
+        whole = tensor.detach().contiguous()
+        if dtype == "bfloat16":  # numpy's comes from ml_dtypes, which torch does not know: hand over the bits
+            return whole.view(_torch().int16).numpy().view(NUMPY_DTYPES[dtype])
+        return whole.numpy()
+
+    return StoredTensor(name=name, dtype=dtype, shape=tuple(tensor.shape), file=str(path), read=read)
+
+
+def rewrite(shard: Path, target: Path) -> None:
+    """Turns a safetensors file into a torch state dict; its pages stay mapped, so this costs no memory."""
+    torch = _torch()
+    from safetensors.torch import load_file
+
+    torch.save(load_file(shard), target)
+    shard.unlink()

@@ -1,0 +1,119 @@
+"""Tiny random checkpoints that cover every option of the config; weights come from a frozen random stream."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from safetensors.numpy import save_file
+
+from smollm3_jax.config import ModelConfig
+from smollm3_jax.weights.key_map import slots
+
+BASE: dict[str, Any] = {
+    "model_type": "smollm3",
+    "architectures": ["SmolLM3ForCausalLM"],
+    "vocab_size": 160,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 10000.0,
+    "rope_scaling": None,
+    "no_rope_layer_interval": 4,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "hidden_act": "silu",
+    "torch_dtype": "float32",
+}
+YARN = {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 64}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+LLAMA = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "no_rope_layer_interval": None}
+
+# name -> what differs from BASE
+CONFIGS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "release_like": {"rope_theta": 5000000.0, "num_hidden_layers": 8, "head_dim": None, "eos_token_id": [2, 3]},
+    "untied": {"tie_word_embeddings": False},
+    "head_dim": {"head_dim": 24},
+    "attention_bias": {"attention_bias": True},
+    "all_biases": {"attention_bias": True, "mlp_bias": True},
+    "nope_everywhere": {"no_rope_layers": [0, 0, 0, 0]},
+    "rope_everywhere": {"no_rope_layers": [1, 1, 1, 1]},
+    "nope_pattern": {"no_rope_layers": [0, 1, 1, 0, 1], "num_hidden_layers": 5},
+    "interval_2": {"no_rope_layer_interval": 2},
+    "sliding": {"use_sliding_window": True, "sliding_window": 5},
+    "linear": {"rope_scaling": {"rope_type": "linear", "factor": 3.0}},
+    "yarn": {"rope_scaling": YARN},
+    "yarn_all_fields": {
+        "rope_scaling": YARN
+        | {"beta_fast": 16.0, "beta_slow": 2.0, "mscale": 1.2, "mscale_all_dim": 0.8, "truncate": False}
+    },
+    "yarn_factor": {"rope_scaling": YARN | {"attention_factor": 1.3}},
+    "llama3": {"rope_scaling": LLAMA3},
+    "multi_head": {"num_key_value_heads": 8},
+    "multi_query": {"num_key_value_heads": 1},
+    "one_layer": {"num_hidden_layers": 1},
+    "llama": LLAMA | {"tie_word_embeddings": True},
+    "llama_biased": LLAMA | {"rope_scaling": LLAMA3, "attention_bias": True, "pad_token_id": None},
+    "v5_spelling": {
+        "rope_theta": None,
+        "torch_dtype": None,
+        "dtype": "float32",
+        "rope_parameters": YARN | {"rope_theta": 10000.0},
+    },
+    "large_eps": {"rms_norm_eps": 1e-2, "sliding_window": 7, "use_sliding_window": True, "num_hidden_layers": 6},
+}
+
+
+def raw_config(name: str) -> dict[str, Any]:
+    """config.json's content; keys that are None here are absent there."""
+    return {key: value for key, value in (BASE | CONFIGS[name]).items() if value is not None}
+
+
+def random_tensors(raw: dict[str, Any], seed: int = 0, dtype: str = "float32") -> dict[str, np.ndarray]:
+    """Weights large enough that every part of the model matters, from numpy's frozen legacy stream."""
+    random = np.random.RandomState(seed)
+    tensors = {}
+    for name, slot in slots(ModelConfig.from_hf(raw)).items():
+        values = random.standard_normal(slot.shape).astype(np.float32)
+        if "norm" in name:
+            values = 1 + 0.2 * values
+        elif name.endswith("bias"):
+            values = 0.3 * values
+        else:
+            values = values * 1.3 * slot.shape[-1] ** -0.5
+        tensors[name] = values.astype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
+    return tensors
+
+
+def write_checkpoint(folder: Path, raw: dict[str, Any], tensors: dict[str, np.ndarray]) -> Path:
+    """A Hugging Face folder, written by the safetensors library."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(raw))
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def tiny_checkpoint(folder: Path, name: str = "plain", seed: int = 0, dtype: str = "float32") -> Path:
+    """Writes the named configuration with random weights; returns the folder."""
+    raw = raw_config(name)
+    if "torch_dtype" in raw:
+        raw["torch_dtype"] = dtype
+    return write_checkpoint(folder, raw, random_tensors(raw, seed, dtype))
+
+
+def random_tokens(raw: dict[str, Any], batch: int, length: int, seed: int = 0) -> np.ndarray:
+    """int32 [batch, length], padding ids included."""
+    return np.random.RandomState(seed).randint(0, raw["vocab_size"], (batch, length)).astype(np.int32)
