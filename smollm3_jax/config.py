@@ -8,6 +8,7 @@ is an error.
 
 import dataclasses
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -249,7 +250,7 @@ def _ids(field: str, value: Any) -> tuple[int, ...]:
 
 def _parse(raw: dict[str, Any]) -> ModelConfig:
     number = (int, float)
-    model_type = raw.get("model_type")
+    model_type = _typed(raw, "model_type", str)
     if model_type not in ARCHITECTURES:
         raise ConfigError(f"model_type is {model_type!r}; this package runs {' and '.join(ARCHITECTURES)}")
     if _typed(raw, "hidden_act", str, "silu") != "silu":
@@ -391,8 +392,9 @@ def _validate(config: ModelConfig) -> None:
     for field in (*AXIS_FIELDS.values(), "max_position_embeddings"):
         value = getattr(config, field)
         check(type(value) is int and 0 < value < 2**31, f"{field} is {value!r}; it must be a positive integer")
-    check(config.rms_norm_eps > 0, f"rms_norm_eps is {config.rms_norm_eps}; it must be positive")
-    check(config.rope_theta > 0, f"rope_theta is {config.rope_theta}; it must be positive")
+    for field in ("rms_norm_eps", "rope_theta"):
+        value = getattr(config, field)
+        check(0 < value < math.inf, f"{field} is {value}; it must be a positive number")
     check(config.head_dim % 2 == 0, f"head_dim is {config.head_dim}; RoPE needs an even one")
     check(
         config.num_attention_heads % config.num_key_value_heads == 0,
@@ -408,7 +410,8 @@ def _validate(config: ModelConfig) -> None:
     )
     assert config.layer_types is not None
     check(
-        len(config.layer_types) == layers and set(config.layer_types) <= {"full_attention", "sliding_attention"},
+        len(config.layer_types) == layers
+        and all(kind in ("full_attention", "sliding_attention") for kind in config.layer_types),
         f"layer_types must name full_attention or sliding_attention for each of {layers} layers",
     )
     if "sliding_attention" in config.layer_types:
@@ -419,7 +422,7 @@ def _validate(config: ModelConfig) -> None:
     if config.rope_scaling is not None:
         scaling = config.rope_scaling
         check(scaling.rope_type in ROPE_FIELDS, f"RoPE type {scaling.rope_type!r} is not supported")
-        check(scaling.factor >= 1, f"the RoPE factor is {scaling.factor}; it must be at least 1")
+        check(1 <= scaling.factor < math.inf, f"the RoPE factor is {scaling.factor}; it must be at least 1")
         original = scaling.original_max_position_embeddings
         check(original is None or original > 0, f"original_max_position_embeddings is {original}")
         if scaling.rope_type == "llama3":

@@ -1,0 +1,40 @@
+# Needs Python >= 3.11 and make; everything else goes into .venv.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+# JAX looks for accelerators by itself; tests and the demo run on the CPU everywhere alike.
+CPU := JAX_PLATFORMS=cpu
+VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
+PINS := $(wildcard constraints/python$(VERSION).txt)
+
+.PHONY: setup run test test-light lint goldens clean
+
+setup: $(VENV)/test.stamp
+
+# What was tested is pinned by constraints/; another Python version takes the newest that fits.
+$(VENV)/%.stamp: pyproject.toml $(PINS)
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check $(PINS:%=-c %) -e '.[$*]'
+	touch $@
+
+run: setup
+	$(CPU) $(BIN)/python scripts/demo.py
+
+test: setup lint
+	$(CPU) $(BIN)/python -m pytest
+
+# Neither torch nor transformers: parity against the stored goldens.
+test-light: $(VENV)/dev.stamp
+	$(CPU) $(BIN)/python -m pytest -m 'not torch'
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+# Written by transformers, read by test-light.
+goldens: setup
+	WRITE_GOLDENS=1 $(CPU) $(BIN)/python -m pytest -m torch -k golden
+
+clean:
+	rm -rf $(VENV) .venv-light build dist *.egg-info

@@ -1,0 +1,29 @@
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+SHARED = Path(__file__).resolve().parents[1].parent / "shared" / "fixtures"
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The released tokenizer, template and config, and text in six languages; not part of this repository."""
+    if not SHARED.is_dir():
+        pytest.skip(f"{SHARED} is absent: the released tokenizer and config are not part of this repository")
+    return SHARED
+
+
+@pytest.fixture(scope="session")
+def demo_folder() -> Path:
+    """The demo model in bfloat16, fetched at first use."""
+    from smollm3_jax.errors import HubError
+    from smollm3_jax.weights.demo import pull_demo
+
+    try:
+        return pull_demo()
+    except HubError as error:
+        pytest.skip(f"the demo model cannot be fetched: {error}")
