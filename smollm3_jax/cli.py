@@ -172,8 +172,9 @@ def _generate(args: argparse.Namespace) -> int:
     from .tokenizer import load_tokenizer
     from .weights.load import load, open_checkpoint
 
-    checkpoint = open_checkpoint(_folder(args.model))
-    tokenizer = load_tokenizer(checkpoint.files, checkpoint.config)
+    folder = _folder(args.model)
+    checkpoint = open_checkpoint(folder)
+    tokenizer = load_tokenizer(folder, checkpoint.config)
     own = checkpoint.generation_config
     params = SamplingParams(
         max_new_tokens=args.max_new_tokens,
@@ -187,7 +188,7 @@ def _generate(args: argparse.Namespace) -> int:
     if args.chat:
         messages = [{"role": "user", "content": args.prompt}]
         text = render(
-            tokenizer.require_chat_template(),
+            tokenizer.chat_template,
             messages,
             add_generation_prompt=True,
             special_tokens=tokenizer.special_tokens,

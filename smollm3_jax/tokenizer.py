@@ -52,6 +52,8 @@ def load_tokenizer(folder: str | Path, config: ModelConfig) -> Tokenizer:
     """
     import tokenizers
 
+    if Path(folder).is_file():
+        raise TokenizerError(f"{folder} is a single file; this command works on a folder: smollm3 convert it first")
     path = Path(folder) / "tokenizer.json"
     if not path.exists():
         raise TokenizerError(

