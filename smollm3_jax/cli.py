@@ -97,7 +97,9 @@ def _print_json(content: Any) -> None:
 def _folder(model: str, revision: str | None = None, token: str | None = None) -> Path:
     from .weights import demo, hub
 
-    return demo.pull_demo() if model == "demo" else hub.resolve(model, revision, token)
+    if model == "demo" and not Path(model).exists():
+        return demo.pull_demo()
+    return hub.resolve(model, revision, token)
 
 
 def _pull(args: argparse.Namespace) -> int:

@@ -50,12 +50,12 @@ def _llama3(plain: np.ndarray, scaling: RopeScaling) -> np.ndarray:
 
 def _yarn(powers: np.ndarray, scaling: RopeScaling, config: ModelConfig) -> tuple[np.ndarray, float]:
     """YaRN (arXiv:2309.00071): interpolate the slow dimensions, keep the fast, blend between."""
-    assert scaling.original_max_position_embeddings
-    width = config.head_dim
+    original, width = scaling.original_max_position_embeddings, config.head_dim
+    assert original is not None
 
     def dimension_of(rotations: float) -> float:
         """The dimension that makes this many rotations over the original context."""
-        periods = scaling.original_max_position_embeddings / (rotations * 2 * math.pi)
+        periods = original / (rotations * 2 * math.pi)
         return width * math.log(periods) / (2 * math.log(config.rope_theta))
 
     low, high = dimension_of(scaling.beta_fast or 32), dimension_of(scaling.beta_slow or 1)

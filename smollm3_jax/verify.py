@@ -18,7 +18,7 @@ from .model import SmolLM3
 from .tokenizer import load_tokenizer
 from .weights import hub
 from .weights.load import Checkpoint, common_dtype, load, open_checkpoint
-from .weights.stored import NUMPY_DTYPES
+from .weights.stored import NUMPY_DTYPES, raw_bytes
 
 TEXT = (
     "The sky is blue because air scatters short wavelengths more than long ones. "
@@ -155,7 +155,7 @@ def _run_transformers(path: Path, tokens: list[int]) -> _Run:
         from transformers import AutoModelForCausalLM
     except ImportError:
         raise SupportError("transformers is not installed: pip install 'smollm3-jax[torch]'") from None
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="eager").eval()
+    model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="eager").eval()
     ids = torch.tensor([tokens])
     states = []
     layers = model.model.layers
@@ -210,7 +210,7 @@ def _different_weights(a: Checkpoint, b: Checkpoint) -> list[str]:
             different.append(name)
             continue
         coarse = next(d for d in ("bfloat16", "float16", "float32") if d in [t.dtype for t in pair])
-        bits = [t.read().astype(NUMPY_DTYPES[coarse], copy=False).reshape(-1).view(np.uint8) for t in pair]
-        if bits[0].shape != bits[1].shape or memoryview(bits[0]) != memoryview(bits[1]):
+        arrays = [t.read().astype(NUMPY_DTYPES[coarse], copy=False) for t in pair]
+        if arrays[0].shape != arrays[1].shape or raw_bytes(arrays[0]) != raw_bytes(arrays[1]):
             different.append(name)
     return different

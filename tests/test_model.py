@@ -259,14 +259,13 @@ def test_released_weights_give_the_published_logits_and_text():
     if not path:
         pytest.skip("SMOLLM3_WEIGHTS does not name a folder with the weights of SmolLM3-3B")
     from smollm3_jax.tokenizer import load_tokenizer
-    from smollm3_jax.weights.load import open_checkpoint
 
     with jax.default_matmul_precision("highest"):
         model = s3.from_pretrained(path, dtype="float32")
         logits = np.asarray(model(jnp.asarray([RELEASED_TOKENS])))[0]
         np.testing.assert_allclose(logits.mean(-1), RELEASED_MEANS, rtol=1e-2, atol=1e-2)
         np.testing.assert_allclose(logits[0, :30], RELEASED_FIRST, rtol=1e-4, atol=1e-4)
-        tokenizer = load_tokenizer(open_checkpoint(Path(path)).files, model.config)
+        tokenizer = load_tokenizer(path, model.config)
         (new,) = s3.generate(
             model, [tokenizer.encode("Gravity is the force")], s3.SamplingParams(max_new_tokens=20, temperature=0.0)
         )

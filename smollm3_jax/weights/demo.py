@@ -19,10 +19,11 @@ def pull_demo() -> Path:
     Raises:
       HubError: neither can be had.
     """
+    converted = hub.cache_dir() / hub.DEMO_ID.split("/")[1]
+    if (converted / "config.json").exists():  # folders are written whole or not at all
+        return converted
     try:
         return hub.pull(hub.DEMO_ID)
     except hub.HubUnreachable:
-        folder = hub.cache_dir() / hub.DEMO_ID.split("/")[1]
-        if not (folder / "config.json").exists():  # written whole or not at all
-            convert(hub.demo_gguf(), folder, dtype="bfloat16")
-        return folder
+        convert(hub.demo_gguf(), converted, dtype="bfloat16")
+        return converted

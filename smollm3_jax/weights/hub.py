@@ -19,7 +19,6 @@ import zipfile
 from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
-from typing import Any
 
 from ..errors import HubError
 from ..progress import progress
@@ -31,8 +30,8 @@ DEMO_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 DEMO_GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
 # What a checkpoint is read from, all of it at the top of the repository; torch's files only for want of better.
-FILES = ["*.json", "*.jinja", "*.safetensors"]
-TORCH_FILES = ["*.bin", "*.pt"]
+FILES = (".json", ".jinja", ".safetensors")
+TORCH_FILES = (".bin", ".pt")
 
 
 class HubUnreachable(HubError):
@@ -50,29 +49,24 @@ def resolve(model: str | Path, revision: str | None = None, token: str | None = 
     """The folder or .gguf file that `model` stands for, fetched if need be.
 
     Args:
-      model: a folder, a .gguf file, a hub id such as "HuggingFaceTB/SmolLM3-3B", or "demo".
+      model: a folder, a .gguf file, a hub id such as "HuggingFaceTB/SmolLM3-3B".
       revision: branch, tag or commit on the hub.
       token: for gated and private models; without it HF_TOKEN or the stored login.
 
     Raises:
       HubError: nothing of that name is here, or it could not be fetched.
     """
-    name, path = str(model), Path(model).expanduser()
+    name, path = str(model), Path(os.path.expanduser(model))
     if (name and path.is_dir()) or (path.is_file() and path.suffix == ".gguf"):
         return path
     if path.is_file():
         raise HubError(f"{name} is neither a folder nor a .gguf file: give the folder that holds its config.json")
-    if name == "demo":
-        try:
-            return pull(DEMO_ID, revision, token)
-        except HubUnreachable:
-            return demo_gguf()
     if path.suffix == ".gguf":
         raise HubError(f"no such file: {name}")
     if not re.fullmatch(r"\w[\w.-]*/[\w.-]+", name, re.ASCII):
         raise HubError(
             f"no such folder: {name} (a hub id reads org/name, as in HuggingFaceTB/SmolLM3-3B; "
-            "'demo' stands for a small model to try)"
+            "`smollm3 pull demo` fetches a small model to try and prints its folder)"
         )
     return pull(name, revision, token)
 
@@ -81,23 +75,24 @@ def pull(hub_id: str, revision: str | None = None, token: str | None = None) -> 
     """The snapshot folder of a hub's model in the Hugging Face cache; what is missing there is fetched.
 
     HF_TOKEN, HF_HUB_OFFLINE, HF_ENDPOINT and HF_HOME mean what they mean to `huggingface_hub`. Where no hub
-    answers, the cached snapshot serves. A transfer that breaks off is resumed if the hub is back within
-    seconds; after an error the next call fetches the files that were not completed.
+    answers, the cached snapshot serves. The library resumes a transfer that breaks off if the hub is back
+    within seconds; after an error, the next call fetches those files that are not complete.
 
     Raises:
       HubUnreachable: no hub answers, and the cache does not hold the whole model.
       HubError: the hub refuses, does not know the model or the revision, or a transfer failed.
     """
-    from huggingface_hub import HfApi, constants
+    from huggingface_hub import HfApi, constants, hf_hub_download
 
     token = (token or "").strip() or None
     seconds = constants.HF_HUB_ETAG_TIMEOUT
+    names: list[str] = []
 
     def ask() -> None:
         # These are what snapshot_download asks first, but it would wait for ever, or try again for minutes.
         api = HfApi(token=token)
         commit = api.model_info(hub_id, revision=revision, timeout=seconds).sha
-        next(iter(api.list_repo_tree(hub_id, revision=commit)), None)
+        names.extend(entry.path for entry in api.list_repo_tree(hub_id, revision=commit))
 
     unreachable = None
     try:
@@ -106,12 +101,19 @@ def pull(hub_id: str, revision: str | None = None, token: str | None = None) -> 
         unreachable = _explain(error, hub_id, revision)
         if not isinstance(unreachable, HubUnreachable):
             raise unreachable from error
-    fetch = functools.partial(_fetch, hub_id, revision=revision, token=token, local_files_only=unreachable is not None)
+    snapshot = functools.partial(_snapshot, hub_id, revision, token, unreachable is not None)
     try:
-        folder = fetch(allow_patterns=FILES)
-        if not any(folder.glob("*.safetensors")):
-            folder = fetch(allow_patterns=FILES + TORCH_FILES)
-        if not any(path for pattern in ("*.safetensors", *TORCH_FILES) for path in folder.glob(pattern)):
+        if unreachable:
+            folder = snapshot(*FILES)
+            if not any(folder.glob("*.safetensors")):
+                folder = snapshot(*FILES, *TORCH_FILES)
+        else:
+            folder = snapshot("config.json")
+            suffixes = FILES if any(name.endswith(".safetensors") for name in names) else FILES + TORCH_FILES
+            for name in names:  # one by one, in this thread: the library's pool does not heed Ctrl-C
+                if name.endswith(suffixes):
+                    hf_hub_download(hub_id, name, revision=folder.name, token=token)
+        if not any(path.suffix in (".safetensors", *TORCH_FILES) for path in folder.glob("*")):
             raise unreachable or HubError(
                 f"{hub_id} holds no weights that can be read (*.safetensors, *.bin, *.pt); "
                 "a .gguf file is given by its path"
@@ -124,8 +126,12 @@ def pull(hub_id: str, revision: str | None = None, token: str | None = None) -> 
     return folder
 
 
-def _fetch(hub_id: str, **options: Any) -> Path:
-    """snapshot_download of the repository's top folder, with its progress bars in order."""
+def _snapshot(hub_id: str, revision: str | None, token: str | None, offline: bool, *suffixes: str) -> Path:
+    """The snapshot folder, with all of its top-level files of these suffixes, or an error.
+
+    What it asks the hub goes into the cache: the commit and the repository's list of files. They tell a later
+    call without a hub which snapshot it wants, and whether that is complete.
+    """
     from huggingface_hub import snapshot_download
     from huggingface_hub.utils import tqdm
 
@@ -137,7 +143,17 @@ def _fetch(hub_id: str, **options: Any) -> Path:
             bars.append(self)
 
     try:
-        return Path(snapshot_download(hub_id, ignore_patterns=["*/*"], tqdm_class=Bar, **options))
+        return Path(
+            snapshot_download(
+                hub_id,
+                revision=revision,
+                token=token,
+                local_files_only=offline,
+                allow_patterns=[f"*{suffix}" for suffix in suffixes],
+                ignore_patterns=["*/*"],
+                tqdm_class=Bar,
+            )
+        )
     finally:
         for bar in bars:
             bar.close()

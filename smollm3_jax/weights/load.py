@@ -1,9 +1,9 @@
 """Checkpoints of every kind, opened without reading them, and streamed onto their devices."""
 
 import dataclasses
-import functools
 import logging
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,17 +11,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax import Array
 from jax.sharding import Mesh, Sharding, SingleDeviceSharding
 
 from sharding.rules import named_sharding
 
-from ..config import DTYPES, AXIS_FIELDS, GenerationConfig, ModelConfig
+from ..config import DTYPES, GenerationConfig, ModelConfig
 from ..errors import CheckpointFormatError, OptionError
 from ..model import SmolLM3
 from ..progress import progress
 from . import gguf, hub, safetensors, torch_files
 from .key_map import EMBED_NAME, HEAD_NAME, Slot, abstract_model, hf_name_of_gguf, parameters, slots
-from .stored import NUMPY_DTYPES, StoredTensor
+from .stored import NUMPY_DTYPES, StoredTensor, is_finite, raw_bytes
 
 # Files that make a folder a whole model beside its weights and configs; they are copied as they are.
 TEXT_FILES = (
@@ -139,13 +140,8 @@ def _shape_mismatch(tensor: StoredTensor, slot: Slot) -> str:
 
 
 def _same_bytes(a: StoredTensor, b: StoredTensor) -> bool:
-    # memoryview compares without a temporary array as large as the tensor.
     same_kind = a.shape == b.shape and a.dtype == b.dtype
-    return same_kind and memoryview(_bytes(a.read())) == memoryview(_bytes(b.read()))
-
-
-def _bytes(array: np.ndarray) -> np.ndarray:
-    return np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+    return same_kind and raw_bytes(a.read()) == raw_bytes(b.read())
 
 
 def common_dtype(tensors: Mapping[str, StoredTensor]) -> str:
@@ -180,7 +176,7 @@ def from_pretrained(
     """Loads a model, tensor by tensor, straight to where each one stays.
 
     Args:
-      model: a Hugging Face folder, a .gguf file, a hub id, or "demo".
+      model: a Hugging Face folder, a .gguf file, or a hub id.
       dtype: float32, bfloat16 or float16; None keeps the checkpoint's own, which must then be one.
       mesh: place every parameter on this mesh; None is the default device.
       rules: a strategy of `sharding.rules` or a table of one's own; None with a mesh means "fsdp".
@@ -218,7 +214,7 @@ def load(
     by_param: dict[str, list[StoredTensor]] = {}
     for name, slot in slots(config).items():
         by_param.setdefault(slot.param, []).append(tensors[name])
-    not_finite: list[str] = []
+    not_finite: dict[str, None] = {}  # names in order, each once
     with progress("loading", sum(tensor.nbytes for tensor in tensors.values())) as done:
         for path, param in parameters(model).items():
             axes = param.get_metadata("axes")
@@ -226,63 +222,41 @@ def load(
                 sharding = SingleDeviceSharding(jax.local_devices()[0])
             else:
                 sharding = named_sharding(path, axes, param.shape, mesh, rules or "fsdp")
-            place = _place_stack if axes[0] == "layers" else _place_one
-            param.set_value(place(by_param[path], param, sharding, not_finite, done))
+            param.set_value(_place(by_param[path], param, sharding, not_finite, done))
     if not_finite:
-        log.warning("not all finite%s: the checkpoint is damaged or diverged", _some("tensors", not_finite))
+        log.warning("not all finite%s: the checkpoint is damaged or diverged", _some("tensors", list(not_finite)))
     return model
 
 
-def _place_one(tensors: list[StoredTensor], param: nnx.Param, sharding: Sharding, not_finite: list[str], done: Any):
-    (tensor,) = tensors
-    view = tensor.read().reshape(param.shape)
-    # A copy: on CPU the array would otherwise be the mapped file itself, and change with it.
-    array = jax.make_array_from_callback(
-        param.shape, sharding, lambda index: np.array(view[index], NUMPY_DTYPES[param.dtype.name])
-    )
-    if not _is_finite(array):
-        not_finite.append(tensor.name)
-    done(tensor.nbytes)
-    return array
+def _place(
+    tensors: list[StoredTensor],
+    param: nnx.Param,
+    sharding: Sharding,
+    not_finite: dict[str, None],
+    done: Callable[[int], None],
+) -> Array:
+    """One parameter, stacked over its layers if there are several, read shard by shard."""
+    stacked = param.get_metadata("axes")[0] == "layers"
+    dtype = NUMPY_DTYPES[param.dtype.name]
+
+    def shard(index: tuple[slice, ...]) -> np.ndarray:
+        lengths = [len(range(*part.indices(length))) for part, length in zip(index, param.shape, strict=True)]
+        out = _aligned_empty(lengths, dtype)
+        layers, rest = (index[0], index[1:]) if stacked else (slice(None), index)
+        # Copied even where the dtype is right: on CPU an array of the mapped file would change with the file.
+        for row, tensor in zip(out if stacked else [out], tensors[layers], strict=True):
+            row[...] = tensor.read().reshape(param.shape[-len(rest) :])[rest]
+            if not is_finite(row):
+                not_finite[tensor.name] = None
+            done(row.nbytes)
+        return out
+
+    return jax.make_array_from_callback(param.shape, sharding, shard)
 
 
-def _place_stack(tensors: list[StoredTensor], param: nnx.Param, sharding: Sharding, not_finite: list[str], done: Any):
-    """One array of all layers, filled in place: a layer is on the host only while it is copied."""
-    stack = jax.jit(jnp.zeros, static_argnums=(0, 1), out_shardings=sharding)(param.shape, param.dtype)
-    insert = _insert(sharding)
-    finite = []
-    for layer, tensor in enumerate(tensors):
-        view = tensor.read().reshape(param.shape[1:])
-        one = jax.make_array_from_callback(param.shape[1:], _without_layers(sharding), lambda index: view[index])
-        stack, ok = insert(stack, one, layer)
-        finite.append(ok)
-        # Wait, so that the mapped pages and any dequantized copy are given back before the next tensor.
-        ok.block_until_ready()
-        done(tensor.nbytes)
-    not_finite += [tensor.name for tensor, ok in zip(tensors, finite, strict=True) if not ok]
-    return stack
-
-
-def _without_layers(sharding: Sharding) -> Sharding:
-    if isinstance(sharding, jax.sharding.NamedSharding):
-        return jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec(*sharding.spec[1:]))
-    return sharding
-
-
-@functools.cache
-def _insert(sharding: Sharding):
-    """A compiled `stack[layer] = one` that reuses the stack's memory, and whether all of `one` is finite."""
-
-    def insert(stack, one, layer):
-        new = jax.lax.dynamic_update_index_in_dim(stack, one.astype(stack.dtype), layer, axis=0)
-        return new, jnp.isfinite(one).all()
-
-    replicated = None
-    if isinstance(sharding, jax.sharding.NamedSharding):
-        replicated = jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec())
-    return jax.jit(insert, donate_argnums=0, out_shardings=(sharding, replicated or sharding))
-
-
-@jax.jit
-def _is_finite(array):
-    return jnp.isfinite(array).all()
+def _aligned_empty(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
+    """An uninitialised array that XLA's CPU client takes over without copying it: that needs 64-byte alignment."""
+    size = math.prod(shape) * dtype.itemsize
+    buffer = np.empty(size + 64, np.uint8)
+    start = -buffer.ctypes.data % 64
+    return buffer[start : start + size].view(dtype).reshape(shape)

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import CheckpointFormatError, SaveError
-from .stored import NUMPY_DTYPES, SAFETENSORS_TAGS, StoredTensor
+from .stored import NUMPY_DTYPES, SAFETENSORS_TAGS, StoredTensor, raw_bytes
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -190,10 +190,9 @@ def write_file(path: Path, tensors: Sequence[StoredTensor], done: Any = None) ->
     with path.open("xb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for tensor in tensors:
-            # A transposed or strided array must be laid out in C order before its bytes are taken.
-            array = np.ascontiguousarray(tensor.read())
+            array = tensor.read()
             assert array.shape == tensor.shape and array.dtype == NUMPY_DTYPES[tensor.dtype], tensor.name
-            content = memoryview(array.reshape(-1).view(np.uint8))
+            content = raw_bytes(array)
             file.write(content)
             checksums[tensor.name] = zlib.crc32(content)
             if done is not None:
@@ -201,6 +200,6 @@ def write_file(path: Path, tensors: Sequence[StoredTensor], done: Any = None) ->
         file.flush()
         os.fsync(file.fileno())
     for tensor in open_file(path):
-        if zlib.crc32(memoryview(tensor.read().reshape(-1).view(np.uint8))) != checksums.pop(tensor.name):
+        if zlib.crc32(raw_bytes(tensor.read())) != checksums.pop(tensor.name):
             raise SaveError(f"{path}: tensor {tensor.name} reads back differently from what was written")
     assert not checksums

@@ -22,6 +22,7 @@ from tokenizers.pre_tokenizers import ByteLevel
 from smollm3_jax.config import ModelConfig, RopeScaling
 from smollm3_jax.errors import CheckpointFormatError
 from smollm3_jax.weights import gguf as reader
+from smollm3_jax.weights import gguf_header, gguf_tokenizer
 
 SHARED = Path(__file__).resolve().parents[2].parent / "shared"
 KIND = gguf.GGMLQuantizationType
@@ -160,7 +161,7 @@ def blocks(kind, rows, width, rng):
     return raw.reshape(rows, -1)
 
 
-@pytest.mark.parametrize("kind", reader.QUANTIZED)
+@pytest.mark.parametrize("kind", gguf_header.QUANTIZED)
 def test_quantized_tensors_are_dequantized_whole_and_unpermuted(tmp_path, kind, monkeypatch):
     rng, kind = np.random.default_rng(1), KIND[kind]
     names = ["blk.0.attn_q.weight", "blk.3.attn_k.weight", "blk.1.ffn_down.weight", "token_embd.weight"]
@@ -445,7 +446,7 @@ def test_damaged_file(tmp_path, case):
 
 def test_header_has_an_upper_limit(tmp_path, monkeypatch):
     path = minimal(tmp_path)
-    monkeypatch.setattr(reader, "MAX_HEADER_BYTES", 100)
+    monkeypatch.setattr("smollm3_jax.weights.gguf_header.MAX_HEADER_BYTES", 100)
     with pytest.raises(CheckpointFormatError, match="within 100 bytes"):
         opened(path)
 
@@ -629,7 +630,7 @@ def test_bos_is_added_where_llama_cpp_adds_it(tmp_path, pre, flag, expected):
 
 def test_default_pre_tokenizer_is_llama_cpps():
     text = "Price: $5,000!! it's\n 12345ab"
-    pieces = [text[slice(*where)] for _, where in reader._pre_tokenizer("default").pre_tokenize_str(text)]
+    pieces = [text[slice(*where)] for _, where in gguf_tokenizer._pre_tokenizer("default").pre_tokenize_str(text)]
     assert pieces == ["Price", ":", " ", "$", "5", ",", "000", "!!", " it", "'", "s", "\n", " ", "123", "45", "ab"]
 
 

@@ -1,0 +1,124 @@
+"""The header of a GGUF file (llama.cpp's format): its metadata, and where each tensor lies.
+
+Parsed here, not by `gguf.GGUFReader`: that one trusts every count and length, so a damaged file can keep
+it busy for ever or pass as sound (its sizes wrap at 64 bits), and a vocabulary takes it seconds. `gguf`
+supplies the sizes of the block formats. Source of the layout: ggml's docs/gguf.md.
+"""
+
+import math
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+# Tensor formats by gguf's names. The plain ones keep their dtype; the others are read as float32.
+PLAIN = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+QUANTIZED = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")
+MAX_HEADER_BYTES = 100_000_000  # the largest vocabularies take 20 MB
+# A value's type number in the file -> numpy's; the numbers that are missing are a string and an array.
+SCALARS = {0: "u1", 1: "i1", 2: "u2", 3: "i2", 4: "u4", 5: "i4", 6: "f4", 7: "?", 10: "u8", 11: "i8", 12: "f8"}
+STRING, ARRAY = 8, 9
+NUMBER = (int, float)
+REQUIRED: Any = object()
+
+
+class Entry(NamedTuple):
+    """A tensor as the header has it: `shape` with rows first, `start` and `nbytes` in the file."""
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    start: int
+    nbytes: int
+
+
+def read_header(path: Path) -> tuple[dict[str, Any], list[Entry]]:
+    """(metadata, tensors); the tensors lie one after the other, and all of them inside the file."""
+    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+
+    size = path.stat().st_size
+    if size < 24:
+        raise ValueError(f"{size} bytes are too few for a GGUF file; fetch it again")
+    data = np.memmap(path, np.uint8, "r").data
+    limit, position = min(size, MAX_HEADER_BYTES), 0
+
+    def take(count: int) -> memoryview:
+        nonlocal position
+        # Checked before anything is allocated; it also ends the loop over an absurd count.
+        if count > limit - position:
+            raise ValueError(f"its header does not end within {limit} bytes; fetch it again")
+        position += count
+        return data[position - count : position]
+
+    def number(length: int) -> int:
+        return int.from_bytes(take(length), "little")
+
+    def text() -> str:
+        return str(take(number(8)), "utf-8")
+
+    def scalars(kind: int, count: int) -> np.ndarray:
+        if kind not in SCALARS:
+            raise ValueError(f"its header holds values of unknown type {kind}; fetch it again")
+        dtype = np.dtype(SCALARS[kind]).newbyteorder("<")
+        return np.frombuffer(take(count * dtype.itemsize), dtype)
+
+    def value(kind: int) -> Any:
+        if kind == STRING:
+            return text()
+        if kind == ARRAY:
+            kind, count = number(4), number(8)
+            return [text() for _ in range(count)] if kind == STRING else scalars(kind, count)
+        scalar = scalars(kind, 1)[0]
+        # The shortest decimal that rounds to a float32: 1e-05, not 9.999999747378752e-06.
+        return float(str(scalar)) if scalar.dtype == np.float32 else scalar.item()
+
+    if bytes(take(4)) != b"GGUF":
+        raise ValueError("it does not begin with GGUF, so it is no GGUF file")
+    if (version := number(4)) not in (2, 3):
+        what = "big-endian" if version & 0xFFFF == 0 else f"GGUF version {version}"
+        raise ValueError(f"it is {what}; little-endian versions 2 and 3 are supported")
+    tensor_count, key_count = number(8), number(8)
+    metadata: dict[str, Any] = {}
+    for _ in range(key_count):
+        if (key := text()) in metadata:
+            raise ValueError(f"key {key} stands twice")
+        metadata[key] = value(number(4))
+    alignment = metadata_value(metadata, "general.alignment", int, 32)
+    if alignment < 1 or alignment & (alignment - 1):
+        raise ValueError(f"general.alignment is {alignment}, not a power of two")
+    kinds = {kind.value: kind for kind in GGMLQuantizationType}
+    entries: dict[str, Entry] = {}
+    end = 0  # of the tensors so far, from where the first begins
+    for _ in range(tensor_count):
+        if (name := text()) in entries:
+            raise ValueError(f"tensor {name} stands twice")
+        if not 1 <= (rank := number(4)) <= 4:
+            raise ValueError(f"tensor {name} has {rank} dimensions; fetch it again")
+        # The file's first dimension varies fastest: it is a row, which blocks do not straddle.
+        shape = tuple(number(8) for _ in range(rank))[::-1]
+        kind = kinds.get(kind_number := number(4))
+        if kind is None or kind.name not in (*PLAIN, *QUANTIZED):
+            what = kind.name if kind else f"of the unknown type {kind_number}"
+            raise ValueError(f"tensor {name} is {what}; supported are {', '.join((*PLAIN, *QUANTIZED))}")
+        block, block_bytes = GGML_QUANT_SIZES[kind]
+        if shape[-1] % block or (kind.name in QUANTIZED and rank != 2):
+            raise ValueError(f"tensor {name} of shape {list(shape)} cannot be {kind.name}; fetch it again")
+        # As llama.cpp demands: no overlaps, and no holes but the padding.
+        if (offset := number(8)) != -(-end // alignment) * alignment:
+            raise ValueError(f"tensor {name} does not lie where the one before it ends; fetch it again")
+        entries[name] = Entry(name, kind.name, shape, offset, math.prod(shape) // block * block_bytes)
+        end = offset + entries[name].nbytes
+    start = -(-position // alignment) * alignment
+    if start + end > size:
+        raise ValueError(f"it has {size} bytes where its tensors need {start + end}; fetch it again")
+    return metadata, [entry._replace(start=start + entry.start) for entry in entries.values()]
+
+
+def metadata_value(metadata: dict[str, Any], key: str, kind: Any, default: Any = REQUIRED) -> Any:
+    """metadata[key], checked for its type."""
+    value = metadata.get(key, default)
+    if value is REQUIRED:
+        raise ValueError(f"the key {key} is missing; use the model's Hugging Face folder")
+    if key in metadata and (not isinstance(value, kind) or (isinstance(value, bool) and kind in (int, NUMBER))):
+        raise ValueError(f"the key {key} holds a {type(value).__name__}; use the model's Hugging Face folder")
+    return value

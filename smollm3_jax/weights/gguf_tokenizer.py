@@ -1,0 +1,89 @@
+"""The tokenizer that a GGUF file carries, rebuilt as Hugging Face's tokenizer.json.
+
+Source of the pre-tokenizers and of what a missing key means: llama.cpp's src/llama-vocab.cpp.
+"""
+
+import json
+from typing import Any
+
+import numpy as np
+
+from ..errors import TokenizerError
+from .gguf_header import metadata_value
+
+CONTROL, USER_DEFINED, UNUSED = 3, 4, 5  # types of a token
+# tokenizer.ggml.pre -> the regexes that cut a text, one after the other; "default" is llama.cpp's own.
+LLAMA3_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+GPT2_SPLIT = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+SPLITS = {
+    "llama-bpe": (LLAMA3_SPLIT,),
+    "smaug-bpe": (LLAMA3_SPLIT,),
+    "default": (r"[\p{P}\$\+<=>\^~\|]+", GPT2_SPLIT, r"\p{N}+", r"[0-9][0-9][0-9]"),
+    "gpt-2": (),  # this one and the next are written as their tokenizer.json has them
+    "smollm": (),
+}
+
+
+def tokenizer_files(metadata: dict[str, Any], ids: dict[str, int]) -> dict[str, str]:
+    """tokenizer.json and tokenizer_config.json, rebuilt; empty if the file carries no tokenizer.
+
+    Raises:
+      TokenizerError: it is of a kind that this package does not know, or contradicts itself.
+    """
+    from tokenizers import AddedToken, Tokenizer, decoders, models, processors
+
+    model, pre = (metadata_value(metadata, f"tokenizer.ggml.{key}", str, None) for key in ("model", "pre"))
+    if model in (None, "none", "no_vocab"):
+        return {}
+    if model != "gpt2" or pre not in SPLITS:
+        raise TokenizerError(
+            f"tokenizer.ggml.model is {model!r} and tokenizer.ggml.pre {pre!r}; gpt2 with {', '.join(SPLITS)} are known"
+        )
+    tokens, merges = (metadata_value(metadata, f"tokenizer.ggml.{key}", list) for key in ("tokens", "merges"))
+    types = metadata_value(metadata, "tokenizer.ggml.token_type", np.ndarray)
+    # Rows of the embedding that no token has come last, as UNUSED. What stands between them and the last ordinary
+    # token was added to the vocabulary; added tokens that lie below (SmolLM2's first 17) are part of it as well.
+    count = next((i + 1 for i in reversed(range(len(types))) if types[i] != UNUSED), 0)
+    base = next((i + 1 for i in reversed(range(count)) if types[i] not in (CONTROL, USER_DEFINED)), 0)
+    if len(types) != len(tokens) or any(not 0 <= token_id < count for token_id in ids.values()):
+        raise TokenizerError(f"{len(tokens)} tokens, {len(types)} token types and the ids {ids} do not go together")
+    try:
+        vocabulary = {token: i for i, token in enumerate(tokens[:base])}
+        pairs = [(left, right) for left, right in (merge.split(" ") for merge in merges)]
+        # Llama 3's vocabulary has whole words that its merges do not build.
+        tokenizer = Tokenizer(models.BPE(vocabulary, pairs, ignore_merges=pre in ("llama-bpe", "smaug-bpe")))
+    except Exception as error:  # `tokenizers` raises bare ones
+        raise TokenizerError(f"its merges are not sound: {error}") from error
+    added = [i for i in range(count) if types[i] in (CONTROL, USER_DEFINED)]
+    tokenizer.add_tokens([AddedToken(tokens[i], special=bool(types[i] == CONTROL), normalized=False) for i in added])
+    if wrong := [i for i in range(count) if tokenizer.id_to_token(i) != tokens[i]]:
+        raise TokenizerError(f"token {wrong[0]} ({tokens[wrong[0]]!r}) cannot keep its id; it stands twice or is empty")
+    tokenizer.pre_tokenizer = _pre_tokenizer(pre)
+    tokenizer.decoder = decoders.ByteLevel()
+    # llama.cpp begins every text with BOS for llama-bpe unless the file says otherwise.
+    if metadata_value(metadata, "tokenizer.ggml.add_bos_token", bool, pre == "llama-bpe"):
+        if "bos_token_id" not in ids:
+            raise TokenizerError("it begins every text with BOS, but has no bos_token_id")
+        bos = tokens[ids["bos_token_id"]]
+        tokenizer.post_processor = processors.TemplateProcessing(
+            [bos, "$A"], [bos, "$A", f"{bos}:1", "$B:1"], [(bos, ids["bos_token_id"])]
+        )
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+    config |= {name.removesuffix("_id"): tokens[token_id] for name, token_id in ids.items()}
+    if (template := metadata_value(metadata, "tokenizer.chat_template", str, None)) is not None:
+        config["chat_template"] = template
+    return {"tokenizer.json": tokenizer.to_str(), "tokenizer_config.json": json.dumps(config, indent=2)}
+
+
+def _pre_tokenizer(pre: str) -> Any:
+    from tokenizers import Regex, pre_tokenizers
+
+    if SPLITS[pre]:
+        cuts = [pre_tokenizers.Split(Regex(regex), "isolated") for regex in SPLITS[pre]]
+        return pre_tokenizers.Sequence([*cuts, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    digits = pre_tokenizers.Digits(individual_digits=True)
+    return pre_tokenizers.Sequence([digits, byte_level]) if pre == "smollm" else byte_level

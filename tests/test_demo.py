@@ -1,0 +1,84 @@
+"""Real weights: the demo model against transformers, on real text."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from parity import reference_logits, reference_model
+
+import smollm3_jax as s3
+from smollm3_jax.cli import main
+from smollm3_jax.tokenizer import load_tokenizer
+
+pytestmark = pytest.mark.slow
+PROMPT = "The capital of France is"
+
+
+@pytest.fixture(scope="module")
+def tokens(demo_folder, shared) -> np.ndarray:
+    """int32 [1, 512]: the beginnings of documents in six languages."""
+    tokenizer = load_tokenizer(demo_folder, s3.ModelConfig.from_hf(demo_folder))
+    ids = []
+    for language in ("en", "fr", "es", "de", "it", "pt"):
+        with (shared / "corpus" / f"{language}.jsonl").open() as lines:
+            ids += tokenizer.encode(json.loads(next(lines))["text"])[:86]
+    assert len(ids) >= 512
+    return np.array([ids[:512]], np.int32)
+
+
+@pytest.mark.torch
+def test_logits_on_512_real_tokens(demo_folder, tokens):
+    with jax.default_matmul_precision("highest"):
+        got = np.asarray(s3.from_pretrained(demo_folder, "float32")(jnp.asarray(tokens)))
+    expected = reference_logits(reference_model(demo_folder), tokens)
+    assert np.abs(got - expected).max() <= 1e-3
+    assert (got.argmax(-1) == expected.argmax(-1)).all()
+
+
+@pytest.mark.torch
+def test_bfloat16_is_as_good_as_transformers_own(demo_folder, tokens):
+    exact = reference_logits(reference_model(demo_folder), tokens)
+    theirs = np.abs(reference_logits(reference_model(demo_folder, "bfloat16"), tokens) - exact)
+    ours = np.abs(np.asarray(s3.from_pretrained(demo_folder)(jnp.asarray(tokens))) - exact)
+    assert ours.max() <= 1.5 * theirs.max()
+    assert ours.mean() <= 1.5 * theirs.mean()
+
+
+@pytest.mark.torch
+def test_greedy_text_equals_transformers(demo_folder, tokens):
+    import torch
+
+    reference, ours = reference_model(demo_folder), s3.from_pretrained(demo_folder, "float32")
+    prompts = [tokens[0, start : start + length].tolist() for start, length in ((0, 5), (300, 60))]
+    batched = s3.generate(ours, prompts, s3.SamplingParams(max_new_tokens=24))
+    for prompt, new in zip(prompts, batched, strict=True):
+        ids = torch.tensor([prompt])
+        expected = reference.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=24)
+        assert new == expected[0, len(prompt) :].tolist()
+
+
+def test_it_knows_the_capital_of_france(demo_folder, capsys):
+    arguments = ["generate", "--model", str(demo_folder), "--dtype", "float32", "--temperature", "0", "--json"]
+    assert main([*arguments, "--prompt", PROMPT, "--max-new-tokens", "4"]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert answer.keys() == {"text", "token_ids", "prompt_token_ids", "finish_reason"}
+    assert answer["text"].startswith(" Paris")
+    assert (answer["finish_reason"], len(answer["token_ids"])) == ("length", 4)
+    assert main([*arguments, "--chat", "--prompt", "What is the capital of France?"]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert "Paris" in answer["text"] and answer["finish_reason"] == "stop"
+
+
+def test_cached_decoding_equals_the_whole_forward(demo_folder, tokens):
+    from smollm3_jax.kv_cache import empty_cache
+
+    model = s3.from_pretrained(demo_folder, "float32")
+    row = jnp.asarray(tokens[:, :24])
+    whole = np.asarray(model(row))
+    cache, pieces = empty_cache(model.config, 1, 24, jnp.float32), []
+    for start, end in [(0, 16), *((i, i + 1) for i in range(16, 24))]:
+        logits, cache = model(row[:, start:end], cache=cache)
+        pieces.append(np.asarray(logits))
+    assert np.abs(np.concatenate(pieces, axis=1) - whole).max() <= 2e-5 * np.abs(whole).max() + 1e-5

