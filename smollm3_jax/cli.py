@@ -16,6 +16,7 @@ from sharding.rules import ShardingError
 
 from .config import DTYPES
 from .errors import OptionError, SmolLM3Error
+from .progress import busy
 from .weights.save import FORMATS
 
 VERIFICATION_FAILED = 4
@@ -122,7 +123,8 @@ def _verify(args: argparse.Namespace) -> int:
     if args.json:
         _print_json(report)
     else:
-        table = Table(title=f"{report['model']} against {report['against']}", title_justify="left", show_header=False)
+        print(f"{report['model']} against {report['against']}")
+        table = Table(show_header=False)
         for name in (
             *("tokens", "max_abs", "max_abs_bound", "mean_abs", "max_logit", "kl", "top1", "top5"),
             *("greedy_agreement", "greedy_tokens", "first_diverging_layer"),
@@ -202,7 +204,7 @@ def _generate(args: argparse.Namespace) -> int:
     if not prompt:
         raise OptionError("--prompt has no tokens; give some text")
     model = load(checkpoint, args.dtype)
-    with Console(stderr=True).status("generating"):
+    with busy("generating"):
         (new,) = generate(model, [prompt], params)
     text = tokenizer.decode(new)
     if args.json:

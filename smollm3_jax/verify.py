@@ -12,9 +12,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .errors import CheckpointFormatError, SupportError
+from .errors import CheckpointFormatError, OptionError, SupportError
 from .generate import SamplingParams, generate
 from .model import SmolLM3
+from .progress import busy
 from .tokenizer import load_tokenizer
 from .weights import hub
 from .weights.load import Checkpoint, common_dtype, load, open_checkpoint
@@ -109,8 +110,13 @@ def verify(folder: str | Path, against: str | Path, prompt: str | None = None) -
         dtypes = {common_dtype(ours.tensors), common_dtype(theirs.tensors)}
         dtype = "float32" if len(dtypes) == 1 else next(d for d in ("bfloat16", "float16") if d in dtypes)
     # One model at a time: at 3B parameters two in float32 would not fit on a small machine.
-    own = _run_ours(ours, tokens)
-    reference = _run_transformers(path, tokens) if theirs is None else _run_ours(theirs, tokens)
+    room = min(NEW_TOKENS, ours.config.max_position_embeddings - len(tokens))
+    own = _run_ours(ours, tokens, room)
+    if theirs is None:
+        with busy("computing with transformers"):
+            reference = _run_transformers(path, tokens, room)
+    else:
+        reference = _run_ours(theirs, tokens, room)
     report = {"model": str(path), "against": str(against), "tokens": len(tokens), "weights": None}
     report |= _compare(own, reference, TOLERANCES[dtype])
     report["tolerance"] = {"dtype": dtype, **dataclasses.asdict(TOLERANCES[dtype])}
@@ -124,10 +130,12 @@ def verify(folder: str | Path, against: str | Path, prompt: str | None = None) -
 
 def _tokens(path: Path, checkpoint: Checkpoint, prompt: str | None) -> list[int]:
     if prompt is None and "tokenizer.json" not in checkpoint.files:
-        return np.random.RandomState(0).randint(0, checkpoint.config.vocab_size, 64).tolist()
+        length = min(64, checkpoint.config.max_position_embeddings // 2)
+        return np.random.RandomState(0).randint(0, checkpoint.config.vocab_size, length).tolist()
     tokens = load_tokenizer(path, checkpoint.config).encode(TEXT if prompt is None else prompt)
-    if not tokens:
-        raise CheckpointFormatError("the prompt has no tokens; give some text")
+    context = checkpoint.config.max_position_embeddings
+    if not 0 < len(tokens) < context:
+        raise OptionError(f"the prompt has {len(tokens)} tokens; give at least 1 and fewer than the context's {context}")
     return tokens
 
 
@@ -138,24 +146,28 @@ def _check_same_architecture(a: Checkpoint, b: Checkpoint) -> None:
             raise CheckpointFormatError(f"the two models cannot be compared: {field} is {x} in one, {y} in the other")
 
 
-def _run_ours(checkpoint: Checkpoint, tokens: list[int]) -> _Run:
+def _run_ours(checkpoint: Checkpoint, tokens: list[int], room: int) -> _Run:
     with jax.default_matmul_precision("highest"):
         model: SmolLM3 = load(checkpoint, "float32")
         ids = jnp.array([tokens], jnp.int32)
-        return _Run(
-            logits=np.asarray(model(ids)[0]),
-            states=np.asarray(model.layer_states(ids)[:, 0]),
-            new_tokens=generate(model, [tokens], SamplingParams(max_new_tokens=NEW_TOKENS))[0],
-        )
+        with busy("computing"):
+            return _Run(
+                logits=np.asarray(model(ids)[0]),
+                states=np.asarray(model.layer_states(ids)[:, 0]),
+                new_tokens=generate(model, [tokens], SamplingParams(max_new_tokens=room))[0],
+            )
 
 
-def _run_transformers(path: Path, tokens: list[int]) -> _Run:
+def _run_transformers(path: Path, tokens: list[int], room: int) -> _Run:
     try:
         import torch
-        from transformers import AutoModelForCausalLM
+        import transformers
     except ImportError:
         raise SupportError("transformers is not installed: pip install 'smollm3-jax[torch]'") from None
-    model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="eager").eval()
+    transformers.utils.logging.disable_progress_bar()  # ours says what is going on
+    model: Any = transformers.AutoModelForCausalLM.from_pretrained(
+        path, dtype=torch.float32, attn_implementation="eager"
+    ).eval()
     ids = torch.tensor([tokens])
     states = []
     layers = model.model.layers
@@ -165,7 +177,7 @@ def _run_transformers(path: Path, tokens: list[int]) -> _Run:
         logits = model(ids, use_cache=False).logits[0].numpy()
         for hook in hooks:
             hook.remove()
-        new = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=NEW_TOKENS)
+        new = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=room)
     return _Run(logits, np.stack([state[0].numpy() for state in states]), new[0, len(tokens) :].tolist())
 
 

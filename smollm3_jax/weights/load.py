@@ -194,6 +194,9 @@ def load(
 ) -> SmolLM3:
     """As `from_pretrained`, from an open checkpoint."""
     config, tensors = checkpoint.config, checkpoint.tensors
+    if mesh is not None:
+        # The compiler places the activations: Auto axes, which jax.make_mesh no longer makes by itself.
+        mesh = Mesh(mesh.devices, mesh.axis_names)
     if mesh is None and rules not in (None, "single"):
         raise OptionError(f"rules {rules!r} need a mesh; give one, or leave rules out")
     own = common_dtype(tensors)
