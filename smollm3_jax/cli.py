@@ -130,7 +130,7 @@ def _verify(args: argparse.Namespace) -> int:
             *("greedy_agreement", "greedy_tokens", "first_diverging_layer"),
         ):
             value = report[name]
-            table.add_row(name, f"{value:.3g}" if isinstance(value, float) else str(value))
+            table.add_row(name, f"{value:.3g}" if isinstance(value, float) else "none" if value is None else str(value))
         if report["weights"]:
             table.add_row("tensors that differ", f"{report['weights']['different']} of {report['weights']['tensors']}")
         for name, passed in report["checks"].items():

@@ -98,6 +98,7 @@ class SmolLM3(nnx.Module):
         Returns:
           float32 [B, T, V]; with a cache, also the cache that holds these tokens.
         """
+        tokens = jnp.asarray(tokens)
         chex.assert_rank(tokens, 2)
         chex.assert_equal_shape([x for x in (tokens, positions, segment_ids) if x is not None])
         return _logits(self, tokens, positions, segment_ids, cache)

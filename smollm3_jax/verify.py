@@ -135,7 +135,9 @@ def _tokens(path: Path, checkpoint: Checkpoint, prompt: str | None) -> list[int]
     tokens = load_tokenizer(path, checkpoint.config).encode(TEXT if prompt is None else prompt)
     context = checkpoint.config.max_position_embeddings
     if not 0 < len(tokens) < context:
-        raise OptionError(f"the prompt has {len(tokens)} tokens; give at least 1 and fewer than the context's {context}")
+        raise OptionError(
+            f"the prompt has {len(tokens)} tokens; give at least 1 and fewer than the context's {context}"
+        )
     return tokens
 
 
