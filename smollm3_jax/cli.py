@@ -112,6 +112,7 @@ def _convert(args: argparse.Namespace) -> int:
     from .weights.save import convert
 
     convert(_folder(args.source), args.folder, args.dtype, args.format, args.max_shard_size)
+    print(args.folder)
     return 0
 
 

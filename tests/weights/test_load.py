@@ -339,6 +339,7 @@ def test_cast_that_overflows(name, tmp_path, caplog):
 # W19
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [EMBED, QUERY, NORM])
 @pytest.mark.parametrize("value", [np.nan, -np.inf])
 def test_not_finite(name, value, tmp_path, caplog, capsys):
@@ -545,6 +546,7 @@ def test_missing_tokenizer(tmp_path, capsys):
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"config.json", "model.safetensors"}
 
 
+@pytest.mark.slow
 def test_missing_template(tmp_path, capsys):
     folder = add_tokenizer(tiny_checkpoint(tmp_path / "hf"), 160)
     assert main([*GENERATE, str(folder)]) == 0
@@ -570,6 +572,10 @@ def test_tokenizer_of_another_model(command, tokens, tmp_path, capsys):
     assert out == "" and err.count("\n") == 1
     assert "tokenizer.json" in err and f"{tokens - 1}" in err and "vocab_size of config.json is 160" in err
     assert not (tmp_path / "out").exists()
+
+
+def test_loading_with_a_tokenizer_of_another_model(tmp_path):
+    folder = add_tokenizer(tiny_checkpoint(tmp_path / "hf"), 161)
     with pytest.raises(TokenizerError, match="belongs to another model"):
         smollm3_jax.from_pretrained(folder)
 
