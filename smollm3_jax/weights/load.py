@@ -242,7 +242,7 @@ def _place(
     stacked = param.get_metadata("axes")[0] == "layers"
     dtype = NUMPY_DTYPES[param.dtype.name]
 
-    def shard(index: tuple[slice, ...]) -> np.ndarray:
+    def shard(index: Any) -> np.ndarray:  # a tuple of slices
         lengths = [len(range(*part.indices(length))) for part, length in zip(index, param.shape, strict=True)]
         out = _aligned_empty(lengths, dtype)
         layers, rest = (index[0], index[1:]) if stacked else (slice(None), index)

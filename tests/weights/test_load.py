@@ -640,7 +640,7 @@ def test_on_a_mesh(tmp_path):
     odd = write_checkpoint(tmp_path / "odd", raw, random_tensors(raw))
     run = python(ON_A_MESH, folder, odd, tmp_path / "out")
     assert run.returncode == 0, run.stderr
-    report = json.loads(run.stdout)
+    report = json.loads(run.stdout.splitlines()[-1])
     assert report["devices"] == 8
     split = 0
     for name, (whole, parts, devices, embed) in report["shards"].items():

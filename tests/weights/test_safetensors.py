@@ -13,7 +13,7 @@ import pytest
 import safetensors
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import raw_config, tiny_checkpoint
+from tiny import random_tensors, raw_config, tiny_checkpoint, write_checkpoint
 
 import smollm3_jax
 from smollm3_jax.cli import main
@@ -218,6 +218,18 @@ def test_shards_without_index(sharded, tmp_path, refused):
     folder = twin(sharded, tmp_path / "bad")
     (folder / INDEX).unlink()
     refused(folder, INDEX, "missing", "3 shards")
+
+
+def test_single_file_wins_over_an_index(sharded, tmp_path, caplog):
+    """A folder that holds both is read as transformers reads it: the same files cannot mean two models."""
+    folder = twin(sharded, tmp_path / "both")
+    raw = raw_config("plain")
+    other = random_tensors(raw, seed=1)
+    write_checkpoint(folder, raw, other)
+    model = smollm3_jax.from_pretrained(folder)
+    np.testing.assert_array_equal(np.asarray(model.embed[...]), other["model.embed_tokens.weight"])
+    (message,) = [record.message for record in caplog.records if record.levelno == logging.WARNING]
+    assert FIRST in message and "ignored" in message
 
 
 def edit_index(folder: Path, edit: Callable[[dict[str, str]], Any]) -> None:

@@ -269,7 +269,7 @@ def test_full_or_read_only_disk(case, hf, tmp_path, python):
     out, err = process.communicate()
     assert process.returncode == 0, err
     reason = "No space left on device" if case == "full" else "Read-only file system"
-    check_failed_twin(json.loads(out), str(disk / "out"), reason)
+    check_failed_twin(json.loads(out.splitlines()[-1]), str(disk / "out"), reason)
 
 
 @pytest.mark.slow
@@ -284,7 +284,11 @@ def test_file_size_limit(format, hf, tmp_path, python):
     process = python(FULL_DISK, hf, tmp_path / "x" / "out", limit, "", "--format", format)
     out, err = process.communicate()
     assert process.returncode == 0, err
-    check_failed_twin(json.loads(out), str(tmp_path / "x" / "out"), *(["File too large"] if format != "torch" else []))
+    check_failed_twin(
+        json.loads(out.splitlines()[-1]),
+        str(tmp_path / "x" / "out"),
+        *(["File too large"] if format != "torch" else []),
+    )
 
 
 class Counted:
@@ -464,6 +468,22 @@ def test_second_writer_while_the_first_tidies_up(moment, tmp_path, monkeypatch):
     assert all("is being written by another process" in message for message in refused)
     assert version_of(folder) == (2 if refused else 3)
     assert names(tmp_path) == {"model"}
+
+
+def test_first_writer_finishes_just_before_the_lock(tmp_path, monkeypatch):
+    """What is locked then is the new model in its place, not an empty folder beside it."""
+    folder, flock, calls = tmp_path / "model", save.fcntl.flock, iter(range(99))
+    write_version(folder, 1)
+
+    def flock_later(*arguments):
+        if next(calls) == 0:
+            write_version(folder, 3)
+        flock(*arguments)
+
+    monkeypatch.setattr(save.fcntl, "flock", flock_later)
+    with pytest.raises(SaveError, match="is being written by another process"):
+        write_version(folder, 2)
+    assert version_of(folder) == 3 and names(tmp_path) == {"model"}
 
 
 # What is written
