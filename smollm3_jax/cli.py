@@ -92,7 +92,8 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _print_json(content: Any) -> None:
-    print(json.dumps(content, ensure_ascii=False, indent=2))
+    text = json.dumps(content, ensure_ascii=False, indent=2)
+    print(text.encode(errors="backslashreplace").decode())  # half a surrogate pair cannot be printed
 
 
 def _folder(model: str, revision: str | None = None, token: str | None = None) -> Path:

@@ -20,6 +20,9 @@ ARCHITECTURES = {"smollm3": "SmolLM3ForCausalLM", "llama": "LlamaForCausalLM"}
 # What SmolLM3Config and LlamaConfig of transformers take where the file is silent.
 TIED_BY_DEFAULT = {"smollm3": True, "llama": False}
 
+# Lists of one entry a layer are built before anything else is checked.
+MAX_LAYERS = 10_000
+
 # RoPE kind -> (required fields, optional fields), as transformers' modeling_rope_utils reads them.
 ROPE_FIELDS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "linear": (("factor",), ()),
@@ -234,6 +237,8 @@ def _typed(raw: Mapping[str, Any], field: str, kind: Any, default: Any = datacla
         return default
     if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
         raise ConfigError(f"{field} is {value!r}, a {type(value).__name__}; it must be {_name(kind)}")
+    if isinstance(value, int) and abs(value) >= 2**63:
+        raise ConfigError(f"{field} has {len(str(value))} digits; that is too large a number")
     return value
 
 
@@ -260,8 +265,10 @@ def _parse(raw: dict[str, Any]) -> ModelConfig:
     layers = _typed(raw, "num_hidden_layers", int)
     heads = _typed(raw, "num_attention_heads", int)
     hidden = _typed(raw, "hidden_size", int)
-    if layers < 1 or heads < 1:
-        raise ConfigError(f"num_hidden_layers {layers} and num_attention_heads {heads} must be positive")
+    if not 1 <= layers <= MAX_LAYERS or heads < 1:
+        raise ConfigError(
+            f"num_hidden_layers {layers} must be 1 to {MAX_LAYERS}, and num_attention_heads {heads} positive"
+        )
     if raw.get("head_dim") is None and hidden % heads:
         raise ConfigError(f"head_dim is absent and hidden_size {hidden} does not divide by {heads} heads")
     theta, scaling = _parse_rope(raw)

@@ -31,6 +31,11 @@ def _number(text: str) -> tuple[int, ...]:
     return tuple(int(part) for part in re.findall(r"\d+", text.split("+")[0])[:4])
 
 
+def _newer(found: str, limit: str) -> bool:
+    """Python 3.13.7 is not newer than 3.13: only as many parts count as the limit has."""
+    return _number(found)[: len(_number(limit))] > _number(limit)
+
+
 def unsupported() -> str | None:
     """Why this installation cannot work; None if it can."""
     for package, floor in FLOOR.items():
@@ -41,6 +46,11 @@ def unsupported() -> str | None:
     jax, jaxlib = version("jax"), version("jaxlib")
     if jaxlib is None or _number(jaxlib)[:2] != _number(jax or "")[:2]:
         return f"jax {jax} and jaxlib {jaxlib or '(not installed)'} do not belong together: pip install -U jax jaxlib"
+    # PyPI has a `sharding` of its own, which anything may pull in; importing ours would fail with a riddle.
+    spec = importlib.util.find_spec("sharding")
+    where = Path(spec.origin).resolve() if spec and spec.origin else Path("(nowhere)")
+    if where.parent.parent != Path(__file__).resolve().parent.parent:
+        return f"the package `sharding` that Python finds, {where}, is not this project's: pip uninstall sharding"
     return None
 
 
@@ -61,9 +71,7 @@ def diagnose() -> dict[str, Any]:
     """Versions, devices, problems and a verdict, for `smollm3 doctor`."""
     versions = {name: version(name) for name in ("python", "smollm3-jax", *SHOWN)}
     problems = []
-    newer = [
-        f"{name} {versions[name]}" for name, limit in NEWEST.items() if _number(versions[name] or "") > _number(limit)
-    ]
+    newer = [f"{name} {versions[name]}" for name, limit in NEWEST.items() if _newer(versions[name] or "", limit)]
     devices: list[str] = []
     try:
         import jax
@@ -74,16 +82,13 @@ def diagnose() -> dict[str, Any]:
         platform = None
         text = str(error)
         problems.append(f"jax finds no device: {text.splitlines()[0]}")
-        if "libtpu" in text or "already in use" in text:
+        if "already in use" in text or "libtpu_lockfile" in text:
             problems.append("another process holds the TPU: end it (sudo lsof -w /dev/accel* /dev/vfio/*), or wait")
     if platform == "cpu" and os.environ.get("JAX_PLATFORMS", "") != "cpu":
         if _has_tpu():
             problems.append("this is a TPU machine, but jax runs on its CPU: pip install -U 'smollm3-jax[tpu]'")
         elif Path("/proc/driver/nvidia/version").exists():
             problems.append("there is an NVIDIA GPU, but jax runs on the CPU: pip install -U 'smollm3-jax[cuda13]'")
-    ours = importlib.util.find_spec("sharding.rules")
-    if ours is None or not (Path(ours.origin or "").parent / "rules.py").read_text().startswith('"""Sharding rules'):
-        problems.append("the package `sharding` that Python finds is another project's: pip uninstall sharding")
     verdict = "not supported" if problems else "supported"
     if newer and not problems:
         verdict = f"untested: {', '.join(newer)} is newer than what the tests run on"

@@ -183,6 +183,7 @@ def _run_transformers(path: Path, tokens: list[int], room: int) -> _Run:
     return _Run(logits, np.stack([state[0].numpy() for state in states]), new[0, len(tokens) :].tolist())
 
 
+@np.errstate(invalid="ignore", over="ignore")  # numbers that are not finite are reported, not warned of
 def _compare(own: _Run, reference: _Run, tolerance: Tolerance) -> dict[str, Any]:
     difference = np.abs(own.logits - reference.logits)
     p, q = (jax.nn.log_softmax(run.logits.astype(np.float64)) for run in (reference, own))

@@ -20,6 +20,7 @@ from ..config import DTYPES, GenerationConfig, ModelConfig
 from ..errors import CheckpointFormatError, OptionError
 from ..model import SmolLM3
 from ..progress import progress
+from ..tokenizer import load_tokenizer
 from . import gguf, hub, safetensors, torch_files
 from .key_map import EMBED_NAME, HEAD_NAME, Slot, abstract_model, hf_name_of_gguf, parameters, slots
 from .stored import NUMPY_DTYPES, StoredTensor, is_finite, raw_bytes
@@ -58,6 +59,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
     Raises:
       ConfigError: config.json is missing, garbled or unsupported.
       CheckpointFormatError: weights are missing or damaged, or are not those that the config asks for.
+      TokenizerError: there is a tokenizer, but it is unreadable or another model's.
     """
     if path.suffix == ".gguf":
         file = gguf.open_gguf(path, hf_name_of_gguf)
@@ -68,11 +70,15 @@ def open_checkpoint(path: Path) -> Checkpoint:
     else:
         config = ModelConfig.from_hf(path)
         generation = GenerationConfig.from_hf(path, config)
-        if any(path.glob("*.safetensors")) or (path / safetensors.INDEX).exists():
+        # Other files of the format may lie beside PyTorch's weights: an adapter, say.
+        safe = any((path / name).exists() for name in (safetensors.INDEX, safetensors.SINGLE))
+        if safe or (any(path.glob("*.safetensors")) and not torch_files.find(path)):
             found = safetensors.open_folder(path)
         else:
             found = _open_torch(path)
         files = {name: (path / name).read_bytes() for name in TEXT_FILES if (path / name).is_file()}
+        if "tokenizer.json" in files:
+            load_tokenizer(path, config)  # only to see that it belongs to this model
     return Checkpoint(config, generation, check_tensors(path, config, found), files)
 
 
@@ -227,7 +233,9 @@ def load(
                 sharding = named_sharding(path, axes, param.shape, mesh, rules or "fsdp")
             param.set_value(_place(by_param[path], param, sharding, not_finite, done))
     if not_finite:
-        log.warning("not all finite%s: the checkpoint is damaged or diverged", _some("tensors", list(not_finite)))
+        cast = ", or its numbers are too large for float16" if target == "float16" != own else ""
+        names = _some("tensors", list(not_finite))
+        log.warning("not all finite%s: the checkpoint is damaged or diverged%s", names, cast)
     return model
 
 
@@ -248,7 +256,8 @@ def _place(
         layers, rest = (index[0], index[1:]) if stacked else (slice(None), index)
         # Copied even where the dtype is right: on CPU an array of the mapped file would change with the file.
         for row, tensor in zip(out if stacked else [out], tensors[layers], strict=True):
-            row[...] = tensor.read().reshape(param.shape[-len(rest) :])[rest]
+            with np.errstate(over="ignore"):  # of a cast: the numbers are looked at next
+                row[...] = tensor.read().reshape(param.shape[-len(rest) :])[rest]
             if not is_finite(row):
                 not_finite[tensor.name] = None
             done(row.nbytes)

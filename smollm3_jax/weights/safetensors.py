@@ -80,18 +80,18 @@ def _mapped(path: Path, offset: int, dtype: str, shape: Sequence[int]):
 
 
 def open_folder(folder: Path) -> dict[str, StoredTensor]:
-    """All tensors of a folder, by the index if there is one.
+    """All tensors of a folder: of model.safetensors if it is there, as transformers does, else by the index.
 
     Raises:
       CheckpointFormatError: the index or a shard is missing, damaged, or they contradict each other.
     """
     present = {path.name for path in folder.glob("*.safetensors")}
-    if not (folder / INDEX).exists():
-        if SINGLE not in present:
-            raise CheckpointFormatError(
-                f"{folder / INDEX} is missing, and without it {len(present)} shards cannot be told to be complete"
-            )
+    if SINGLE in present:
         shards, listed = [SINGLE], None
+    elif not (folder / INDEX).exists():
+        raise CheckpointFormatError(
+            f"{folder / INDEX} is missing, and without it {len(present)} shards cannot be told to be complete"
+        )
     else:
         listed = read_weight_map(folder / INDEX)
         shards = sorted(set(listed.values()))

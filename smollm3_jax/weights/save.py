@@ -111,7 +111,11 @@ def parse_size(size: int | str) -> int:
     units = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
     units |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", str(size))
-    if match is None or match[2].upper() not in units or not (parsed := int(float(match[1]) * units[match[2].upper()])):
+    if match is None or match[2].upper() not in units or len(match[1]) > 20:
+        parsed = 0
+    else:
+        parsed = int(float(match[1]) * units[match[2].upper()])
+    if not parsed:
         raise OptionError(f"{size!r} is not a shard size; write it as 5GB, 500MB or 2GiB")
     return parsed
 
@@ -135,8 +139,10 @@ def write_folder(
         raise OptionError(f"no format {format!r}; choose one of {', '.join(FORMATS)}")
     shards = safetensors.split(tensors, parse_size(max_shard_size))
     folder = folder.expanduser().resolve()
-    if folder == Path.cwd():
-        raise OptionError(f"{folder} is the current directory, and it would be replaced as a whole; name another")
+    if Path.cwd().is_relative_to(folder):
+        raise OptionError(
+            f"{folder} is or holds the current directory, and it would be replaced as a whole; name another"
+        )
     documents = {"config.json": config.to_hf()}
     if generation_config.to_hf():
         documents["generation_config.json"] = generation_config.to_hf()
@@ -167,7 +173,6 @@ def _write_shards(folder: Path, shards: Sequence[Sequence[StoredTensor]], format
         safe_names, names, index = names, safetensors.shard_names(len(shards), torch_files.SINGLE), torch_files.INDEX
         for safe_name, name in zip(safe_names, names, strict=True):
             torch_files.rewrite(folder / safe_name, folder / name)
-            _sync(folder / name)
     if len(shards) > 1:
         content: dict[str, Any] = safetensors.index_content(shards, names)
         _write(folder / index, (json.dumps(content, indent=2, sort_keys=True) + "\n").encode())
@@ -191,29 +196,49 @@ def _sync(path: Path) -> None:
 @contextlib.contextmanager
 def _new_folder(folder: Path) -> Iterator[Path]:
     """An empty folder beside `folder` that takes its place when the block ends well, and vanishes when not."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    new = folder.parent / f".{folder.name}.partial"
-    new.mkdir(exist_ok=True)
-    lock = os.open(new, os.O_RDONLY)
-    try:
-        # The lock dies with its process, so a folder that a killed one left is taken over, not refused.
+    new, previous = (folder.parent / f".{folder.name}.{end}" for end in ("partial", "previous"))
+    refusal = SaveError(f"{folder} is being written by another process; wait for it, or name another folder")
+    with contextlib.ExitStack() as created, contextlib.ExitStack() as locks:
+        for parent in [parent for parent in reversed(folder.parents) if not parent.exists()]:
+            parent.mkdir(exist_ok=True)
+            created.callback(_remove_empty, parent)
+        new.mkdir(exist_ok=True)
+        if not _lock(new, locks):
+            raise refusal
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            ours = os.fstat(lock).st_ino == os.stat(new).st_ino
-        except (BlockingIOError, FileNotFoundError):
-            ours = False
-        if not ours:
-            raise SaveError(f"{folder} is being written by another process; wait for it, or name another folder")
-        try:
+            if previous.exists():  # of a process that was killed inside _swap
+                shutil.rmtree(previous) if folder.exists() else os.rename(previous, folder)
             for left in new.iterdir():
                 shutil.rmtree(left) if left.is_dir() and not left.is_symlink() else left.unlink()
             yield new
+            # After the swap the old folder has the name `new`: a writer who finds it there must find it locked
+            # for as long as it is being removed.
+            if folder.exists() and not _lock(folder, locks):
+                raise refusal
             _swap(new, folder)
         finally:
             shutil.rmtree(new, ignore_errors=True)  # after the swap this is the old folder
+        created.pop_all()
         _sync(folder.parent)
-    finally:
-        os.close(lock)
+
+
+def _lock(folder: Path, locks: contextlib.ExitStack) -> bool:
+    """Locks a folder until `locks` closes; False if another writer has it.
+
+    The lock dies with its process, so a folder that a killed one left is taken over, not refused.
+    """
+    descriptor = os.open(folder, os.O_RDONLY)
+    locks.callback(os.close, descriptor)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return os.fstat(descriptor).st_ino == os.stat(folder).st_ino
+    except (BlockingIOError, FileNotFoundError):
+        return False
+
+
+def _remove_empty(folder: Path) -> None:
+    with contextlib.suppress(OSError):
+        folder.rmdir()
 
 
 def _swap(new: Path, folder: Path) -> None:
@@ -232,7 +257,11 @@ def _swap(new: Path, folder: Path) -> None:
     # Where the system cannot exchange, two renames: between them only the old folder's new name exists.
     old = folder.parent / f".{folder.name}.previous"
     os.rename(folder, old)
-    os.rename(new, folder)
+    try:
+        os.rename(new, folder)
+    except OSError:
+        os.rename(old, folder)
+        raise
     os.rename(old, new)
 
 

@@ -1,5 +1,7 @@
 """PyTorch state dicts (.bin, .pt), through torch's restricted unpickler only."""
 
+import errno
+import os
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +77,9 @@ def _stored(path: Path, name: str, tensor: Any) -> StoredTensor:
     if dtype not in NUMPY_DTYPES:
         raise CheckpointFormatError(f"{path}: tensor {name} is {dtype}; supported are {', '.join(NUMPY_DTYPES)}")
 
+    if tensor.layout is not _torch().strided or tensor.device.type != "cpu":
+        raise CheckpointFormatError(f"{path}: tensor {name} is {tensor.layout} on {tensor.device}; save it dense")
+
     def read() -> np.ndarray:
         whole = tensor.detach().contiguous()
         if dtype == "bfloat16":  # numpy's comes from ml_dtypes, which torch does not know: hand over the bits
@@ -89,5 +94,12 @@ def rewrite(shard: Path, target: Path) -> None:
     torch = _torch()
     from safetensors.torch import load_file
 
-    torch.save(load_file(shard), target)
+    try:
+        with target.open("xb") as file:
+            torch.save(load_file(shard), file)
+            file.flush()
+            os.fsync(file.fileno())
+    except RuntimeError as error:  # torch's writer, which hides what the system said
+        hidden = error.__context__
+        raise hidden if isinstance(hidden, OSError) else OSError(errno.EIO, str(error).split("\n")[0]) from None
     shard.unlink()
