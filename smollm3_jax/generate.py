@@ -70,7 +70,7 @@ def generate(model: SmolLM3, prompts: Sequence[Sequence[int]], params: SamplingP
                 f"prompt {row} has {len(prompt)} tokens; with max_new_tokens {params.max_new_tokens} that exceeds "
                 f"the model's context of {config.max_position_embeddings}"
             )
-    if not prompts:
+    if len(prompts) == 0:
         return []
     # Lengths are rounded up to powers of two, so that few programs serve all requests.
     longest = _power_of_two(max(map(len, prompts)))
