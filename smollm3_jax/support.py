@@ -12,7 +12,7 @@ from .errors import SupportError
 
 # Oldest pair that the tests run on, and the newest; in between works, beyond is untested.
 FLOOR = {"python": "3.11", "jax": "0.10.2", "flax": "0.12.8"}
-NEWEST = {"python": "3.13", "jax": "0.12.0.1", "flax": "0.12.12"}
+NEWEST = {"python": "3.12", "jax": "0.12.0.1", "flax": "0.12.12"}
 SHOWN = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "safetensors", "tokenizers", "gguf", "libtpu")
 SHOWN += ("torch", "transformers")
 
@@ -32,7 +32,7 @@ def _number(text: str) -> tuple[int, ...]:
 
 
 def _newer(found: str, limit: str) -> bool:
-    """Python 3.13.7 is not newer than 3.13: only as many parts count as the limit has."""
+    """Python 3.12.7 is not newer than 3.12: only as many parts count as the limit has."""
     return _number(found)[: len(_number(limit))] > _number(limit)
 
 
