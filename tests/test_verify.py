@@ -105,6 +105,17 @@ def test_nan_fails_and_is_valid_json(good, tmp_path, capsys):
     assert report["max_abs"] is None and not report["checks"]["finite"]
 
 
+def test_nan_that_no_logit_shows_fails(tmp_path):
+    raw = raw_config("untied")
+    tensors = random_tensors(raw)
+    folder = write_checkpoint(tmp_path, raw, tensors)
+    used = set(np.random.RandomState(0).randint(0, raw["vocab_size"], 64))
+    tensors["model.embed_tokens.weight"][min(set(range(raw["vocab_size"])) - used)] = np.nan
+    write_checkpoint(tmp_path / "nan", raw, tensors)
+    report = verify(tmp_path / "nan", folder)
+    assert report["max_abs"] is not None and not report["checks"]["finite"] and not report["ok"]
+
+
 def test_different_models_cannot_be_compared(good, tmp_path):
     with pytest.raises(CheckpointFormatError, match="num_hidden_layers is 4 in one, 8 in the other"):
         verify(tiny_checkpoint(tmp_path), good)
