@@ -3,9 +3,12 @@
 A strategy is a table; changing the strategy changes the table, never the model.
 """
 
+import dataclasses
 import math
 from collections.abc import Mapping
 
+import jax
+from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 # Stands for every axis of the mesh, whatever their names.
@@ -16,6 +19,14 @@ STRATEGIES: dict[str, dict[str, str]] = {
     "single": {},
     # ZeRO-3: parameters are split along the model width, which every one of them has.
     "fsdp": {"embed": ALL_AXES},
+    # Serving: every head, feed-forward column and vocabulary row lives on one device of a group; groups
+    # share the sequences.
+    "serve_tp": {
+        **{axis: "tensor" for axis in ("heads", "kv_heads", "cache_heads", "mlp", "vocab")},
+        "batch": "data",
+    },
+    # Serving one long sequence: weights as above, the cache split along the context over every device.
+    "serve_tp_long": {**{axis: "tensor" for axis in ("heads", "kv_heads", "mlp", "vocab")}, "context": ALL_AXES},
 }
 
 
@@ -23,6 +34,41 @@ class ShardingError(ValueError):
     """A rule that does not fit the mesh or the array."""
 
     exit_code = 2
+
+
+@dataclasses.dataclass(frozen=True)
+class Sharding:
+    """A mesh and its rules as one hashable value: a static argument of what is compiled for them."""
+
+    mesh: Mesh
+    rules: tuple[tuple[str, str | tuple[str, ...]], ...]
+
+    @classmethod
+    def of(cls, mesh: Mesh, rules: str | Mapping[str, str | tuple[str, ...]]) -> "Sharding":
+        """From a key of STRATEGIES or a table of one's own."""
+        # Auto axes: the compiler places what no rule names. jax.make_mesh no longer makes them by itself.
+        return cls(Mesh(mesh.devices, mesh.axis_names), tuple(sorted(_table(rules).items())))
+
+    @property
+    def platform(self) -> str:
+        """"cpu", "tpu" or "gpu"."""
+        return self.mesh.devices.flat[0].platform
+
+    def mesh_axes(self, axis: str | None) -> tuple[str, ...]:
+        """The mesh axes that a logical axis lies on."""
+        return _mesh_axes(dict(self.rules).get(axis or ""), self.mesh)
+
+    def parts(self, axis: str | None) -> int:
+        """How many pieces a dimension of this logical axis is cut into."""
+        return math.prod(self.mesh.shape[name] for name in self.mesh_axes(axis))
+
+    def spec(self, *axes: str | None) -> PartitionSpec:
+        """The PartitionSpec of an array whose dimensions have these logical axes (None: whole)."""
+        return PartitionSpec(*(self.mesh_axes(axis) or None for axis in axes))
+
+    def constrain(self, x: Array, *axes: str | None) -> Array:
+        """x, placed by the rules."""
+        return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, self.spec(*axes)))
 
 
 def named_sharding(
@@ -43,14 +89,11 @@ def named_sharding(
       ShardingError: an unknown strategy or mesh axis, two dimensions on one mesh axis, or a
         dimension that its mesh axes do not divide.
     """
-    if isinstance(rules, str) and rules not in STRATEGIES:
-        raise ShardingError(f"no sharding strategy {rules!r}; there are {', '.join(STRATEGIES)}")
-    table = STRATEGIES[rules] if isinstance(rules, str) else rules
+    table = _table(rules)
     spec: list[tuple[str, ...] | None] = []
     taken: dict[str, str] = {}
     for axis, length in zip(axes, shape, strict=True):
-        target = table.get(axis)
-        mesh_axes = mesh.axis_names if target == ALL_AXES else (target,) if isinstance(target, str) else target or ()
+        mesh_axes = _mesh_axes(table.get(axis), mesh)
         for mesh_axis in mesh_axes:
             if mesh_axis not in mesh.axis_names:
                 raise ShardingError(
@@ -64,3 +107,17 @@ def named_sharding(
             raise ShardingError(f"{name}: {axis} has length {length}, which {parts} devices do not divide evenly")
         spec.append(tuple(mesh_axes) or None)
     return NamedSharding(mesh, PartitionSpec(*spec))
+
+
+def _table(rules: str | Mapping[str, str | tuple[str, ...]]) -> Mapping[str, str | tuple[str, ...]]:
+    if not isinstance(rules, str):
+        return rules
+    if rules not in STRATEGIES:
+        raise ShardingError(f"no sharding strategy {rules!r}; there are {', '.join(STRATEGIES)}")
+    return STRATEGIES[rules]
+
+
+def _mesh_axes(target: str | tuple[str, ...] | None, mesh: Mesh) -> tuple[str, ...]:
+    if target == ALL_AXES:
+        return mesh.axis_names
+    return (target,) if isinstance(target, str) else target or ()

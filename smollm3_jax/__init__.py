@@ -6,8 +6,9 @@ require_supported()
 
 from .config import GenerationConfig, ModelConfig, RopeScaling  # noqa: E402
 from .errors import SmolLM3Error  # noqa: E402
-from .generate import SamplingParams, generate  # noqa: E402
+from .generate import generate  # noqa: E402
 from .model import SmolLM3  # noqa: E402
+from .sampling import SamplingParams  # noqa: E402
 from .weights.load import from_pretrained  # noqa: E402
 from .weights.save import convert, save_pretrained  # noqa: E402
 

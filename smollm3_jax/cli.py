@@ -174,7 +174,8 @@ def _inspect(args: argparse.Namespace) -> int:
 
 def _generate(args: argparse.Namespace) -> int:
     from .chat.template import render
-    from .generate import SamplingParams, generate
+    from .generate import generate
+    from .sampling import SamplingParams
     from .tokenizer import load_tokenizer
     from .weights.load import load, open_checkpoint
 

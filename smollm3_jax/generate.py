@@ -1,160 +1,372 @@
-"""Text generation: one prefill, then a decode loop that stays on the device until every row is done.
+"""Text generation: the host's side of `decode`. It keeps slots full, and hands out tokens as they come.
 
-Shapes: B batch, T prompt length, N new tokens, V vocabulary.
+Lengths are rounded up to a few sizes, so that few programs serve all requests: a prompt goes in as one
+piece of a power of two (16 to CHUNK) and then whole CHUNKs; rows of the cache hold a power of two of
+tokens; slots come in powers of two.
 """
 
 import dataclasses
-import functools
-import math
-from collections.abc import Sequence
+import logging
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from sharding.rules import Sharding
+
+from .compile_cache import enable
+from .decode import MAX_STEPS, Slots, decode, free, insert, prefill
 from .errors import OptionError
-from .kv_cache import empty_cache
+from .kv_cache import KVCache, empty_cache
 from .model import SmolLM3
+from .sampling import MAX_STOP_IDS, Choice, SamplingParams
+from .tokenizer import Tokenizer
+
+log = logging.getLogger(__name__)
+
+# The most tokens of a prompt that go through the model at once: enough to keep it busy, and a bound on
+# what prefill takes in memory.
+CHUNK = {"cpu": 512}
+ACCELERATOR_CHUNK = 2048
+MIN_PIECE = 16
+MIN_CAPACITY = 128
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class SamplingParams:
-    """How to choose tokens, and when to stop.
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """A prompt, as token ids, and how to continue it."""
 
-    max_new_tokens: at most so many are generated, the end-of-sequence token included.
-    temperature: 0 is greedy.
-    top_k: sample among the k likeliest only; 0 is off.
-    top_p: sample among the fewest tokens that hold this much probability; 1 is off.
-    seed: row i of a batch draws with seed + i.
+    prompt: Sequence[int]
+    params: SamplingParams = dataclasses.field(default_factory=SamplingParams)
 
-    Raises:
-      OptionError: a value is out of range.
+
+@dataclasses.dataclass(frozen=True)
+class Logprob:
+    """A chosen token's log-probability, and the likeliest tokens' with their ids, likeliest first."""
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Delta:
+    """What came of one sequence since the last time.
+
+    request, sample: which one; token_ids: new ones only; text: new text, if there is a tokenizer;
+    logprobs: of token_ids, if asked for; prompt_logprobs: once, with the first delta, if asked for;
+    finish_reason: "stop" or "length" with the last delta, else None.
     """
 
-    max_new_tokens: int = 128
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    seed: int = 0
-
-    def __post_init__(self):
-        def check(ok: bool, field: str, must: str) -> None:
-            if not ok:
-                raise OptionError(f"{field} is {getattr(self, field)!r}; it must be {must}")
-
-        check(isinstance(self.max_new_tokens, int) and self.max_new_tokens >= 1, "max_new_tokens", "at least 1")
-        check(math.isfinite(self.temperature) and self.temperature >= 0, "temperature", "0 (greedy) or more")
-        check(isinstance(self.top_k, int) and self.top_k >= 0, "top_k", "0 (off) or more")
-        check(0 < self.top_p <= 1, "top_p", "above 0 and at most 1")
-        check(isinstance(self.seed, int) and 0 <= self.seed < 2**32, "seed", "from 0 to 2**32 - 1")
+    request: int
+    sample: int
+    token_ids: tuple[int, ...]
+    text: str
+    logprobs: tuple[Logprob, ...] | None
+    prompt_logprobs: tuple[float, ...] | None
+    finish_reason: str | None
 
 
-def generate(model: SmolLM3, prompts: Sequence[Sequence[int]], params: SamplingParams | None = None) -> list[list[int]]:
-    """New token ids for each prompt; a row that met an end-of-sequence token ends with it.
+@dataclasses.dataclass
+class Completion:
+    """A finished sequence. token_ids are the new ones, the stop token included; text ends before a stop."""
 
-    Prompts may differ in length: a row's result does not depend on the other rows.
+    token_ids: list[int]
+    text: str
+    finish_reason: str
+    logprobs: list[Logprob] | None
+    prompt_logprobs: list[float] | None
+
+
+def generate(
+    model: SmolLM3,
+    prompts: Sequence[Sequence[int]],
+    params: SamplingParams | None = None,
+    *,
+    sharding: Sharding | None = None,
+) -> list[list[int]]:
+    """New token ids for each prompt (for each sample of each prompt, if params.n > 1).
+
+    A row that met an end-of-sequence token ends with it. Prompts may differ in length: a row's result
+    does not depend on the other rows.
 
     Raises:
       OptionError: a prompt is empty, holds an id outside the vocabulary, or leaves no room in the context.
     """
     params = params or SamplingParams()
-    config = model.config
-    for row, prompt in enumerate(prompts):
-        if len(prompt) == 0:
-            raise OptionError(f"prompt {row} is empty; give at least one token")
-        if bad := [i for i in prompt if not 0 <= i < config.vocab_size]:
-            raise OptionError(f"prompt {row} holds the id {bad[0]}; the vocabulary has {config.vocab_size} tokens")
-        if len(prompt) + params.max_new_tokens > config.max_position_embeddings:
-            raise OptionError(
-                f"prompt {row} has {len(prompt)} tokens; with max_new_tokens {params.max_new_tokens} that exceeds "
-                f"the model's context of {config.max_position_embeddings}"
-            )
-    if len(prompts) == 0:
-        return []
-    # Lengths are rounded up to powers of two, so that few programs serve all requests.
-    longest = _power_of_two(max(map(len, prompts)))
-    room = _power_of_two(params.max_new_tokens)
-    tokens_BT = np.zeros((len(prompts), longest), np.int32)
-    for row, prompt in enumerate(prompts):
-        tokens_BT[row, : len(prompt)] = prompt
-    new_BN, counts_B = _generate(
-        model,
-        jnp.asarray(tokens_BT),
-        jnp.array([len(prompt) for prompt in prompts], jnp.int32),
-        jnp.array(params.max_new_tokens, jnp.int32),
-        jnp.array([params.temperature, params.top_p], jnp.float32),
-        jnp.array(params.top_k, jnp.int32),
-        jnp.array([(params.seed + row) % 2**32 for row in range(len(prompts))], jnp.uint32),
-        room=room,
-        greedy=params.temperature == 0,
-    )
-    return [row[:count].tolist() for row, count in zip(np.asarray(new_BN), np.asarray(counts_B), strict=True)]
+    # Row i draws with seed + i; the samples of a prompt follow each other.
+    requests = [
+        Request(prompt, dataclasses.replace(params, seed=(params.seed + row * params.n) % 2**32))
+        for row, prompt in enumerate(prompts)
+    ]
+    return [completion.token_ids for completion in complete(model, requests, sharding=sharding)]
 
 
-def _power_of_two(n: int) -> int:
-    return max(16, 1 << (n - 1).bit_length())
+def complete(model: SmolLM3, requests: Sequence[Request], **options: Any) -> list[Completion]:
+    """All requests to their end, in order, samples of one request side by side; options as for `stream`."""
+    done = [
+        [Completion([], "", "", None, None) for _ in range(request.params.n)] for request in requests
+    ]
+    for delta in stream(model, requests, **options):
+        completion = done[delta.request][delta.sample]
+        completion.token_ids += delta.token_ids
+        completion.text += delta.text
+        if delta.logprobs is not None:
+            completion.logprobs = (completion.logprobs or []) + list(delta.logprobs)
+        if delta.prompt_logprobs is not None:
+            completion.prompt_logprobs = list(delta.prompt_logprobs)
+        completion.finish_reason = delta.finish_reason or ""
+    return [completion for samples in done for completion in samples]
 
 
-@functools.partial(jax.jit, static_argnames=("room", "greedy"))
-def _generate(
+def stream(
     model: SmolLM3,
-    tokens_BT: Array,
-    lengths_B: Array,
-    limit: Array,
-    temperature_top_p: Array,
-    top_k: Array,
-    seeds_B: Array,
+    requests: Iterable[Request],
     *,
-    room: int,
-    greedy: bool,
-) -> tuple[Array, Array]:
-    """(new tokens [B, N], how many of them count [B])."""
-    batch, length = tokens_BT.shape
-    stop_ids = jnp.array(model.generation_config.eos_token_id, jnp.int32)
-    keys_B = jax.vmap(jax.random.key)(seeds_B)
-    segments_BT = (jnp.arange(length) < lengths_B[:, None]).astype(jnp.int32)
+    tokenizer: Tokenizer | None = None,
+    max_slots: int = 64,
+    capacity: int | None = None,
+    cache_dtype: Any = None,
+    steps: int = MAX_STEPS,
+    sharding: Sharding | None = None,
+) -> Iterator[Delta]:
+    """Runs requests side by side in slots of the cache, and yields what they say as it comes.
 
-    def choose(x_BD: Array, step: Array) -> Array:
-        logits_BV = model.unembed(x_BD)
-        if greedy:
-            return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
-        step_keys_B = jax.vmap(jax.random.fold_in, (0, None))(keys_B, step)
-        return jax.vmap(sample, (0, 0, None, None, None))(
-            logits_BV, step_keys_B, temperature_top_p[0], top_k, temperature_top_p[1]
+    A slot that has finished takes the next request at once. Closing the iterator stops everything.
+
+    Args:
+      requests: read as slots become free if `capacity` is given, at once if it is not.
+      tokenizer: for text, stop texts and thinking budgets.
+      max_slots: at most so many sequences at a time.
+      capacity: the most tokens that a sequence may have, its prompt included.
+      cache_dtype: None is the model's; "int8" halves it.
+      steps: how many tokens of each sequence come at a time, at most 16.
+      sharding: the mesh and rules that the model was placed by; None on one device.
+
+    Raises:
+      OptionError: a request that cannot be run, when its turn comes.
+    """
+    enable()
+    if capacity is None:
+        requests = list(requests)
+        for index, request in enumerate(requests):
+            _check(model, index, request, tokenizer, None)
+        capacity = max((len(r.prompt) + r.params.max_new_tokens for r in requests), default=0)
+        max_slots = min(max_slots, sum(r.params.n for r in requests))
+    if not max_slots:
+        return
+    batch = 1 << (max_slots - 1).bit_length()
+    room = max(MIN_CAPACITY, 1 << (capacity - 1).bit_length())
+    cache = empty_cache(model.config, batch, room, cache_dtype or model.dtype, sharding)
+    slots = _no_slots(model, batch)
+    chunk = CHUNK.get(sharding.platform if sharding else jax.default_backend(), ACCELERATOR_CHUNK)
+    running: dict[int, _Sequence] = {}
+    waiting = enumerate(requests)
+    samples: list[_Sequence] = []  # of the request at hand that have no slot yet
+    log.debug("%d slots of %d tokens", batch, room)
+    while True:
+        source, first = None, None
+        for slot in [slot for slot in range(batch) if slot not in running]:
+            if not samples:
+                source = None
+                index, request = next(waiting, (0, None))
+                if request is None:
+                    break
+                _check(model, index, request, tokenizer, capacity)
+                samples = [_Sequence(model, index, i, request, tokenizer) for i in range(request.params.n)]
+            sequence = samples.pop(0)
+            if source is None:
+                cache, logprobs = _prefill(model, cache, slot, sequence.request, chunk, sharding)
+                sequence.prompt_logprobs, source = logprobs, slot
+            first = None if source == slot else jnp.array(source)
+            length = jnp.array(len(sequence.request.prompt) - 1)
+            cache, slots = insert(cache, slots, jnp.array(slot), sequence.slot(), length, first)
+            running[slot] = sequence
+        if not running:
+            return
+        cache, slots, chosen = decode(model, cache, slots, jnp.array(steps), sharding=sharding)
+        chosen = jax.device_get(chosen)
+        for slot, sequence in list(running.items()):
+            delta = sequence.take(slot, chosen)
+            if delta.finish_reason:
+                del running[slot]
+                slots = free(slots, jnp.array(slot))
+            yield delta
+
+
+def pieces(length: int, chunk: int, capacity: int) -> Iterator[tuple[int, int, int, int]]:
+    """How a prompt goes in: (start, tokens, tokens with padding, bound on what is there before) of each piece."""
+    first = (length - 1) % chunk + 1 if length else 0
+    start, count = 0, first
+    while start < length:
+        padded = max(MIN_PIECE, 1 << (count - 1).bit_length())
+        past = 0 if start == 0 else min(capacity, max(chunk, 1 << (start - 1).bit_length()))
+        yield start, count, padded, past
+        start, count = start + count, chunk
+
+
+def _prefill(
+    model: SmolLM3, cache: KVCache, slot: int, request: Request, chunk: int, sharding: Sharding | None
+) -> tuple[KVCache, tuple[float, ...] | None]:
+    """All but the last token of a prompt into a slot, and the log-probabilities of all but its first."""
+    prompt = np.asarray(request.prompt, np.int32)
+    logprobs: list[Array] = []
+    for start, count, padded, past in pieces(len(prompt) - 1, chunk, cache.capacity):
+        tokens = np.zeros((2, padded), np.int32)
+        tokens[:, :count] = prompt[start : start + count], prompt[start + 1 : start + count + 1]
+        cache, values = prefill(
+            model,
+            cache,
+            jnp.array(slot),
+            tokens[:1],
+            tokens[1],
+            jnp.array(count),
+            past=past,
+            logprobs=request.params.prompt_logprobs,
+            sharding=sharding,
+        )
+        if values is not None:
+            logprobs.append(values[:count])
+    if not request.params.prompt_logprobs:
+        return cache, None
+    return cache, tuple(float(value) for piece in jax.device_get(logprobs) for value in piece)
+
+
+def _check(
+    model: SmolLM3, index: int, request: Request, tokenizer: Tokenizer | None, capacity: int | None
+) -> None:
+    config, prompt, params = model.config, request.prompt, request.params
+    if len(prompt) == 0:
+        raise OptionError(f"prompt {index} is empty; give at least one token")
+    if bad := [i for i in prompt if not 0 <= i < config.vocab_size]:
+        raise OptionError(f"prompt {index} holds the id {bad[0]}; the vocabulary has {config.vocab_size} tokens")
+    for room, what in ((config.max_position_embeddings, "the model's context"), (capacity, "the room of a slot")):
+        if room is not None and len(prompt) + params.max_new_tokens > room:
+            raise OptionError(
+                f"prompt {index} has {len(prompt)} tokens; with max_new_tokens {params.max_new_tokens} that exceeds "
+                f"{what} of {room}"
+            )
+    params.check_ids(config.vocab_size)
+    if tokenizer is None and params.stop:
+        raise OptionError("stop texts need a tokenizer; give one, or use stop_token_ids")
+    if params.max_thinking_tokens is not None and -1 in think_ids(tokenizer):
+        raise OptionError("max_thinking_tokens needs a tokenizer that has <think> and </think> as tokens")
+    if len(model.generation_config.eos_token_id) + len(params.stop_token_ids) > MAX_STOP_IDS:
+        raise OptionError(f"stop_token_ids: with the model's own, a sequence has at most {MAX_STOP_IDS}")
+
+
+def think_ids(tokenizer: Tokenizer | None) -> tuple[int, int]:
+    """The tokens that open and close thinking; -1 where there are none."""
+    ids = [None if tokenizer is None else tokenizer.backend.token_to_id(text) for text in ("<think>", "</think>")]
+    return tuple(-1 if i is None else i for i in ids)  # pyright: ignore[reportReturnType]
+
+
+def _no_slots(model: SmolLM3, batch: int) -> Slots:
+    one = _Sequence(model, 0, 0, Request([0]), None).slot()
+    return jax.tree.map(lambda x: jnp.zeros((batch, *np.shape(x)), np.asarray(x).dtype), one)
+
+
+class _Sequence:
+    """One sample of a request on the host: its tokens, and how far its text has been handed out."""
+
+    def __init__(self, model: SmolLM3, index: int, sample: int, request: Request, tokenizer: Tokenizer | None):
+        self.index, self.sample, self.request, self.tokenizer = index, sample, request, tokenizer
+        self.vocab_size = model.config.vocab_size
+        ends = () if request.params.ignore_eos else model.generation_config.eos_token_id
+        self.stop_ids = (*ends, *request.params.stop_token_ids)
+        self.prompt_logprobs: tuple[float, ...] | None = None
+        self.tokens: list[int] = []
+        self.text = ""  # all that is decoded
+        self.handed_out = 0  # characters of it
+        self.decoder = None if tokenizer is None else tokenizer.decode_stream()
+
+    def slot(self) -> Slots:
+        """Its state on the device, without the leading B."""
+        params, prompt = self.request.params, self.request.prompt
+        opens, closes = think_ids(self.tokenizer)
+        budget = params.max_thinking_tokens
+        # A prompt may end inside the thinking that its template opened.
+        last = next((i for i in reversed(prompt) if i in (opens, closes)), None)
+        return Slots(
+            token=np.int32(prompt[-1]),
+            active=np.bool_(True),
+            generated=np.int32(0),
+            limit=np.int32(params.max_new_tokens),
+            stop_ids=np.array([*self.stop_ids, *[-1] * (MAX_STOP_IDS - len(self.stop_ids))], np.int32),
+            think_ids=np.array([opens, closes], np.int32),
+            thinking=np.bool_(last is not None and last == opens),
+            think_left=np.int32(-1 if budget is None else budget),
+            choice=Choice.of(params, prompt, self.sample, self.vocab_size),
         )
 
-    cache = empty_cache(model.config, batch, length + room, model.embed.dtype)
-    x_BTD, cache = model.hidden(tokens_BT, segment_ids=segments_BT, cache=cache)
-    last_BD = jnp.take_along_axis(x_BTD, (lengths_B - 1)[:, None, None], axis=1)[:, 0]
-    first_B = choose(last_BD, jnp.array(0))
-    new_BN = jnp.zeros((batch, room), jnp.int32).at[:, 0].set(first_B)
-    state = (jnp.array(1), new_BN, jnp.isin(first_B, stop_ids), jnp.ones(batch, jnp.int32), cache)
+    def take(self, slot: int, chosen: Any) -> Delta:
+        """What a call of `decode` chose for it."""
+        row = chosen.tokens[slot]
+        new = [int(token) for token in row[row >= 0]]
+        reason = None
+        count = len(new)
+        for i, token in enumerate(new):
+            self.tokens.append(token)
+            stops = token in self.stop_ids
+            self._decode(None if stops else token)
+            if stops or self._meets_stop_text():
+                reason, count = "stop", i + 1
+                break
+        if reason is None and len(self.tokens) >= self.request.params.max_new_tokens:
+            reason = "length"
+        if reason is not None:
+            self._decode(None)
+        prompt_logprobs, self.prompt_logprobs = self.prompt_logprobs, None
+        return Delta(
+            request=self.index,
+            sample=self.sample,
+            token_ids=tuple(new[:count]),
+            text=self._hand_out(reason is not None),
+            logprobs=self._logprobs(slot, chosen, count),
+            prompt_logprobs=prompt_logprobs,
+            finish_reason=reason,
+        )
 
-    def unfinished(state: tuple) -> Array:
-        step, _, done_B, _, _ = state
-        return (step < limit) & ~done_B.all()
+    def _decode(self, token: int | None) -> None:
+        if self.decoder is not None:
+            self.text += self.decoder(token)
 
-    def decode(state: tuple) -> tuple:
-        step, new_BN, done_B, counts_B, cache = state
-        x_BTD, cache = model.hidden(jax.lax.dynamic_slice_in_dim(new_BN, step - 1, 1, axis=1), cache=cache)
-        next_B = choose(x_BTD[:, 0], step)
-        # A finished row runs along, but what it says is neither counted nor fed to anyone else.
-        new_BN = jax.lax.dynamic_update_slice_in_dim(new_BN, next_B[:, None], step, axis=1)
-        return step + 1, new_BN, done_B | jnp.isin(next_B, stop_ids), counts_B + ~done_B, cache
+    def _meets_stop_text(self) -> bool:
+        found = [self.text.find(stop, max(0, self.handed_out)) for stop in self.request.params.stop]
+        found = [at for at in found if at >= 0]
+        if found:
+            self.text = self.text[: min(found)]
+            self.decoder = None
+        return bool(found)
 
-    _, new_BN, _, counts_B, _ = jax.lax.while_loop(unfinished, decode, state)
-    return new_BN, counts_B
+    def _hand_out(self, finished: bool) -> str:
+        """New text, without what may yet turn out to begin a stop text."""
+        end = len(self.text)
+        if not finished:
+            for stop in self.request.params.stop:
+                held = next((n for n in range(len(stop) - 1, 0, -1) if self.text.endswith(stop[:n])), 0)
+                end = min(end, len(self.text) - held)
+        end = max(end, self.handed_out)
+        out, self.handed_out = self.text[self.handed_out : end], end
+        return out
 
-
-def sample(logits_V: Array, key: Array, temperature: Array, top_k: Array, top_p: Array) -> Array:
-    """One token id, drawn after temperature, then top-k, then top-p (transformers' order)."""
-    order_V = jnp.argsort(-logits_V)
-    ranked_V = logits_V[order_V] / temperature
-    rank_V = jnp.arange(logits_V.shape[0])
-    ranked_V = jnp.where((top_k == 0) | (rank_V < top_k), ranked_V, -jnp.inf)
-    weights_V = jax.nn.softmax(ranked_V)
-    # Kept: every token before which less than top_p has been gathered, so at least the likeliest.
-    before_V = jnp.cumsum(weights_V) - weights_V
-    ranked_V = jnp.where((before_V < top_p) | (top_p >= 1), ranked_V, -jnp.inf)
-    return order_V[jax.random.categorical(key, ranked_V)].astype(jnp.int32)
+    def _logprobs(self, slot: int, chosen: Any, count: int) -> tuple[Logprob, ...] | None:
+        wanted = self.request.params.logprobs
+        if wanted is None:
+            return None
+        return tuple(
+            Logprob(
+                int(chosen.tokens[slot, i]),
+                float(chosen.logprobs[slot, i]),
+                tuple(
+                    (int(token), float(value))
+                    for token, value in zip(
+                        chosen.top_ids[slot, i, :wanted], chosen.top_logprobs[slot, i, :wanted], strict=True
+                    )
+                ),
+            )
+            for i in range(count)
+        )

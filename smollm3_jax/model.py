@@ -8,6 +8,8 @@ Shapes: B batch, T query length, S key length, D model width, F feed-forward wid
 K key-value heads, E head width, V vocabulary, L layers.
 """
 
+import copy
+import functools
 from typing import Any
 
 import chex
@@ -16,10 +18,13 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
+from sharding.rules import Sharding
+
 from . import rope
-from .attention import attention
+from .attention import attention, decode_attention
 from .config import GenerationConfig, ModelConfig
-from .kv_cache import KVCache, advance, append
+from .kv_cache import KVCache, advance, read, rows, write
+from .quantize import einsum
 
 
 class Block(nnx.Module):
@@ -85,6 +90,8 @@ class SmolLM3(nnx.Module):
         positions: Array | None = None,
         segment_ids: Array | None = None,
         cache: KVCache | None = None,
+        *,
+        sharding: Sharding | None = None,
     ) -> Any:
         """Logits of the next token.
 
@@ -93,7 +100,9 @@ class SmolLM3(nnx.Module):
           positions: int32 [B, T] for RoPE; None counts along the row, padding and documents included
             (only differences of positions within a document matter).
           segment_ids: int32 [B, T]; 0 is padding, other values name documents; None is one document.
-          cache: what came before these tokens.
+            With a cache a row is one document, and padding may only stand at its end.
+          cache: what came before these tokens. It is not donated: the old one stays valid.
+          sharding: the mesh and rules that parameters and cache were placed by; None on one device.
 
         Returns:
           float32 [B, T, V]; with a cache, also the cache that holds these tokens.
@@ -101,7 +110,7 @@ class SmolLM3(nnx.Module):
         tokens = jnp.asarray(tokens)
         chex.assert_rank(tokens, 2)
         chex.assert_equal_shape([x for x in (tokens, positions, segment_ids) if x is not None])
-        return _logits(self, tokens, positions, segment_ids, cache)
+        return _logits(self, tokens, positions, segment_ids, cache, sharding=sharding)
 
     def hidden(
         self,
@@ -109,26 +118,47 @@ class SmolLM3(nnx.Module):
         positions: Array | None = None,
         segment_ids: Array | None = None,
         cache: KVCache | None = None,
+        *,
+        slot: Array | None = None,
+        past: int | None = None,
+        sharding: Sharding | None = None,
     ) -> tuple[Array, KVCache | None]:
-        """The model up to its final norm: [B, T, D] for `unembed`, and the cache (None without one)."""
-        states, _, cache = _run_layers(self, tokens, positions, segment_ids, cache)
+        """The model up to its final norm: [B, T, D] for `unembed`, and the cache (None without one).
+
+        Args:
+          slot: the row of the cache that the tokens, one row of them, continue; None if rows are rows.
+          past: for prefill: at most so many tokens (static) are in the row already. They and the new
+            ones are then seen as one sequence by the attention of whole sequences; None is for a few
+            new tokens, which look at the cache itself.
+        """
+        states, _, cache = _run_layers(self, tokens, positions, segment_ids, cache, slot, past, sharding)
         return _rms_norm(states, self.norm[...], self.config.rms_norm_eps), cache
+
+    @property
+    def dtype(self) -> Any:
+        """Of the activations."""
+        return self.norm.dtype
 
     def unembed(self, x: Array) -> Array:
         """Logits, float32 [..., V], of final hidden states [..., D]."""
-        head = self.embed if self.head is None else self.head
-        return jnp.einsum("...D,VD->...V", x, head[...], preferred_element_type=jnp.float32)
+        return einsum("...D,VD->...V", x, self.embed if self.head is None else self.head)
 
     def layer_states(self, tokens: Array) -> Array:
         """What enters the first layer and what leaves each, [L + 1, B, T, D]: for finding where models part."""
         return _layer_states(self, tokens)
 
 
-@jax.jit
+@functools.partial(jax.jit, static_argnames="sharding")
 def _logits(
-    model: SmolLM3, tokens_BT: Array, positions_BT: Array | None, segments_BT: Array | None, cache: KVCache | None
+    model: SmolLM3,
+    tokens_BT: Array,
+    positions_BT: Array | None,
+    segments_BT: Array | None,
+    cache: KVCache | None,
+    *,
+    sharding: Sharding | None = None,
 ) -> Any:
-    x_BTD, new_cache = model.hidden(tokens_BT, positions_BT, segments_BT, cache)
+    x_BTD, new_cache = model.hidden(tokens_BT, positions_BT, segments_BT, cache, sharding=sharding)
     logits_BTV = model.unembed(x_BTD)
     return logits_BTV if new_cache is None else (logits_BTV, new_cache)
 
@@ -136,26 +166,29 @@ def _logits(
 @jax.jit
 def _layer_states(model: SmolLM3, tokens_BT: Array) -> Array:
     first_BTD = _embed(model, tokens_BT)
-    _, states_LBTD, _ = _run_layers(model, tokens_BT, None, None, None, keep_states=True)
+    _, states_LBTD, _ = _run_layers(model, tokens_BT, keep_states=True)
     return jnp.concatenate([first_BTD[None], states_LBTD])
 
 
 def _run_layers(
     model: SmolLM3,
     tokens_BT: Array,
-    positions_BT: Array | None,
-    segments_BT: Array | None,
-    cache: KVCache | None,
+    positions_BT: Array | None = None,
+    segments_BT: Array | None = None,
+    cache: KVCache | None = None,
+    slot: Array | None = None,
+    past: int | None = None,
+    sharding: Sharding | None = None,
     keep_states: bool = False,
 ) -> tuple[Array, Any, KVCache | None]:
     """Embedding and all blocks: the last state, all of them if kept, and the new cache."""
     config = model.config
     index_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1], dtype=jnp.int32), tokens_BT.shape)
     segments_BT = jnp.ones_like(index_BT) if segments_BT is None else segments_BT
-    kv_segments_BS = segments_BT
+    length_B = jnp.zeros(())  # of no use without a cache
     if cache is not None:
-        index_BT = index_BT + cache.length[:, None]
-        kv_segments_BS = append(cache.segment_ids, segments_BT, cache.length)
+        length_B = cache.length if slot is None else cache.length[slot][None]
+        index_BT = index_BT + length_B[:, None]
     cos, sin = rope.cos_sin(config, index_BT if positions_BT is None else positions_BT)
 
     def step(x_BTD: Array, layer: tuple) -> tuple[Array, Any]:
@@ -163,49 +196,99 @@ def _run_layers(
 
         def attend(q_BTHE: Array, k_BTKE: Array, v_BTKE: Array) -> tuple[Array, Any]:
             q, k, v = rope.rotate(q_BTHE, cos, sin, use_rope), rope.rotate(k_BTKE, cos, sin, use_rope), v_BTKE
-            stored = None
-            if cache is not None:
-                stored = append(cached[0], k, cache.length), append(cached[1], v, cache.length)
-                k, v = stored
+            if cached is None:
+                segments = {"q_segments_BT": segments_BT, "kv_segments_BS": segments_BT}
+                return attention(q, k, v, **segments, window=window, sharding=sharding), None
+            stored = write(cached, k, v, length_B, slot, sharding)
+            if past is None:
+                of_rows = rows(stored, slot)
+                return decode_attention(q, of_rows, length_B=length_B, window=window, sharding=sharding), stored
+            # Read back from what was just written, so that the update stays in place; what lies at or
+            # behind the length is not the past.
+            past_k, past_v = read(stored, slot, past, k.dtype)
+            past_segments_BP = (jnp.arange(past) < length_B[:, None]).astype(jnp.int32)
             out = attention(
-                q, k, v, q_segments_BT=segments_BT, kv_segments_BS=kv_segments_BS, q_index_BT=index_BT, window=window
+                q,
+                jnp.concatenate([past_k, k], axis=1),
+                jnp.concatenate([past_v, v], axis=1),
+                q_segments_BT=segments_BT,
+                kv_segments_BS=jnp.concatenate([past_segments_BP, segments_BT], axis=1),
+                gap_B=past - length_B,
+                window=window,
+                sharding=sharding,
             )
             return out, stored
 
-        x_BTD, stored = block(config, weights, x_BTD, attend)
+        x_BTD, stored = block(config, weights, x_BTD, attend, sharding)
         return x_BTD, (x_BTD if keep_states else None, stored)
 
-    layers = (
-        model.layers,
-        jnp.array(config.rope_layers),
-        None if config.windows is None else jnp.array(config.windows, jnp.int32),
-        None if cache is None else (cache.k, cache.v),
-    )
-    x_BTD, (states, stored) = jax.lax.scan(step, _embed(model, tokens_BT), layers)
+    x_BTD = _embed(model, tokens_BT)
+    windows = (None,) * config.num_hidden_layers if config.windows is None else config.windows
+    if cache is None and isinstance(model.layers, Block):
+        layers = (model.layers, jnp.array(config.rope_layers), _int_or_none(config.windows), None)
+        x_BTD, (states, _) = jax.lax.scan(step, x_BTD, layers)
+        return x_BTD, states, None
+    # Unrolled: on CPU a scan would copy each layer's weights out of their stack, and a cache that goes
+    # through a scan exists twice.
+    kept = []
+    for i, (use_rope, window) in enumerate(zip(config.rope_layers, windows, strict=True)):
+        cached = None if cache is None else cache.layers[i]
+        weights = jax.tree.map(lambda x, i=i: x[i], model.layers) if isinstance(model.layers, Block) else model.layers[i]
+        x_BTD, out = step(x_BTD, (weights, jnp.array(use_rope), _int_or_none(window), cached))
+        kept.append(out)
+    states = jnp.stack([state for state, _ in kept]) if keep_states else None
     if cache is None:
         return x_BTD, states, None
-    new_cache = KVCache(*stored, segment_ids=kv_segments_BS, length=advance(cache.length, segments_BT))
-    return x_BTD, states, new_cache
+    new_length_B = advance(length_B, segments_BT)
+    length = new_length_B if slot is None else cache.length.at[slot].set(new_length_B[0])
+    return x_BTD, states, KVCache(tuple(stored for _, stored in kept), length)
 
 
-def block(config: ModelConfig, p: Block, x_BTD: Array, attend: Any) -> tuple[Array, Any]:
+def unstacked(model: SmolLM3) -> SmolLM3:
+    """The same model with one Block a layer (`nnx.List`) instead of one stack of all; both compute the same.
+
+    It copies the layers: to load a large model so, ask the loader.
+    """
+
+    def layer(i: int) -> Block:
+        block = jax.tree.map(lambda x: x[i], model.layers)
+        for param in jax.tree.leaves(block, is_leaf=lambda x: isinstance(x, nnx.Variable)):
+            param.set_metadata(axes=param.get_metadata("axes")[1:])
+        return block
+
+    out = copy.copy(model)
+    out.layers = nnx.List([layer(i) for i in range(model.config.num_hidden_layers)])
+    return out
+
+
+def _int_or_none(x: Any) -> Array | None:
+    return None if x is None else jnp.array(x, jnp.int32)
+
+
+def block(
+    config: ModelConfig, p: Block, x_BTD: Array, attend: Any, sharding: Sharding | None = None
+) -> tuple[Array, Any]:
     """One layer. `attend` maps q, k and v to attention's output [B, T, H, E] and what it wants kept."""
+
+    def placed(x_BTD: Array) -> Array:
+        return x_BTD if sharding is None else sharding.constrain(x_BTD, "batch", "length", "residual")
+
     h_BTD = _rms_norm(x_BTD, p.attn_norm[...], config.rms_norm_eps)
     q_BTHE = _linear("BTD,HED->BTHE", h_BTD, p.q, p.q_bias)
     k_BTKE = _linear("BTD,KED->BTKE", h_BTD, p.k, p.k_bias)
     v_BTKE = _linear("BTD,KED->BTKE", h_BTD, p.v, p.v_bias)
     out_BTHE, kept = attend(q_BTHE, k_BTKE, v_BTKE)
-    x_BTD = x_BTD + _linear("BTHE,DHE->BTD", out_BTHE, p.o, p.o_bias)
+    x_BTD = placed(x_BTD + _linear("BTHE,DHE->BTD", out_BTHE, p.o, p.o_bias))
 
     h_BTD = _rms_norm(x_BTD, p.mlp_norm[...], config.rms_norm_eps)
     gate_BTF = jax.nn.silu(_linear("BTD,FD->BTF", h_BTD, p.gate, p.gate_bias))
     up_BTF = _linear("BTD,FD->BTF", h_BTD, p.up, p.up_bias)
-    return x_BTD + _linear("BTF,DF->BTD", gate_BTF * up_BTF, p.down, p.down_bias), kept
+    return placed(x_BTD + _linear("BTF,DF->BTD", gate_BTF * up_BTF, p.down, p.down_bias)), kept
 
 
 def _linear(spec: str, x: Array, weight: nnx.Param, bias: nnx.Param | None) -> Array:
     """einsum that accumulates and adds the bias in float32, then rounds once to x's dtype."""
-    out = jnp.einsum(spec, x, weight[...], preferred_element_type=jnp.float32)
+    out = einsum(spec, x, weight)
     return (out if bias is None else out + bias[...]).astype(x.dtype)
 
 

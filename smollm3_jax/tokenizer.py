@@ -1,6 +1,7 @@
 """tokenizer.json through the `tokenizers` library, with the chat template and special tokens beside it."""
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,30 @@ class Tokenizer:
     def decode(self, ids: list[int], skip_special_tokens: bool = True) -> str:
         """The text of token ids; ids of padding rows, which no token has, give nothing."""
         return self.backend.decode(ids, skip_special_tokens=skip_special_tokens)
+
+    def decode_stream(self, skip_special_tokens: bool = True) -> Callable[[int | None], str]:
+        """A function from the next token id to the text that has become certain.
+
+        A character may take several tokens. None ends the text: what is then incomplete comes out as
+        `decode` writes it, so that the pieces joined are what `decode` gives for all ids.
+        """
+        from tokenizers.decoders import DecodeStream
+
+        pieces = DecodeStream(skip_special_tokens=skip_special_tokens)
+        ids: list[int] = []
+        said = 0
+
+        def step(token: int | None) -> str:
+            nonlocal said
+            if token is None:
+                piece = self.decode(ids, skip_special_tokens)[said:]
+            else:
+                ids.append(token)
+                piece = pieces.step(self.backend, token) or ""
+            said += len(piece)
+            return piece
+
+        return step
 
 
 def load_tokenizer(folder: str | Path, config: ModelConfig) -> Tokenizer:

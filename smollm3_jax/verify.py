@@ -13,8 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from .errors import CheckpointFormatError, OptionError, SupportError
-from .generate import SamplingParams, generate
+from .generate import generate
 from .model import SmolLM3
+from .sampling import SamplingParams
 from .progress import busy
 from .tokenizer import load_tokenizer
 from .weights import hub

@@ -8,13 +8,14 @@ import dataclasses
 import functools
 import math
 import re
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 from flax import nnx
 
 from ..config import AXIS_FIELDS, GenerationConfig, ModelConfig
-from ..model import SmolLM3
+from ..model import SmolLM3, unstacked
 
 # parameter of the model, Hugging Face name, GGUF name; {} is the layer. In Hugging Face's order,
 # so that shards come out as the reference implementation writes them.
@@ -62,9 +63,23 @@ def parameters(model: SmolLM3) -> dict[str, nnx.Param]:
     return {param: found.pop(param) for param, _, _ in TABLE if param in found} | found
 
 
-def abstract_model(config: ModelConfig, dtype: Any, generation_config: GenerationConfig | None = None) -> SmolLM3:
-    """The model with `jax.ShapeDtypeStruct`s in place of arrays."""
-    return jax.eval_shape(lambda: SmolLM3(config, rngs=nnx.Rngs(0), dtype=dtype, generation_config=generation_config))
+def place(slot: Slot, params: Mapping[str, Any]) -> tuple[str, int | None]:
+    """The path of the parameter that holds a slot's tensor, and its index there if layers are stacked."""
+    if slot.layer is None or slot.param in params:
+        return slot.param, slot.layer
+    return slot.param.replace("layers.", f"layers.{slot.layer}.", 1), None
+
+
+def abstract_model(
+    config: ModelConfig, dtype: Any, generation_config: GenerationConfig | None = None, stacked: bool = True
+) -> SmolLM3:
+    """The model with `jax.ShapeDtypeStruct`s in place of arrays; its layers as one stack, or one by one."""
+
+    def build() -> SmolLM3:
+        model = SmolLM3(config, rngs=nnx.Rngs(0), dtype=dtype, generation_config=generation_config)
+        return model if stacked else unstacked(model)
+
+    return jax.eval_shape(build)
 
 
 def slots(config: ModelConfig) -> dict[str, Slot]:

@@ -22,7 +22,7 @@ from ..model import SmolLM3
 from ..progress import progress
 from ..tokenizer import load_tokenizer
 from . import gguf, hub, safetensors, torch_files
-from .key_map import EMBED_NAME, HEAD_NAME, Slot, abstract_model, hf_name_of_gguf, parameters, slots
+from .key_map import EMBED_NAME, HEAD_NAME, Slot, abstract_model, hf_name_of_gguf, parameters, place, slots
 from .stored import NUMPY_DTYPES, StoredTensor, is_finite, raw_bytes
 
 # Files that make a folder a whole model beside its weights and configs; they are copied as they are.
@@ -176,6 +176,7 @@ def from_pretrained(
     mesh: Mesh | None = None,
     rules: str | Mapping[str, Any] | None = None,
     *,
+    stacked: bool | None = None,
     revision: str | None = None,
     token: str | None = None,
 ) -> SmolLM3:
@@ -186,17 +187,24 @@ def from_pretrained(
       dtype: float32, bfloat16 or float16; None keeps the checkpoint's own, which must then be one.
       mesh: place every parameter on this mesh; None is the default device.
       rules: a strategy of `sharding.rules` or a table of one's own; None with a mesh means "fsdp".
+      stacked: the layers' parameters as one array (compiles fast; what training wants) or as one a layer
+        (what decoding on a CPU wants: three times as fast); None takes the latter on one CPU alone.
       revision, token: of the hub.
 
     Raises:
       SmolLM3Error: what is wrong, with the file, tensor or field by name.
       ShardingError: the rules do not fit the mesh or the model.
     """
-    return load(open_checkpoint(hub.resolve(model, revision, token)), dtype, mesh, rules)
+    return load(open_checkpoint(hub.resolve(model, revision, token)), dtype, mesh, rules, stacked=stacked)
 
 
 def load(
-    checkpoint: Checkpoint, dtype: Any = None, mesh: Mesh | None = None, rules: str | Mapping[str, Any] | None = None
+    checkpoint: Checkpoint,
+    dtype: Any = None,
+    mesh: Mesh | None = None,
+    rules: str | Mapping[str, Any] | None = None,
+    *,
+    stacked: bool | None = None,
 ) -> SmolLM3:
     """As `from_pretrained`, from an open checkpoint."""
     config, tensors = checkpoint.config, checkpoint.tensors
@@ -219,13 +227,16 @@ def load(
     if any(tensor.dtype != target for tensor in tensors.values()):
         log.info("casting %s tensors to %s", own, target)
     config = dataclasses.replace(config, dtype=target) if target != (config.dtype or own) else config
-    model = abstract_model(config, target, checkpoint.generation_config)
+    if stacked is None:
+        stacked = mesh is not None or jax.default_backend() != "cpu"
+    model = abstract_model(config, target, checkpoint.generation_config, stacked)
+    params = parameters(model)
     by_param: dict[str, list[StoredTensor]] = {}
     for name, slot in slots(config).items():
-        by_param.setdefault(slot.param, []).append(tensors[name])
+        by_param.setdefault(place(slot, params)[0], []).append(tensors[name])
     not_finite: dict[str, None] = {}  # names in order, each once
     with progress("loading", sum(tensor.nbytes for tensor in tensors.values())) as done:
-        for path, param in parameters(model).items():
+        for path, param in params.items():
             axes = param.get_metadata("axes")
             if mesh is None:
                 sharding = SingleDeviceSharding(jax.local_devices()[0])

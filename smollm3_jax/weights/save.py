@@ -20,7 +20,7 @@ from ..errors import OptionError, SaveError
 from ..model import SmolLM3
 from ..progress import progress
 from . import hub, safetensors, torch_files
-from .key_map import parameters, slots
+from .key_map import parameters, place, slots
 from .load import check_dtype, open_checkpoint
 from .stored import NUMPY_DTYPES, StoredTensor
 
@@ -54,11 +54,12 @@ def _tensors(model: SmolLM3) -> list[StoredTensor]:
     params = parameters(model)
     tensors = []
     for name, slot in slots(model.config).items():
-        param = params[slot.param]
+        path, layer = place(slot, params)
+        param = params[path]
 
-        def read(array=param[...], slot=slot) -> np.ndarray:
+        def read(array=param[...], layer=layer, shape=slot.shape) -> np.ndarray:
             # Brought to the host one tensor at a time; the index is taken on the device.
-            return np.asarray(array if slot.layer is None else array[slot.layer]).reshape(slot.shape)
+            return np.asarray(array if layer is None else array[layer]).reshape(shape)
 
         tensors.append(StoredTensor(name=name, dtype=param.dtype.name, shape=slot.shape, file="", read=read))
     return tensors

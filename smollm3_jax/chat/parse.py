@@ -1,0 +1,289 @@
+"""Splits the text that the model writes into thinking, text and tool calls, while it is still writing.
+
+What SmolLM3 writes is thinking, text, and calls in JSON or in Python:
+
+    <think>
+    The user wants ...
+    </think>
+    Let me look.
+    <tool_call>
+    {"name": "get_weather", "arguments": {"city": "Copenhagen"}}
+    </tool_call>
+    <code>get_weather(city="Copenhagen")</code>
+
+A model can write anything, so nothing here fails: a call that cannot be understood is text with a reason. The
+first closing tag ends a block, even within a string; until then all other tags are part of it.
+
+Nothing is lost. The thinking, the text and the markup of the calls, in order, are what the model wrote, but for
+the think tags and this whitespace: one newline after <think> and one before </think>; the newlines after </think>;
+one newline between text and a call; and whitespace alone between calls, think blocks, and the ends of the answer.
+So `parse` undoes what `template.normalize` writes. The events, joined, do not depend on how the text was cut into
+pieces, and the work is proportional to its length.
+"""
+
+import ast
+import json
+import re
+import threading
+import warnings
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+MAX_CALL = 1 << 20  # characters between the tags of a call, more than the model's context holds
+MAX_DEPTH = 100  # levels of objects and lists, so that whoever walks through the arguments by recursion can
+
+
+@dataclass(frozen=True)
+class Thinking:
+    """A piece of what the model wrote between <think> and </think>."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class Text:
+    """A piece of the answer, or with a reason the whole markup of a call that is none."""
+
+    text: str
+    reason: str | None = None
+
+
+@dataclass(frozen=True)
+class ToolCall:
+    """A call with arguments that JSON can hold; a positional one of Python code is named by its place, "0", "1", ..."""
+
+    name: str
+    arguments: dict[str, Any]
+    # What the model wrote, for who has no such tool; of several calls in one block the first has all of it.
+    markup: str = field(default="", compare=False, repr=False)
+
+
+Event = Thinking | Text | ToolCall
+
+
+@dataclass(frozen=True)
+class Message:
+    """A whole answer; `problems` are the reasons for which parts of the text are not calls."""
+
+    thinking: str
+    text: str
+    tool_calls: tuple[ToolCall, ...]
+    problems: tuple[str, ...]
+
+
+def parse(text: str, thinking: bool = False) -> Message:
+    """A whole answer at once; see `Parser`."""
+    parser = Parser(thinking)
+    events = parser.feed(text) + parser.finish()
+    return Message(
+        thinking="".join(event.text for event in events if isinstance(event, Thinking)),
+        text="".join(event.text for event in events if isinstance(event, Text)),
+        tool_calls=tuple(event for event in events if isinstance(event, ToolCall)),
+        problems=tuple(event.reason for event in events if isinstance(event, Text) and event.reason),
+    )
+
+
+# The block that is open, by its tag, "" for none -> the tags that matter within it.
+_TAGS = {
+    "": ("<think>", "<tool_call>", "<code>"),
+    "<think>": ("</think>",),
+    "<tool_call>": ("</tool_call>",),
+    "<code>": ("</code>",),
+}
+_PATTERNS = {block: re.compile("|".join(tags)) for block, tags in _TAGS.items()}
+_LONGEST = max(len(tag) for tags in _TAGS.values() for tag in tags)
+
+
+class Parser:
+    """Takes an answer piece by piece; each piece of text comes out as soon as it cannot be part of a tag.
+
+    Args:
+      thinking: the prompt ended with <think>, so the answer begins within the block.
+    """
+
+    def __init__(self, thinking: bool = False):
+        self._tail = ""  # of what came in: perhaps the beginning of a tag
+        self._enter("<think>" if thinking else "", trim=thinking)
+
+    def feed(self, text: str) -> list[Event]:
+        text, self._tail, at = self._tail + text, "", 0
+        events: list[Event] = []
+        while at < len(text):
+            room = MAX_CALL - self._size if self._block in _READERS else len(text)
+            # Only as far as a call may reach: a search to the end for each call would not be linear.
+            match = _PATTERNS[self._block].search(text, at, at + room + _LONGEST)
+            end = match.start() if match else _unfinished_tag(text, at, _TAGS[self._block])
+            if end - at > room:
+                events += self._take(text[at : at + room])
+                events += self._refuse("".join(self._markup), f"the call is longer than {MAX_CALL} characters")
+                at += room
+                continue
+            events += self._take(text[at:end])
+            if not match:
+                self._tail = text[end:]
+                break
+            events += self._turn(match[0])
+            at = match.end()
+        return events
+
+    def finish(self) -> list[Event]:
+        """What was held back; after it the parser is ready for an answer that starts without thinking."""
+        events = self._take(self._tail)
+        if self._block in _READERS:
+            events += self._refuse("".join(self._markup), f"the call has no </{self._block[1:]}")
+        events += self._release()
+        self._tail = ""
+        self._enter("")
+        return events
+
+    def _enter(self, block: str, *, blank: bool = True, trim: bool = False) -> None:
+        self._block = block
+        self._blank = blank  # no text yet that counts
+        self._trim = trim  # newlines that come now belong to the think tag
+        self._held: list[str] = []  # whitespace that counts unless a tag comes
+        self._markup: list[str] = []  # of the call that is open
+        self._size = 0  # of the markup without its tag
+
+    def _take(self, text: str) -> list[Event]:
+        """Text without tags, in the block that is open."""
+        if self._block in _READERS:
+            self._markup.append(text)
+            self._size += len(text)
+            return []
+        if self._trim and text:
+            text = text.removeprefix("\n") if self._block else text.lstrip("\n")
+            self._trim = not self._block and not text
+        if not text:
+            return []
+        if self._blank and text.isspace() and not self._block:
+            self._held.append(text)
+            return []
+        text = "".join([*self._held, text])
+        shown = text.removesuffix("\n")
+        self._held, self._blank = [text[len(shown) :]], False
+        return [self._event(shown)] if shown else []
+
+    def _turn(self, tag: str) -> list[Event]:
+        """A tag, of those that matter in the block that is open."""
+        if tag == "<think>":
+            events = self._release()
+            self._enter(tag, trim=True)
+            return events
+        if tag == "</think>":
+            self._enter("", trim=True)
+            return []
+        if not self._block:
+            self._block, self._markup = tag, [tag]  # and what is held waits for what the call turns out to be
+            return []
+        payload = "".join(self._markup[1:])
+        markup = self._block + payload + tag
+        try:
+            calls = _READERS[self._block](payload)
+        except (RecursionError, MemoryError):
+            return self._refuse(markup, f"the call is nested deeper than {MAX_DEPTH} levels")
+        except (json.JSONDecodeError, SyntaxError) as error:
+            return self._refuse(markup, f"the call cannot be read: {error.msg}")
+        except Exception as error:  # what a model writes can fail in every way there is
+            return self._refuse(markup, str(error) or type(error).__name__)
+        self._enter("")
+        return [ToolCall(name, arguments, "" if i else markup) for i, (name, arguments) in enumerate(calls)]
+
+    def _refuse(self, markup: str, reason: str) -> list[Event]:
+        """The call that is open is text after all, and so is the whitespace before it."""
+        before = "".join(self._held)
+        self._enter("", blank=False)
+        return [*([Text(before)] if before else []), Text(markup, reason)]
+
+    def _release(self) -> list[Event]:
+        """What was held in case of a tag that did not come."""
+        held = "".join(self._held)
+        return [self._event(held)] if held and (self._block or not self._blank) else []
+
+    def _event(self, text: str) -> Event:
+        return Thinking(text) if self._block else Text(text)
+
+
+def _unfinished_tag(text: str, at: int, tags: Iterable[str]) -> int:
+    """Where the beginning of a tag ends the text; its length if nothing there is one."""
+    start = text.rfind("<", max(at, len(text) - _LONGEST + 1))
+    return start if start >= 0 and any(tag.startswith(text[start:]) for tag in tags) else len(text)
+
+
+_Call = tuple[str, dict[str, Any]]
+
+
+def _read_json(payload: str) -> list[_Call]:
+    call = _load(payload)
+    if not isinstance(call, dict):
+        raise ValueError("the call is not a JSON object")
+    name, arguments = call.get("name"), call.get("arguments")
+    if not isinstance(name, str) or not name:
+        raise ValueError("the call has no name, or one that is not a string")
+    if isinstance(arguments, str) and arguments:
+        arguments = _load(arguments)
+    arguments = {} if arguments in (None, "") else arguments  # as in `template.normalize`
+    if not isinstance(arguments, dict):
+        raise ValueError("the arguments are not a JSON object")
+    return [(name, arguments)]
+
+
+def _load(source: str) -> Any:
+    """A JSON value that can be written as JSON in UTF-8 again, which NaN and half of a surrogate pair cannot."""
+    # Not strict: models write line breaks into strings as they are, and what is meant is clear.
+    value = json.loads(source, object_pairs_hook=_unique, strict=False)
+    level: list[Any] = [[value]]
+    for _ in range(MAX_DEPTH + 1):
+        children = (child for parent in level for child in (parent.values() if isinstance(parent, dict) else parent))
+        level = [child for child in children if isinstance(child, dict | list)]
+    if level:
+        raise RecursionError
+    json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
+    return value
+
+
+def _unique(pairs: Iterable[tuple[Any, Any]]) -> dict[Any, Any]:
+    """Refuses a key that is there twice: which of its values is meant, nobody knows."""
+    found: dict[Any, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise ValueError(f"{key!r:.60} is there twice")
+        found[key] = value
+    return found
+
+
+_warnings = threading.Lock()  # their filters are global; two threads could restore each other's
+
+
+def _read_python(payload: str) -> list[_Call]:
+    with _warnings, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about the model's code, such as "\d" in a string
+        statements = ast.parse(payload.strip()).body
+    if not statements:
+        raise ValueError("the code has no call")
+    return [_python_call(statement) for statement in statements]
+
+
+def _python_call(statement: ast.stmt) -> _Call:
+    match statement:
+        case ast.Expr(ast.Call(ast.Name(name), positional, keywords)) if all(k.arg for k in keywords):
+            pairs = [(str(i), value) for i, value in enumerate(positional)] + [(k.arg, k.value) for k in keywords]
+            arguments = _unique((key, _literal(value)) for key, value in pairs)
+            return name, _load(json.dumps(arguments))
+    raise ValueError("the code is more than calls of functions")
+
+
+def _literal(node: ast.expr | None) -> Any:
+    match node:
+        case ast.Constant(value):
+            return value
+        case ast.UnaryOp(ast.USub(), ast.Constant(int() | float() as value)):
+            return -value
+        case ast.List(items) | ast.Tuple(items):
+            return [_literal(item) for item in items]
+        case ast.Dict(keys, values):
+            return _unique(zip(map(_literal, keys), map(_literal, values), strict=True))
+    raise ValueError("an argument is not a literal")
+
+
+_READERS = {"<tool_call>": _read_json, "<code>": _read_python}

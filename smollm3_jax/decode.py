@@ -1,0 +1,186 @@
+"""What runs on the device to generate: prefill of one slot, and decoding of all slots, several tokens a call.
+
+A slot is a row of the cache and of everything here that has a leading B. Sequences come and go by
+slot, with parameters of their own, and nothing is compiled again.
+
+The last token of a prompt is not prefilled: it is the first that a slot feeds to the decode loop. So
+there is one place where tokens are chosen, and several samples of a prompt are copies of a row.
+
+Shapes: B slots, T tokens of a prompt's piece, N tokens a call, M stop ids, V vocabulary.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from sharding.rules import Sharding
+
+from .kv_cache import KVCache, copy_row
+from .model import SmolLM3
+from .sampling import MAX_LOGPROBS, Choice, choose, log_probabilities
+
+
+# N, the most tokens that one call of `decode` chooses for a slot.
+MAX_STEPS = 16
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Slots:
+    """The sequences being decoded.
+
+    token: int32 [B], what each feeds next; active: bool [B]; generated, limit: int32 [B], how many tokens
+    it has, and may have; stop_ids: int32 [B, M], padded with -1; think_ids: int32 [B, 2], the tokens that
+    open and close thinking (-1: none); thinking: bool [B]; think_left: int32 [B], how many more tokens it
+    may think (negative: any number).
+    """
+
+    token: Any
+    active: Any
+    generated: Any
+    limit: Any
+    stop_ids: Any
+    think_ids: Any
+    thinking: Any
+    think_left: Any
+    choice: Choice
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Chosen:
+    """What one call of `decode` chose: tokens int32 [B, N], -1 behind a sequence's end; their
+    log-probabilities float32 [B, N]; the likeliest ids and log-probabilities [B, N, 20] where asked for."""
+
+    tokens: Array
+    logprobs: Array
+    top_ids: Array
+    top_logprobs: Array
+
+
+@functools.partial(jax.jit, static_argnames=("past", "logprobs", "sharding"), donate_argnames="cache")
+def prefill(
+    model: SmolLM3,
+    cache: KVCache,
+    slot: Array,
+    tokens_1T: Array,
+    next_T: Array,
+    count: Array,
+    *,
+    past: int,
+    logprobs: bool = False,
+    sharding: Sharding | None = None,
+) -> tuple[KVCache, Array | None]:
+    """Puts a piece of a prompt behind what a slot holds.
+
+    Args:
+      tokens_1T: int32 [1, T], padded at the end.
+      next_T: int32 [T], the token that follows each: what log-probabilities are of.
+      count: how many tokens are real.
+      past: at most so many tokens (static) does the slot hold already; 0 for a prompt's first piece.
+
+    Returns:
+      The cache, and float32 [T] of log-probabilities if asked for.
+    """
+    segments_1T = (jnp.arange(tokens_1T.shape[1]) < count).astype(jnp.int32)[None]
+    # A first piece starts the slot anew, whatever it held.
+    cache = dataclasses.replace(cache, length=cache.length.at[slot].set(0)) if past == 0 else cache
+    x_1TD, cache = model.hidden(
+        tokens_1T, segment_ids=segments_1T, cache=cache, slot=slot, past=past, sharding=sharding
+    )
+    assert cache is not None
+    if not logprobs:
+        return cache, None
+
+    def one(x_and_next: tuple[Array, Array]) -> Array:  # a few rows at a time: T x V is large
+        logits_V = model.unembed(x_and_next[0])
+        return logits_V[x_and_next[1]] - jax.nn.logsumexp(logits_V)
+
+    return cache, jax.lax.map(one, (x_1TD[0], next_T), batch_size=16)
+
+
+@functools.partial(jax.jit, donate_argnames=("cache", "slots"))
+def insert(
+    cache: KVCache, slots: Slots, slot: Array, one: Slots, length: Array, source: Array | None
+) -> tuple[KVCache, Slots]:
+    """Starts a sequence in a slot whose prompt has been prefilled.
+
+    Args:
+      one: the slot's new state, without the leading B.
+      length: how many tokens of the prompt the cache holds: all but the last.
+      source: the slot that holds them, if it is another one; None if it is this one.
+    """
+    cache = cache if source is None else copy_row(cache, source, slot)
+    cache = dataclasses.replace(cache, length=cache.length.at[slot].set(length))
+    return cache, jax.tree.map(lambda all, new: all.at[slot].set(new), slots, one)
+
+
+@functools.partial(jax.jit, donate_argnames="slots")
+def free(slots: Slots, slot: Array) -> Slots:
+    """Stops the sequence in a slot."""
+    return dataclasses.replace(slots, active=slots.active.at[slot].set(False))
+
+
+@functools.partial(jax.jit, static_argnames="sharding", donate_argnames=("cache", "slots"))
+def decode(
+    model: SmolLM3, cache: KVCache, slots: Slots, steps: Array, *, sharding: Sharding | None = None
+) -> tuple[KVCache, Slots, Chosen]:
+    """Up to `steps` (at most MAX_STEPS) tokens for each active slot; ends early when none is left."""
+    batch = slots.token.shape[0]
+    width = min(MAX_LOGPROBS, model.config.vocab_size)
+    chosen = Chosen(
+        tokens=jnp.full((batch, MAX_STEPS), -1, jnp.int32),
+        logprobs=jnp.zeros((batch, MAX_STEPS)),
+        top_ids=jnp.zeros((batch, MAX_STEPS, width), jnp.int32),
+        top_logprobs=jnp.zeros((batch, MAX_STEPS, width)),
+    )
+
+    def unfinished(state: tuple) -> Array:
+        step, _, slots, _ = state
+        return (step < steps) & slots.active.any()
+
+    def body(state: tuple) -> tuple:
+        step, cache, slots, chosen = state
+        segments_B1 = slots.active.astype(jnp.int32)[:, None]
+        x_B1D, cache = model.hidden(slots.token[:, None], segment_ids=segments_B1, cache=cache, sharding=sharding)
+        logits_BV = model.unembed(x_B1D[:, 0])
+        token_B = _close_thinking(choose(logits_BV, slots.choice, slots.generated), slots)
+        logprob_B, top_ids, top_logprobs = log_probabilities(logits_BV, token_B, slots.choice.logprobs)
+        # A finished slot runs along; what it says is neither kept nor fed to anyone else.
+        new = Chosen(jnp.where(slots.active, token_B, -1), logprob_B, top_ids, top_logprobs)
+        chosen = jax.tree.map(
+            lambda all, x: jax.lax.dynamic_update_slice_in_dim(all, x[:, None], step, axis=1), chosen, new
+        )
+        return step + 1, cache, _advance(slots, token_B), chosen
+
+    _, cache, slots, chosen = jax.lax.while_loop(unfinished, body, (jnp.array(0), cache, slots, chosen))
+    return cache, slots, chosen
+
+
+def _close_thinking(token_B: Array, slots: Slots) -> Array:
+    spent_B = slots.active & slots.thinking & (slots.think_left == 0)
+    return jnp.where(spent_B, slots.think_ids[:, 1], token_B)
+
+
+def _advance(slots: Slots, token_B: Array) -> Slots:
+    """The slots after each active one has said its token."""
+    was_B = slots.active
+    generated_B = slots.generated + was_B
+    stops_B = (slots.stop_ids == token_B[:, None]).any(axis=1) | (generated_B >= slots.limit)
+    opens_B, closes_B = token_B == slots.think_ids[:, 0], token_B == slots.think_ids[:, 1]
+    rows_B = jnp.arange(token_B.shape[0])
+    return dataclasses.replace(
+        slots,
+        token=jnp.where(was_B, token_B, slots.token),
+        active=was_B & ~stops_B,
+        generated=generated_B,
+        thinking=(slots.thinking | opens_B) & ~closes_B,
+        think_left=jnp.where(slots.thinking & (slots.think_left > 0), slots.think_left - 1, slots.think_left),
+        choice=dataclasses.replace(
+            slots.choice, counts=slots.choice.counts.at[rows_B, token_B].add(was_B.astype(jnp.int32))
+        ),
+    )

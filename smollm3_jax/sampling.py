@@ -1,0 +1,273 @@
+"""How the next token is chosen: the parameters, and the computation for a batch of slots.
+
+Every parameter is an array with one entry a slot, so that requests of all kinds share one program.
+Nothing is sorted: the thresholds of top-k and top-p come from bisection, which needs no memory of its
+own and works on logits that are split over devices.
+
+Shapes: B slots, V vocabulary, N listed ids (padded with -1).
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from .errors import OptionError
+
+# Limits of what one slot carries on the device.
+MAX_STOP_IDS = 16
+MAX_BIASES = 300
+MAX_LOGPROBS = 20
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SamplingParams:
+    """How to choose tokens, and when to stop.
+
+    max_new_tokens: at most so many are generated, the end-of-sequence token included.
+    temperature: 0 is greedy.
+    top_k: sample among the k likeliest only; 0 is off.
+    top_p: sample among the fewest tokens that hold this much probability; 1 is off.
+    min_p: sample among tokens at least this fraction as likely as the likeliest; 0 is off.
+    repetition_penalty: divides positive logits (multiplies negative ones) of all tokens of the prompt
+      and the text so far (arXiv:1909.05858); 1 is off.
+    presence_penalty: subtracted from the logits of tokens generated so far; 0 is off.
+    frequency_penalty: the same, once for each time; 0 is off.
+    logit_bias: token id -> what is added to its logit.
+    stop: texts that end the generation; they are not part of the text.
+    stop_token_ids: ids that end it, beside the model's own end-of-sequence ids.
+    ignore_eos: go on to max_new_tokens whatever comes (for benchmarks); stop and stop_token_ids hold.
+    seed: row i of a batch, or sample i of one prompt, draws with seed + i.
+    n: how many samples of each prompt.
+    logprobs: None, or how many alternatives to each chosen token's log-probability to report (0 to 20).
+      They are the model's own, before penalties, temperature and cuts.
+    prompt_logprobs: report the log-probability of each prompt token after the first.
+    max_thinking_tokens: None, or after how many tokens of thinking `</think>` is written for the model.
+
+    Raises:
+      OptionError: a value is out of range.
+    """
+
+    max_new_tokens: int = 128
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] = dataclasses.field(default_factory=dict)
+    stop: Sequence[str] = ()
+    stop_token_ids: Sequence[int] = ()
+    ignore_eos: bool = False
+    seed: int = 0
+    n: int = 1
+    logprobs: int | None = None
+    prompt_logprobs: bool = False
+    max_thinking_tokens: int | None = None
+
+    def __post_init__(self):
+        def check(ok: bool, field: str, must: str) -> None:
+            if not ok:
+                raise OptionError(f"{field} is {getattr(self, field)!r}; it must be {must}")
+
+        def number(field: str, ok: Any, must: str) -> None:
+            value = getattr(self, field)
+            real = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+            check(real and ok(value), field, must)
+
+        def whole(field: str, low: int, high: int, must: str) -> None:
+            value = getattr(self, field)
+            check(isinstance(value, int) and not isinstance(value, bool) and low <= value <= high, field, must)
+
+        whole("max_new_tokens", 1, 2**31 - 1, "at least 1")
+        number("temperature", lambda x: x >= 0, "0 (greedy) or more")
+        whole("top_k", 0, 2**31 - 1, "0 (off) or more")
+        number("top_p", lambda x: 0 < x <= 1, "above 0 and at most 1")
+        number("min_p", lambda x: 0 <= x <= 1, "from 0 (off) to 1")
+        number("repetition_penalty", lambda x: x > 0, "above 0 (1 is off)")
+        number("presence_penalty", lambda x: True, "a number")
+        number("frequency_penalty", lambda x: True, "a number")
+        whole("seed", 0, 2**32 - 1, "from 0 to 2**32 - 1")
+        whole("n", 1, 1024, "from 1 to 1024")
+        if self.logprobs is not None:
+            whole("logprobs", 0, MAX_LOGPROBS, f"None, or from 0 to {MAX_LOGPROBS}")
+        if self.max_thinking_tokens is not None:
+            whole("max_thinking_tokens", 0, 2**31 - 1, "None, or 0 or more")
+        check(isinstance(self.logit_bias, Mapping), "logit_bias", "a mapping from token ids to numbers")
+        check(len(self.logit_bias) <= MAX_BIASES, "logit_bias", f"of at most {MAX_BIASES} ids")
+        check(
+            all(isinstance(bias, int | float) and math.isfinite(bias) for bias in self.logit_bias.values()),
+            "logit_bias",
+            "of finite numbers",
+        )
+        texts = not isinstance(self.stop, str) and all(isinstance(text, str) and text for text in self.stop)
+        check(texts, "stop", "a list of texts that are not empty")
+        check(len(self.stop_token_ids) <= MAX_STOP_IDS, "stop_token_ids", f"at most {MAX_STOP_IDS} ids")
+
+    def check_ids(self, vocab_size: int) -> None:
+        """Refuses ids that the vocabulary does not have.
+
+        Raises:
+          OptionError: naming the field.
+        """
+        for field in ("logit_bias", "stop_token_ids"):
+            for token in getattr(self, field):
+                if not isinstance(token, int) or not 0 <= token < vocab_size:
+                    raise OptionError(f"{field} names the id {token!r}; the vocabulary has {vocab_size} tokens")
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """What `choose` reads of each slot: its parameters, and what it has said so far.
+
+    temperature, top_p, min_p, repetition, presence, frequency: float32 [B]; top_k, logprobs: int32 [B]
+    (-1: no log-probabilities); seed: uint32 [B]; bias_ids: int32 [B, N]; biases: float32 [B, N];
+    in_prompt: bool [B, V]; counts: int32 [B, V], how often each token was generated.
+    """
+
+    temperature: Any
+    top_k: Any
+    top_p: Any
+    min_p: Any
+    repetition: Any
+    presence: Any
+    frequency: Any
+    seed: Any
+    logprobs: Any
+    bias_ids: Any
+    biases: Any
+    in_prompt: Any
+    counts: Any
+
+    @classmethod
+    def of(cls, params: SamplingParams, prompt: Sequence[int], sample: int, vocab_size: int) -> "Choice":
+        """One slot's, without the leading B."""
+        biases = list(params.logit_bias.items())
+        biases += [(-1, 0.0)] * (MAX_BIASES - len(biases))
+        in_prompt = np.zeros(vocab_size, bool)
+        in_prompt[np.asarray(prompt)] = True
+        f32 = np.float32
+        return cls(
+            temperature=f32(params.temperature),
+            top_k=np.int32(params.top_k),
+            top_p=f32(params.top_p),
+            min_p=f32(params.min_p),
+            repetition=f32(params.repetition_penalty),
+            presence=f32(params.presence_penalty),
+            frequency=f32(params.frequency_penalty),
+            seed=np.uint32((params.seed + sample) % 2**32),
+            logprobs=np.int32(-1 if params.logprobs is None else params.logprobs),
+            bias_ids=np.array([token for token, _ in biases], np.int32),
+            biases=np.array([bias for _, bias in biases], f32),
+            in_prompt=in_prompt,
+            counts=np.zeros(vocab_size, np.int32),
+        )
+
+
+def choose(logits_BV: Array, choice: Choice, step_B: Array) -> Array:
+    """The next token of each slot, int32 [B].
+
+    The order is transformers': penalties and biases, temperature, top-k, top-p, min-p, the draw.
+
+    Args:
+      step_B: how many tokens each slot has generated; with its seed it names the draw, so that a
+        slot's tokens do not depend on the others.
+    """
+    adjusts = (choice.repetition != 1) | (choice.presence != 0) | (choice.frequency != 0) | (choice.bias_ids[:, 0] >= 0)
+    logits_BV = jax.lax.cond(adjusts.any(), lambda x: _adjust(x, choice), lambda x: x, logits_BV)
+    greedy_B = jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
+    draws_B = choice.temperature > 0
+    return jax.lax.cond(
+        draws_B.any(), lambda x: jnp.where(draws_B, _draw(x, choice, step_B), greedy_B), lambda _: greedy_B, logits_BV
+    )
+
+
+def _adjust(logits_BV: Array, choice: Choice) -> Array:
+    seen_BV = choice.in_prompt | (choice.counts > 0)
+    repetition_B1 = choice.repetition[:, None]
+    damped_BV = jnp.where(logits_BV > 0, logits_BV / repetition_B1, logits_BV * repetition_B1)
+    logits_BV = jnp.where(seen_BV, damped_BV, logits_BV)
+    logits_BV -= choice.presence[:, None] * (choice.counts > 0) + choice.frequency[:, None] * choice.counts
+    rows_B1 = jnp.arange(logits_BV.shape[0])[:, None]
+    ids_BN = jnp.where(choice.bias_ids < 0, logits_BV.shape[1], choice.bias_ids)  # dropped: out of range
+    return logits_BV.at[rows_B1, ids_BN].add(choice.biases, mode="drop")
+
+
+def _draw(logits_BV: Array, choice: Choice, step_B: Array) -> Array:
+    temperature_B1 = jnp.where(choice.temperature > 0, choice.temperature, 1)[:, None]
+    kept_BV = cut(logits_BV / temperature_B1, choice.top_k, choice.top_p, choice.min_p)
+    keys_B = jax.vmap(lambda seed, step: jax.random.fold_in(jax.random.key(seed), step))(choice.seed, step_B)
+    return jax.vmap(jax.random.categorical)(keys_B, kept_BV).astype(jnp.int32)
+
+
+def cut(logits_BV: Array, top_k_B: Array, top_p_B: Array, min_p_B: Array) -> Array:
+    """Logits with -inf where top-k, then top-p, then min-p cut off; of equal logits all stay or none."""
+    vocab = logits_BV.shape[1]
+
+    def top_k(logits_BV: Array) -> Array:
+        k_B1 = jnp.where(top_k_B == 0, vocab, top_k_B)[:, None]
+        return _keep_above(logits_BV, lambda kept_BV: kept_BV.sum(axis=1, keepdims=True) >= k_B1)
+
+    def top_p(logits_BV: Array) -> Array:
+        weights_BV = jax.nn.softmax(logits_BV)
+        enough_B1 = top_p_B[:, None]
+        cut_BV = _keep_above(
+            logits_BV, lambda kept_BV: jnp.where(kept_BV, weights_BV, 0).sum(axis=1, keepdims=True) >= enough_B1
+        )
+        # Rounding may leave the sum of all below 1: off is off.
+        return jnp.where(enough_B1 < 1, cut_BV, logits_BV)
+
+    def min_p(logits_BV: Array) -> Array:
+        # A ratio of probabilities is a difference of logits. log(0) = -inf cuts nothing.
+        floor_B1 = logits_BV.max(axis=1, keepdims=True) + jnp.log(min_p_B)[:, None]
+        return jnp.where(logits_BV >= floor_B1, logits_BV, -jnp.inf)
+
+    logits_BV = jax.lax.cond((top_k_B > 0).any(), top_k, lambda x: x, logits_BV)
+    logits_BV = jax.lax.cond((top_p_B < 1).any(), top_p, lambda x: x, logits_BV)
+    return jax.lax.cond((min_p_B > 0).any(), min_p, lambda x: x, logits_BV)
+
+
+def _keep_above(logits_BV: Array, enough: Any) -> Array:
+    """-inf below the highest threshold at which the mask of what is kept (>= threshold) is `enough` in each row.
+
+    Found exactly, by bisection over the bits of float32 in their order as numbers: 32 passes.
+    """
+    bits_BV = jax.lax.bitcast_convert_type(logits_BV, jnp.int32)
+    # Negative floats order backwards; after this, integers order as the floats do.
+    order_BV = jnp.where(bits_BV < 0, bits_BV ^ 0x7FFFFFFF, bits_BV)
+
+    def halve(_: Any, bounds: tuple[Array, Array]) -> tuple[Array, Array]:
+        low, high = bounds  # enough at low, not at high
+        middle = (low >> 1) + (high >> 1) + (low & high & 1)
+        good = enough(order_BV >= middle)
+        return jnp.where(good, middle, low), jnp.where(good, high, middle)
+
+    rows = logits_BV.shape[0]
+    bounds = jnp.full((rows, 1), -(2**31), jnp.int32), jnp.full((rows, 1), 2**31 - 1, jnp.int32)
+    low, _ = jax.lax.fori_loop(0, 32, halve, bounds)
+    return jnp.where(order_BV >= low, logits_BV, -jnp.inf)
+
+
+def log_probabilities(logits_BV: Array, token_B: Array, wanted_B: Array) -> tuple[Array, Array, Array]:
+    """(of the token [B], the likeliest ids [B, 20], theirs [B, 20]); the lists are zeros where none wants them."""
+    chosen_B = jnp.take_along_axis(logits_BV, token_B[:, None], axis=1)[:, 0]
+    total_B = jax.nn.logsumexp(logits_BV, axis=1)
+    width = min(MAX_LOGPROBS, logits_BV.shape[1])
+
+    def listed(logits_BV: Array) -> tuple[Array, Array]:
+        values, ids = jax.lax.top_k(logits_BV, width)
+        return ids.astype(jnp.int32), values - total_B[:, None]
+
+    def nothing(logits_BV: Array) -> tuple[Array, Array]:
+        shape = (logits_BV.shape[0], width)
+        return jnp.zeros(shape, jnp.int32), jnp.zeros(shape)
+
+    ids, values = jax.lax.cond((wanted_B > 0).any(), listed, nothing, logits_BV)
+    return chosen_B - total_B, ids, values
