@@ -24,7 +24,7 @@ from . import rope
 from .attention import attention, decode_attention
 from .config import GenerationConfig, ModelConfig
 from .kv_cache import KVCache, advance, read, rows, write
-from .quantize import einsum
+from .quantize import linear
 
 
 class Block(nnx.Module):
@@ -141,7 +141,7 @@ class SmolLM3(nnx.Module):
 
     def unembed(self, x: Array) -> Array:
         """Logits, float32 [..., V], of final hidden states [..., D]."""
-        return einsum("...D,VD->...V", x, self.embed if self.head is None else self.head)
+        return linear(x, self.embed if self.head is None else self.head)
 
     def layer_states(self, tokens: Array) -> Array:
         """What enters the first layer and what leaves each, [L + 1, B, T, D]: for finding where models part."""
@@ -274,21 +274,21 @@ def block(
         return x_BTD if sharding is None else sharding.constrain(x_BTD, "batch", "length", "residual")
 
     h_BTD = _rms_norm(x_BTD, p.attn_norm[...], config.rms_norm_eps)
-    q_BTHE = _linear("BTD,HED->BTHE", h_BTD, p.q, p.q_bias)
-    k_BTKE = _linear("BTD,KED->BTKE", h_BTD, p.k, p.k_bias)
-    v_BTKE = _linear("BTD,KED->BTKE", h_BTD, p.v, p.v_bias)
+    q_BTHE = _linear(h_BTD, p.q, p.q_bias)
+    k_BTKE = _linear(h_BTD, p.k, p.k_bias)
+    v_BTKE = _linear(h_BTD, p.v, p.v_bias)
     out_BTHE, kept = attend(q_BTHE, k_BTKE, v_BTKE)
-    x_BTD = placed(x_BTD + _linear("BTHE,DHE->BTD", out_BTHE, p.o, p.o_bias))
+    x_BTD = placed(x_BTD + _linear(out_BTHE, p.o, p.o_bias, contracted=2))
 
     h_BTD = _rms_norm(x_BTD, p.mlp_norm[...], config.rms_norm_eps)
-    gate_BTF = jax.nn.silu(_linear("BTD,FD->BTF", h_BTD, p.gate, p.gate_bias))
-    up_BTF = _linear("BTD,FD->BTF", h_BTD, p.up, p.up_bias)
-    return placed(x_BTD + _linear("BTF,DF->BTD", gate_BTF * up_BTF, p.down, p.down_bias)), kept
+    gate_BTF = jax.nn.silu(_linear(h_BTD, p.gate, p.gate_bias))
+    up_BTF = _linear(h_BTD, p.up, p.up_bias)
+    return placed(x_BTD + _linear(gate_BTF * up_BTF, p.down, p.down_bias)), kept
 
 
-def _linear(spec: str, x: Array, weight: nnx.Param, bias: nnx.Param | None) -> Array:
-    """einsum that accumulates and adds the bias in float32, then rounds once to x's dtype."""
-    out = einsum(spec, x, weight)
+def _linear(x: Array, weight: nnx.Param, bias: nnx.Param | None, contracted: int = 1) -> Array:
+    """The product and the bias are added up in float32, then rounded once to x's dtype."""
+    out = linear(x, weight, contracted)
     return (out if bias is None else out + bias[...]).astype(x.dtype)
 
 
@@ -300,7 +300,8 @@ def _rms_norm(x_BTD: Array, weight_D: Array, eps: float) -> Array:
 
 
 def _embed(model: SmolLM3, tokens_BT: Array) -> Array:
-    x_BTD = model.embed[...][tokens_BT]
+    # The barrier keeps XLA:CPU from turning the whole table into float32 before it looks up a few rows.
+    x_BTD = jax.lax.optimization_barrier(model.embed[...][tokens_BT])
     pad = model.config.pad_token_id
     if pad is None:
         return x_BTD
