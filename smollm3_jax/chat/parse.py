@@ -12,13 +12,14 @@ What SmolLM3 writes is thinking, text, and calls in JSON or in Python:
     <code>get_weather(city="Copenhagen")</code>
 
 A model can write anything, so nothing here fails: a call that cannot be understood is text with a reason. The
-first closing tag ends a block, even within a string; until then all other tags are part of it.
+first closing tag ends a block, even within a string; until then all other tags are part of it. Think blocks and
+calls may come anywhere and in any number.
 
 Nothing is lost. The thinking, the text and the markup of the calls, in order, are what the model wrote, but for
 the think tags and this whitespace: one newline after <think> and one before </think>; the newlines after </think>;
-one newline between text and a call; and whitespace alone between calls, think blocks, and the ends of the answer.
-So `parse` undoes what `template.normalize` writes. The events, joined, do not depend on how the text was cut into
-pieces, and the work is proportional to its length.
+one newline before a call; and whitespace with nothing but calls, think blocks and the ends of the answer around it.
+So `parse` undoes what `template.normalize` writes, where no text has a tag in it. The events, joined, do not depend
+on how the text was cut into pieces, and the work is proportional to its length.
 """
 
 import ast
@@ -30,8 +31,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-MAX_CALL = 1 << 20  # characters between the tags of a call, more than the model's context holds
-MAX_DEPTH = 100  # levels of objects and lists, so that whoever walks through the arguments by recursion can
+MAX_CALL = 1 << 20  # characters between the tags of a call; the model's context holds fewer, so longer is text
+MAX_DEPTH = 100  # levels of objects and lists in a call, few enough for recursion in whatever handles it next
 
 
 @dataclass(frozen=True)
@@ -116,7 +117,7 @@ class Parser:
             end = match.start() if match else _unfinished_tag(text, at, _TAGS[self._block])
             if end - at > room:
                 events += self._take(text[at : at + room])
-                events += self._refuse("".join(self._markup), f"the call is longer than {MAX_CALL} characters")
+                events += self._refuse(f"the call is longer than {MAX_CALL} characters")
                 at += room
                 continue
             events += self._take(text[at:end])
@@ -131,7 +132,7 @@ class Parser:
         """What was held back; after it the parser is ready for an answer that starts without thinking."""
         events = self._take(self._tail)
         if self._block in _READERS:
-            events += self._refuse("".join(self._markup), f"the call has no </{self._block[1:]}")
+            events += self._refuse(f"the call has no </{self._block[1:]}")
         events += self._release()
         self._tail = ""
         self._enter("")
@@ -151,7 +152,7 @@ class Parser:
             self._markup.append(text)
             self._size += len(text)
             return []
-        if self._trim and text:
+        if self._trim:
             text = text.removeprefix("\n") if self._block else text.lstrip("\n")
             self._trim = not self._block and not text
         if not text:
@@ -176,29 +177,29 @@ class Parser:
         if not self._block:
             self._block, self._markup = tag, [tag]  # and what is held waits for what the call turns out to be
             return []
-        payload = "".join(self._markup[1:])
-        markup = self._block + payload + tag
+        markup = "".join([*self._markup, tag])
+        self._markup = [markup]
         try:
-            calls = _READERS[self._block](payload)
+            calls = _READERS[self._block](markup[len(self._block) : -len(tag)])
         except (RecursionError, MemoryError):
-            return self._refuse(markup, f"the call is nested deeper than {MAX_DEPTH} levels")
+            return self._refuse(f"the call is nested deeper than {MAX_DEPTH} levels")
         except (json.JSONDecodeError, SyntaxError) as error:
-            return self._refuse(markup, f"the call cannot be read: {error.msg}")
+            return self._refuse(f"the call cannot be read: {error.msg}")
         except Exception as error:  # what a model writes can fail in every way there is
-            return self._refuse(markup, str(error) or type(error).__name__)
+            return self._refuse(str(error) or type(error).__name__)
         self._enter("")
         return [ToolCall(name, arguments, "" if i else markup) for i, (name, arguments) in enumerate(calls)]
 
-    def _refuse(self, markup: str, reason: str) -> list[Event]:
+    def _refuse(self, reason: str) -> list[Event]:
         """The call that is open is text after all, and so is the whitespace before it."""
-        before = "".join(self._held)
+        before, markup = "".join(self._held), "".join(self._markup)
         self._enter("", blank=False)
         return [*([Text(before)] if before else []), Text(markup, reason)]
 
     def _release(self) -> list[Event]:
         """What was held in case of a tag that did not come."""
         held = "".join(self._held)
-        return [self._event(held)] if held and (self._block or not self._blank) else []
+        return [self._event(held)] if held and not self._blank else []
 
     def _event(self, text: str) -> Event:
         return Thinking(text) if self._block else Text(text)
