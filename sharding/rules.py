@@ -5,7 +5,8 @@ A strategy is a table; changing the strategy changes the table, never the model.
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 from jax import Array
@@ -51,7 +52,7 @@ class Sharding:
 
     @property
     def platform(self) -> str:
-        """"cpu", "tpu" or "gpu"."""
+        """Of its devices: "cpu", "tpu" or "gpu"."""
         return self.mesh.devices.flat[0].platform
 
     def mesh_axes(self, axis: str | None) -> tuple[str, ...]:
@@ -65,6 +66,15 @@ class Sharding:
     def spec(self, *axes: str | None) -> PartitionSpec:
         """The PartitionSpec of an array whose dimensions have these logical axes (None: whole)."""
         return PartitionSpec(*(self.mesh_axes(axis) or None for axis in axes))
+
+    def fitting(self, axis: str, length: int) -> str | None:
+        """The logical axis if its pieces divide the length; else None: every device has the whole."""
+        return None if length % self.parts(axis) else axis
+
+    def shard_map(self, function: Callable[..., Any], in_specs: Any, out_specs: Any) -> Callable[..., Any]:
+        """The function as every device runs it, on its own parts of the arguments."""
+        # What a kernel returns carries no proof of being equal on several devices: check_vma would ask for it.
+        return jax.shard_map(function, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
 
     def constrain(self, x: Array, *axes: str | None) -> Array:
         """x, placed by the rules."""

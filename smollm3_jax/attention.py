@@ -1,18 +1,37 @@
 """Grouped-query attention: of whole sequences, and of a few new tokens against the cache.
 
+What computes it is decided when a function is traced, by the platform it is for: the splash and paged
+attention kernels of JAX on TPU, cuDNN's kernel on GPU, and plain XLA elsewhere and for all that a kernel
+does not take.
+
 Shapes: B batch, T query length, S key length, H query heads, K key-value heads, G = H / K, E head width.
 """
 
+import functools
+import logging
+from typing import Any
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from sharding.rules import Sharding
 
-from .kv_cache import LayerCache
+from .kv_cache import AXES, LayerCache
+
+log = logging.getLogger(__name__)
 
 # What the float32 scores of one call may take; longer sequences go through a few queries at a time.
 SCORE_BYTES = 2**28
+# A TPU's vectors are so wide: splash wants lengths that they divide.
+LANES = 128
+# Splash goes through queries and keys in tiles of the largest of these that divides the length.
+TILES = (1024, 512, 256, 128)
+QUERY_TILES = TILES[1:]
+# As many keys of a row of the cache are one page, the largest that divides the capacity; the kernel
+# fetches and multiplies a page at a time.
+PAGES = (512, 256, 128)
 
 
 def attention(
@@ -20,8 +39,8 @@ def attention(
     k_BSKE: Array,
     v_BSKE: Array,
     *,
-    q_segments_BT: Array,
-    kv_segments_BS: Array,
+    q_segments_BT: Array | None = None,
+    kv_segments_BS: Array | None = None,
     gap_B: Array | None = None,
     window: Array | None = None,
     sharding: Sharding | None = None,
@@ -31,7 +50,8 @@ def attention(
     Args:
       q_segments_BT, kv_segments_BS: int32; 0 is padding, other values name documents. A token sees
         its own document only. Causality goes by index in the row, not by position, as positions may
-        restart within it.
+        restart within it. None (both): a row is one document, and padding stands at its end if anywhere,
+        where causality hides it.
       gap_B: how many of the S - T past keys, at their end, hold nothing: they do not count as distance.
       window: int32 scalar, how many keys back a query sees, itself included; None for all.
       sharding: where the arrays lie; None on one device.
@@ -39,36 +59,43 @@ def attention(
     Returns:
       [B, T, H, E] in q's dtype. Rows of padding hold finite values without meaning.
     """
-    batch, length, heads, _ = q_BTHE.shape
-    keys = k_BSKE.shape[1]
-    past = keys - length
-    kv_index_S = jnp.arange(keys)
-
-    def some(q_BtHE: Array, segments_Bt: Array, index_t: Array) -> Array:
-        distance_BtS = (index_t[:, None] - kv_index_S)[None]
-        if gap_B is not None:
-            distance_BtS = distance_BtS - jnp.where(kv_index_S < past, gap_B[:, None, None], 0)
-        seen = (segments_Bt[:, :, None] == kv_segments_BS[:, None, :]) & (segments_Bt != 0)[:, :, None]
-        seen &= (kv_index_S <= index_t[:, None])[None]
-        if window is not None:
-            seen &= distance_BtS < window
-        return _dense(q_BtHE, k_BSKE, v_BSKE, seen)
-
-    index_T = past + jnp.arange(length)
-    step = max(1, SCORE_BYTES // (4 * batch * heads * keys))
-    if length <= step:
-        return some(q_BTHE, q_segments_BT, index_T)
-    step = 1 << (step.bit_length() - 1)
-    pad = -length % step
-
-    def split(x: Array, axis: int) -> Array:
-        x = jnp.pad(x, [(0, pad if i == axis else 0) for i in range(x.ndim)])
-        return jnp.moveaxis(x.reshape(*x.shape[:axis], -1, step, *x.shape[axis + 1 :]), axis, 0)
-
-    pieces = jax.lax.map(
-        lambda piece: some(*piece), (split(q_BTHE, 1), split(q_segments_BT, 1), split(index_T, 0))
-    )
-    return jnp.moveaxis(pieces, 0, 1).reshape(batch, -1, *q_BTHE.shape[2:])[:, :length]
+    assert (q_segments_BT is None) == (kv_segments_BS is None)
+    segments = () if q_segments_BT is None or kv_segments_BS is None else (q_segments_BT, kv_segments_BS)
+    width, past = q_BTHE.shape[3], k_BSKE.shape[1] - q_BTHE.shape[1]
+    obstacles = {
+        "a window": window is not None,
+        "heads and key-value heads on different axes of the mesh": not _together(sharding, "heads", "kv_heads"),
+    }
+    match _platform(sharding):
+        case "tpu" if _takes(
+            "splash attention",
+            obstacles
+            | {
+                f"{q_BTHE.dtype} values": q_BTHE.dtype not in (jnp.bfloat16, jnp.float32),
+                f"heads of width {width}": width % 64 != 0,
+            },
+        ):
+            kernel = _splash
+        case "gpu" if _takes(
+            "cuDNN attention",
+            obstacles
+            | {
+                f"{q_BTHE.dtype} values": q_BTHE.dtype not in (jnp.bfloat16, jnp.float16),
+                f"heads of width {width}": width > 128 or width % 8 != 0,
+                "segments": bool(segments),
+                "queries with a past": past > 0,
+                "a device older than compute capability 8.0": not _is_ampere_or_later(sharding),
+            },
+        ):
+            kernel = _cudnn
+        case _:
+            return _dense(q_BTHE, k_BSKE, v_BSKE, segments, gap_B, window)
+    if sharding is None:
+        return kernel(q_BTHE, k_BSKE, v_BSKE, *segments)
+    batch = sharding.fitting("batch", q_BTHE.shape[0])
+    q_spec, kv_spec = sharding.spec(batch, None, "heads", None), sharding.spec(batch, None, "kv_heads", None)
+    specs = (q_spec, kv_spec, kv_spec, *[sharding.spec(batch, None)] * len(segments))
+    return sharding.shard_map(kernel, specs, q_spec)(q_BTHE, k_BSKE, v_BSKE, *segments)
 
 
 def decode_attention(
@@ -88,10 +115,173 @@ def decode_attention(
     Returns:
       [B, T, H, E] in q's dtype.
     """
-    batch, length, heads, width = q_BTHE.shape
+    batch, length, heads, _ = q_BTHE.shape
+    capacity, width = cache.k.shape[2:]
+    if sharding is not None and sharding.parts("context") > 1:
+        return _decode_over_context(q_BTHE, cache, length_B, window, sharding)
+    if _platform(sharding) == "tpu" and _takes(
+        "paged attention",
+        {
+            "a window": window is not None,
+            "several tokens at a time": length > 1,
+            f"a cache of {cache.k.dtype}": cache.k.dtype != jnp.bfloat16,
+            f"heads of width {width}": width % LANES != 0,
+            f"a capacity of {capacity}": capacity % PAGES[-1] != 0,
+            "heads and the cache's on different axes of the mesh": not _together(sharding, "heads", "cache_heads"),
+        },
+    ):
+        if sharding is None:
+            return _paged(q_BTHE, cache.k, cache.v, length_B)
+        axes = (AXES[0], sharding.fitting("batch", batch), *AXES[2:])
+        q_spec, kv_spec = sharding.spec(axes[1], None, "heads", None), sharding.spec(*axes)
+        specs = (q_spec, kv_spec, kv_spec, sharding.spec(axes[1]))
+        return sharding.shard_map(_paged, specs, q_spec)(q_BTHE, cache.k, cache.v, length_B)
+    scores_KBTGS = _cache_scores(q_BTHE, cache, length_B, window)
+    out_BTKGE = _cache_mix(jax.nn.softmax(scores_KBTGS, axis=-1), cache, q_BTHE.dtype)
+    return out_BTKGE.reshape(batch, length, heads, width).astype(q_BTHE.dtype)
+
+
+def _platform(sharding: Sharding | None) -> str:
+    return jax.default_backend() if sharding is None else sharding.platform
+
+
+def _takes(kernel: str, obstacles: dict[str, bool]) -> bool:
+    """Whether a kernel takes a call that has these obstacles; if not, says so, once."""
+    found = tuple(what for what, there in obstacles.items() if there)
+    if found:
+        _say_once(f"{kernel} does not take {' or '.join(found)}: plain XLA computes attention, which is slower")
+    return not found
+
+
+@functools.cache
+def _say_once(message: str) -> None:
+    log.info("%s", message)
+
+
+def _together(sharding: Sharding | None, heads: str, kv_heads: str) -> bool:
+    """Whether a device that has some query heads has their keys."""
+    return sharding is None or sharding.mesh_axes(heads) == sharding.mesh_axes(kv_heads)
+
+
+def _is_ampere_or_later(sharding: Sharding | None) -> bool:
+    device = jax.devices()[0] if sharding is None else sharding.mesh.devices.flat[0]
+    major = str(getattr(device, "compute_capability", "")).split(".")[0]
+    return major.isdecimal() and int(major) >= 8  # AMD's say gfx...
+
+
+def _splash(q_BTHE: Array, k_BSKE: Array, v_BSKE: Array, *segments: Array) -> Array:
+    """JAX's splash attention kernel for TPU: no array of T x S."""
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel
+
+    _, length, heads, width = q_BTHE.shape
+    keys = k_BSKE.shape[1]
+    past = keys - length
+    # A padding query sees at least its own key: its softmax is over something.
+    query_pad = -length % LANES
+    key_pad = query_pad + -(keys + query_pad) % LANES
+
+    def padded(x: Array, pad: int) -> Array:
+        return jnp.pad(x, [(0, pad if axis == 1 else 0) for axis in range(x.ndim)])
+
+    q_BHTE = padded(q_BTHE * jnp.asarray(width**-0.5, q_BTHE.dtype), query_pad).swapaxes(1, 2)
+    k_BKSE, v_BKSE = (padded(x, key_pad).swapaxes(1, 2) for x in (k_BSKE, v_BSKE))
+    kernel = _splash_kernel(heads, length + query_pad, keys + key_pad, past)
+    if segments:
+        ids = splash_attention_kernel.SegmentIds(padded(segments[0], query_pad), padded(segments[1], key_pad))
+        out_BHTE = jax.vmap(kernel)(q_BHTE, k_BKSE, v_BKSE, ids)
+    else:
+        out_BHTE = jax.vmap(kernel)(q_BHTE, k_BKSE, v_BKSE)
+    return out_BHTE.swapaxes(1, 2)[:, :length]
+
+
+@functools.lru_cache(maxsize=64)
+def _splash_kernel(heads: int, length: int, keys: int, past: int) -> Any:
+    """The kernel for `length` queries whose own keys follow `past` others; one for all layers, as it is looked at
+    tile by tile on the host."""
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel, splash_attention_mask
+
+    mask = splash_attention_mask.CausalMask((length, keys), offset=past)
+    tile_q = next(tile for tile in QUERY_TILES if length % tile == 0)
+    tile_kv = next(tile for tile in TILES if keys % tile == 0)
+    tiles = splash_attention_kernel.BlockSizes(
+        block_q=tile_q,
+        block_kv=tile_kv,
+        block_kv_compute=min(tile_kv, 512),
+        block_q_dkv=tile_q,
+        block_kv_dkv=tile_kv,
+        block_kv_dkv_compute=min(tile_kv, 512),
+        block_q_dq=tile_q,
+        block_kv_dq=min(tile_kv, 512),
+    )
+    # Tables of which tiles to visit: plain constants, whatever is being traced when they are made.
+    with jax.ensure_compile_time_eval():
+        kernel = splash_attention_kernel.make_splash_mha(
+            splash_attention_mask.MultiHeadMask([mask] * heads), block_sizes=tiles, head_shards=1, q_seq_shards=1
+        )
+    return jax.tree.map(np.asarray, kernel)
+
+
+def _cudnn(q_BTHE: Array, k_BSKE: Array, v_BSKE: Array) -> Array:
+    return jax.nn.dot_product_attention(q_BTHE, k_BSKE, v_BSKE, is_causal=True, implementation="cudnn")
+
+
+def _paged(q_B1HE: Array, k_KBSE: Array, v_KBSE: Array, length_B: Array) -> Array:
+    """JAX's paged attention kernel for TPU, on pages that lie in order: it reads what each row holds, no more."""
+    from jax.experimental.pallas.ops.tpu.paged_attention import paged_attention
+
+    kv_heads, batch, capacity, width = k_KBSE.shape
+    page = next(page for page in PAGES if capacity % page == 0)
+    k_pages, v_pages = (x.reshape(kv_heads, -1, page, width) for x in (k_KBSE, v_KBSE))
+    out_BHE = paged_attention(
+        q_B1HE[:, 0].astype(jnp.float32) * width**-0.5,
+        k_pages,
+        v_pages,
+        # A full row wrote nothing, and has no page behind its last.
+        jnp.minimum(length_B + 1, capacity),
+        jnp.arange(k_pages.shape[1], dtype=jnp.int32).reshape(batch, -1),
+        pages_per_compute_block=1,
+    )
+    return out_BHE[:, None].astype(q_B1HE.dtype)
+
+
+def _decode_over_context(
+    q_BTHE: Array, cache: LayerCache, length_B: Array, window: Array | None, sharding: Sharding
+) -> Array:
+    """Each device looks at its own part of the context; the parts of the softmax are put together after."""
+    mesh_axes = sharding.mesh_axes("context")
+
+    def part(q_BTHE: Array, cache: LayerCache, length_B: Array, window: Array | None) -> Array:
+        first = jax.lax.axis_index(mesh_axes) * cache.k.shape[2]
+        scores_KBTGS = _cache_scores(q_BTHE, cache, length_B - first, window)
+        most_KBTG = scores_KBTGS.max(axis=-1)
+        weights_KBTGS = jnp.exp(scores_KBTGS - most_KBTG[..., None])
+        total_KBTG = weights_KBTGS.sum(axis=-1)
+        out_BTKGE = _cache_mix(weights_KBTGS, cache, q_BTHE.dtype)
+        # A device without a key to see has the lowest float as its maximum, and no weight.
+        share_KBTG = jnp.exp(most_KBTG - jax.lax.pmax(most_KBTG, mesh_axes))
+        out_BTKGE, total_KBTG = jax.lax.psum((out_BTKGE * _to_front(share_KBTG), total_KBTG * share_KBTG), mesh_axes)
+        return (out_BTKGE / _to_front(total_KBTG)).reshape(q_BTHE.shape).astype(q_BTHE.dtype)
+
+    batch = sharding.fitting("batch", q_BTHE.shape[0])
+    # Every device has all query heads that a key-value head of its part of the cache is for.
+    q_spec = sharding.spec(batch, None, "cache_heads", None)
+    kv_spec, scale_spec = (sharding.spec(AXES[0], batch, *axes) for axes in (AXES[2:], AXES[2:3]))
+    cache_specs = jax.tree.map(lambda x: kv_spec if x.ndim == 4 else scale_spec, cache)
+    specs = (q_spec, cache_specs, sharding.spec(batch), None if window is None else sharding.spec())
+    return sharding.shard_map(part, specs, q_spec)(q_BTHE, cache, length_B, window)
+
+
+def _to_front(x_KBTG: Array) -> Array:
+    return x_KBTG.transpose(1, 2, 0, 3)[..., None]
+
+
+def _cache_scores(q_BTHE: Array, cache: LayerCache, length_B: Array, window: Array | None) -> Array:
+    """float32 [K, B, T, G, S], the lowest float where a query does not see a key."""
+    batch, length, _, width = q_BTHE.shape
     kv_heads, _, keys, _ = cache.k.shape
     q_BTKGE = q_BTHE.reshape(batch, length, kv_heads, -1, width)
-    scores = jnp.einsum("BTKGE,KBSE->KBTGS", q_BTKGE, _values(cache.k, q_BTHE), preferred_element_type=jnp.float32)
+    k_KBSE = _values(cache.k, q_BTHE.dtype)
+    scores = jnp.einsum("BTKGE,KBSE->KBTGS", q_BTKGE, k_KBSE, preferred_element_type=jnp.float32)
     scores = scores * width**-0.5
     if cache.k_scale is not None:
         scores = scores * cache.k_scale[:, :, None, None, :]
@@ -99,25 +289,65 @@ def decode_attention(
     seen_BTS = jnp.arange(keys) <= q_index_BT1
     if window is not None:
         seen_BTS &= q_index_BT1 - jnp.arange(keys) < window
-    scores = jnp.where(seen_BTS[None, :, :, None], scores, jnp.finfo(jnp.float32).min)
-    weights = jax.nn.softmax(scores, axis=-1)
+    return jnp.where(seen_BTS[None, :, :, None], scores, jnp.finfo(jnp.float32).min)
+
+
+def _cache_mix(weights_KBTGS: Array, cache: LayerCache, dtype: Any) -> Array:
+    """The sum of the cache's values by weight, float32 [B, T, K, G, E]."""
     if cache.v_scale is not None:
-        weights = weights * cache.v_scale[:, :, None, None, :]
-    out = jnp.einsum(
-        "KBTGS,KBSE->BTKGE",
-        weights.astype(q_BTHE.dtype),
-        _values(cache.v, q_BTHE),
-        preferred_element_type=jnp.float32,
-    )
-    return out.reshape(batch, length, heads, width).astype(q_BTHE.dtype)
+        weights_KBTGS = weights_KBTGS * cache.v_scale[:, :, None, None, :]
+    v_KBSE = _values(cache.v, dtype)
+    return jnp.einsum("KBTGS,KBSE->BTKGE", weights_KBTGS.astype(dtype), v_KBSE, preferred_element_type=jnp.float32)
 
 
-def _values(stored: Array, like: Array) -> Array:
-    return stored.astype(like.dtype) if stored.dtype == jnp.int8 else stored
+def _values(stored: Array, dtype: Any) -> Array:
+    return stored.astype(dtype) if stored.dtype == jnp.int8 else stored
 
 
-def _dense(q_BTHE: Array, k_BSKE: Array, v_BSKE: Array, mask_BTS: Array) -> Array:
-    """Plain XLA: scores and softmax in float32, probabilities cast back, as transformers' eager path."""
+def _dense(
+    q_BTHE: Array,
+    k_BSKE: Array,
+    v_BSKE: Array,
+    segments: tuple[Array, ...],
+    gap_B: Array | None,
+    window: Array | None,
+) -> Array:
+    """Plain XLA; `attention` without its kernels."""
+    batch, length, heads, _ = q_BTHE.shape
+    keys = k_BSKE.shape[1]
+    past = keys - length
+    kv_index_S = jnp.arange(keys)
+
+    def some(q_BtHE: Array, index_t: Array, *q_segments_Bt: Array) -> Array:
+        seen_BtS = (kv_index_S <= index_t[:, None])[None]
+        for segments_Bt in q_segments_Bt:
+            own_BtS = segments_Bt[:, :, None] == segments[1][:, None, :]
+            seen_BtS &= own_BtS & (segments_Bt != 0)[:, :, None]
+        if window is not None:
+            distance_BtS = (index_t[:, None] - kv_index_S)[None]
+            if gap_B is not None:
+                distance_BtS = distance_BtS - jnp.where(kv_index_S < past, gap_B[:, None, None], 0)
+            seen_BtS &= distance_BtS < window
+        return _softmax_mix(q_BtHE, k_BSKE, v_BSKE, seen_BtS)
+
+    index_T = past + jnp.arange(length)
+    step = max(1, SCORE_BYTES // (4 * batch * heads * keys))
+    if length <= step:
+        return some(q_BTHE, index_T, *segments[:1])
+    step = 1 << (step.bit_length() - 1)
+    pad = -length % step
+
+    def split(x: Array, axis: int) -> Array:
+        x = jnp.pad(x, [(0, pad if i == axis else 0) for i in range(x.ndim)])
+        return jnp.moveaxis(x.reshape(*x.shape[:axis], -1, step, *x.shape[axis + 1 :]), axis, 0)
+
+    split_up = (split(q_BTHE, 1), split(index_T, 0), *(split(x, 1) for x in segments[:1]))
+    pieces = jax.lax.map(lambda piece: some(*piece), split_up)
+    return jnp.moveaxis(pieces, 0, 1).reshape(batch, -1, *q_BTHE.shape[2:])[:, :length]
+
+
+def _softmax_mix(q_BTHE: Array, k_BSKE: Array, v_BSKE: Array, mask_BTS: Array) -> Array:
+    """Scores and softmax in float32, probabilities cast back, as transformers' eager path."""
     batch, length, heads, width = q_BTHE.shape
     q_BTKGE = q_BTHE.reshape(batch, length, k_BSKE.shape[2], -1, width)
     scores = jnp.einsum("BTKGE,BSKE->BKGTS", q_BTKGE, k_BSKE, preferred_element_type=jnp.float32) * width**-0.5

@@ -1,11 +1,16 @@
 """The `smollm3` command: parses, calls, prints."""
 
 import argparse
+import contextlib
+import dataclasses
+import io
 import json
 import logging
 import os
+import re
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Generator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +19,16 @@ from rich.table import Table
 
 from sharding.rules import ShardingError
 
-from .config import DTYPES
+from .config import DTYPES, WEIGHT_SCHEMES, GenerationConfig, with_yarn
 from .errors import OptionError, SmolLM3Error
+from .model import SmolLM3
 from .progress import busy
+from .sampling import MAX_LOGPROBS, SamplingParams
+from .tokenizer import Tokenizer, load_tokenizer
+from .weights.load import Checkpoint, load, open_checkpoint
 from .weights.save import FORMATS
 
+SOME_FAILED = 3
 VERIFICATION_FAILED = 4
 
 
@@ -33,8 +43,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (SmolLM3Error, ShardingError) as error:
         print(f"smollm3: {error}", file=sys.stderr)
         return error.exit_code
-    except KeyboardInterrupt:
-        print("smollm3: interrupted", file=sys.stderr)
+    except KeyboardInterrupt as interrupt:
+        print("; ".join(["smollm3: interrupted", *map(str, interrupt.args)]), file=sys.stderr)
         return 130
     except BrokenPipeError:  # the reader of our output has left
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -73,22 +83,115 @@ def _parser() -> argparse.ArgumentParser:
     inspect.add_argument("--json", action="store_true")
 
     generate = command("generate", _generate, "continue a text, or answer a message")
-    generate.add_argument("--model", required=True, metavar="DIR", help="a model folder, a hub id, or demo")
-    generate.add_argument("--prompt", required=True, metavar="TEXT")
+    _add_model(generate)
+    prompt = generate.add_mutually_exclusive_group(required=True)
+    prompt.add_argument("--prompt", metavar="TEXT", help="- reads standard input, without the newline at its end")
+    prompt.add_argument("--prompt-file", metavar="FILE", help="the same from a file")
+    prompt.add_argument("--input", metavar="FILE", help='many: JSON lines, each with a "prompt" or "messages"')
     generate.add_argument("--chat", action="store_true", help="the prompt is a user's message: apply the chat template")
     generate.add_argument("--no-think", action="store_true", help="with --chat: answer without reasoning first")
-    generate.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="default: 128")
-    sampling = "default: the model's generation_config.json"
-    generate.add_argument("--temperature", type=float, metavar="T", help=f"0 is greedy; {sampling}")
-    generate.add_argument("--top-p", type=float, metavar="P", help=sampling)
-    generate.add_argument("--top-k", type=int, metavar="K", help=sampling)
-    generate.add_argument("--seed", type=int, default=0, metavar="S", help="default: 0")
-    generate.add_argument("--dtype", choices=DTYPES, help="default: the checkpoint's own")
     generate.add_argument("--json", action="store_true", help="print one JSON object")
+    generate.add_argument("--stats", action="store_true", help="speed on standard error, as a terminal always has it")
+    _add_sampling(generate)
+    many = generate.add_argument_group(
+        "many prompts (--input)",
+        'A line of the input may have an "id" and any sampling option for itself, such as "max_new_tokens": 9. A line '
+        "that cannot be run is answered with an error, and the exit code is then 3. A run that was stopped goes on "
+        "when the same command is given again.",
+    )
+    many.add_argument("--output", metavar="FILE", help="gets a JSON line for each, as they finish")
+    many.add_argument("--slots", type=int, metavar="N", help="how many sequences run side by side (default: 16)")
+    many.add_argument("--context", type=int, metavar="N", help="most tokens of one, prompt included (default: counted)")
+
+    chat = command("chat", _chat, "talk with a model in the terminal; /help lists what it understands")
+    _add_model(chat)
+    chat.add_argument("--system", metavar="TEXT", help="the system message")
+    chat.add_argument("--no-think", action="store_true", help="answer without reasoning first")
+    chat.add_argument("--load", metavar="FILE", help="go on with a conversation that /save wrote")
+    chat.add_argument("--tools", metavar="FILE.py", help="let the model call the public functions of this file")
+    chat.add_argument("--yes", action="store_true", help="run the tools that it calls without a question")
+    _add_sampling(chat)
+    chat.epilog = "--max-new-tokens here is by default 4096 for a model that can think, else 1024."
 
     doctor = command("doctor", _doctor, "versions, devices, and whether they are supported")
     doctor.add_argument("--json", action="store_true")
     return parser
+
+
+def _add_model(parser: argparse.ArgumentParser) -> None:
+    """The model and how it is held in memory; see `_open_model`."""
+    group = parser.add_argument_group("model")
+    group.add_argument("--model", required=True, metavar="DIR", help="a model folder, a hub id, or demo")
+    group.add_argument("--dtype", choices=DTYPES, help="default: the checkpoint's own")
+    group.add_argument("--weights", choices=WEIGHT_SCHEMES, help="quantize the weights at loading")
+    group.add_argument("--cache", choices=("bfloat16", "int8"), help="what keys and values are kept in")
+    group.add_argument("--yarn", type=float, metavar="FACTOR", help="stretch the context this many times (YaRN)")
+
+
+def _add_sampling(parser: argparse.ArgumentParser) -> None:
+    """One option for each field of SamplingParams, under its name; see `_sampling_params`."""
+    group = parser.add_argument_group("sampling")
+    own = "default: the model's generation_config.json"
+
+    def option(name: str, kind: Any, metavar: str, help: str) -> None:
+        group.add_argument(name, type=kind, metavar=metavar, help=help)
+
+    def several(name: str, kind: Any, metavar: str, help: str) -> None:
+        group.add_argument(name, type=kind, metavar=metavar, help=f"{help}; may be repeated", action="append")
+
+    option("--max-new-tokens", int, "N", "default: 128")
+    option("--temperature", float, "T", f"0 is greedy; {own}")
+    option("--top-k", int, "K", f"sample among the K likeliest tokens; {own}")
+    option("--top-p", float, "P", f"sample among the fewest tokens that hold this probability; {own}")
+    option("--min-p", float, "P", "sample among tokens at least P times as likely as the likeliest")
+    option("--repetition-penalty", float, "X", "above 1: tokens of the prompt and the text become less likely")
+    option("--presence-penalty", float, "X", "subtracted from the logit of every token that was generated")
+    option("--frequency-penalty", float, "X", "the same, once for each time that it was")
+    several("--logit-bias", _bias, "ID=VALUE", "add VALUE to this token's logit")
+    several("--stop", str, "TEXT", "end before this text")
+    several("--stop-token-id", int, "ID", "end with this token")
+    group.add_argument("--ignore-eos", action="store_true", help="go on after the model's own end (for benchmarks)")
+    option("--seed", int, "S", "default: 0")
+    option("--n", int, "N", "how many samples; sample i draws with seed + i")
+    option("--logprobs", int, "N", f"log-probabilities, of the N likeliest tokens too (0 to {MAX_LOGPROBS})")
+    group.add_argument("--prompt-logprobs", action="store_true", help="log-probabilities of the prompt's tokens")
+    option("--max-thinking-tokens", int, "N", "after so many tokens of thinking the model has to answer")
+
+
+def _bias(text: str) -> tuple[int, float]:
+    token, _, value = text.partition("=")
+    try:
+        return int(token), float(value)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not ID=VALUE, such as 42=-1.5") from None
+
+
+def _sampling_params(args: argparse.Namespace, own: GenerationConfig) -> SamplingParams:
+    """What was given; for the rest the model's own settings, then the defaults of SamplingParams."""
+    given = {field.name: getattr(args, field.name, None) for field in dataclasses.fields(SamplingParams)}
+    given["logit_bias"] = dict(args.logit_bias or ())
+    given["stop_token_ids"] = args.stop_token_id
+    settings = {"temperature": own.temperature * own.do_sample, "top_p": own.top_p, "top_k": own.top_k}
+    return SamplingParams(**settings | {name: value for name, value in given.items() if value is not None})
+
+
+def _open_checkpoint(args: argparse.Namespace) -> tuple[Checkpoint, Tokenizer]:
+    """The model of `_add_model` as it will be loaded, headers only."""
+    folder = _folder(args.model)
+    checkpoint = open_checkpoint(folder)
+    if args.yarn is not None:
+        checkpoint = dataclasses.replace(checkpoint, config=with_yarn(checkpoint.config, args.yarn))
+    return checkpoint, load_tokenizer(folder, checkpoint.config)
+
+
+def _load(args: argparse.Namespace, checkpoint: Checkpoint) -> SmolLM3:
+    return load(checkpoint, args.dtype, **({"weights": args.weights} if args.weights else {}))
+
+
+def _open_model(args: argparse.Namespace) -> tuple[SmolLM3, Tokenizer, Checkpoint]:
+    """The model of `_add_model`, its tokenizer, and what it was loaded from."""
+    checkpoint, tokenizer = _open_checkpoint(args)
+    return _load(args, checkpoint), tokenizer, checkpoint
 
 
 def _print_json(content: Any) -> None:
@@ -173,50 +276,96 @@ def _inspect(args: argparse.Namespace) -> int:
 
 
 def _generate(args: argparse.Namespace) -> int:
-    from .chat.template import render
-    from .generate import generate
-    from .sampling import SamplingParams
-    from .tokenizer import load_tokenizer
-    from .weights.load import load, open_checkpoint
+    from .batch import encode_messages, spell_logprobs, spell_prompt_logprobs
+    from .generate import Completion, Request, check_request, stream
 
-    folder = _folder(args.model)
-    checkpoint = open_checkpoint(folder)
-    tokenizer = load_tokenizer(folder, checkpoint.config)
-    own = checkpoint.generation_config
-    params = SamplingParams(
-        max_new_tokens=args.max_new_tokens,
-        temperature=args.temperature if args.temperature is not None else own.temperature * own.do_sample,
-        top_p=args.top_p if args.top_p is not None else own.top_p,
-        top_k=args.top_k if args.top_k is not None else own.top_k,
-        seed=args.seed,
-    )
+    if args.input is not None:
+        return _generate_many(args)
+    if given := [name for name in ("output", "slots", "context") if getattr(args, name) is not None]:
+        raise OptionError(f"--{given[0]} is for many prompts: give --input too")
     if args.no_think and not args.chat:
         raise OptionError("--no-think changes the chat template: give --chat too")
+    if (args.logprobs is not None or args.prompt_logprobs) and not args.json:
+        raise OptionError("--logprobs and --prompt-logprobs add to what --json prints: give --json too")
+    checkpoint, tokenizer = _open_checkpoint(args)
+    params = _sampling_params(args, checkpoint.generation_config)
+    text = _prompt(args)
     if args.chat:
-        messages = [{"role": "user", "content": args.prompt}]
-        text = render(
-            tokenizer.chat_template,
-            messages,
-            add_generation_prompt=True,
-            special_tokens=tokenizer.special_tokens,
-            enable_thinking=not args.no_think,
-        )
-        prompt = tokenizer.encode(text, add_special_tokens=False)
+        prompt = encode_messages(tokenizer, [{"role": "user", "content": text}], not args.no_think)
     else:
-        prompt = tokenizer.encode(args.prompt)
-    if not prompt:
-        raise OptionError("--prompt has no tokens; give some text")
-    model = load(checkpoint, args.dtype)
-    with busy("generating"):
-        (new,) = generate(model, [prompt], params)
-    text = tokenizer.decode(new)
-    if args.json:
-        stopped = new[-1] in own.eos_token_id
-        reason = "stop" if stopped else "length"
-        print(json.dumps({"text": text, "token_ids": new, "prompt_token_ids": prompt, "finish_reason": reason}))
+        prompt = tokenizer.encode(text)
+    request = Request(prompt, params)
+    check_request(checkpoint.config, checkpoint.generation_config, request, tokenizer)
+    model = _load(args, checkpoint)
+    samples = [Completion.empty() for _ in range(params.n)]
+    live = params.n == 1 and not args.json
+    arrivals = []
+    begin = time.monotonic()
+    with contextlib.ExitStack() as waiting:
+        waiting.enter_context(busy("generating"))
+        for delta in stream(model, [request], tokenizer=tokenizer, cache_dtype=args.cache):
+            arrivals.append((time.monotonic() - begin, len(delta.token_ids)))
+            samples[delta.sample].add(delta)
+            if live:
+                waiting.close()  # or the spinner would write into the text
+                print(delta.text, end="", flush=True)
+    if live:
+        print()
+    elif args.json:
+        shared = {"prompt_token_ids": prompt, **spell_prompt_logprobs(samples[0], prompt, tokenizer)}
+        results = [
+            {
+                "text": sample.text,
+                "token_ids": sample.token_ids,
+                **(shared if params.n == 1 else {}),
+                "finish_reason": sample.finish_reason,
+                **spell_logprobs(sample, tokenizer),
+            }
+            for sample in samples
+        ]
+        print(json.dumps(results[0] if params.n == 1 else {**shared, "samples": results}))
     else:
-        print(text)
+        for i, sample in enumerate(samples, 1):
+            print(f"--- sample {i} of {params.n} ---\n{sample.text}")
+    if args.stats or sys.stderr.isatty():
+        (first, count), (last, _) = arrivals[0], arrivals[-1]
+        tokens = sum(number for _, number in arrivals)
+        # One sequence's speed without its prompt; several begin and end at different times.
+        rate = (tokens - count) / (last - first) if params.n == 1 and tokens > count else tokens / last
+        print(f"{tokens} tokens in {last:.2f} s, {rate:.1f} tokens/s; the first after {first:.2f} s", file=sys.stderr)
     return 0
+
+
+def _prompt(args: argparse.Namespace) -> str:
+    if args.prompt_file is None and args.prompt != "-":
+        return args.prompt
+    try:
+        content = sys.stdin.buffer.read() if args.prompt_file is None else Path(args.prompt_file).read_bytes()
+        return re.sub(r"\r?\n\Z", "", content.decode())
+    except (OSError, ValueError) as error:
+        raise OptionError(f"the prompt of {args.prompt_file or 'standard input'} cannot be read: {error}") from None
+
+
+def _generate_many(args: argparse.Namespace) -> int:
+    from .batch import SLOTS, Batch
+
+    if args.output is None:
+        raise OptionError("--input needs --output, the file that the answers go to")
+    if args.json or args.stats:
+        raise OptionError(f"--{'json' if args.json else 'stats'} is for one prompt: leave it out with --input")
+    checkpoint, tokenizer = _open_checkpoint(args)
+    params = _sampling_params(args, checkpoint.generation_config)
+    # A folder under all of its names; a hub id stays one.
+    settings = {"model": str(Path(args.model).resolve()) if Path(args.model).exists() else args.model}
+    settings |= {name: getattr(args, name) for name in ("dtype", "weights", "cache", "yarn")}
+    with Batch(args.input, args.output, params, chat=args.chat, thinking=not args.no_think, settings=settings) as batch:
+        if batch.left:
+            slots = SLOTS if args.slots is None else args.slots
+            batch.run(_load(args, checkpoint), tokenizer, slots=slots, context=args.context, cache_dtype=args.cache)
+    speed = f"; {batch.tokens} tokens, {batch.tokens / batch.seconds:.1f} tokens/s" if batch.tokens else ""
+    failed = f", {batch.failed} of them errors" if batch.failed else ""
+    print(f"smollm3: {batch.done} lines in {args.output}{failed}{speed}", file=sys.stderr)
+    return SOME_FAILED if batch.failed else 0
 
 
 def _doctor(args: argparse.Namespace) -> int:
@@ -234,6 +383,50 @@ def _doctor(args: argparse.Namespace) -> int:
             print(f"{'problem':18} {problem}")
         print(f"{'verdict':18} {report['verdict']}")
     return 3 if report["problems"] else 0
+
+
+def _chat(args: argparse.Namespace) -> int:
+    from .chat import terminal
+    from .chat.screen import Screen, is_interactive, line_reader
+    from .chat.tools import load_tools
+    from .generate import Delta, Request, check_request, stream, think_ids
+    from .weights.hub import cache_dir
+
+    for file, errors in ((sys.stdin, "replace"), (sys.stdout, "backslashreplace")):
+        if isinstance(file, io.TextIOWrapper):
+            file.reconfigure(errors=errors)
+    checkpoint, tokenizer = _open_checkpoint(args)
+    if args.max_new_tokens is None:
+        args.max_new_tokens = 1024 if -1 in think_ids(tokenizer) else 4096
+    params = _sampling_params(args, checkpoint.generation_config)
+    if params.n != 1 or params.logprobs is not None or params.prompt_logprobs:
+        raise OptionError("--n, --logprobs and --prompt-logprobs are for `smollm3 generate`: a chat shows one answer")
+    probe = Request([0], dataclasses.replace(params, max_new_tokens=1))
+    check_request(checkpoint.config, checkpoint.generation_config, probe, tokenizer)
+
+    def generate(prompt: list[int], params: SamplingParams, capacity: int) -> Generator[Delta, None, None]:
+        # Few steps at a time: an answer should flow.
+        options = {"max_slots": 1, "capacity": capacity, "cache_dtype": args.cache, "steps": 4}
+        yield from stream(model, [Request(prompt, params)], tokenizer=tokenizer, **options)
+
+    chat = terminal.Chat(
+        tokenizer=tokenizer,
+        context=checkpoint.config.max_position_embeddings,
+        params=params,
+        generate=generate,
+        read=line_reader(cache_dir() / "history"),
+        screen=Screen(_console(), Console(stderr=True)),
+        interactive=is_interactive(),
+        tools=load_tools(args.tools) if args.tools else {},
+        yes=args.yes,
+        think=not args.no_think,
+    )
+    if args.load:
+        terminal.load(chat, args.load)
+    if args.system is not None:
+        chat.system = args.system
+    model = _load(args, checkpoint)  # not before all else has been found right
+    return terminal.converse(chat)
 
 
 def _console() -> Console:

@@ -1,5 +1,173 @@
-"""The persistent compilation cache, on by default, and a count of compilations."""
+"""The persistent compilation cache, on by default, and a count of compilations.
+
+The second start of a model on the same machine loads its programs from `compiled` in the package's cache
+folder instead of compiling them. JAX has one such cache a process, so programs of the caller's own are
+kept there too. Where the caller configures JAX's cache, it stays as configured: JAX_COMPILATION_CACHE_DIR
+names another folder, JAX_ENABLE_COMPILATION_CACHE=false switches it off.
+
+Nothing that is wrong with the folder stops a program: it is compiled, and the log says once what is wrong.
+"""
+
+import contextlib
+import glob
+import logging
+import os
+import re
+import stat
+import threading
+import warnings
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+from jax.experimental.compilation_cache.compilation_cache import reset_cache
+
+from .weights.hub import cache_dir
+
+log = logging.getLogger(__name__)
+
+# Loading takes about 0.02 s; what is compiled as fast is not worth a file. JAX's own threshold is 1 s.
+MIN_COMPILE_SECONDS = 0.2
+MAX_BYTES = 2 << 30
+
+# How JAX reports that it could not use an entry. It goes on without, unless a filter makes an error of it.
+TROUBLE = re.compile(r"Error (reading|writing) persistent compilation cache entry for '(.*?)': (.*)", re.IGNORECASE)
+
+OFF = "set JAX_ENABLE_COMPILATION_CACHE=false to go without"
+
+_lock = threading.Lock()
+_folder: Path | None = None  # where this module has put the cache
+_decided = _counts = _said = False
+_requests = _hits = 0
+
+
+class Compilations(NamedTuple):
+    """How many programs XLA compiled since `enable`, and how many were loaded from the persistent cache."""
+
+    compiled: int
+    loaded: int
+
+
+def compilations() -> Compilations:
+    """The count so far, of the whole process. Once everything is warm, both numbers stand still."""
+    return Compilations(_requests - _hits, _hits)
 
 
 def enable() -> None:
-    """Placeholder until written."""
+    """Starts counting, and turns the cache on unless the caller has configured JAX's. Cheap to call again.
+
+    In a run of several processes the cache stays off. On some platforms processes compile together: one that
+    loads what another compiles would leave it waiting. Such a run may name a folder that all of them share.
+    """
+    global _decided, _folder
+    with _lock:
+        _count()
+        if not _decided:
+            _decided = True
+            if not _configured() and jax.process_count() == 1:
+                _folder = _open()
+        if _folder is not None:
+            _hear()
+
+
+def _configured() -> bool:
+    folder = jax.config.jax_compilation_cache_dir
+    return folder is not None or "JAX_COMPILATION_CACHE_DIR" in os.environ or not jax.config.jax_enable_compilation_cache
+
+
+def _open() -> Path | None:
+    """Points JAX at the folder; None if there can be none."""
+    try:
+        folder = cache_dir().absolute() / "compiled"
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        # Programs in it are run: whoever may write there could run anything.
+        if os.name == "posix" and folder.stat().st_mode & stat.S_IWOTH:
+            raise PermissionError(f"everybody may write to {folder}, from where programs are run")
+    except (OSError, RuntimeError) as error:  # RuntimeError: a user without a home
+        log.warning(
+            "compiled programs cannot be kept: %s. Every start compiles them anew; name a folder of your own in "
+            "SMOLLM3_JAX_CACHE, or %s",
+            *(error, OFF),
+        )
+        return None
+    with contextlib.suppress(OSError):
+        _tidy(folder)
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    if jax.config.jax_persistent_cache_min_compile_time_secs == 1:
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", MIN_COMPILE_SECONDS)
+    reset_cache()  # programs compiled earlier may have settled that there is none
+    return folder
+
+
+def _tidy(folder: Path) -> None:
+    """Removes what was not used for longest, as far as the folder is too large.
+
+    JAX can do that too (jax_compilation_cache_max_size), but then every use takes a lock, which on network
+    file systems may be stale, and writes a file beside the entry's; older releases stop writing where one of
+    these is missing. Who sets it all the same gets the missing ones.
+    """
+    entries = [(path, path.stat()) for path in folder.glob("*-cache")]
+    if jax.config.jax_compilation_cache_max_size != -1:
+        for path, _ in entries:
+            path.with_name(path.name.removesuffix("-cache") + "-atime").touch()
+        return
+    size = sum(info.st_size for _, info in entries)
+    for path, info in sorted(entries, key=lambda entry: max(entry[1].st_atime, entry[1].st_mtime)):
+        if size <= MAX_BYTES:
+            break
+        path.unlink(missing_ok=True)
+        size -= info.st_size
+
+
+def _hear() -> None:
+    """Sends JAX's warnings about our folder to the log, also where a filter makes errors of warnings."""
+    if not warnings.filters or warnings.filters[0][1] != TROUBLE:  # changing filters makes Python forget what it said
+        warnings.filterwarnings("always", TROUBLE.pattern, UserWarning)
+    show = warnings.showwarning
+    if getattr(show, "__module__", None) != __name__:
+
+        def hear(message: Any, *others: Any, **options: Any) -> None:
+            if not _report(str(message)):
+                show(message, *others, **options)
+
+        warnings.showwarning = hear
+
+
+def _report(message: str) -> bool:
+    """Whether it was about our folder. A broken entry is removed, since JAX does not write over one."""
+    global _said
+    trouble = TROUBLE.match(message)
+    if trouble is None or _folder is None or jax.config.jax_compilation_cache_dir != str(_folder):
+        return False
+    action, program, reason = trouble.groups()
+    if action == "reading":
+        with contextlib.suppress(OSError):
+            for path in _folder.glob(f"{glob.escape(program)}-*"):
+                path.unlink(missing_ok=True)
+    log.log(
+        logging.DEBUG if _said else logging.WARNING,
+        "compiled programs in %s: %s %s failed (%s). It is compiled anew; if this comes back, delete the folder, or %s",
+        *(_folder, action, program, reason[:200], OFF),
+    )
+    _said = True
+    return True
+
+
+def _count() -> None:
+    global _counts
+    if not _counts:
+        _counts = True
+        jax.monitoring.register_event_duration_secs_listener(_on_duration)
+        jax.monitoring.register_event_listener(_on_event)
+
+
+def _on_duration(event: str, seconds: float, **_: Any) -> None:
+    global _requests
+    if event == "/jax/core/compile/backend_compile_duration":  # loading included
+        _requests += 1
+
+
+def _on_event(event: str, **_: Any) -> None:
+    global _hits
+    if event == "/jax/compilation_cache/cache_hits":
+        _hits += 1

@@ -13,9 +13,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from .errors import ConfigError
+from .errors import ConfigError, OptionError
 
 DTYPES = ("float32", "bfloat16", "float16")
+# How weights may be quantized (see quantize.py) -> how many inputs share a scale, None being all of them; and
+# what keys and values may be kept in besides the activations' dtype.
+WEIGHT_SCHEMES = {"int8": None, "int8-g64": 64, "int8-g32": 32, "int4": 32}
+CACHE_SCHEMES = ("int8",)
+QUANT_METHOD = "smollm3-jax"
 ARCHITECTURES = {"smollm3": "SmolLM3ForCausalLM", "llama": "LlamaForCausalLM"}
 # What SmolLM3Config and LlamaConfig of transformers take where the file is silent.
 TIED_BY_DEFAULT = {"smollm3": True, "llama": False}
@@ -59,6 +64,24 @@ class RopeScaling:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Quantization:
+    """What a checkpoint's weights are stored in, and what its cache should be (None: the activations' dtype)."""
+
+    weights: str
+    cache: str | None = None
+
+    def __post_init__(self):
+        if self.weights not in WEIGHT_SCHEMES:
+            raise ConfigError(f"weights {self.weights!r} are no scheme; there are {', '.join(WEIGHT_SCHEMES)}")
+        if self.cache not in (None, *CACHE_SCHEMES):
+            raise ConfigError(f"cache {self.cache!r} is no scheme; there is {', '.join(CACHE_SCHEMES)}")
+
+    def to_hf(self) -> dict[str, Any]:
+        """The `quantization_config` object of config.json."""
+        return {"quant_method": QUANT_METHOD, "weights": self.weights, "cache": self.cache}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """The architecture of a SmolLM3 or Llama checkpoint.
 
@@ -93,6 +116,7 @@ class ModelConfig:
     eos_token_id: int | tuple[int, ...] | None = None
     pad_token_id: int | None = None
     dtype: str | None = None
+    quantization: Quantization | None = None
     # The file as it was read (JSON), so that fields this package has no use for survive a round trip.
     source: str = dataclasses.field(default="{}", compare=False, repr=False)
 
@@ -144,7 +168,7 @@ class ModelConfig:
         scaling = self.rope_scaling.to_hf() if self.rope_scaling else None
         eos = list(self.eos_token_id) if isinstance(self.eos_token_id, tuple) else self.eos_token_id
         out: dict[str, Any] = {"architectures": [ARCHITECTURES[self.model_type]]}
-        own = [f.name for f in dataclasses.fields(self) if f.name not in ("source", "rope_layers")]
+        own = [f.name for f in dataclasses.fields(self) if f.name not in ("source", "rope_layers", "quantization")]
         out |= {name: getattr(self, name) for name in own}
         out |= {
             "rope_scaling": scaling,
@@ -159,9 +183,35 @@ class ModelConfig:
             for name in ("sliding_window", "use_sliding_window", "layer_types"):
                 del out[name]
         source = json.loads(self.source)
+        if self.quantization is not None:
+            out["quantization_config"] = self.quantization.to_hf()
+        else:
+            source.pop("quantization_config", None)
         if source and _parse(source) == self:
             return out | source
         return {k: v for k, v in source.items() if k not in out} | out
+
+
+def with_yarn(config: ModelConfig, factor: float) -> ModelConfig:
+    """The config of a model whose context YaRN stretches `factor` times, as SmolLM3's card has it for 2.
+
+    Raises:
+      OptionError: the factor is not above 1 or far too large, or the model's RoPE is scaled already.
+    """
+    original = config.max_position_embeddings
+    if not 1 < factor < 2**31 / original:  # nan is not either
+        raise OptionError(
+            f"the YaRN factor is {factor}; it must be above 1, and {factor} times the context of {original} tokens "
+            "less than 2**31"
+        )
+    if config.rope_scaling is not None:
+        kind, by = config.rope_scaling.rope_type, config.rope_scaling.factor
+        raise OptionError(
+            f"a YaRN factor of {factor} was asked for, but this model's config.json scales RoPE already ({kind}, "
+            f"factor {by}); its context is {original} tokens as it is"
+        )
+    scaling = RopeScaling(rope_type="yarn", factor=float(factor), original_max_position_embeddings=original)
+    return dataclasses.replace(config, rope_scaling=scaling, max_position_embeddings=int(original * factor))
 
 
 # Logical axis -> the config field that gives its length.
@@ -301,6 +351,7 @@ def _parse(raw: dict[str, Any]) -> ModelConfig:
         eos_token_id=_ids("eos_token_id", eos) if isinstance(eos, list) else _typed(raw, "eos_token_id", int, None),
         pad_token_id=_typed(raw, "pad_token_id", int, None),
         dtype=_parse_dtype(raw),
+        quantization=_parse_quantization(raw),
         source=json.dumps(raw),
     )
 
@@ -310,6 +361,23 @@ def _parse_dtype(raw: dict[str, Any]) -> str | None:
     if len(names) > 1:
         raise ConfigError(f"torch_dtype {raw['torch_dtype']!r} and dtype {raw['dtype']!r} disagree; delete one")
     return names.pop() if names else None
+
+
+def _parse_quantization(raw: dict[str, Any]) -> Quantization | None:
+    entry = _typed(raw, "quantization_config", dict, None)
+    if entry is None:
+        return None
+    if entry.get("quant_method") != QUANT_METHOD:
+        raise ConfigError(
+            f"quantization_config: quant_method is {entry.get('quant_method')!r}; only {QUANT_METHOD!r} is supported: "
+            "take the model's plain weights, and quantize them with `smollm3 quantize`"
+        )
+    if unknown := sorted(set(entry) - {"quant_method", "weights", "cache"}):
+        raise ConfigError(f"quantization_config does not know {', '.join(unknown)}")
+    try:
+        return Quantization(weights=_typed(entry, "weights", str), cache=_typed(entry, "cache", str, None))
+    except ConfigError as error:
+        raise ConfigError(f"quantization_config: {error}") from None
 
 
 def _parse_rope_layers(raw: dict[str, Any], layers: int) -> tuple[bool, ...]:
@@ -426,6 +494,10 @@ def _validate(config: ModelConfig) -> None:
             config.use_sliding_window and config.sliding_window is not None and config.sliding_window > 0,
             "layer_types has sliding_attention, but use_sliding_window is off or sliding_window is not positive",
         )
+    group = WEIGHT_SCHEMES[config.quantization.weights] if config.quantization else None
+    for field in ("hidden_size", "intermediate_size", "head_dim") if group else ():
+        value = getattr(config, field)
+        check(value % group == 0, f"{field} is {value}; quantized weights in groups of {group} need a multiple of that")
     if config.rope_scaling is not None:
         scaling = config.rope_scaling
         check(scaling.rope_type in ROPE_FIELDS, f"RoPE type {scaling.rope_type!r} is not supported")

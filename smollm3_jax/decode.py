@@ -16,6 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.sharding import NamedSharding
 
 from sharding.rules import Sharding
 
@@ -50,16 +51,26 @@ class Slots:
     choice: Choice
 
 
+def slot_shardings(sharding: Sharding) -> Slots:
+    """Slots of NamedShardings: what has an entry for each token lies as the logits do."""
+    of_slot = NamedSharding(sharding.mesh, sharding.spec("batch"))
+    of_token = NamedSharding(sharding.mesh, sharding.spec("batch", "vocab"))
+    choice = Choice(**{field.name: of_slot for field in dataclasses.fields(Choice)})
+    choice = dataclasses.replace(choice, in_prompt=of_token, counts=of_token)
+    fields: dict[str, Any] = {field.name: of_slot for field in dataclasses.fields(Slots)}
+    return Slots(**fields | {"choice": choice})
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Chosen:
     """What one call of `decode` chose: tokens int32 [B, N], -1 behind a sequence's end; their
     log-probabilities float32 [B, N]; the likeliest ids and log-probabilities [B, N, 20] where asked for."""
 
-    tokens: Array
-    logprobs: Array
-    top_ids: Array
-    top_logprobs: Array
+    tokens: Any
+    logprobs: Any
+    top_ids: Any
+    top_logprobs: Any
 
 
 @functools.partial(jax.jit, static_argnames=("past", "logprobs", "sharding"), donate_argnames="cache")
@@ -158,6 +169,10 @@ def decode(
         return step + 1, cache, _advance(slots, token_B), chosen
 
     _, cache, slots, chosen = jax.lax.while_loop(unfinished, body, (jnp.array(0), cache, slots, chosen))
+    if sharding is not None:
+        # Left to itself the compiler spreads some of them otherwise than they came: the next call would be
+        # compiled anew, and what was donated not be used.
+        slots = jax.lax.with_sharding_constraint(slots, slot_shardings(sharding))
     return cache, slots, chosen
 
 

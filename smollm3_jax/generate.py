@@ -14,13 +14,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.sharding import NamedSharding
 
 from sharding.rules import Sharding
 
 from .compile_cache import enable
-from .decode import MAX_STEPS, Slots, decode, free, insert, prefill
+from .config import GenerationConfig, ModelConfig
+from .decode import MAX_STEPS, Chosen, Slots, decode, free, insert, prefill, slot_shardings
 from .errors import OptionError
 from .kv_cache import KVCache, empty_cache
+from .lookup import can_draft, decode_lookup, remember
 from .model import SmolLM3
 from .sampling import MAX_STOP_IDS, Choice, SamplingParams
 from .tokenizer import Tokenizer
@@ -80,6 +83,21 @@ class Completion:
     logprobs: list[Logprob] | None
     prompt_logprobs: list[float] | None
 
+    @classmethod
+    def empty(cls) -> "Completion":
+        """One that has not begun."""
+        return cls([], "", "", None, None)
+
+    def add(self, delta: Delta) -> None:
+        """What came of it since the last time."""
+        self.token_ids += delta.token_ids
+        self.text += delta.text
+        if delta.logprobs is not None:
+            self.logprobs = (self.logprobs or []) + list(delta.logprobs)
+        if delta.prompt_logprobs is not None:
+            self.prompt_logprobs = list(delta.prompt_logprobs)
+        self.finish_reason = delta.finish_reason or ""
+
 
 def generate(
     model: SmolLM3,
@@ -107,18 +125,9 @@ def generate(
 
 def complete(model: SmolLM3, requests: Sequence[Request], **options: Any) -> list[Completion]:
     """All requests to their end, in order, samples of one request side by side; options as for `stream`."""
-    done = [
-        [Completion([], "", "", None, None) for _ in range(request.params.n)] for request in requests
-    ]
+    done = [[Completion.empty() for _ in range(request.params.n)] for request in requests]
     for delta in stream(model, requests, **options):
-        completion = done[delta.request][delta.sample]
-        completion.token_ids += delta.token_ids
-        completion.text += delta.text
-        if delta.logprobs is not None:
-            completion.logprobs = (completion.logprobs or []) + list(delta.logprobs)
-        if delta.prompt_logprobs is not None:
-            completion.prompt_logprobs = list(delta.prompt_logprobs)
-        completion.finish_reason = delta.finish_reason or ""
+        done[delta.request][delta.sample].add(delta)
     return [completion for samples in done for completion in samples]
 
 
@@ -131,6 +140,7 @@ def stream(
     capacity: int | None = None,
     cache_dtype: Any = None,
     steps: int = MAX_STEPS,
+    lookup: int = 0,
     sharding: Sharding | None = None,
 ) -> Iterator[Delta]:
     """Runs requests side by side in slots of the cache, and yields what they say as it comes.
@@ -144,28 +154,33 @@ def stream(
       capacity: the most tokens that a sequence may have, its prompt included.
       cache_dtype: None is the model's; "int8" halves it.
       steps: how many tokens of each sequence come at a time, at most 16.
+      lookup: how many tokens to draft from the text so far and verify at once (see `lookup`); 0 is off.
+        The share of them that was accepted is logged at the end.
       sharding: the mesh and rules that the model was placed by; None on one device.
 
     Raises:
       OptionError: a request that cannot be run, when its turn comes.
     """
     enable()
+    config = model.config, model.generation_config
     if capacity is None:
         requests = list(requests)
         for index, request in enumerate(requests):
-            _check(model, index, request, tokenizer, None)
+            check_request(*config, request, tokenizer, lookup=lookup, name=f"prompt {index}")
         capacity = max((len(r.prompt) + r.params.max_new_tokens for r in requests), default=0)
         max_slots = min(max_slots, sum(r.params.n for r in requests))
     if not max_slots:
         return
     batch = 1 << (max_slots - 1).bit_length()
-    room = max(MIN_CAPACITY, 1 << (capacity - 1).bit_length())
+    room = max(MIN_CAPACITY, 1 << (capacity + lookup - 1).bit_length())
     cache = empty_cache(model.config, batch, room, cache_dtype or model.dtype, sharding)
-    slots = _no_slots(model, batch)
+    history = np.full((batch, room), -1, np.int32) if lookup else None
+    cache, slots, history = _place(model, cache, _no_slots(model, batch), history, sharding)
     chunk = CHUNK.get(sharding.platform if sharding else jax.default_backend(), ACCELERATOR_CHUNK)
     running: dict[int, _Sequence] = {}
     waiting = enumerate(requests)
     samples: list[_Sequence] = []  # of the request at hand that have no slot yet
+    drafted, accepted = 0, 0
     log.debug("%d slots of %d tokens", batch, room)
     while True:
         source, first = None, None
@@ -175,7 +190,7 @@ def stream(
                 index, request = next(waiting, (0, None))
                 if request is None:
                     break
-                _check(model, index, request, tokenizer, capacity)
+                check_request(*config, request, tokenizer, capacity, lookup, f"prompt {index}")
                 samples = [_Sequence(model, index, i, request, tokenizer) for i in range(request.params.n)]
             sequence = samples.pop(0)
             if source is None:
@@ -184,10 +199,22 @@ def stream(
             first = None if source == slot else jnp.array(source)
             length = jnp.array(len(sequence.request.prompt) - 1)
             cache, slots = insert(cache, slots, jnp.array(slot), sequence.slot(), length, first)
+            if history is not None:
+                told = np.full(room, -1, np.int32)
+                told[: len(sequence.request.prompt)] = sequence.request.prompt
+                history = remember(history, jnp.array(slot), told)
             running[slot] = sequence
         if not running:
-            return
-        cache, slots, chosen = decode(model, cache, slots, jnp.array(steps), sharding=sharding)
+            break
+        if history is None:
+            cache, slots, chosen = decode(model, cache, slots, jnp.array(steps), sharding=sharding)
+        else:
+            cache, slots, history, tokens, tally = decode_lookup(
+                model, cache, slots, history, jnp.array(steps), draft=lookup, sharding=sharding
+            )
+            chosen = Chosen(tokens, None, None, None)
+            tried, kept = jax.device_get(tally)
+            drafted, accepted = drafted + int(tried), accepted + int(kept)
         chosen = jax.device_get(chosen)
         for slot, sequence in list(running.items()):
             delta = sequence.take(slot, chosen)
@@ -195,6 +222,8 @@ def stream(
                 del running[slot]
                 slots = free(slots, jnp.array(slot))
             yield delta
+    if drafted:
+        log.info("prompt lookup: %d of %d drafted tokens accepted (%.0f %%)", accepted, drafted, 100 * accepted / drafted)
 
 
 def pieces(length: int, chunk: int, capacity: int) -> Iterator[tuple[int, int, int, int]]:
@@ -213,7 +242,7 @@ def _prefill(
 ) -> tuple[KVCache, tuple[float, ...] | None]:
     """All but the last token of a prompt into a slot, and the log-probabilities of all but its first."""
     prompt = np.asarray(request.prompt, np.int32)
-    logprobs: list[Array] = []
+    logprobs: list[tuple[Array, int]] = []
     for start, count, padded, past in pieces(len(prompt) - 1, chunk, cache.capacity):
         tokens = np.zeros((2, padded), np.int32)
         tokens[:, :count] = prompt[start : start + count], prompt[start + 1 : start + count + 1]
@@ -229,32 +258,48 @@ def _prefill(
             sharding=sharding,
         )
         if values is not None:
-            logprobs.append(values[:count])
+            logprobs.append((values, count))
     if not request.params.prompt_logprobs:
         return cache, None
-    return cache, tuple(float(value) for piece in jax.device_get(logprobs) for value in piece)
+    return cache, tuple(float(value) for piece, count in jax.device_get(logprobs) for value in piece[:count])
 
 
-def _check(
-    model: SmolLM3, index: int, request: Request, tokenizer: Tokenizer | None, capacity: int | None
+def check_request(
+    config: ModelConfig,
+    generation_config: GenerationConfig,
+    request: Request,
+    tokenizer: Tokenizer | None = None,
+    capacity: int | None = None,
+    lookup: int = 0,
+    name: str = "the prompt",
 ) -> None:
-    config, prompt, params = model.config, request.prompt, request.params
+    """Refuses a request that `stream`, with the same options, would refuse.
+
+    Raises:
+      OptionError: naming the field, or the prompt by its name here.
+    """
+    prompt, params = request.prompt, request.params
     if len(prompt) == 0:
-        raise OptionError(f"prompt {index} is empty; give at least one token")
+        raise OptionError(f"{name} is empty; give at least one token")
     if bad := [i for i in prompt if not 0 <= i < config.vocab_size]:
-        raise OptionError(f"prompt {index} holds the id {bad[0]}; the vocabulary has {config.vocab_size} tokens")
+        raise OptionError(f"{name} holds the id {bad[0]}; the vocabulary has {config.vocab_size} tokens")
     for room, what in ((config.max_position_embeddings, "the model's context"), (capacity, "the room of a slot")):
         if room is not None and len(prompt) + params.max_new_tokens > room:
             raise OptionError(
-                f"prompt {index} has {len(prompt)} tokens; with max_new_tokens {params.max_new_tokens} that exceeds "
+                f"{name} has {len(prompt)} tokens; with max_new_tokens {params.max_new_tokens} that exceeds "
                 f"{what} of {room}"
             )
     params.check_ids(config.vocab_size)
+    if lookup and not can_draft(params):
+        raise OptionError(
+            "prompt lookup verifies greedy decoding: it needs temperature 0, and takes no penalties, logit_bias, "
+            "logprobs or max_thinking_tokens"
+        )
     if tokenizer is None and params.stop:
         raise OptionError("stop texts need a tokenizer; give one, or use stop_token_ids")
     if params.max_thinking_tokens is not None and -1 in think_ids(tokenizer):
         raise OptionError("max_thinking_tokens needs a tokenizer that has <think> and </think> as tokens")
-    if len(model.generation_config.eos_token_id) + len(params.stop_token_ids) > MAX_STOP_IDS:
+    if len(generation_config.eos_token_id) + len(params.stop_token_ids) > MAX_STOP_IDS:
         raise OptionError(f"stop_token_ids: with the model's own, a sequence has at most {MAX_STOP_IDS}")
 
 
@@ -266,7 +311,18 @@ def think_ids(tokenizer: Tokenizer | None) -> tuple[int, int]:
 
 def _no_slots(model: SmolLM3, batch: int) -> Slots:
     one = _Sequence(model, 0, 0, Request([0]), None).slot()
-    return jax.tree.map(lambda x: jnp.zeros((batch, *np.shape(x)), np.asarray(x).dtype), one)
+    return jax.tree.map(lambda x: np.zeros((batch, *np.shape(x)), np.asarray(x).dtype), one)
+
+
+def _place(
+    model: SmolLM3, cache: KVCache, slots: Slots, history: Any, sharding: Sharding | None
+) -> tuple[KVCache, Slots, Any]:
+    """Everything where calls of `decode` leave it: if it came from elsewhere, the second call was compiled anew."""
+    if sharding is not None:
+        of_slot = NamedSharding(sharding.mesh, sharding.spec("batch"))
+        return cache, *jax.device_put((slots, history), (slot_shardings(sharding), of_slot))
+    devices = list(model.norm[...].devices())
+    return jax.device_put((cache, slots, history), devices[0] if len(devices) == 1 else None)
 
 
 class _Sequence:

@@ -13,6 +13,7 @@ import math
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import NamedSharding
 
 from sharding.rules import Sharding
@@ -100,18 +101,17 @@ def write(
       length_B: where each row's first new token goes; [1] with a slot.
       slot: the row of the cache that the one row of new tokens belongs to; None if rows are rows.
     """
-    if layer.k_scale is None:
-        pairs = [(layer.k, k_BTKE, None), (layer.v, v_BTKE, None)]
-    else:
-        pairs = [(layer.k, *quantize_rows(k_BTKE)), (layer.v, *quantize_rows(v_BTKE))]
-    k, v = (_put(old, new.transpose(2, 0, 1, 3), length_B, slot, sharding) for old, new, _ in pairs)
-    if layer.k_scale is None:
-        return LayerCache(k, v)
-    scales = (
-        _put(old, scale.transpose(2, 0, 1), length_B, slot, sharding)
-        for old, (_, _, scale) in zip((layer.k_scale, layer.v_scale), pairs, strict=True)
-    )
-    return LayerCache(k, v, *scales)
+
+    def put(values: Array, scale: Array | None, new_BTKE: Array) -> tuple[Array, Array | None]:
+        new_scale = None
+        if scale is not None:
+            new_BTKE, new_scale_BTK = quantize_rows(new_BTKE)
+            new_scale = _put(scale, new_scale_BTK.transpose(2, 0, 1), length_B, slot, sharding)
+        return _put(values, new_BTKE.transpose(2, 0, 1, 3), length_B, slot, sharding), new_scale
+
+    k, k_scale = put(layer.k, layer.k_scale, k_BTKE)
+    v, v_scale = put(layer.v, layer.v_scale, v_BTKE)
+    return LayerCache(k, v, k_scale, v_scale)
 
 
 def quantize_rows(x: Array) -> tuple[Array, Array]:
@@ -125,41 +125,117 @@ def quantize_rows(x: Array) -> tuple[Array, Array]:
 def _put(old_KBSx: Array, new_KBTx: Array, length_B: Array, slot: Array | None, sharding: Sharding | None) -> Array:
     """old with new written row by row from index length on; the trailing dimension, if any, is free."""
     new_KBTx = new_KBTx.astype(old_KBSx.dtype)
-    if slot is not None or new_KBTx.shape[1] == old_KBSx.shape[1] == 1:
-        start = (0, 0 if slot is None else slot, length_B[0], 0)
-        return jax.lax.dynamic_update_slice(old_KBSx, new_KBTx, start[: old_KBSx.ndim])
-    rows, steps = new_KBTx.shape[1:3]
-    row_BT = jnp.arange(rows)[:, None]
-    index_BT = length_B[:, None] + jnp.arange(steps)
+    one_row = slot is not None or new_KBTx.shape[1] == old_KBSx.shape[1] == 1
+    if sharding is None or sharding.parts("batch") * sharding.parts("context") == 1:
+        if one_row:
+            start = (0, 0 if slot is None else slot, length_B[0], 0)
+            return jax.lax.dynamic_update_slice(old_KBSx, new_KBTx, start[: old_KBSx.ndim])
+        return _put_rows(old_KBSx, new_KBTx, length_B)
+
+    heads, batch, context, *rest = AXES[: old_KBSx.ndim]
+    row_axes, context_axes = sharding.mesh_axes(batch), sharding.mesh_axes(context)
+
+    def part(old_KBSx: Array, new_KBTx: Array, length_B: Array, slot: Array | None) -> Array:
+        length_B = length_B - _first(context_axes, old_KBSx.shape[2])
+        if not one_row:
+            return _put_rows(old_KBSx, new_KBTx, length_B)
+        row = 0 if slot is None else slot - _first(row_axes, old_KBSx.shape[1])
+        return _put_part(old_KBSx, new_KBTx, row, length_B[0])
+
+    old_spec = sharding.spec(heads, batch, context, *rest)
+    new_spec = sharding.spec(heads, None if one_row else batch, None, *rest)
+    length_spec = sharding.spec(None if one_row else batch)
+    specs = (old_spec, new_spec, length_spec, None if slot is None else sharding.spec())
+    return sharding.shard_map(part, specs, old_spec)(old_KBSx, new_KBTx, length_B, slot)
+
+
+def _first(mesh_axes: tuple[str, ...], length: int) -> Array | int:
+    """Inside shard_map: the global index of the first of this device's `length` places."""
+    return jax.lax.axis_index(mesh_axes) * length if mesh_axes else 0
+
+
+def _put_rows(old_KBSx: Array, new_KBTx: Array, start_B: Array) -> Array:
+    """Every row's new tokens from its start on, which may lie before or behind this part of the context."""
+    (heads, rows, steps), capacity = new_KBTx.shape[:3], old_KBSx.shape[2]
+    index_BT = start_B[:, None] + jnp.arange(steps)
+    # Negative indices would count from the end.
+    index_BT = jnp.where(index_BT < 0, capacity + jnp.arange(steps), index_BT)
+    # Heads are named one by one: for a write to all at once XLA for TPU would want them together in memory,
+    # and copy the whole cache for it.
+    head_K11, row_BT = jnp.arange(heads)[:, None, None], jnp.arange(rows)[:, None]
     # A row that is full writes nothing: its padding has nowhere to go.
-    return old_KBSx.at[:, row_BT, index_BT].set(new_KBTx, mode="drop", unique_indices=True)
+    return old_KBSx.at[head_K11, row_BT, index_BT].set(new_KBTx, mode="drop", unique_indices=True)
 
 
-def read(layer: LayerCache, slot: Array | None, length: int, dtype: jnp.dtype) -> tuple[Array, Array]:
+def _put_part(old_KBSx: Array, new_K1Tx: Array, row: Array | int, start: Array) -> Array:
+    """One row's new tokens where old, a part of the cache, has the row and their places; else old as it is.
+
+    It rewrites a window of old with what is new in it or was there before: no copy, no pass over old.
+    """
+    (rows, capacity), steps = old_KBSx.shape[1:3], new_K1Tx.shape[2]
+    size = min(steps, capacity)
+    at = jnp.clip(start, 0, capacity - size)
+    token = at - start  # of the new ones, which is for the window's first place
+    new_x = jnp.moveaxis(new_K1Tx, 2, 0)
+    padded_x = jnp.pad(new_x, [(size, size)] + [(0, 0)] * (new_x.ndim - 1))
+    window_x = jax.lax.dynamic_slice_in_dim(padded_x, jnp.clip(token, -size, steps) + size, size)
+    mine = (row >= 0) & (row < rows)
+    index = token + jnp.arange(size)
+    written = ((index >= 0) & (index < steps) & mine).reshape(1, 1, size, *[1] * (old_KBSx.ndim - 3))
+    place = (0, jnp.clip(row, 0, rows - 1), at, 0)[: old_KBSx.ndim]
+    before = jax.lax.dynamic_slice(old_KBSx, place, (old_KBSx.shape[0], 1, size, *old_KBSx.shape[3:]))
+    new_KBSx = jax.lax.dynamic_update_slice(old_KBSx, jnp.where(written, jnp.moveaxis(window_x, 0, 2), before), place)
+    # Left to itself XLA for TPU keeps the heads of a place together in its loop, and copies the whole cache for it.
+    return with_layout_constraint(new_KBSx, Layout(major_to_minor=tuple(range(new_KBSx.ndim))))
+
+
+def read(
+    layer: LayerCache, slot: Array | None, length: int, dtype: jnp.dtype, sharding: Sharding | None = None
+) -> tuple[Array, Array]:
     """Keys and values [B, length, K, E] of the first `length` places of one row, or of all."""
 
     def part(values: Array, scale: Array | None) -> Array:
-        out = _rows(values, slot)[:, :, :length]
-        out = out if scale is None else out * _rows(scale, slot)[:, :, :length, None]
+        out = _rows(values, slot, length, sharding)
+        out = out if scale is None else out * _rows(scale, slot, length, sharding)[..., None]
         return out.transpose(1, 2, 0, 3).astype(dtype)
 
     return part(layer.k, layer.k_scale), part(layer.v, layer.v_scale)
 
 
-def rows(layer: LayerCache, slot: Array | None) -> LayerCache:
+def rows(layer: LayerCache, slot: Array | None, sharding: Sharding | None = None) -> LayerCache:
     """The one row that a slot names as a cache of its own; everything without one."""
-    return jax.tree.map(lambda x: _rows(x, slot), layer)
+    return jax.tree.map(lambda x: _rows(x, slot, x.shape[2], sharding), layer)
 
 
-def _rows(x: Array, slot: Array | None) -> Array:
-    return x if slot is None else jax.lax.dynamic_slice_in_dim(x, slot, 1, axis=1)
+def _rows(x_KBSx: Array, slot: Array | None, length: int, sharding: Sharding | None = None) -> Array:
+    """The first `length` places of the row that a slot names, or of all rows."""
+    if slot is None:
+        return x_KBSx[:, :, :length]
+
+    def row(x_KBSx: Array, index: Array) -> Array:
+        sizes = (x_KBSx.shape[0], 1, length, *x_KBSx.shape[3:])
+        return jax.lax.dynamic_slice(x_KBSx, (0, index, 0, 0)[: x_KBSx.ndim], sizes)
+
+    heads, batch, *rest = AXES[: x_KBSx.ndim]
+    if sharding is None or sharding.parts(batch) == 1:
+        return row(x_KBSx, slot)
+    axes = sharding.mesh_axes(batch)
+
+    def part(x_KBSx: Array, slot: Array) -> Array:
+        index = slot - _first(axes, x_KBSx.shape[1])
+        mine = (index >= 0) & (index < x_KBSx.shape[1])
+        return jax.lax.psum(jnp.where(mine, row(x_KBSx, index), 0), axes)
+
+    # A context in parts is gathered first: a row begins on its first device.
+    specs = (sharding.spec(heads, batch, None, *rest[1:]), sharding.spec())
+    return sharding.shard_map(part, specs, sharding.spec(heads, None, None, *rest[1:]))(x_KBSx, slot)
 
 
 def copy_row(cache: KVCache, source: Array, target: Array) -> KVCache:
     """Row `target` becomes what row `source` is: several samples from one prefill."""
 
     def copied(x: Array) -> Array:
-        return jax.lax.dynamic_update_slice_in_dim(x, _rows(x, source), target, axis=1)
+        return jax.lax.dynamic_update_slice_in_dim(x, _rows(x, source, x.shape[2]), target, axis=1)
 
     return KVCache(jax.tree.map(copied, cache.layers), cache.length.at[target].set(cache.length[source]))
 

@@ -24,15 +24,15 @@ from . import rope
 from .attention import attention, decode_attention
 from .config import GenerationConfig, ModelConfig
 from .kv_cache import KVCache, advance, read, rows, write
-from .quantize import linear
+from .quantize import Weight, linear, lookup, quantized, scheme_of
 
 
 class Block(nnx.Module):
     """The parameters of all layers, stacked; inside the scan, of one. `axes` names the dimensions."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, dtype: Any):
-        def normal(*axes: str) -> nnx.Param:
-            return _normal(config, ("layers", *axes), rngs, dtype)
+        def normal(name: str, *axes: str, contracted: int = 1) -> Weight:
+            return _weight(config, f"layers.{name}", ("layers", *axes), rngs, dtype, contracted)
 
         def constant(value: float, *axes: str) -> nnx.Param:
             shape = [config.axis_sizes[axis] for axis in ("layers", *axes)]
@@ -42,14 +42,14 @@ class Block(nnx.Module):
             return constant(0, *axes) if present else None
 
         self.attn_norm = constant(1, "embed")
-        self.q = normal("heads", "head", "embed")
-        self.k = normal("kv_heads", "head", "embed")
-        self.v = normal("kv_heads", "head", "embed")
-        self.o = normal("embed", "heads", "head")
+        self.q = normal("q", "heads", "head", "embed")
+        self.k = normal("k", "kv_heads", "head", "embed")
+        self.v = normal("v", "kv_heads", "head", "embed")
+        self.o = normal("o", "embed", "heads", "head", contracted=2)
         self.mlp_norm = constant(1, "embed")
-        self.gate = normal("mlp", "embed")
-        self.up = normal("mlp", "embed")
-        self.down = normal("embed", "mlp")
+        self.gate = normal("gate", "mlp", "embed")
+        self.up = normal("up", "mlp", "embed")
+        self.down = normal("down", "embed", "mlp")
         self.q_bias = bias(config.attention_bias, "heads", "head")
         self.k_bias = bias(config.attention_bias, "kv_heads", "head")
         self.v_bias = bias(config.attention_bias, "kv_heads", "head")
@@ -79,10 +79,11 @@ class SmolLM3(nnx.Module):
     ):
         self.config = config
         self.generation_config = generation_config or GenerationConfig.from_hf({}, config)
-        self.embed = _normal(config, ("vocab", "embed"), rngs, dtype)
+        self.embed = _weight(config, "embed", ("vocab", "embed"), rngs, dtype)
         self.layers = Block(config, rngs=rngs, dtype=dtype)
         self.norm = nnx.Param(jnp.ones(config.hidden_size, dtype), axes=("embed",))
-        self.head = None if config.tie_word_embeddings else _normal(config, ("vocab", "embed"), rngs, dtype)
+        tied = config.tie_word_embeddings
+        self.head = None if tied else _weight(config, "head", ("vocab", "embed"), rngs, dtype)
 
     def __call__(
         self,
@@ -139,9 +140,15 @@ class SmolLM3(nnx.Module):
         """Of the activations."""
         return self.norm.dtype
 
-    def unembed(self, x: Array) -> Array:
+    @property
+    def cache_dtype(self) -> Any:
+        """What a quantized checkpoint asks its cache to be; the activations' dtype where it does not."""
+        quantization = self.config.quantization
+        return self.dtype if quantization is None else jnp.dtype(quantization.cache or self.dtype)
+
+    def unembed(self, x: Array, sharding: Sharding | None = None) -> Array:
         """Logits, float32 [..., V], of final hidden states [..., D]."""
-        return linear(x, self.embed if self.head is None else self.head)
+        return linear(x, self.embed if self.head is None else self.head, platform=sharding and sharding.platform)
 
     def layer_states(self, tokens: Array) -> Array:
         """What enters the first layer and what leaves each, [L + 1, B, T, D]: for finding where models part."""
@@ -159,7 +166,7 @@ def _logits(
     sharding: Sharding | None = None,
 ) -> Any:
     x_BTD, new_cache = model.hidden(tokens_BT, positions_BT, segments_BT, cache, sharding=sharding)
-    logits_BTV = model.unembed(x_BTD)
+    logits_BTV = model.unembed(x_BTD, sharding)
     return logits_BTV if new_cache is None else (logits_BTV, new_cache)
 
 
@@ -184,7 +191,8 @@ def _run_layers(
     """Embedding and all blocks: the last state, all of them if kept, and the new cache."""
     config = model.config
     index_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1], dtype=jnp.int32), tokens_BT.shape)
-    segments_BT = jnp.ones_like(index_BT) if segments_BT is None else segments_BT
+    # Without segments there is one document a row, and nothing for attention to mask by them.
+    row_segments_BT = jnp.ones_like(index_BT) if segments_BT is None else segments_BT
     length_B = jnp.zeros(())  # of no use without a cache
     if cache is not None:
         length_B = cache.length if slot is None else cache.length[slot][None]
@@ -201,18 +209,20 @@ def _run_layers(
                 return attention(q, k, v, **segments, window=window, sharding=sharding), None
             stored = write(cached, k, v, length_B, slot, sharding)
             if past is None:
-                of_rows = rows(stored, slot)
+                of_rows = rows(stored, slot, sharding)
                 return decode_attention(q, of_rows, length_B=length_B, window=window, sharding=sharding), stored
+            if past == 0:
+                return attention(q, k, v, window=window, sharding=sharding), stored
             # Read back from what was just written, so that the update stays in place; what lies at or
             # behind the length is not the past.
-            past_k, past_v = read(stored, slot, past, k.dtype)
+            past_k, past_v = read(stored, slot, past, k.dtype, sharding)
             past_segments_BP = (jnp.arange(past) < length_B[:, None]).astype(jnp.int32)
             out = attention(
                 q,
                 jnp.concatenate([past_k, k], axis=1),
                 jnp.concatenate([past_v, v], axis=1),
-                q_segments_BT=segments_BT,
-                kv_segments_BS=jnp.concatenate([past_segments_BP, segments_BT], axis=1),
+                q_segments_BT=row_segments_BT,
+                kv_segments_BS=jnp.concatenate([past_segments_BP, row_segments_BT], axis=1),
                 gap_B=past - length_B,
                 window=window,
                 sharding=sharding,
@@ -239,7 +249,7 @@ def _run_layers(
     states = jnp.stack([state for state, _ in kept]) if keep_states else None
     if cache is None:
         return x_BTD, states, None
-    new_length_B = advance(length_B, segments_BT)
+    new_length_B = advance(length_B, row_segments_BT)
     length = new_length_B if slot is None else cache.length.at[slot].set(new_length_B[0])
     return x_BTD, states, KVCache(tuple(stored for _, stored in kept), length)
 
@@ -273,22 +283,25 @@ def block(
     def placed(x_BTD: Array) -> Array:
         return x_BTD if sharding is None else sharding.constrain(x_BTD, "batch", "length", "residual")
 
+    multiply = functools.partial(_linear, platform=sharding and sharding.platform)
     h_BTD = _rms_norm(x_BTD, p.attn_norm[...], config.rms_norm_eps)
-    q_BTHE = _linear(h_BTD, p.q, p.q_bias)
-    k_BTKE = _linear(h_BTD, p.k, p.k_bias)
-    v_BTKE = _linear(h_BTD, p.v, p.v_bias)
+    q_BTHE = multiply(h_BTD, p.q, p.q_bias)
+    k_BTKE = multiply(h_BTD, p.k, p.k_bias)
+    v_BTKE = multiply(h_BTD, p.v, p.v_bias)
     out_BTHE, kept = attend(q_BTHE, k_BTKE, v_BTKE)
-    x_BTD = placed(x_BTD + _linear(out_BTHE, p.o, p.o_bias, contracted=2))
+    x_BTD = placed(x_BTD + multiply(out_BTHE, p.o, p.o_bias, contracted=2))
 
     h_BTD = _rms_norm(x_BTD, p.mlp_norm[...], config.rms_norm_eps)
-    gate_BTF = jax.nn.silu(_linear(h_BTD, p.gate, p.gate_bias))
-    up_BTF = _linear(h_BTD, p.up, p.up_bias)
-    return placed(x_BTD + _linear(gate_BTF * up_BTF, p.down, p.down_bias)), kept
+    gate_BTF = jax.nn.silu(multiply(h_BTD, p.gate, p.gate_bias))
+    up_BTF = multiply(h_BTD, p.up, p.up_bias)
+    return placed(x_BTD + multiply(gate_BTF * up_BTF, p.down, p.down_bias)), kept
 
 
-def _linear(x: Array, weight: nnx.Param, bias: nnx.Param | None, contracted: int = 1) -> Array:
+def _linear(
+    x: Array, weight: Weight, bias: nnx.Param | None, contracted: int = 1, platform: str | None = None
+) -> Array:
     """The product and the bias are added up in float32, then rounded once to x's dtype."""
-    out = linear(x, weight, contracted)
+    out = linear(x, weight, contracted, platform)
     return (out if bias is None else out + bias[...]).astype(x.dtype)
 
 
@@ -300,8 +313,7 @@ def _rms_norm(x_BTD: Array, weight_D: Array, eps: float) -> Array:
 
 
 def _embed(model: SmolLM3, tokens_BT: Array) -> Array:
-    # The barrier keeps XLA:CPU from turning the whole table into float32 before it looks up a few rows.
-    x_BTD = jax.lax.optimization_barrier(model.embed[...][tokens_BT])
+    x_BTD = lookup(model.embed, tokens_BT, model.dtype)
     pad = model.config.pad_token_id
     if pad is None:
         return x_BTD
@@ -309,6 +321,11 @@ def _embed(model: SmolLM3, tokens_BT: Array) -> Array:
     return jnp.where((tokens_BT == pad)[..., None], jax.lax.stop_gradient(x_BTD), x_BTD)
 
 
-def _normal(config: ModelConfig, axes: tuple[str, ...], rngs: nnx.Rngs, dtype: Any) -> nnx.Param:
+def _weight(
+    config: ModelConfig, name: str, axes: tuple[str, ...], rngs: nnx.Rngs, dtype: Any, contracted: int = 1
+) -> Weight:
     shape = [config.axis_sizes[axis] for axis in axes]
-    return nnx.Param(config.initializer_range * jax.random.normal(rngs.params(), shape, dtype), axes=axes)
+    weight = nnx.Param(config.initializer_range * jax.random.normal(rngs.params(), shape, dtype), axes=axes)
+    if config.quantization is None:
+        return weight
+    return quantized(weight, scheme_of(name, config.quantization.weights), contracted)

@@ -1,22 +1,177 @@
-"""The one product of activations with weights, plain or quantized."""
+"""Quantized weights, and the one product of activations with weights, plain or quantized.
+
+Schemes (config.WEIGHT_SCHEMES):
+  int8: one scale for each output channel.
+  int8-g64, int8-g32: one scale for each 64 or 32 numbers along the input.
+  int4: a scale and a minimum for each 32 numbers along the input, as GGUF's Q4_1 has them. The embedding
+    and the head are int8 then: what is looked up, and what the logits are made of, is worth the byte.
+
+Shapes: R rows of activations, N output channels, K inputs, G inputs that share a scale.
+"""
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax import Array
 
+from .config import WEIGHT_SCHEMES
 
-def linear(x: Array, weight: nnx.Param, contracted: int = 1) -> Array:
-    """Sums over the last `contracted` dimensions of x and of the weight: float32 [..., *out]."""
-    w = weight[...]
-    split = w.ndim - contracted
-    x2 = x.reshape(-1, math.prod(w.shape[split:]))
-    w2 = w.reshape(-1, x2.shape[1])
-    rows = x2.shape[0]
+# On CPU, up to so many rows of activations are multiplied as integers; more are worth unpacking the weight for.
+INTEGER_ROWS = 128
+
+
+class Quantized(nnx.Module):
+    """A weight [*out, *in] whose last dimensions are the contracted ones, in place of an nnx.Param.
+
+    values: int8 [*out, *in]; for int4 uint8 [*out, *in / 2], byte j of a group holding its numbers j (low
+      bits) and j + 16 (high bits).
+    scale: float32 [*out] for int8; [*out, *in / G] for groups, float16 for int4.
+    minimum: what int4 adds, like the scale; else None.
+    """
+
+    def __init__(self, scheme: str, values: nnx.Param, scale: nnx.Param, minimum: nnx.Param | None = None):
+        self.scheme = scheme
+        self.values, self.scale, self.minimum = values, scale, minimum
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the weight that this stands for."""
+        shape = self.values.shape
+        return (*shape[:-1], 2 * shape[-1]) if self.minimum is not None else shape
+
+
+Weight = nnx.Param | Quantized
+
+
+def linear(x: Array, weight: Weight, contracted: int = 1, platform: str | None = None) -> Array:
+    """Sums over the last `contracted` dimensions of x and of the weight: float32 [..., *out].
+
+    Args:
+      platform: what this will run on; None is JAX's default.
+    """
+    split = len(weight.shape) - contracted
+    x2 = x.reshape(-1, math.prod(weight.shape[split:]))
+    if isinstance(weight, Quantized):
+        out = _quantized_product(x2, weight, contracted, (platform or jax.default_backend()) == "cpu")
+    else:
+        out = _product(x2, weight[...].reshape(-1, x2.shape[1]))
+    return out.reshape(*x.shape[: x.ndim - contracted], *weight.shape[:split])
+
+
+def _product(x_RK: Array, w_NK: Array) -> Array:
+    rows = x_RK.shape[0]
     # XLA:CPU turns a whole bfloat16 matrix into float32 for a product with one row, not with two.
-    if rows == 1 and x.dtype != jnp.float32:
-        x2 = jnp.concatenate([x2, jnp.zeros_like(x2)])
-    out = jax.lax.dot_general(x2, w2, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
-    return out[:rows].reshape(*x.shape[: x.ndim - contracted], *w.shape[:split])
+    if rows == 1 and x_RK.dtype != jnp.float32:
+        x_RK = jnp.concatenate([x_RK, jnp.zeros_like(x_RK)])
+    out = jax.lax.dot_general(x_RK, w_NK, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
+    return out[:rows]
+
+
+def _quantized_product(x_RK: Array, weight: Quantized, contracted: int, cpu: bool) -> Array:
+    values, scale = weight.values[...], weight.scale[...]
+    by_channel = WEIGHT_SCHEMES[weight.scheme] is None
+    if by_channel and cpu and x_RK.shape[0] <= INTEGER_ROWS:
+        return _integer_product(x_RK, values.reshape(-1, x_RK.shape[1])) * scale.reshape(-1)
+    if cpu:
+        # Tied to the activations: in a loop, XLA:CPU would unpack every weight once and keep them all.
+        values, x_RK = jax.lax.optimization_barrier((values, x_RK))
+    if by_channel:
+        return _product(x_RK, values.astype(x_RK.dtype).reshape(-1, x_RK.shape[1])) * scale.reshape(-1)
+    minimum = None if weight.minimum is None else weight.minimum[...]
+    return _product(x_RK, dequantize(values, scale, minimum).astype(x_RK.dtype).reshape(-1, x_RK.shape[1]))
+
+
+def _integer_product(x_RK: Array, w_NK: Array) -> Array:
+    """x w^T, float32 [R, N], of an int8 w: x as two int8 rows, the second the remainder of the first.
+
+    Together they hold nearly 16 bits of each activation relative to the row's largest. One row becomes
+    two, which is also the fewest that XLA:CPU multiplies fast.
+    """
+    x = x_RK.astype(jnp.float32)
+    step_R1 = jnp.max(jnp.abs(x), axis=1, keepdims=True) / 127
+    x = x / jnp.where(step_R1 == 0, 1, step_R1)
+    high = jnp.round(x)
+    rows_2RK = jnp.concatenate([high, jnp.round((x - high) * 254)]).astype(jnp.int8)
+    out_2RN = jax.lax.dot_general(rows_2RK, w_NK, (((1,), (1,)), ((), ())), preferred_element_type=jnp.int32)
+    high_RN, low_RN = jnp.split(out_2RN.astype(jnp.float32), 2)
+    return (high_RN + low_RN / 254) * step_R1
+
+
+def lookup(table: Weight, index: Array, dtype: Any) -> Array:
+    """Rows of a weight [N, K]: [*index.shape, K] in dtype."""
+    # The barrier keeps XLA:CPU from turning the whole table into floats before it looks up a few rows.
+    if not isinstance(table, Quantized):
+        return jax.lax.optimization_barrier(table[...][index])
+    parts = [part if part is None else part[...][index] for part in (table.values, table.scale, table.minimum)]
+    return dequantize(*jax.lax.optimization_barrier(parts)).astype(dtype)
+
+
+def dequantize(values: Any, scale: Any, minimum: Any = None) -> Any:
+    """The weight in float32, of numpy's arrays or JAX's; shapes as in Quantized, with any leading dimensions."""
+    xp = np if isinstance(values, np.ndarray) else jnp
+    if scale.ndim < values.ndim:
+        return values.astype(np.float32) * scale.reshape(*scale.shape, *[1] * (values.ndim - scale.ndim))
+    grouped = values.reshape(*scale.shape, -1)
+    if minimum is not None:
+        grouped = xp.concatenate([grouped & 15, grouped >> 4], axis=-1)
+    out = grouped.astype(np.float32) * scale[..., None].astype(np.float32)
+    if minimum is not None:
+        out = out + minimum[..., None].astype(np.float32)
+    return out.reshape(*scale.shape[:-1], -1)
+
+
+def scheme_of(param: str, scheme: str) -> str:
+    """How a model of this scheme stores one of its weights ("embed", "head", "layers.q", ...)."""
+    return "int8" if scheme == "int4" and param in ("embed", "head") else scheme
+
+
+def quantized(weight: nnx.Param, scheme: str, contracted: int = 1) -> Quantized:
+    """A parameter quantized on the device, by its range alone: for models that are not loaded."""
+    w, axes = weight[...], weight.get_metadata("axes")
+    w_NK = w.reshape(-1, math.prod(w.shape[w.ndim - contracted :]))
+    scale, minimum = range_scales(w_NK, scheme)
+    values = quantize(w_NK, scale, minimum)
+
+    def param(array: Any, by_channel: bool = False) -> nnx.Param:
+        kept = w.ndim - contracted
+        shape = w.shape[:kept] if by_channel else (*w.shape[:-1], w.shape[-1] * array.shape[-1] // w_NK.shape[-1])
+        return nnx.Param(array.reshape(shape), axes=axes[: len(shape)])
+
+    scale = param(scale, WEIGHT_SCHEMES[scheme] is None)
+    return Quantized(scheme, param(values), scale, None if minimum is None else param(minimum))
+
+
+def range_scales(w_NK: Any, scheme: str) -> tuple[Any, Any]:
+    """(scale, minimum or None) that just span the numbers; shapes as in Quantized."""
+    xp, group = np if isinstance(w_NK, np.ndarray) else jnp, WEIGHT_SCHEMES[scheme]
+    if group is None:
+        return xp.abs(w_NK).max(axis=-1).astype(np.float32) / 127, None
+    grouped = w_NK.reshape(w_NK.shape[0], -1, group).astype(np.float32)
+    if scheme != "int4":
+        return xp.abs(grouped).max(axis=-1) / 127, None
+    low, high = grouped.min(axis=-1), grouped.max(axis=-1)
+    return ((high - low) / 15).astype(np.float16), low.astype(np.float16)
+
+
+def best_scales(w_NK: np.ndarray, scheme: str) -> tuple[np.ndarray, np.ndarray | None]:
+    """As `range_scales`, on the host."""
+    return range_scales(w_NK, scheme)
+
+
+def quantize(w_NK: Any, scale: Any, minimum: Any = None) -> Any:
+    """The values, int8 [N, K] or uint8 [N, K / 2], that come closest to w with these scales."""
+    xp = np if isinstance(w_NK, np.ndarray) else jnp
+    grouped = w_NK.reshape(w_NK.shape[0], 1 if scale.ndim == 1 else scale.shape[1], -1).astype(np.float32)
+    scale = scale.reshape(grouped.shape[:2])[..., None].astype(np.float32)
+    if minimum is not None:
+        grouped = grouped - minimum[..., None].astype(np.float32)
+    steps = xp.rint(grouped / xp.where(scale == 0, np.float32(1), scale))
+    if minimum is None:
+        return xp.clip(steps, -127, 127).astype(np.int8).reshape(w_NK.shape)
+    steps = xp.clip(steps, 0, 15).astype(np.uint8)
+    half = steps.shape[-1] // 2
+    return (steps[..., :half] | steps[..., half:] << 4).reshape(w_NK.shape[0], -1)

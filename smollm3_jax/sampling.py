@@ -8,7 +8,6 @@ Shapes: B slots, V vocabulary, N listed ids (padded with -1).
 """
 
 import dataclasses
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -78,8 +77,7 @@ class SamplingParams:
 
         def number(field: str, ok: Any, must: str) -> None:
             value = getattr(self, field)
-            real = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-            check(real and ok(value), field, must)
+            check(_is_float32(value) and ok(value), field, must)
 
         def whole(field: str, low: int, high: int, must: str) -> None:
             value = getattr(self, field)
@@ -101,14 +99,14 @@ class SamplingParams:
             whole("max_thinking_tokens", 0, 2**31 - 1, "None, or 0 or more")
         check(isinstance(self.logit_bias, Mapping), "logit_bias", "a mapping from token ids to numbers")
         check(len(self.logit_bias) <= MAX_BIASES, "logit_bias", f"of at most {MAX_BIASES} ids")
-        check(
-            all(isinstance(bias, int | float) and math.isfinite(bias) for bias in self.logit_bias.values()),
-            "logit_bias",
-            "of finite numbers",
-        )
-        texts = not isinstance(self.stop, str) and all(isinstance(text, str) and text for text in self.stop)
+        check(all(map(_is_float32, self.logit_bias.values())), "logit_bias", "of finite numbers")
+        texts = isinstance(self.stop, Sequence) and not isinstance(self.stop, str)
+        texts = texts and all(isinstance(text, str) and text for text in self.stop)
         check(texts, "stop", "a list of texts that are not empty")
-        check(len(self.stop_token_ids) <= MAX_STOP_IDS, "stop_token_ids", f"at most {MAX_STOP_IDS} ids")
+        ids = isinstance(self.stop_token_ids, Sequence) and len(self.stop_token_ids) <= MAX_STOP_IDS
+        check(ids, "stop_token_ids", f"a list of at most {MAX_STOP_IDS} ids")
+        for field in ("ignore_eos", "prompt_logprobs"):
+            check(isinstance(getattr(self, field), bool), field, "true or false")
 
     def check_ids(self, vocab_size: int) -> None:
         """Refuses ids that the vocabulary does not have.
@@ -118,8 +116,14 @@ class SamplingParams:
         """
         for field in ("logit_bias", "stop_token_ids"):
             for token in getattr(self, field):
-                if not isinstance(token, int) or not 0 <= token < vocab_size:
+                if not isinstance(token, int) or isinstance(token, bool) or not 0 <= token < vocab_size:
                     raise OptionError(f"{field} names the id {token!r}; the vocabulary has {vocab_size} tokens")
+
+
+def _is_float32(value: Any) -> bool:
+    """A number that float32 can hold: larger ones, of any number of digits, would become infinite on the device."""
+    real = isinstance(value, int | float) and not isinstance(value, bool)
+    return real and abs(value) <= float(np.finfo(np.float32).max)
 
 
 @jax.tree_util.register_dataclass

@@ -4,6 +4,8 @@ from pathlib import Path
 import pytest
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Tests neither write to the user's cache of compiled programs nor depend on what is in it.
+os.environ.setdefault("JAX_ENABLE_COMPILATION_CACHE", "false")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 SHARED = Path(__file__).resolve().parents[1].parent / "shared" / "fixtures"

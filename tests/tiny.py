@@ -117,3 +117,16 @@ def tiny_checkpoint(folder: Path, name: str = "plain", seed: int = 0, dtype: str
 def random_tokens(raw: dict[str, Any], batch: int, length: int, seed: int = 0) -> np.ndarray:
     """int32 [batch, length], padding ids included."""
     return np.random.RandomState(seed).randint(0, raw["vocab_size"], (batch, length)).astype(np.int32)
+
+
+def talking_checkpoint(folder: Path) -> Path:
+    """With a tokenizer of 160 words, w0 to w159, and a chat template."""
+    import tokenizers
+    from tokenizers import models, pre_tokenizers
+
+    tiny_checkpoint(folder)
+    tokenizer = tokenizers.Tokenizer(models.WordLevel({f"w{i}": i for i in range(160)}, unk_token="w0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "chat_template.jinja").write_text("{{ 'w9' if enable_thinking else 'w8' }} {{ messages[0].content }}")
+    return folder

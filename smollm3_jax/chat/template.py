@@ -6,13 +6,16 @@ first into what every template prints, roles and text, or refuses it.
 """
 
 import functools
+import itertools
 import json
+import re
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 from ..errors import OptionError, TokenizerError
+from ..tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     import jinja2
@@ -62,6 +65,75 @@ def render(
         return _compile(template).render(context)
     except Exception as error:  # a program can fail in every way there is
         raise TokenizerError(_explain(error)) from None
+
+
+def encode_chat(tokenizer: Tokenizer, messages: Sequence[Mapping[str, Any]], **options: Any) -> list[int]:
+    """Token ids of a conversation in which nobody's words become control tokens.
+
+    Control tokens are what the template writes. The text of one that stands in a message of role user or tool
+    is encoded as any other text; in all else (what the model said, the system message, tools), only that of
+    special tokens is, such as <|im_end|>, since <think> or <tool_call> mean themselves there. Conversations
+    without such text give the ids of their rendering, encoded whole.
+
+    Args:
+      **options: those of `render`, but for the tokenizer's own.
+
+    Raises:
+      OptionError, TokenizerError: as `render`.
+    """
+    template = tokenizer.chat_template
+    messages = normalize(messages)
+    text = render(template, messages, special_tokens=tokenizer.special_tokens, **options)
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    added = tokenizer.backend.get_added_tokens_decoder()
+    # A token that is whitespace is text to everyone, templates included.
+    tokens = [token for token in added.values() if not token.content.isspace()]
+    # Digits that occur nowhere else part the first character of a token from its rest. They go through the
+    # template wherever the text goes, whatever it does to it.
+    gap = next(digits for digits in map(str, itertools.count(10**9)) if digits not in text)
+    part_all = _parting([token.content for token in tokens], gap)
+    part_special = _parting([token.content for token in tokens if token.special], gap)
+    parted = [(part_all if message["role"] in ("user", "tool") else part_special)(message) for message in messages]
+    parted_options = part_special(options)
+    if (parted, parted_options) == (messages, options):
+        return ids
+    text = render(template, parted, special_tokens=tokenizer.special_tokens, **parted_options)
+    encoding = tokenizer.backend.encode(text, add_special_tokens=False)
+    plain = _without_added_tokens(tokenizer)
+    ids, done = [], 0
+    for token, (start, end) in zip([*encoding.ids, None], [*encoding.offsets, (len(text), len(text))], strict=True):
+        if token is None or token in added:
+            # Whole stretches between the template's control tokens, as the tokenizer itself would cut the text.
+            ids += plain.encode(text[done:start].replace(gap, ""), add_special_tokens=False)
+            ids += [] if token is None else [token]
+            done = end
+    return ids
+
+
+def _parting(tokens: Sequence[str], gap: str) -> Callable[[Any], Any]:
+    """A function that puts `gap` into these tokens in all strings of a value."""
+    # A look-ahead finds tokens that overlap, too.
+    pattern = re.compile(f"(?={'|'.join(map(re.escape, tokens)) or '(?!)'}).", re.DOTALL)
+
+    def part(value: Any) -> Any:
+        if isinstance(value, str):
+            return pattern.sub(rf"\g<0>{gap}", value)
+        if isinstance(value, Mapping):
+            return {part(key): part(inner) for key, inner in value.items()}
+        return [part(inner) for inner in value] if isinstance(value, list | tuple) else value
+
+    return part
+
+
+def _without_added_tokens(tokenizer: Tokenizer) -> Tokenizer:
+    """The same tokenizer, to which all text is text; it shares the vocabulary, so it costs nothing."""
+    from tokenizers import Tokenizer as Backend
+
+    backend = Backend(tokenizer.backend.model)
+    for part in ("normalizer", "pre_tokenizer"):
+        if getattr(tokenizer.backend, part) is not None:
+            setattr(backend, part, getattr(tokenizer.backend, part))
+    return Tokenizer(backend, None, {})
 
 
 def normalize(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

@@ -1,7 +1,8 @@
 """The one table that says what every parameter is called elsewhere; import and export both read it.
 
 Shapes need no table: a Hugging Face tensor has the parameter's dimensions in the same order, without
-the leading `layers` and with heads and head width fused into rows.
+the leading `layers` and with heads and head width fused into rows. A quantized weight's values go by the
+weight's name, its scale and minimum by that name and ".scale" and ".minimum".
 """
 
 import dataclasses
@@ -40,6 +41,8 @@ TABLE = (
     ("norm", "model.norm.weight", "output_norm.weight"),
     ("head", "lm_head.weight", "output.weight"),
 )
+# Part of a quantized weight -> what its name ends with; a plain weight is one part without a name.
+PARTS = {"": "", ".values": "", ".scale": ".scale", ".minimum": ".minimum"}
 EMBED_NAME, HEAD_NAME = "model.embed_tokens.weight", "lm_head.weight"
 
 
@@ -47,20 +50,23 @@ EMBED_NAME, HEAD_NAME = "model.embed_tokens.weight", "lm_head.weight"
 class Slot:
     """Where one Hugging Face tensor lives in the model, and what its dimensions must be.
 
-    `layer` is None for what is not stacked; `dims` names each dimension by its config fields.
+    `layer` is None for what is not stacked; `dims` names each dimension by its config fields; `dtype` is
+    None for a plain tensor, which may be of any float dtype.
     """
 
     param: str
     layer: int | None
     shape: tuple[int, ...]
     dims: tuple[str, ...]
+    dtype: str | None = None
 
 
 def parameters(model: SmolLM3) -> dict[str, nnx.Param]:
     """Every parameter by its path ("embed", "layers.q", ...), abstract or not, in the table's order."""
     leaves = jax.tree_util.tree_leaves_with_path(model, is_leaf=lambda x: isinstance(x, nnx.Variable))
     found = {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
-    return {param: found.pop(param) for param, _, _ in TABLE if param in found} | found
+    ordered = [param + part for param, _, _ in TABLE for part in PARTS]
+    return {param: found.pop(param) for param in ordered if param in found} | found
 
 
 def place(slot: Slot, params: Mapping[str, Any]) -> tuple[str, int | None]:
@@ -86,33 +92,44 @@ def slots(config: ModelConfig) -> dict[str, Slot]:
     """Every Hugging Face tensor that a checkpoint of this config holds -> its slot, in Hugging Face's order."""
     params = parameters(abstract_model(config, "float32"))
     first, stacked, last = {}, {}, {}
-    for param, hf_name, _ in TABLE:
-        if param not in params:
-            continue
-        axes = params[param].get_metadata("axes")
-        if axes[0] == "layers":
-            stacked[hf_name] = (param, axes[1:])
-        else:
-            where = last if stacked else first
-            where[hf_name] = Slot(param, None, *_hf_dims(config, axes))
+    for table_param, table_name, _ in TABLE:
+        for part, ending in PARTS.items():
+            param, hf_name = table_param + part, table_name + ending
+            if param not in params:
+                continue
+            axes, shape = params[param].get_metadata("axes"), params[param].shape
+            dtype = params[param].dtype.name if part else None
+            if axes[0] == "layers":
+                stacked[hf_name] = (param, *_hf_dims(config, axes[1:], shape[1:]), dtype)
+            else:
+                where = last if stacked else first
+                where[hf_name] = Slot(param, None, *_hf_dims(config, axes, shape), dtype)
     layers = {
-        name.format(layer): Slot(param, layer, *_hf_dims(config, axes))
+        name.format(layer): Slot(param, layer, *rest)
         for layer in range(config.num_hidden_layers)
-        for name, (param, axes) in stacked.items()
+        for name, (param, *rest) in stacked.items()
     }
     return first | layers | last
 
 
-def _hf_dims(config: ModelConfig, axes: tuple[str, ...]) -> tuple[tuple[int, ...], tuple[str, ...]]:
+def _hf_dims(
+    config: ModelConfig, axes: tuple[str, ...], shape: tuple[int, ...]
+) -> tuple[tuple[int, ...], tuple[str, ...]]:
     """(shape, names of its dimensions): heads and head width are one dimension there."""
-    groups: list[list[str]] = []
-    for axis in axes:
+    groups: list[list[int]] = []
+    for i, axis in enumerate(axes):
         if axis == "head":
-            groups[-1].append(axis)
+            groups[-1].append(i)
         else:
-            groups.append([axis])
-    shape = tuple(math.prod(config.axis_sizes[axis] for axis in group) for group in groups)
-    return shape, tuple(" * ".join(AXIS_FIELDS[axis] for axis in group) for group in groups)
+            groups.append([i])
+
+    def name(group: list[int], length: int) -> str:
+        whole = math.prod(config.axis_sizes[axes[i]] for i in group)  # of which packing leaves less
+        fields = " * ".join(AXIS_FIELDS[axes[i]] for i in group)
+        return fields if whole == length else f"{fields} / {whole // length}"
+
+    lengths = tuple(math.prod(shape[i] for i in group) for group in groups)
+    return lengths, tuple(name(group, length) for group, length in zip(groups, lengths, strict=True))
 
 
 @functools.cache

@@ -22,8 +22,9 @@ from ..model import SmolLM3
 from ..progress import progress
 from ..tokenizer import load_tokenizer
 from . import gguf, hub, safetensors, torch_files
-from .key_map import EMBED_NAME, HEAD_NAME, Slot, abstract_model, hf_name_of_gguf, parameters, place, slots
-from .stored import NUMPY_DTYPES, StoredTensor, is_finite, raw_bytes
+from .key_map import EMBED_NAME, HEAD_NAME, PARTS, Slot, abstract_model, hf_name_of_gguf, parameters, place, slots
+from .quantized import quantized, with_scheme
+from .stored import NUMPY_DTYPES, STORED_DTYPES, StoredTensor, is_finite, raw_bytes
 
 # Files that make a folder a whole model beside its weights and configs; they are copied as they are.
 TEXT_FILES = (
@@ -73,7 +74,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
         # Other files of the format may lie beside PyTorch's weights: an adapter, say.
         safe = any((path / name).exists() for name in (safetensors.INDEX, safetensors.SINGLE))
         if safe or (any(path.glob("*.safetensors")) and not torch_files.find(path)):
-            found = safetensors.open_folder(path)
+            found = safetensors.open_folder(path, quantized=config.quantization is not None)
         else:
             found = _open_torch(path)
         files = {name: (path / name).read_bytes() for name in TEXT_FILES if (path / name).is_file()}
@@ -123,6 +124,10 @@ def check_tensors(path: Path, config: ModelConfig, found: Mapping[str, StoredTen
     for name, slot in wanted.items():
         if found[name].shape != slot.shape:
             raise CheckpointFormatError(f"{path}: {_shape_mismatch(found[name], slot)}")
+        if found[name].dtype != slot.dtype if slot.dtype else found[name].dtype not in NUMPY_DTYPES:
+            raise CheckpointFormatError(
+                f"{path}: tensor {name} is {found[name].dtype} where config.json asks for {slot.dtype or 'floats'}"
+            )
     return {name: found[name] for name in wanted}
 
 
@@ -150,10 +155,16 @@ def _same_bytes(a: StoredTensor, b: StoredTensor) -> bool:
     return same_kind and raw_bytes(a.read()) == raw_bytes(b.read())
 
 
+def plain_tensors(tensors: Mapping[str, StoredTensor]) -> list[StoredTensor]:
+    """Those that are no part of a quantized weight."""
+    parts = {name + ending for name in tensors if name + ".scale" in tensors for ending in PARTS.values()}
+    return [tensor for name, tensor in tensors.items() if name not in parts]
+
+
 def common_dtype(tensors: Mapping[str, StoredTensor]) -> str:
-    """The dtype that most bytes of the checkpoint have."""
+    """The dtype that most bytes of the checkpoint's plain tensors have."""
     sizes = dict.fromkeys(NUMPY_DTYPES, 0)
-    for tensor in tensors.values():
+    for tensor in plain_tensors(tensors):
         sizes[tensor.dtype] += tensor.nbytes
     return max(sizes, key=lambda dtype: sizes[dtype])
 
@@ -176,6 +187,7 @@ def from_pretrained(
     mesh: Mesh | None = None,
     rules: str | Mapping[str, Any] | None = None,
     *,
+    weights: str | None = None,
     stacked: bool | None = None,
     revision: str | None = None,
     token: str | None = None,
@@ -187,6 +199,8 @@ def from_pretrained(
       dtype: float32, bfloat16 or float16; None keeps the checkpoint's own, which must then be one.
       mesh: place every parameter on this mesh; None is the default device.
       rules: a strategy of `sharding.rules` or a table of one's own; None with a mesh means "fsdp".
+      weights: quantize them on the way: "int8", "int8-g64", "int8-g32" or "int4" (see quantize.py); dtype is
+        then the activations'. None keeps them as they are, quantized or not.
       stacked: the layers' parameters as one array (compiles fast; what training wants) or as one a layer
         (what decoding on a CPU wants: three times as fast); None takes the latter on one CPU alone.
       revision, token: of the hub.
@@ -195,7 +209,7 @@ def from_pretrained(
       SmolLM3Error: what is wrong, with the file, tensor or field by name.
       ShardingError: the rules do not fit the mesh or the model.
     """
-    return load(open_checkpoint(hub.resolve(model, revision, token)), dtype, mesh, rules, stacked=stacked)
+    return load(open_checkpoint(hub.resolve(model, revision, token)), dtype, mesh, rules, weights=weights, stacked=stacked)
 
 
 def load(
@@ -204,18 +218,22 @@ def load(
     mesh: Mesh | None = None,
     rules: str | Mapping[str, Any] | None = None,
     *,
+    weights: str | None = None,
     stacked: bool | None = None,
 ) -> SmolLM3:
     """As `from_pretrained`, from an open checkpoint."""
     config, tensors = checkpoint.config, checkpoint.tensors
+    plain = plain_tensors(tensors)
+    if weights is not None and config != (config := with_scheme(config, weights)):
+        tensors = quantized(config, tensors)
     if mesh is not None:
         # The compiler places the activations: Auto axes, which jax.make_mesh no longer makes by itself.
         mesh = Mesh(mesh.devices, mesh.axis_names)
     if mesh is None and rules not in (None, "single"):
         raise OptionError(f"rules {rules!r} need a mesh; give one, or leave rules out")
-    own = common_dtype(tensors)
+    own = common_dtype(checkpoint.tensors)
     if dtype is None:
-        odd = [f"{tensor.name} ({tensor.dtype})" for tensor in tensors.values() if tensor.dtype != own]
+        odd = [f"{tensor.name} ({tensor.dtype})" for tensor in plain if tensor.dtype != own]
         if odd:
             raise CheckpointFormatError(
                 f"most tensors are {own}, but not all{_some('others', odd)}; say which dtype to cast all to: "
@@ -224,7 +242,7 @@ def load(
         if config.dtype not in (None, own):
             log.warning("config.json says %s, but the tensors are %s: loading them as they are", config.dtype, own)
     target = own if dtype is None else check_dtype(dtype)
-    if any(tensor.dtype != target for tensor in tensors.values()):
+    if any(tensor.dtype != target for tensor in plain):
         log.info("casting %s tensors to %s", own, target)
     config = dataclasses.replace(config, dtype=target) if target != (config.dtype or own) else config
     if stacked is None:
@@ -259,7 +277,7 @@ def _place(
 ) -> Array:
     """One parameter, stacked over its layers if there are several, read shard by shard."""
     stacked = param.get_metadata("axes")[0] == "layers"
-    dtype = NUMPY_DTYPES[param.dtype.name]
+    dtype = STORED_DTYPES[param.dtype.name]
 
     def shard(index: Any) -> np.ndarray:  # a tuple of slices
         lengths = [len(range(*part.indices(length))) for part, length in zip(index, param.shape, strict=True)]
@@ -269,7 +287,7 @@ def _place(
         for row, tensor in zip(out if stacked else [out], tensors[layers], strict=True):
             with np.errstate(over="ignore"):  # of a cast: the numbers are looked at next
                 row[...] = tensor.read().reshape(param.shape[-len(rest) :])[rest]
-            if not is_finite(row):
+            if dtype in NUMPY_DTYPES.values() and not is_finite(row):
                 not_finite[tensor.name] = None
             done(row.nbytes)
         return out

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import CheckpointFormatError, SaveError
-from .stored import NUMPY_DTYPES, SAFETENSORS_TAGS, StoredTensor, raw_bytes
+from .stored import INTEGER_TAGS, SAFETENSORS_TAGS, STORED_DTYPES, StoredTensor, raw_bytes
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -23,13 +23,17 @@ SINGLE = "model.safetensors"
 log = logging.getLogger(__name__)
 
 
-def open_file(path: Path) -> list[StoredTensor]:
+def open_file(path: Path, quantized: bool = False) -> list[StoredTensor]:
     """The tensors of one file; nothing but its header is read.
+
+    Args:
+      quantized: there may be integers.
 
     Raises:
       CheckpointFormatError: the file is missing, damaged or truncated, a name stands twice, or a
-        tensor is not float32, bfloat16 or float16.
+        tensor is not of a dtype that is expected.
     """
+    tags = SAFETENSORS_TAGS | (INTEGER_TAGS if quantized else {})
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -45,17 +49,15 @@ def open_file(path: Path) -> list[StoredTensor]:
         raise CheckpointFormatError(f"{path} is not a sound safetensors file: {error}; fetch it again") from None
     header.pop("__metadata__", None)
     for name, entry in header.items():
-        if entry["dtype"] not in SAFETENSORS_TAGS:
-            raise CheckpointFormatError(
-                f"{path}: tensor {name} is {entry['dtype']}; supported are {', '.join(SAFETENSORS_TAGS)}"
-            )
+        if entry["dtype"] not in tags:
+            raise CheckpointFormatError(f"{path}: tensor {name} is {entry['dtype']}; supported are {', '.join(tags)}")
     return [
         StoredTensor(
             name=name,
-            dtype=SAFETENSORS_TAGS[entry["dtype"]],
+            dtype=tags[entry["dtype"]],
             shape=tuple(entry["shape"]),
             file=str(path),
-            read=_mapped(path, 8 + size + entry["data_offsets"][0], SAFETENSORS_TAGS[entry["dtype"]], entry["shape"]),
+            read=_mapped(path, 8 + size + entry["data_offsets"][0], tags[entry["dtype"]], entry["shape"]),
         )
         for name, entry in header.items()
     ]
@@ -72,15 +74,18 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def _mapped(path: Path, offset: int, dtype: str, shape: Sequence[int]):
     def read() -> np.ndarray:
         if 0 in shape:  # an empty range cannot be mapped
-            return np.zeros(shape, NUMPY_DTYPES[dtype])
+            return np.zeros(shape, STORED_DTYPES[dtype])
         # ascontiguousarray would copy; a plain ndarray over the map keeps it alive and lazy.
-        return np.asarray(np.memmap(path, NUMPY_DTYPES[dtype], "r", offset, tuple(shape)))
+        return np.asarray(np.memmap(path, STORED_DTYPES[dtype], "r", offset, tuple(shape)))
 
     return read
 
 
-def open_folder(folder: Path) -> dict[str, StoredTensor]:
+def open_folder(folder: Path, quantized: bool = False) -> dict[str, StoredTensor]:
     """All tensors of a folder: of model.safetensors if it is there, as transformers does, else by the index.
+
+    Args:
+      quantized: there may be integers.
 
     Raises:
       CheckpointFormatError: the index or a shard is missing, damaged, or they contradict each other.
@@ -101,7 +106,7 @@ def open_folder(folder: Path) -> dict[str, StoredTensor]:
         log.warning("%s: %s not listed in %s, ignored", folder, ", ".join(extra), INDEX if listed else SINGLE)
     tensors: dict[str, StoredTensor] = {}
     for shard in shards:
-        for tensor in open_file(folder / shard):
+        for tensor in open_file(folder / shard, quantized):
             if tensor.name in tensors:
                 raise CheckpointFormatError(f"tensor {tensor.name} is in {tensors[tensor.name].file} and {tensor.file}")
             tensors[tensor.name] = tensor
@@ -159,7 +164,7 @@ def index_content(shards: Sequence[Sequence[StoredTensor]], names: Sequence[str]
     every = [tensor for shard in shards for tensor in shard]
     return {
         "metadata": {
-            "total_parameters": sum(tensor.nbytes // NUMPY_DTYPES[tensor.dtype].itemsize for tensor in every),
+            "total_parameters": sum(tensor.nbytes // STORED_DTYPES[tensor.dtype].itemsize for tensor in every),
             "total_size": sum(tensor.nbytes for tensor in every),
         },
         "weight_map": {tensor.name: name for shard, name in zip(shards, names, strict=True) for tensor in shard},
@@ -177,8 +182,8 @@ def write_file(path: Path, tensors: Sequence[StoredTensor], done: Any = None) ->
       SaveError: what is on the disk is not what was written.
     """
     # Wider types first keep every tensor aligned to its own width, as the library's writer does.
-    tensors = sorted(tensors, key=lambda t: -NUMPY_DTYPES[t.dtype].itemsize)
-    tags = {dtype: tag for tag, dtype in SAFETENSORS_TAGS.items()}
+    tensors = sorted(tensors, key=lambda t: -STORED_DTYPES[t.dtype].itemsize)
+    tags = {dtype: tag for tag, dtype in (SAFETENSORS_TAGS | INTEGER_TAGS).items()}
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for tensor in tensors:
@@ -191,7 +196,7 @@ def write_file(path: Path, tensors: Sequence[StoredTensor], done: Any = None) ->
         file.write(len(text).to_bytes(8, "little") + text)
         for tensor in tensors:
             array = tensor.read()
-            assert array.shape == tensor.shape and array.dtype == NUMPY_DTYPES[tensor.dtype], tensor.name
+            assert array.shape == tensor.shape and array.dtype == STORED_DTYPES[tensor.dtype], tensor.name
             content = raw_bytes(array)
             file.write(content)
             checksums[tensor.name] = zlib.crc32(content)
@@ -199,7 +204,7 @@ def write_file(path: Path, tensors: Sequence[StoredTensor], done: Any = None) ->
                 done(tensor.nbytes)
         file.flush()
         os.fsync(file.fileno())
-    for tensor in open_file(path):
+    for tensor in open_file(path, quantized=True):
         if zlib.crc32(raw_bytes(tensor.read())) != checksums.pop(tensor.name):
             raise SaveError(f"{path}: tensor {tensor.name} reads back differently from what was written")
     assert not checksums

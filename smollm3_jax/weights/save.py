@@ -45,7 +45,7 @@ def save_pretrained(
     Raises:
       SaveError: the disk is full, the folder is read-only, or another process is writing it.
     """
-    dtype = model.embed.dtype.name
+    dtype = model.dtype.name
     config = model.config if model.config.dtype == dtype else dataclasses.replace(model.config, dtype=dtype)
     write_folder(Path(folder), config, model.generation_config, _tensors(model), {}, max_shard_size, format)
 

@@ -14,6 +14,10 @@ NUMPY_DTYPES = {
     "float16": np.dtype(np.float16),
 }
 SAFETENSORS_TAGS = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+# What the values of quantized weights are besides.
+INTEGER_DTYPES = {"int8": np.dtype(np.int8), "uint8": np.dtype(np.uint8)}
+INTEGER_TAGS = {"I8": "int8", "U8": "uint8"}
+STORED_DTYPES = NUMPY_DTYPES | INTEGER_DTYPES
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,7 +25,7 @@ class StoredTensor:
     """A tensor that can be read, but has not been.
 
     `shape` is Hugging Face's (linear weights are [out, in]); `read()` returns a numpy array of that
-    shape and of `dtype` (a key of NUMPY_DTYPES), memory-mapped where the format allows.
+    shape and of `dtype` (a key of STORED_DTYPES), memory-mapped where the format allows.
     """
 
     name: str
@@ -33,7 +37,7 @@ class StoredTensor:
     @property
     def nbytes(self) -> int:
         """Bytes of the whole tensor in `dtype`."""
-        return math.prod(self.shape) * NUMPY_DTYPES[self.dtype].itemsize
+        return math.prod(self.shape) * STORED_DTYPES[self.dtype].itemsize
 
 
 def raw_bytes(array: np.ndarray) -> memoryview:

@@ -1,0 +1,521 @@
+"""Inference speed and memory of this package beside its peers, on the CPU, measured in one run.
+
+    python scripts/bench_inference.py --model DIR|demo|random-3b [--peer transformers] [--peer llama.cpp]
+        [--dtype bfloat16] [--weights int8] [--rounds 3] [--one-at-a-time] [--out bench.json]
+
+Every engine is a process of its own (bench_peers.py, bench_llama.mjs) with the same token ids on the same cores.
+Each measurement is made once to warm up, compilation included, then once a round by one engine after the other, so
+that a busy machine is busy for all; what counts is the median. A ratio above 1 is in favour of smollm3_jax.
+
+- load: from the call until every weight is in memory, in a fresh process each round; imports are not counted.
+- prefill: one prompt, until its next token is known.
+- decode: greedy, end-of-sequence ignored; what N + 1 new tokens take beyond 1 new token, so N steps (llama.cpp:
+  N steps after the prefill, into a cache that was allocated before).
+- peak memory: the most that the engine's process had resident, mapped weight files included.
+
+transformers runs with its defaults (generate, sdpa, no torch.compile), in --dtype also where --weights is int8, for
+which it has nothing on a CPU. llama.cpp runs --dtype as F32 or BF16 and int8 as Q8_0, in the prebuilt library of
+npm's node-llama-cpp, with an f16 cache.
+"""
+
+import argparse
+import contextlib
+import hashlib
+import importlib.util
+import json
+import os
+import platform
+import re
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from bench_peers import BenchError, write_gguf
+from rich.console import Console
+from rich.table import Table
+
+from smollm3_jax.config import ModelConfig
+from smollm3_jax.errors import SmolLM3Error, TokenizerError
+from smollm3_jax.progress import busy, progress
+from smollm3_jax.tokenizer import load_tokenizer
+from smollm3_jax.weights.demo import pull_demo
+from smollm3_jax.weights.hub import cache_dir
+from smollm3_jax.weights.key_map import slots
+from smollm3_jax.weights.safetensors import SINGLE, write_file
+from smollm3_jax.weights.stored import NUMPY_DTYPES, StoredTensor
+
+GIB = 2**30
+OURS, TRANSFORMERS, LLAMA = "smollm3_jax", "transformers", "llama.cpp"
+BUSY = 0.05  # the share of the machine's cores, used by others, from which figures are doubtful
+NODE_VERSION = "3.22.1"
+GGUF_KINDS = {"float32": "F32", "bfloat16": "BF16", "int8": "Q8_0"}
+RELEASE = {  # config.json of HuggingFaceTB/SmolLM3-3B, as far as it matters here
+    "architectures": ["SmolLM3ForCausalLM"],
+    "model_type": "smollm3",
+    "vocab_size": 128256,
+    "hidden_size": 2048,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 36,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 4,
+    "hidden_act": "silu",
+    "max_position_embeddings": 65536,
+    "rms_norm_eps": 1e-06,
+    "rope_theta": 5000000.0,
+    "rope_scaling": None,
+    "no_rope_layer_interval": 4,
+    "no_rope_layers": [1, 1, 1, 0] * 9,
+    "tie_word_embeddings": True,
+    "bos_token_id": 128000,
+    "eos_token_id": 128012,
+    "pad_token_id": 128004,
+    "torch_dtype": "bfloat16",
+}
+TEXT = """
+A river begins as almost nothing: a wet place in a meadow, a spring under a stone, the edge of a melting field of
+snow. It finds its way downhill because water can do nothing else, and on the way it gathers what other slopes have
+sent. By the time it has a name it also has a history. People built their first towns along such streams, since a
+boat carries more than a cart, and a mill works through the night without being paid. In 1804 an engineer counted
+37 mills on one short valley's brook; fifty years later there were three, and a railway. What remains are the names
+of the streets, a few low walls, and the habit of the water to rise in April. "Never trust a quiet river," the old
+people say, but they still plant their gardens on its banks, for the soil is black there and the beans grow tall.
+"""
+
+
+class Worker:
+    """One engine in its process, loaded; answers one command at a time."""
+
+    def __init__(self, engine: str, command: Sequence[str]):
+        self.engine = engine
+        self._errors = tempfile.TemporaryFile()  # noqa: SIM115
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors, text=True
+        )
+        try:
+            self.load = self.ask()
+        except BaseException:
+            self.__exit__()
+            raise
+
+    def ask(self, command: dict[str, Any] | None = None) -> dict[str, Any]:
+        """The engine's next answer, with "others": which share of all cores other processes used meanwhile."""
+        started, all_before, own_before = time.perf_counter(), _busy_seconds(), _busy_seconds(self._process.pid)
+        assert self._process.stdin and self._process.stdout
+        line = ""
+        with contextlib.suppress(BrokenPipeError):
+            if command:
+                self._process.stdin.write(json.dumps(command) + "\n")
+                self._process.stdin.flush()
+            line = self._process.stdout.readline()
+        if not line:
+            raise BenchError(f"{self.engine} has stopped:\n{self._last_words()}")
+        others = _busy_seconds() - all_before - (_busy_seconds(self._process.pid) - own_before)
+        share = max(0.0, others) / (time.perf_counter() - started) / (os.cpu_count() or 1)
+        return json.loads(line) | {"others": round(share, 4)}
+
+    def _last_words(self) -> str:
+        self._process.wait()
+        self._errors.seek(0)
+        lines = self._errors.read().decode(errors="replace").strip().splitlines()
+        return "\n".join(lines[-8:]) or f"exit code {self._process.returncode}"
+
+    def __enter__(self) -> "Worker":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        assert self._process.stdin and self._process.stdout
+        with contextlib.suppress(OSError):
+            self._process.stdin.close()  # its signal to leave
+        try:
+            self._process.wait(10)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        self._process.stdout.close()
+        self._errors.close()
+
+
+def _busy_seconds(pid: int | None = None) -> float:
+    """CPU seconds that a process has used, with all its threads; without a pid, the whole machine."""
+    if pid is None:
+        user, nice, system, _, _, irq, softirq, *_ = map(int, Path("/proc/stat").read_text().split("\n")[0].split()[1:])
+        return (user + nice + system + irq + softirq) / os.sysconf("SC_CLK_TCK")
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return 0.0
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+@contextlib.contextmanager
+def _replaced_whole(path: Path) -> Iterator[Path]:
+    """A path to write to, which becomes `path` at the end; what a crash leaves behind is removed next time."""
+    part = path.with_name(path.name + ".part")
+    shutil.rmtree(part, ignore_errors=True)
+    part.unlink(missing_ok=True)
+    part.parent.mkdir(parents=True, exist_ok=True)
+    yield part
+    part.rename(path)
+
+
+def _need_space(folder: Path, size: int) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    if (free := shutil.disk_usage(folder).free) < 1.05 * size:
+        raise BenchError(
+            f"{folder} has {free / GIB:.1f} GiB free, {size / GIB:.1f} are needed; SMOLLM3_JAX_CACHE moves it"
+        )
+
+
+def random_3b() -> Path:
+    """A random SmolLM3-3B in bfloat16, written once (6.15 GB), one tensor in memory at a time."""
+    folder = cache_dir() / "bench" / "random-3b"
+    if folder.is_dir():
+        return folder
+    block = (0.02 * np.random.default_rng(0).standard_normal(1 << 24, np.float32)).astype(NUMPY_DTYPES["bfloat16"])
+    tensors = []
+    for number, (name, slot) in enumerate(slots(ModelConfig.from_hf(RELEASE)).items()):
+
+        def read(shape=slot.shape, number=number) -> np.ndarray:
+            if len(shape) == 1:  # a norm
+                return np.ones(shape, block.dtype)
+            return np.resize(np.roll(block, 7919 * number), shape)  # no tensor equals its neighbour
+
+        tensors.append(StoredTensor(name=name, dtype="bfloat16", shape=slot.shape, file="", read=read))
+    size = sum(tensor.nbytes for tensor in tensors)
+    _need_space(folder.parent, size)
+    with _replaced_whole(folder) as part, progress(f"writing {folder}", size) as done:
+        part.mkdir()
+        (part / "config.json").write_text(json.dumps(RELEASE, indent=2) + "\n")
+        write_file(part / SINGLE, tensors, done)
+    return folder
+
+
+def gguf_of(folder: Path, kind: str) -> Path:
+    """The model as a GGUF file, written once for these weights."""
+    files = [file for file in sorted(folder.iterdir()) if file.is_file()]
+    state = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    key = hashlib.sha256(json.dumps(state).encode()).hexdigest()[:12]
+    path = cache_dir() / "bench" / f"{folder.resolve().name}-{key}.{kind}.gguf"
+    if not path.is_file():
+        count = sum(int(np.prod(slot.shape)) for slot in slots(ModelConfig.from_hf(folder)).values())
+        _need_space(path.parent, int(count * {"F32": 4, "BF16": 2, "Q8_0": 34 / 32}[kind]))
+        with _replaced_whole(path) as part, busy(f"writing {path}"):
+            write_gguf(folder, part, kind)
+    return path
+
+
+def node_folder() -> Path:
+    """Where node-llama-cpp is installed.
+
+    Raises:
+      BenchError: it is not; says how to.
+    """
+    folder = cache_dir() / "bench" / "node"
+    if shutil.which("node") is None:
+        raise BenchError("--peer llama.cpp needs Node.js 20 or newer, as `node` on the PATH")
+    installed = folder / "node_modules" / "node-llama-cpp" / "package.json"
+    if not installed.is_file() or json.loads(installed.read_text())["version"] != NODE_VERSION:
+        machine = {"x86_64": "x64", "aarch64": "arm64"}.get(platform.machine(), platform.machine())
+        raise BenchError(
+            "--peer llama.cpp needs its prebuilt library (90 MB). Install it:\n"
+            f"npm install --prefix {folder} --ignore-scripts --omit=optional "
+            f"node-llama-cpp@{NODE_VERSION} @node-llama-cpp/linux-{machine}@{NODE_VERSION}"
+        )
+    return folder
+
+
+def engine_command(engine: str, folder: Path, args: argparse.Namespace) -> list[str]:
+    """The command line of an engine's process; writes what it needs on disk."""
+    here = Path(__file__).parent
+    if engine == LLAMA:
+        install = node_folder()
+        file = gguf_of(folder, GGUF_KINDS[args.weights or args.dtype])
+        return ["node", str(here / "bench_llama.mjs"), str(install), str(file), str(args.threads)]
+    settings = {"engine": engine, "folder": str(folder), "dtype": args.dtype, "threads": args.threads}
+    settings["weights"] = args.weights if engine == OURS else None
+    return [sys.executable, str(here / "bench_peers.py"), json.dumps(settings)]
+
+
+def token_ids(folder: Path, config: ModelConfig, count: int) -> list[int]:
+    """Real text, repeated; random ids for a model without a tokenizer."""
+    try:
+        ids = load_tokenizer(folder, config).encode(TEXT, add_special_tokens=False)
+    except TokenizerError:
+        ids = np.random.default_rng(0).integers(0, config.vocab_size, count).tolist()
+    return (ids * (count // len(ids) + 1))[:count]
+
+
+def plan(args: argparse.Namespace, config: ModelConfig, ids: list[int]) -> dict[str, dict[str, Any]]:
+    """What is measured -> the command for it; what does not fit into the model's context is left out."""
+    prompts = [ids[i * args.prompt : (i + 1) * args.prompt] for i in range(max(args.batch))]
+    prefills = {f"prefill {n}": {"do": "prefill", "prompts": [ids[:n]]} for n in args.prefill}
+    decodes = {f"decode, batch {n}": {"do": "decode", "prompts": prompts[:n], "new": args.new} for n in args.batch}
+    room = config.max_position_embeddings
+    commands = prefills | decodes
+    return {what: c for what, c in commands.items() if len(c["prompts"][0]) + c.get("new", 0) + 1 <= room}
+
+
+def token_count(command: dict[str, Any]) -> int:
+    """The tokens that a measurement's seconds are about."""
+    return len(command["prompts"]) * command["new"] if command["do"] == "decode" else len(command["prompts"][0])
+
+
+def measure(
+    start: dict[str, Callable[[], Worker]],
+    commands: dict[str, dict[str, Any]],
+    rounds: int,
+    one_at_a_time: bool,
+    say: Callable[[str], None],
+) -> list[dict[str, Any]]:
+    """Every sample, in the order taken; round 0 is the warm-up."""
+    samples: list[dict[str, Any]] = []
+
+    def add(number: int, what: str, engine: str, answer: dict[str, Any]) -> None:
+        samples.append({"round": number, "what": what, "engine": engine} | answer)
+
+    def sample(number: int, what: str, worker: Worker) -> None:
+        say(f"{f'round {number}' if number else 'warm-up'}: {what}: {worker.engine}")
+        answer = worker.ask(commands[what])
+        if number and answer["seconds"] <= 0:
+            raise BenchError(f"{worker.engine}: {what} is lost in the noise; raise --new")
+        add(number, what, worker.engine, answer)
+
+    def load(number: int, engine: str) -> Worker:
+        say(f"{f'round {number}' if number else 'warm-up'}: load: {engine}")
+        worker = start[engine]()
+        add(number, "load", engine, worker.load)
+        return worker
+
+    if one_at_a_time:
+        for number in range(1, rounds + 1):
+            for engine in start:
+                with load(number, engine) as worker:
+                    for what in commands:
+                        sample(0, what, worker)
+                        sample(number, what, worker)
+        return samples
+    with contextlib.ExitStack() as stack:
+        workers = [stack.enter_context(load(0, engine)) for engine in start]
+        for what in commands:
+            for worker in workers:
+                sample(0, what, worker)
+        for number in range(1, rounds + 1):
+            for engine in start:
+                with load(number, engine):
+                    pass
+            for what in commands:
+                for worker in workers:
+                    sample(number, what, worker)
+    return samples
+
+
+def summarize(samples: Sequence[dict[str, Any]], commands: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
+    """Medians of the measured rounds, and how many times better than each peer smollm3_jax is."""
+    engines = list(dict.fromkeys(sample["engine"] for sample in samples))
+    rows = []
+    for what, unit in [("load", "s"), *((what, "tokens/s") for what in commands), ("peak memory", "GiB")]:
+        values = {}
+        for engine in engines:
+            own = [sample for sample in samples if sample["engine"] == engine]
+            if unit == "GiB":
+                values[engine] = max(sample["peak_bytes"] for sample in own) / GIB
+            else:
+                seconds = [sample["seconds"] for sample in own if sample["what"] == what and sample["round"]]
+                median = statistics.median(seconds)
+                values[engine] = median if unit == "s" else token_count(commands[what]) / median
+        ratios = {peer: values[OURS] / values[peer] for peer in engines if peer != OURS}
+        if unit != "tokens/s":
+            ratios = {peer: 1 / ratio for peer, ratio in ratios.items()}
+        rows.append({"what": what, "unit": unit, "values": values, "ratios": ratios})
+    return rows
+
+
+def agreement(samples: Sequence[dict[str, Any]]) -> dict[str, str]:
+    """For each peer, how many of the first row's greedy tokens are smollm3_jax's before the two part."""
+    first = {}
+    for sample in samples:
+        if "tokens" in sample:
+            first.setdefault(sample["engine"], sample["tokens"][0])
+    ours = first.get(OURS, [])
+    same = {peer: [a == b for a, b in zip(ours, row, strict=True)] for peer, row in first.items() if peer != OURS}
+    return {peer: f"{[*equal, False].index(False)} of {len(ours)}" for peer, equal in same.items()}
+
+
+def table(rows: Sequence[dict[str, Any]], labels: dict[str, str]) -> Table:
+    """One line a measurement: our value, then each peer's and the ratio."""
+    peers = [engine for engine in labels if engine != OURS]
+    columns = [column for peer in peers for column in (labels[peer], "ratio")]
+    result = Table("what", "unit", labels[OURS], *columns)
+    for row in rows:
+        cells = [cell for peer in peers for cell in (f"{row['values'][peer]:.3g}", f"{row['ratios'][peer]:.2f}")]
+        result.add_row(row["what"], row["unit"], f"{row['values'][OURS]:.3g}", *cells)
+    return result
+
+
+def draw(rows: Sequence[dict[str, Any]], labels: dict[str, str], title: str, path: Path) -> None:
+    """A bar chart, one panel a unit and kind."""
+    from matplotlib.figure import Figure  # pyright: ignore[reportMissingImports]
+
+    panels: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        panels.setdefault(f"{re.split(r'[ ,]', row['what'])[0]}, {row['unit']}", []).append(row)
+    figure = Figure(figsize=(13, 4.2), layout="constrained")
+    figure.suptitle(title)
+    axes = figure.subplots(1, len(panels), width_ratios=[len(panel) + 0.6 for panel in panels.values()])
+    width = 0.8 / len(labels)
+    for axis, (name, panel) in zip(np.atleast_1d(axes), panels.items(), strict=True):
+        for number, (engine, label) in enumerate(labels.items()):
+            places = [i + (number - (len(labels) - 1) / 2) * width for i in range(len(panel))]
+            bars = axis.bar(places, [row["values"][engine] for row in panel], width * 0.92, label=label)
+            axis.bar_label(bars, fmt="%.3g", fontsize=8)
+        axis.set_title(name)
+        axis.set_xticks(range(len(panel)), [row["what"].removeprefix(name.split(",")[0]).lstrip(" ,") for row in panel])
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.legend(*np.atleast_1d(axes)[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(labels))
+    figure.savefig(path, dpi=150)
+
+
+def machine(threads: int) -> dict[str, Any]:
+    """What the figures depend on."""
+    info = Path("/proc/cpuinfo").read_text()
+    found = {key: re.search(rf"^{key}\s*: (.*)", info, re.MULTILINE) for key in ("model name", "flags")}
+    names = {key: match[1] if match else "" for key, match in found.items()}
+    wanted = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8")
+    return {
+        "processor": names["model name"] or platform.processor(),
+        "instructions": [flag for flag in wanted if flag in names["flags"].split()],
+        "cores": os.cpu_count(),
+        "threads": threads,
+        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB, 1),
+        "system": platform.platform(),
+        "python": platform.python_version(),
+    }
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The options, checked."""
+    cores = len(os.sched_getaffinity(0))
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+
+    def positive(text: str) -> int:
+        if (number := int(text)) < 1:
+            raise ValueError
+        return number
+
+    positive.__name__ = "positive number"
+    parser.add_argument("--model", required=True, help='a Hugging Face folder, "demo" or "random-3b" (writes 6.15 GB)')
+    parser.add_argument("--peer", action="append", default=[], choices=[TRANSFORMERS, LLAMA], help="may be repeated")
+    parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
+    parser.add_argument("--weights", choices=["int8"], help="quantize the weights (default: they are of --dtype)")
+    parser.add_argument("--rounds", type=positive, default=3)
+    parser.add_argument("--prefill", type=positive, nargs="+", default=[128, 512, 2048], metavar="TOKENS")
+    parser.add_argument(
+        "--batch", type=positive, nargs="+", default=[1, 8], metavar="ROWS", help="decode's batch sizes"
+    )
+    parser.add_argument("--prompt", type=positive, default=32, help="decode's prompt (default: 32 tokens)")
+    parser.add_argument("--new", type=positive, default=64, help="decode's new tokens (default: 64)")
+    parser.add_argument("--threads", type=positive, default=cores, help=f"at most the {cores} cores there are")
+    parser.add_argument(
+        "--one-at-a-time", action="store_true", help="keep one engine in memory: for models that fill it; takes longer"
+    )
+    parser.add_argument("--out", type=Path, metavar="FILE.json", help="all samples, and a chart in FILE.png")
+    args = parser.parse_args(argv)
+    args.peer = list(dict.fromkeys(args.peer))
+    if args.threads > cores:
+        parser.error(f"--threads is {args.threads}, but there are {cores} cores")
+    if args.out and args.out.suffix != ".json":
+        parser.error(f"--out is {args.out}; it must end in .json (the chart goes to the same name in .png)")
+    if args.out and not args.out.absolute().parent.is_dir():
+        parser.error(f"--out: the folder {args.out.absolute().parent} does not exist")
+    if args.model not in ("demo", "random-3b") and not (Path(args.model) / "config.json").is_file():
+        parser.error(f'--model: {args.model} is no folder with a config.json, nor "demo" or "random-3b"')
+    return args
+
+
+def run(args: argparse.Namespace) -> None:
+    """Measures, prints and writes."""
+    console = Console(stderr=True)
+
+    def say(text: str) -> None:
+        console.print(text, markup=False, highlight=False)
+
+    engines = [OURS, *args.peer]
+    if LLAMA in engines:
+        node_folder()
+    if args.out and importlib.util.find_spec("matplotlib") is None:
+        say("no chart: matplotlib is missing; pip install 'smollm3-jax[bench]'")
+    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: args.threads])  # the engines inherit it
+    os.environ |= {"JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": str(args.threads)}
+    root = str(Path(__file__).resolve().parents[1])
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
+    folder = {"demo": pull_demo, "random-3b": random_3b}.get(args.model, lambda: Path(args.model))()
+    config = ModelConfig.from_hf(folder)
+    ids = token_ids(folder, config, max(*args.prefill, max(args.batch) * args.prompt))
+    commands = plan(args, config, ids)
+    start = {}
+    for engine in engines:
+        command = engine_command(engine, folder, args)
+        start[engine] = lambda engine=engine, command=command: Worker(engine, command)
+    samples = measure(start, commands, args.rounds, args.one_at_a_time, say)
+
+    weights = {
+        OURS: args.weights or args.dtype,
+        TRANSFORMERS: args.dtype,
+        LLAMA: GGUF_KINDS[args.weights or args.dtype],
+    }
+    labels = {engine: f"{engine} {weights[engine]}" for engine in engines}
+    rows = summarize(samples, commands)
+    Console().print(table(rows, labels))
+    same = agreement(samples)
+    for peer, count in same.items():
+        say(f"greedy tokens that {peer} has in common with {OURS} before they part: {count}")
+    others = statistics.median(sample["others"] for sample in samples if sample["round"])
+    if others > BUSY:
+        say(f"other processes used {others:.0%} of the cores meanwhile (median): measure again on a quiet machine")
+    if args.out:
+        versions = {name: number for sample in samples for name, number in sample.pop("versions", {}).items()}
+        commit = subprocess.run(["git", "-C", root, "describe", "--always", "--dirty"], capture_output=True, text=True)
+        result = {
+            "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+            "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            "model": folder.resolve().name,
+            "engines": labels,
+            "machine": machine(args.threads),
+            "versions": {"smollm3_jax": commit.stdout.strip(), **versions},
+            "tokens": {what: token_count(command) for what, command in commands.items()},
+            "results": rows,
+            "greedy_agreement": same,
+            "others": others,
+            "samples": [{k: v for k, v in sample.items() if k != "tokens"} for sample in samples],
+        }
+        args.out.write_text(json.dumps(result, indent=2) + "\n")
+        if importlib.util.find_spec("matplotlib") is not None:
+            title = f"{result['model']}, {result['machine']['processor']}, {args.threads} threads"
+            draw(rows, labels, title, args.out.with_suffix(".png"))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    if sys.platform != "linux":
+        print("bench_inference.py needs Linux: it reads /proc", file=sys.stderr)
+        return 3
+    args = parse(argv)
+    try:
+        run(args)
+    except (BenchError, SmolLM3Error) as error:
+        print(f"bench_inference.py: {error}", file=sys.stderr)
+        return getattr(error, "exit_code", 3)
+    except KeyboardInterrupt:
+        print("bench_inference.py: interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

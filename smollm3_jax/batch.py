@@ -1,0 +1,401 @@
+"""Many prompts from a file: one JSON object a line goes in, one a line comes out, and what is done stays done.
+
+An input line is {"prompt": "..."} or {"messages": [...]}, with an "id" of any kind if wanted, and any field of
+SamplingParams for this line alone. Its answer is written when it is finished, so answers come in any order; the
+"index", the number of the input line from 0, says which it is. A line that cannot be run is answered with an
+"error", and the others go on. Blank lines have no answer.
+
+Every answer carries a digest of its input line and of all settings that it depends on. So a run that was
+stopped, in whatever way, goes on where it was, and cannot go on with another input, model or options.
+"""
+
+import contextlib
+import dataclasses
+import fcntl
+import hashlib
+import json
+import math
+import os
+import stat
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from sharding.rules import Sharding
+
+from .chat.template import render
+from .errors import OptionError, SaveError, SmolLM3Error
+from .generate import Completion, Request, check_request, stream
+from .model import SmolLM3
+from .progress import busy, tally
+from .sampling import SamplingParams
+from .tokenizer import Tokenizer
+
+SLOTS = 16
+SAMPLING_FIELDS = tuple(field.name for field in dataclasses.fields(SamplingParams))
+# How every answer begins, and so how the torn end of one does.
+BEGINNING = b'{"index": '
+
+
+@dataclasses.dataclass
+class _Line:
+    """An input line that is being answered."""
+
+    index: int
+    id: dict[str, Any]
+    request: Request
+    samples: list[Completion]
+
+
+class Batch:
+    """A file of requests and the file of their answers, which is locked until `close`.
+
+    done, failed: how many lines have an answer, and how many of these are errors; left: how many have none;
+    tokens, seconds: what `run` has generated, and how long it took.
+    """
+
+    def __init__(
+        self,
+        source: str | Path,
+        target: str | Path,
+        params: SamplingParams | None = None,
+        *,
+        chat: bool = False,
+        thinking: bool = True,
+        settings: Mapping[str, Any] | None = None,
+    ):
+        """Looks through both files, and cuts a torn last line off the target.
+
+        Args:
+          params: for lines that say nothing else; a line without a seed draws with seed + index * n.
+          chat: a "prompt" is a user's message, and the chat template is applied to it.
+          thinking: what the chat template is told about thinking.
+          settings: what else the answers depend on (JSON): the model above all.
+
+        Raises:
+          OptionError: the source cannot be read.
+          SaveError: the target cannot be written, another process is writing it, or it is not this batch's.
+        """
+        self.source, self.target = Path(source), Path(target)
+        self.params, self.chat, self.thinking = params or SamplingParams(), chat, thinking
+        self.done = self.failed = self.tokens = 0
+        self.seconds = 0.0
+        # Fields at their defaults stay out, so that a later version with more of them can go on.
+        own, default = vars(self.params), vars(SamplingParams())
+        changed = {name: own[name] for name in SAMPLING_FIELDS if own[name] != default[name]}
+        self._salt = json.dumps([changed, chat, thinking, settings], sort_keys=True).encode()
+        if not self.source.is_file():
+            raise OptionError(f"{self.source} {'is not a file' if self.source.exists() else 'does not exist'}")
+        if self.target.exists() and self.target.samefile(self.source):
+            raise OptionError(f"{self.target} is the input itself; the answers need another file")
+        self._left = {index: self._digest(line) for index, line in self._lines()}
+        self._file = self._lock()
+        try:
+            self._end = self._look_through()
+            os.ftruncate(self._file, self._end)
+        except OSError as error:
+            os.close(self._file)
+            raise error if isinstance(error, SaveError) else self._unwritable(error) from None
+        except BaseException:
+            os.close(self._file)
+            raise
+
+    def __enter__(self) -> "Batch":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Makes sure of what is written, and lets go of the target."""
+        try:
+            os.fsync(self._file)
+        except OSError as error:
+            raise self._unwritable(error) from None
+        finally:
+            os.close(self._file)
+
+    @property
+    def left(self) -> int:
+        return len(self._left)
+
+    def run(
+        self,
+        model: SmolLM3,
+        tokenizer: Tokenizer,
+        *,
+        slots: int = SLOTS,
+        context: int | None = None,
+        cache_dtype: Any = None,
+        sharding: Sharding | None = None,
+    ) -> None:
+        """Answers the lines that are left.
+
+        Args:
+          slots: at most so many sequences at a time.
+          context: the most tokens that a sequence may have, its prompt included; None takes what the longest
+            line needs, for which all lines are tokenized first.
+          cache_dtype, sharding: as for `stream`.
+
+        Raises:
+          OptionError: an option is out of range, the source has changed, or memory does not suffice.
+          SaveError: an answer could not be written; those before it are.
+          KeyboardInterrupt: with a message that says how to go on.
+        """
+        if slots < 1:
+            raise OptionError(f"slots is {slots}; it must be at least 1")
+        if context is not None and context < 2:
+            raise OptionError(f"context is {context}; it must be at least 2")
+        if self.chat and tokenizer.chat_template is None:
+            render(None, [])  # says so once, not in every line
+        begin = time.monotonic()
+        try:
+            if context is None:
+                with busy("counting tokens"):
+                    context, sequences = self._needs(model, tokenizer)
+                slots = max(1, min(slots, sequences))
+            context = min(context, model.config.max_position_embeddings)
+            running: dict[int, _Line] = {}
+            requests = self._requests(model, tokenizer, context, running)
+            with tally("lines", self.done + self.left, self.done) as report:
+                for delta in stream(
+                    model,
+                    requests,
+                    tokenizer=tokenizer,
+                    max_slots=slots,
+                    capacity=context,
+                    cache_dtype=cache_dtype,
+                    sharding=sharding,
+                ):
+                    line = running[delta.request]
+                    line.samples[delta.sample].add(delta)
+                    self.tokens += len(delta.token_ids)
+                    if all(sample.finish_reason for sample in line.samples):
+                        self._write(line.index, line.id | _answer(running.pop(delta.request), tokenizer))
+                    report(self.done, self.tokens)
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(
+                f"{self.done} of {self.done + self.left} lines are in {self.target}; "
+                "the same command goes on from there"
+            ) from None
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            raise OptionError(
+                f"{slots} slots of {context} tokens do not fit in memory; lower slots or context"
+            ) from None
+        finally:
+            self.seconds += time.monotonic() - begin
+
+    def _needs(self, model: SmolLM3, tokenizer: Tokenizer) -> tuple[int, int]:
+        """Over the lines that can be run: the most tokens of a sequence, and how many sequences."""
+        longest, sequences = 0, 0
+        for index, line in self._lines():
+            if index in self._left:
+                with contextlib.suppress(SmolLM3Error):
+                    request = self._request(index, _parse(line), tokenizer)
+                    check_request(model.config, model.generation_config, request, tokenizer)
+                    longest = max(longest, len(request.prompt) + request.params.max_new_tokens)
+                    sequences += request.params.n
+        return longest, sequences
+
+    def _requests(
+        self, model: SmolLM3, tokenizer: Tokenizer, context: int, running: dict[int, _Line]
+    ) -> Iterator[Request]:
+        """The lines that are left, each at its turn: to `running` and out, or answered with what is wrong."""
+        count = 0
+        for index, line in self._lines():
+            if index not in self._left:
+                continue
+            if self._digest(line) != self._left[index]:
+                raise OptionError(f"{self.source} has changed while it was read; run it again")
+            name: dict[str, Any] = {}
+            try:
+                fields = _parse(line)
+                name = {"id": fields["id"]} if "id" in fields else {}
+                request = self._request(index, fields, tokenizer)
+                check_request(model.config, model.generation_config, request, tokenizer, context)
+            except SmolLM3Error as error:
+                self._write(index, name | {"error": str(error)})
+                continue
+            running[count] = _Line(index, name, request, [Completion.empty() for _ in range(request.params.n)])
+            count += 1
+            yield request
+
+    def _request(self, index: int, fields: Mapping[str, Any], tokenizer: Tokenizer) -> Request:
+        given = {name: value for name, value in fields.items() if name not in ("id", "prompt", "messages")}
+        if unknown := [name for name in given if name not in SAMPLING_FIELDS]:
+            raise OptionError(
+                f"no field {unknown[0]!r}; a line has prompt or messages, and may have id, "
+                + ", ".join(SAMPLING_FIELDS)
+            )
+        if ("prompt" in fields) == ("messages" in fields):
+            raise OptionError('a line needs one of "prompt" and "messages"')
+        biases = given.get("logit_bias")
+        if isinstance(biases, Mapping):  # JSON has no other keys than texts
+            given["logit_bias"] = {int(token) if token.isdecimal() else token: biases[token] for token in biases}
+        seed = (self.params.seed + index * self.params.n) % 2**32
+        params = dataclasses.replace(self.params, **{"seed": seed} | given)
+        if "messages" in fields:
+            return Request(encode_messages(tokenizer, fields["messages"], self.thinking), params)
+        prompt = fields["prompt"]
+        if not isinstance(prompt, str):
+            raise OptionError(f"prompt is a {type(prompt).__name__}; it must be a text")
+        if self.chat:
+            messages = [{"role": "user", "content": prompt}]
+            return Request(encode_messages(tokenizer, messages, self.thinking), params)
+        return Request(tokenizer.encode(prompt), params)
+
+    def _lines(self) -> Iterator[tuple[int, bytes]]:
+        """The lines that are not blank, by their numbers."""
+        try:
+            with self.source.open("rb") as file:
+                for index, line in enumerate(file):
+                    line = line.removeprefix(b"\xef\xbb\xbf") if index == 0 else line
+                    if line := line.strip():
+                        yield index, line
+        except OSError as error:
+            raise OptionError(f"{self.source} cannot be read: {error.strerror or error}") from None
+
+    def _digest(self, line: bytes) -> str:
+        return hashlib.sha256(self._salt + b"\n" + line).hexdigest()[:16]
+
+    def _lock(self) -> int:
+        """The target, open; the lock dies with its process."""
+        try:
+            file = os.open(self.target, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
+        except OSError as error:
+            raise self._unwritable(error) from None
+        try:
+            if not stat.S_ISREG(os.fstat(file).st_mode):
+                raise SaveError(f"{self.target} is not a regular file; name one")
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            os.close(file)
+            if isinstance(error, BlockingIOError):
+                raise SaveError(
+                    f"{self.target} is being written by another process; wait for it, or name another file"
+                ) from None
+            raise error if isinstance(error, SaveError) else self._unwritable(error) from None
+        return file
+
+    def _look_through(self) -> int:
+        """Counts the answers that are there, and takes their lines off `left`; returns where they end."""
+        end = 0
+        with open(self._file, "rb", closefd=False) as file:
+            for number, answer in enumerate(file, 1):
+                # A power cut may leave zeros behind what was written.
+                begun = answer.startswith(BEGINNING) or BEGINNING.startswith(answer.rstrip(b"\0"))
+                if begun and not answer.endswith(b"\n"):
+                    break
+                try:
+                    content = json.loads(answer)
+                    index, same = content["index"], self._left.get(content["index"]) == content["digest"]
+                except (ValueError, TypeError, KeyError, RecursionError):
+                    raise SaveError(
+                        f"{self.target}: line {number} is no answer of a run like this; name another file, or remove it"
+                    ) from None
+                if not same:
+                    raise SaveError(
+                        f"{self.target}: line {number} is an answer to another input, model or option than now; go on "
+                        "with those, name another file, or remove it"
+                    )
+                self._count(index, "error" in content)
+                end += len(answer)
+        return end
+
+    def _count(self, index: int, failed: bool) -> None:
+        del self._left[index]
+        self.done += 1
+        self.failed += failed
+
+    def _write(self, index: int, answer: dict[str, Any]) -> None:
+        content = {"index": index, **answer, "digest": self._left[index]}
+        # What JSON calls \ud800 is half a character, which UTF-8 has not: it stays as it is spelled there.
+        line = json.dumps(content, ensure_ascii=False).encode(errors="backslashreplace") + b"\n"
+        # One write, so that a process that is killed leaves at most the last line torn.
+        rest = memoryview(line)
+        try:
+            while rest:
+                rest = rest[os.write(self._file, rest) :]
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                os.ftruncate(self._file, self._end)
+            raise self._unwritable(error) from None
+        self._end += len(line)
+        self._count(index, "error" in answer)
+
+    def _unwritable(self, error: OSError) -> SaveError:
+        kept = f"; the {self.done} lines in it are kept, and the same command goes on from there" if self.done else ""
+        return SaveError(f"{self.target} cannot be written: {error.strerror or error}{kept}")
+
+
+def encode_messages(tokenizer: Tokenizer, messages: Sequence[Mapping[str, Any]], thinking: bool = True) -> list[int]:
+    """Token ids of a conversation up to the opening of the assistant's next turn, by the chat template."""
+    text = render(
+        tokenizer.chat_template,
+        messages,
+        add_generation_prompt=True,
+        special_tokens=tokenizer.special_tokens,
+        enable_thinking=thinking,
+    )
+    return tokenizer.encode(text, add_special_tokens=False)
+
+
+def spell_logprobs(completion: Completion, tokenizer: Tokenizer) -> dict[str, Any]:
+    """The JSON field "logprobs", if it was asked for."""
+    if completion.logprobs is None:
+        return {}
+    entries = [
+        _entry(tokenizer, one.token_id, one.logprob)
+        | {"top": [_entry(tokenizer, token, logprob) for token, logprob in one.top]}
+        for one in completion.logprobs
+    ]
+    return {"logprobs": entries}
+
+
+def spell_prompt_logprobs(completion: Completion, prompt: Sequence[int], tokenizer: Tokenizer) -> dict[str, Any]:
+    """The JSON field "prompt_logprobs", if it was asked for; the first token, which nothing precedes, has null."""
+    if completion.prompt_logprobs is None:
+        return {}
+    values = (None, *completion.prompt_logprobs)
+    return {"prompt_logprobs": [_entry(tokenizer, *pair) for pair in zip(prompt, values, strict=True)]}
+
+
+def _entry(tokenizer: Tokenizer, token: int, logprob: float | None) -> dict[str, Any]:
+    if logprob is not None and not math.isfinite(logprob):  # JSON has no such numbers
+        logprob = None
+    return {"id": token, "token": tokenizer.decode([token], skip_special_tokens=False), "logprob": logprob}
+
+
+def _parse(line: bytes) -> dict[str, Any]:
+    def refuse(constant: str) -> None:
+        raise ValueError(f"{constant} is not JSON")
+
+    try:
+        fields = json.loads(line, parse_constant=refuse)
+    except (ValueError, RecursionError) as error:
+        raise OptionError(f"the line is not JSON: {error}") from None
+    if not isinstance(fields, dict):
+        raise OptionError(f"the line is a JSON {type(fields).__name__}; it must be an object")
+    return fields
+
+
+def _answer(line: _Line, tokenizer: Tokenizer) -> dict[str, Any]:
+    prompt = line.request.prompt
+    samples = [
+        {
+            "text": sample.text,
+            "completion_tokens": len(sample.token_ids),
+            "finish_reason": sample.finish_reason,
+            **spell_logprobs(sample, tokenizer),
+        }
+        for sample in line.samples
+    ]
+    shared = {"prompt_tokens": len(prompt), **spell_prompt_logprobs(line.samples[0], prompt, tokenizer)}
+    if len(samples) == 1:
+        return samples[0] | shared
+    return {"samples": samples, "completion_tokens": sum(len(sample.token_ids) for sample in line.samples)} | shared

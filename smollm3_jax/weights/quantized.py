@@ -1,0 +1,106 @@
+"""Checkpoints quantized and dequantized as they are read, tensor by tensor."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+
+from .. import quantize
+from ..config import WEIGHT_SCHEMES, ModelConfig, Quantization
+from ..errors import OptionError
+from .key_map import Slot, slots
+from .stored import StoredTensor
+
+PIECE = 1 << 18  # numbers that are worked on at once: they stay in the processor's cache
+
+
+def with_scheme(config: ModelConfig, weights: str, cache: str | None = None) -> ModelConfig:
+    """The config of the same model quantized.
+
+    Raises:
+      OptionError: there is no such scheme, or the model is quantized already, in another one.
+      ConfigError: the model's dimensions are no multiples of the scheme's groups.
+    """
+    if weights not in WEIGHT_SCHEMES:
+        raise OptionError(f"weights {weights!r} are no scheme; choose one of {', '.join(WEIGHT_SCHEMES)}")
+    own = config.quantization
+    if own is not None and own.weights != weights:
+        raise OptionError(
+            f"the checkpoint's weights are {own.weights} already and cannot become {weights}; start from the plain ones"
+        )
+    if own is not None and cache is None:
+        return config
+    return dataclasses.replace(config, quantization=Quantization(weights=weights, cache=cache))
+
+
+def quantized(config: ModelConfig, tensors: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
+    """A plain checkpoint's tensors as a quantized config wants them.
+
+    Scales are found at the first read of any part of a weight and kept; values are computed at each read.
+    """
+    assert config.quantization is not None
+    out, scales = {}, {}
+    for name, slot in slots(config).items():
+        if slot.dtype is None:
+            out[name] = tensors[name]
+            continue
+        weight, part = slot.param.rsplit(".", 1)
+        if part == "values":
+            source = tensors[name]
+            scheme = quantize.scheme_of(weight, config.quantization.weights)
+            scales[weight, slot.layer] = source, functools.cache(functools.partial(_scales, source, scheme))
+        out[name] = _part(name, slot, part, *scales[weight, slot.layer])
+    return out
+
+
+def _part(name: str, slot: Slot, part: str, source: StoredTensor, scales: Callable[[], Any]) -> StoredTensor:
+    def read() -> np.ndarray:
+        scale, minimum = scales()
+        if part != "values":
+            return scale if part == "scale" else minimum
+        return _in_pieces(quantize.quantize, source.read(), scale, minimum)
+
+    assert slot.dtype is not None
+    return StoredTensor(name=name, dtype=slot.dtype, shape=slot.shape, file=source.file, read=read)
+
+
+def _scales(source: StoredTensor, scheme: str) -> tuple[np.ndarray, np.ndarray | None]:
+    find = functools.partial(quantize.best_scales, scheme=scheme)
+    return _in_pieces(find, source.read())
+
+
+def _in_pieces(function: Callable[..., Any], *arrays: Any) -> Any:
+    """function(arrays) computed from a few rows at a time, on all cores; its results are joined again."""
+    rows = arrays[0].shape[0]
+    step = max(1, PIECE // max(1, arrays[0].shape[1]))
+
+    def one(start: int) -> Any:
+        with np.errstate(all="ignore"):  # numbers that are not finite are for whoever loads the weights to report
+            return function(*(None if array is None else array[start : start + step] for array in arrays))
+
+    with ThreadPoolExecutor() as pool:
+        pieces = list(pool.map(one, range(0, rows, step)))
+    if isinstance(pieces[0], tuple):
+        return tuple(None if part[0] is None else np.concatenate(part) for part in zip(*pieces, strict=True))
+    return np.concatenate(pieces)
+
+
+def dequantized(config: ModelConfig, tensors: Mapping[str, StoredTensor]) -> tuple[ModelConfig, dict[str, StoredTensor]]:
+    """A quantized checkpoint as a plain one; weights come as float32."""
+    plain = dataclasses.replace(config, quantization=None)
+    out = {}
+    for name, slot in slots(plain).items():
+        parts = [tensors.get(name + ending) for ending in ("", ".scale", ".minimum")]
+        out[name] = tensors[name] if parts[1] is None else _whole(name, slot, *parts)
+    return plain, out
+
+
+def _whole(name: str, slot: Slot, *parts: StoredTensor | None) -> StoredTensor:
+    def read() -> np.ndarray:
+        return _in_pieces(quantize.dequantize, *(None if part is None else part.read() for part in parts))
+
+    assert parts[0] is not None
+    return StoredTensor(name=name, dtype="float32", shape=slot.shape, file=parts[0].file, read=read)
