@@ -77,8 +77,9 @@ class Sharding:
         return jax.shard_map(function, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
 
     def constrain(self, x: Array, *axes: str | None) -> Array:
-        """x, placed by the rules."""
-        return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, self.spec(*axes)))
+        """x, placed by the rules; a dimension that they do not divide evenly stays whole."""
+        fitting = [axis and self.fitting(axis, length) for axis, length in zip(axes, x.shape, strict=True)]
+        return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, self.spec(*fitting)))
 
 
 def named_sharding(

@@ -279,10 +279,13 @@ def _cache_scores(q_BTHE: Array, cache: LayerCache, length_B: Array, window: Arr
     """float32 [K, B, T, G, S], the lowest float where a query does not see a key."""
     batch, length, _, width = q_BTHE.shape
     kv_heads, _, keys, _ = cache.k.shape
-    q_BTKGE = q_BTHE.reshape(batch, length, kv_heads, -1, width)
+    q_KBXE = q_BTHE.reshape(batch, length, kv_heads, -1, width).transpose(2, 0, 1, 3, 4)
+    q_KBXE = q_KBXE.reshape(kv_heads, batch, -1, width)
     k_KBSE = _values(cache.k, q_BTHE.dtype)
-    scores = jnp.einsum("BTKGE,KBSE->KBTGS", q_BTKGE, k_KBSE, preferred_element_type=jnp.float32)
-    scores = scores * width**-0.5
+    # Keys on the left: the other way round XLA:CPU copies them all, transposed.
+    contract_width = (((3,), (3,)), ((0, 1), (0, 1)))
+    scores = jax.lax.dot_general(k_KBSE, q_KBXE, contract_width, preferred_element_type=jnp.float32) * width**-0.5
+    scores = scores.transpose(0, 1, 3, 2).reshape(kv_heads, batch, length, -1, keys)
     if cache.k_scale is not None:
         scores = scores * cache.k_scale[:, :, None, None, :]
     q_index_BT1 = (length_B[:, None] + jnp.arange(length))[:, :, None]
@@ -296,8 +299,13 @@ def _cache_mix(weights_KBTGS: Array, cache: LayerCache, dtype: Any) -> Array:
     """The sum of the cache's values by weight, float32 [B, T, K, G, E]."""
     if cache.v_scale is not None:
         weights_KBTGS = weights_KBTGS * cache.v_scale[:, :, None, None, :]
-    v_KBSE = _values(cache.v, dtype)
-    return jnp.einsum("KBTGS,KBSE->BTKGE", weights_KBTGS.astype(dtype), v_KBSE, preferred_element_type=jnp.float32)
+    kv_heads, batch, length, group, keys = weights_KBTGS.shape
+    weights_KBXS = weights_KBTGS.astype(dtype).reshape(kv_heads, batch, -1, keys)
+    contract_keys = (((3,), (2,)), ((0, 1), (0, 1)))
+    out = jax.lax.dot_general(
+        weights_KBXS, _values(cache.v, dtype), contract_keys, preferred_element_type=jnp.float32
+    )
+    return out.reshape(kv_heads, batch, length, group, -1).transpose(1, 2, 0, 3, 4)
 
 
 def _values(stored: Array, dtype: Any) -> Array:

@@ -87,13 +87,17 @@ class Batch:
         own, default = vars(self.params), vars(SamplingParams())
         changed = {name: own[name] for name in SAMPLING_FIELDS if own[name] != default[name]}
         self._salt = json.dumps([changed, chat, thinking, settings], sort_keys=True).encode()
-        if not self.source.is_file():
-            raise OptionError(f"{self.source} {'is not a file' if self.source.exists() else 'does not exist'}")
-        if self.target.exists() and self.target.samefile(self.source):
-            raise OptionError(f"{self.target} is the input itself; the answers need another file")
+        try:
+            found = self.source.stat()
+        except OSError as error:
+            raise self._unreadable(error) from None
+        if not stat.S_ISREG(found.st_mode):  # it is read twice
+            raise OptionError(f"{self.source} is not a regular file")
         self._left = {index: self._digest(line) for index, line in self._lines()}
         self._file = self._lock()
         try:
+            if os.path.samestat(found, os.fstat(self._file)):
+                raise OptionError(f"{self.target} is the input itself; the answers need another file")
             self._end = self._look_through()
             os.ftruncate(self._file, self._end)
         except OSError as error:
@@ -135,7 +139,7 @@ class Batch:
         """Answers the lines that are left.
 
         Args:
-          slots: at most so many sequences at a time.
+          slots: how many sequences at a time, rounded up to a power of two.
           context: the most tokens that a sequence may have, its prompt included; None takes what the longest
             line needs, for which all lines are tokenized first.
           cache_dtype, sharding: as for `stream`.
@@ -153,10 +157,11 @@ class Batch:
             render(None, [])  # says so once, not in every line
         begin = time.monotonic()
         try:
+            sequences = self.left * self.params.n
             if context is None:
                 with busy("counting tokens"):
                     context, sequences = self._needs(model, tokenizer)
-                slots = max(1, min(slots, sequences))
+            slots = max(1, min(slots, sequences))
             context = min(context, model.config.max_position_embeddings)
             running: dict[int, _Line] = {}
             requests = self._requests(model, tokenizer, context, running)
@@ -258,7 +263,7 @@ class Batch:
                     if line := line.strip():
                         yield index, line
         except OSError as error:
-            raise OptionError(f"{self.source} cannot be read: {error.strerror or error}") from None
+            raise self._unreadable(error) from None
 
     def _digest(self, line: bytes) -> str:
         return hashlib.sha256(self._salt + b"\n" + line).hexdigest()[:16]
@@ -327,6 +332,9 @@ class Batch:
             raise self._unwritable(error) from None
         self._end += len(line)
         self._count(index, "error" in answer)
+
+    def _unreadable(self, error: OSError) -> OptionError:
+        return OptionError(f"{self.source} cannot be read: {error.strerror or error}")
 
     def _unwritable(self, error: OSError) -> SaveError:
         kept = f"; the {self.done} lines in it are kept, and the same command goes on from there" if self.done else ""

@@ -100,7 +100,7 @@ def _parser() -> argparse.ArgumentParser:
         "when the same command is given again.",
     )
     many.add_argument("--output", metavar="FILE", help="gets a JSON line for each, as they finish")
-    many.add_argument("--slots", type=int, metavar="N", help="how many sequences run side by side (default: 16)")
+    many.add_argument("--slots", type=int, metavar="N", help="sequences side by side, a power of two (default: 16)")
     many.add_argument("--context", type=int, metavar="N", help="most tokens of one, prompt included (default: counted)")
 
     chat = command("chat", _chat, "talk with a model in the terminal; /help lists what it understands")
@@ -111,7 +111,10 @@ def _parser() -> argparse.ArgumentParser:
     chat.add_argument("--tools", metavar="FILE.py", help="let the model call the public functions of this file")
     chat.add_argument("--yes", action="store_true", help="run the tools that it calls without a question")
     _add_sampling(chat)
-    chat.epilog = "--max-new-tokens here is by default 4096 for a model that can think, else 1024."
+    chat.epilog = (
+        "--max-new-tokens is here by default 4096 for a model that can think, else 1024. Where output is no terminal, "
+        "answers are printed without the reasoning."
+    )
 
     doctor = command("doctor", _doctor, "versions, devices, and whether they are supported")
     doctor.add_argument("--json", action="store_true")
@@ -279,6 +282,8 @@ def _generate(args: argparse.Namespace) -> int:
     from .batch import encode_messages, spell_logprobs, spell_prompt_logprobs
     from .generate import Completion, Request, check_request, stream
 
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # not every encoding has what a model says
     if args.input is not None:
         return _generate_many(args)
     if given := [name for name in ("output", "slots", "context") if getattr(args, name) is not None]:
@@ -342,7 +347,7 @@ def _prompt(args: argparse.Namespace) -> str:
     try:
         content = sys.stdin.buffer.read() if args.prompt_file is None else Path(args.prompt_file).read_bytes()
         return re.sub(r"\r?\n\Z", "", content.decode())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, AttributeError) as error:  # the last where standard input is closed
         raise OptionError(f"the prompt of {args.prompt_file or 'standard input'} cannot be read: {error}") from None
 
 

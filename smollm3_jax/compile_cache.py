@@ -25,6 +25,7 @@ from jax.experimental.compilation_cache.compilation_cache import reset_cache
 from .weights.hub import cache_dir
 
 log = logging.getLogger(__name__)
+config: Any = jax.config  # its attributes come into being at run time
 
 # Loading takes about 0.02 s; what is compiled as fast is not worth a file. JAX's own threshold is 1 s.
 MIN_COMPILE_SECONDS = 0.2
@@ -71,8 +72,8 @@ def enable() -> None:
 
 
 def _configured() -> bool:
-    folder = jax.config.jax_compilation_cache_dir
-    return folder is not None or "JAX_COMPILATION_CACHE_DIR" in os.environ or not jax.config.jax_enable_compilation_cache
+    named = config.jax_compilation_cache_dir is not None or "JAX_COMPILATION_CACHE_DIR" in os.environ
+    return named or not config.jax_enable_compilation_cache
 
 
 def _open() -> Path | None:
@@ -92,9 +93,9 @@ def _open() -> Path | None:
         return None
     with contextlib.suppress(OSError):
         _tidy(folder)
-    jax.config.update("jax_compilation_cache_dir", str(folder))
-    if jax.config.jax_persistent_cache_min_compile_time_secs == 1:
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", MIN_COMPILE_SECONDS)
+    config.update("jax_compilation_cache_dir", str(folder))
+    if config.jax_persistent_cache_min_compile_time_secs == 1:
+        config.update("jax_persistent_cache_min_compile_time_secs", MIN_COMPILE_SECONDS)
     reset_cache()  # programs compiled earlier may have settled that there is none
     return folder
 
@@ -107,7 +108,7 @@ def _tidy(folder: Path) -> None:
     these is missing. Who sets it all the same gets the missing ones.
     """
     entries = [(path, path.stat()) for path in folder.glob("*-cache")]
-    if jax.config.jax_compilation_cache_max_size != -1:
+    if config.jax_compilation_cache_max_size != -1:
         for path, _ in entries:
             path.with_name(path.name.removesuffix("-cache") + "-atime").touch()
         return
@@ -137,7 +138,7 @@ def _report(message: str) -> bool:
     """Whether it was about our folder. A broken entry is removed, since JAX does not write over one."""
     global _said
     trouble = TROUBLE.match(message)
-    if trouble is None or _folder is None or jax.config.jax_compilation_cache_dir != str(_folder):
+    if trouble is None or _folder is None or config.jax_compilation_cache_dir != str(_folder):
         return False
     action, program, reason = trouble.groups()
     if action == "reading":
@@ -161,7 +162,7 @@ def _count() -> None:
         jax.monitoring.register_event_listener(_on_event)
 
 
-def _on_duration(event: str, seconds: float, **_: Any) -> None:
+def _on_duration(event: str, duration_secs: float, **_: Any) -> None:
     global _requests
     if event == "/jax/core/compile/backend_compile_duration":  # loading included
         _requests += 1

@@ -114,9 +114,16 @@ def prefill(
     return cache, jax.lax.map(one, (x_1TD[0], next_T), batch_size=16)
 
 
-@functools.partial(jax.jit, donate_argnames=("cache", "slots"))
+@functools.partial(jax.jit, static_argnames="sharding", donate_argnames=("cache", "slots"))
 def insert(
-    cache: KVCache, slots: Slots, slot: Array, one: Slots, length: Array, source: Array | None
+    cache: KVCache,
+    slots: Slots,
+    slot: Array,
+    one: Slots,
+    length: Array,
+    source: Array | None,
+    *,
+    sharding: Sharding | None = None,
 ) -> tuple[KVCache, Slots]:
     """Starts a sequence in a slot whose prompt has been prefilled.
 
@@ -125,7 +132,7 @@ def insert(
       length: how many tokens of the prompt the cache holds: all but the last.
       source: the slot that holds them, if it is another one; None if it is this one.
     """
-    cache = cache if source is None else copy_row(cache, source, slot)
+    cache = cache if source is None else copy_row(cache, source, slot, sharding)
     cache = dataclasses.replace(cache, length=cache.length.at[slot].set(length))
     return cache, jax.tree.map(lambda all, new: all.at[slot].set(new), slots, one)
 

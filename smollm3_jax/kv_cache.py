@@ -125,6 +125,10 @@ def quantize_rows(x: Array) -> tuple[Array, Array]:
 def _put(old_KBSx: Array, new_KBTx: Array, length_B: Array, slot: Array | None, sharding: Sharding | None) -> Array:
     """old with new written row by row from index length on; the trailing dimension, if any, is free."""
     new_KBTx = new_KBTx.astype(old_KBSx.dtype)
+    if jnp.issubdtype(old_KBSx.dtype, jnp.floating) and old_KBSx.dtype.itemsize == 2 and (sharding.platform if sharding else jax.default_backend()) == "cpu":
+        # Written as bits: to write into an array of bfloat16 XLA:CPU goes through the whole of it in float32.
+        old_bits, new_bits = (jax.lax.bitcast_convert_type(x, jnp.uint16) for x in (old_KBSx, new_KBTx))
+        return jax.lax.bitcast_convert_type(_put(old_bits, new_bits, length_B, slot, sharding), old_KBSx.dtype)
     one_row = slot is not None or new_KBTx.shape[1] == old_KBSx.shape[1] == 1
     if sharding is None or sharding.parts("batch") * sharding.parts("context") == 1:
         if one_row:
@@ -207,37 +211,54 @@ def rows(layer: LayerCache, slot: Array | None, sharding: Sharding | None = None
     return jax.tree.map(lambda x: _rows(x, slot, x.shape[2], sharding), layer)
 
 
-def _rows(x_KBSx: Array, slot: Array | None, length: int, sharding: Sharding | None = None) -> Array:
+def _rows(x_KBSx: Array, slot: Array | None, length: int, sharding: Sharding | None) -> Array:
     """The first `length` places of the row that a slot names, or of all rows."""
     if slot is None:
         return x_KBSx[:, :, :length]
-
-    def row(x_KBSx: Array, index: Array) -> Array:
-        sizes = (x_KBSx.shape[0], 1, length, *x_KBSx.shape[3:])
-        return jax.lax.dynamic_slice(x_KBSx, (0, index, 0, 0)[: x_KBSx.ndim], sizes)
-
-    heads, batch, *rest = AXES[: x_KBSx.ndim]
-    if sharding is None or sharding.parts(batch) == 1:
-        return row(x_KBSx, slot)
+    if sharding is None or sharding.parts("batch") == 1:
+        return _row(x_KBSx, slot, length)
+    heads, batch, _, *rest = AXES[: x_KBSx.ndim]
     axes = sharding.mesh_axes(batch)
-
-    def part(x_KBSx: Array, slot: Array) -> Array:
-        index = slot - _first(axes, x_KBSx.shape[1])
-        mine = (index >= 0) & (index < x_KBSx.shape[1])
-        return jax.lax.psum(jnp.where(mine, row(x_KBSx, index), 0), axes)
-
-    # A context in parts is gathered first: a row begins on its first device.
-    specs = (sharding.spec(heads, batch, None, *rest[1:]), sharding.spec())
-    return sharding.shard_map(part, specs, sharding.spec(heads, None, None, *rest[1:]))(x_KBSx, slot)
+    specs = (sharding.spec(heads, batch, None, *rest), sharding.spec())
+    get = sharding.shard_map(
+        lambda x, slot: _row_of_all(x, slot, length, axes), specs, sharding.spec(heads, None, None, *rest)
+    )
+    return get(x_KBSx, slot)
 
 
-def copy_row(cache: KVCache, source: Array, target: Array) -> KVCache:
+def _row(x_KBSx: Array, index: Array, length: int) -> Array:
+    sizes = (x_KBSx.shape[0], 1, length, *x_KBSx.shape[3:])
+    return jax.lax.dynamic_slice(x_KBSx, (0, index, 0, 0)[: x_KBSx.ndim], sizes)
+
+
+def _row_of_all(x_KBSx: Array, slot: Array, length: int, mesh_axes: tuple[str, ...]) -> Array:
+    """Inside shard_map over the rows: a row, for everyone, from the device that has it."""
+    index = slot - _first(mesh_axes, x_KBSx.shape[1])
+    mine = (index >= 0) & (index < x_KBSx.shape[1])
+    return jax.lax.psum(jnp.where(mine, _row(x_KBSx, index, length), 0), mesh_axes)
+
+
+def copy_row(cache: KVCache, source: Array, target: Array, sharding: Sharding | None = None) -> KVCache:
     """Row `target` becomes what row `source` is: several samples from one prefill."""
 
     def copied(x: Array) -> Array:
-        return jax.lax.dynamic_update_slice_in_dim(x, _rows(x, source, x.shape[2]), target, axis=1)
+        return jax.lax.dynamic_update_slice_in_dim(x, _row(x, source, x.shape[2]), target, axis=1)
 
-    return KVCache(jax.tree.map(copied, cache.layers), cache.length.at[target].set(cache.length[source]))
+    def copied_across(x: Array, source: Array, target: Array) -> Array:
+        row = _row_of_all(x, source, x.shape[2], axes)
+        return _put_part(x, row, target - _first(axes, x.shape[1]), jnp.array(0))
+
+    if sharding is None or sharding.parts("batch") == 1:
+        layers = jax.tree.map(copied, cache.layers)
+    else:
+        axes = sharding.mesh_axes("batch")
+        layers = jax.tree.map(
+            lambda x: sharding.shard_map(
+                copied_across, (sharding.spec(*AXES[: x.ndim]), *[sharding.spec()] * 2), sharding.spec(*AXES[: x.ndim])
+            )(x, source, target),
+            cache.layers,
+        )
+    return KVCache(layers, cache.length.at[target].set(cache.length[source]))
 
 
 def advance(length_B: Array, segment_ids_BT: Array) -> Array:

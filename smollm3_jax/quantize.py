@@ -56,7 +56,7 @@ def linear(x: Array, weight: Weight, contracted: int = 1, platform: str | None =
     split = len(weight.shape) - contracted
     x2 = x.reshape(-1, math.prod(weight.shape[split:]))
     if isinstance(weight, Quantized):
-        out = _quantized_product(x2, weight, contracted, (platform or jax.default_backend()) == "cpu")
+        out = _quantized_product(x2, weight, platform or jax.default_backend())
     else:
         out = _product(x2, weight[...].reshape(-1, x2.shape[1]))
     return out.reshape(*x.shape[: x.ndim - contracted], *weight.shape[:split])
@@ -71,15 +71,29 @@ def _product(x_RK: Array, w_NK: Array) -> Array:
     return out[:rows]
 
 
-def _quantized_product(x_RK: Array, weight: Quantized, contracted: int, cpu: bool) -> Array:
+def kernel(scheme: str | None, rows: int, platform: str) -> str:
+    """How so many rows of activations are multiplied with a weight.
+
+    "plain", for one that is not quantized; "integer": the activations are quantized too; "weight-only": the
+    integers are converted for the product, and what comes out is scaled; "dequantized": the weight is.
+    """
+    if scheme is None:
+        return "plain"
+    if WEIGHT_SCHEMES[scheme] is not None:
+        return "dequantized"
+    return "integer" if platform == "cpu" and rows <= INTEGER_ROWS else "weight-only"
+
+
+def _quantized_product(x_RK: Array, weight: Quantized, platform: str) -> Array:
     values, scale = weight.values[...], weight.scale[...]
-    by_channel = WEIGHT_SCHEMES[weight.scheme] is None
-    if by_channel and cpu and x_RK.shape[0] <= INTEGER_ROWS:
+    by = kernel(weight.scheme, x_RK.shape[0], platform)
+    if by == "integer":
         return _integer_product(x_RK, values.reshape(-1, x_RK.shape[1])) * scale.reshape(-1)
-    if cpu:
-        # Tied to the activations: in a loop, XLA:CPU would unpack every weight once and keep them all.
-        values, x_RK = jax.lax.optimization_barrier((values, x_RK))
-    if by_channel:
+    if platform == "cpu":
+        # Never true, but known only when x is: XLA:CPU would unpack all layers' weights ahead, and keep them.
+        never = (x_RK[0, 0] > 1) & (x_RK[0, 0] < -1)
+        values = values ^ never.astype(values.dtype)
+    if by == "weight-only":
         return _product(x_RK, values.astype(x_RK.dtype).reshape(-1, x_RK.shape[1])) * scale.reshape(-1)
     minimum = None if weight.minimum is None else weight.minimum[...]
     return _product(x_RK, dequantize(values, scale, minimum).astype(x_RK.dtype).reshape(-1, x_RK.shape[1]))
@@ -103,9 +117,12 @@ def _integer_product(x_RK: Array, w_NK: Array) -> Array:
 
 def lookup(table: Weight, index: Array, dtype: Any) -> Array:
     """Rows of a weight [N, K]: [*index.shape, K] in dtype."""
-    # The barrier keeps XLA:CPU from turning the whole table into floats before it looks up a few rows.
     if not isinstance(table, Quantized):
-        return jax.lax.optimization_barrier(table[...][index])
+        # Always so, but known only when the program runs: inside a condition XLA:CPU looks up the rows it is
+        # asked for, where in a loop it would turn the whole table into float32 ahead, and keep it.
+        nothing = jnp.zeros((*index.shape, table.shape[1]), table.dtype)
+        return jax.lax.cond(index.min() >= 0, lambda: table[...][index], lambda: nothing)
+    # The barrier keeps XLA:CPU from turning the whole table into floats before it looks up a few rows.
     parts = [part if part is None else part[...][index] for part in (table.values, table.scale, table.minimum)]
     return dequantize(*jax.lax.optimization_barrier(parts)).astype(dtype)
 
@@ -158,8 +175,75 @@ def range_scales(w_NK: Any, scheme: str) -> tuple[Any, Any]:
 
 
 def best_scales(w_NK: np.ndarray, scheme: str) -> tuple[np.ndarray, np.ndarray | None]:
-    """As `range_scales`, on the host."""
-    return range_scales(w_NK, scheme)
+    """As `range_scales`, but for int4 those that lose least, on the host.
+
+    Numbers that come from such a scale and minimum in float16, as all of Q4_1 do, are met again exactly.
+    """
+    scale, minimum = range_scales(w_NK, scheme)
+    if minimum is None:
+        return scale, None
+    w_MG = w_NK.reshape(scale.size, -1).astype(np.float32)
+    found = np.stack([scale, minimum]).reshape(2, -1).astype(np.float32)
+    bound_M = 2.0**-22 * np.abs(w_MG).max(axis=-1)
+    on_grid = np.abs(_rounded(w_MG, *found)[1]).max(axis=-1) <= bound_M
+    rest = np.flatnonzero(~on_grid)
+    some = rest[:32]  # by chance no group is on a grid: where none of these is, none will be
+    if rest.size and _grid(w_MG[some], found[:, some], bound_M[some])[1].any():
+        found[:, rest], on_grid[rest] = _grid(w_MG[rest], found[:, rest], bound_M[rest])
+        rest = np.flatnonzero(~on_grid)
+    if rest.size:
+        found[:, rest] = _least_squares(w_MG[rest], found[:, rest])
+    scale, minimum = found.astype(np.float16).reshape(2, *scale.shape)
+    return scale, minimum
+
+
+def _rounded(w_MG: np.ndarray, scale_M: np.ndarray, minimum_M: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(steps 0 to 15 that come closest to w, what remains)."""
+    scale_M1, minimum_M1 = scale_M[:, None], minimum_M[:, None]
+    steps_MG = np.clip(np.rint((w_MG - minimum_M1) / np.where(scale_M1 == 0, np.float32(1), scale_M1)), 0, 15)
+    return steps_MG, steps_MG * scale_M1 + minimum_M1 - w_MG
+
+
+def _half(x: np.ndarray) -> np.ndarray:
+    return x.astype(np.float16).astype(np.float32)
+
+
+def _grid(w_MG: np.ndarray, found: np.ndarray, bound_M: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Scales and minima [2, M] for groups that do not use the whole range of steps, and where they were found."""
+    found, done_M = found.copy(), np.zeros(len(w_MG), bool)
+    low_M, high_M = w_MG.min(axis=-1), w_MG.max(axis=-1)
+    for span in range(14, 0, -1):
+        scale_M = _half((high_M - low_M) / span)
+        fits_M = ~done_M & (np.abs(_rounded(w_MG, scale_M, low_M)[1]).max(axis=-1) <= bound_M)
+        for first in range(16 - span if fits_M.any() else 0):  # the step that the lowest number is on
+            minimum_M = _half(low_M - first * scale_M)
+            hits_M = fits_M & ~done_M & (np.abs(minimum_M + first * scale_M - low_M) <= bound_M)
+            found[:, hits_M] = scale_M[hits_M], minimum_M[hits_M]
+            done_M |= hits_M
+    return found, done_M
+
+
+def _least_squares(w_MG: np.ndarray, found: np.ndarray) -> np.ndarray:
+    """Scales and minima [2, M]: the line through steps and numbers, and the steps closest to it, in turns."""
+    start, found = found, found.copy()
+    error_M = np.square(_rounded(w_MG, *found)[1]).sum(axis=-1)
+    mean_M1 = w_MG.mean(axis=-1, keepdims=True)
+    for shrink in (1.0, 0.9):  # of the range; what lies outside is clipped
+        scale_M, minimum_M = start[0] * shrink, start[1] + start[0] * (15 * (1 - shrink) / 2)
+        steps_MG = _rounded(w_MG, scale_M, minimum_M)[0]
+        for _ in range(3):
+            middle_M1 = steps_MG.mean(axis=-1, keepdims=True)
+            steps_MG = steps_MG - middle_M1
+            variance_M = np.square(steps_MG).sum(axis=-1)
+            slope_M = (steps_MG * (w_MG - mean_M1)).sum(axis=-1) / np.where(variance_M == 0, np.float32(1), variance_M)
+            scale_M = _half(slope_M)
+            minimum_M = _half(mean_M1[:, 0] - scale_M * middle_M1[:, 0])
+            steps_MG, rest_MG = _rounded(w_MG, scale_M, minimum_M)
+            new_M = np.square(rest_MG).sum(axis=-1)
+            better_M = new_M < error_M
+            found[:, better_M] = scale_M[better_M], minimum_M[better_M]
+            error_M = np.where(better_M, new_M, error_M)
+    return found
 
 
 def quantize(w_NK: Any, scale: Any, minimum: Any = None) -> Any:

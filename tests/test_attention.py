@@ -1,22 +1,40 @@
+import functools
+import json
+import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax.experimental.pallas import tpu as pltpu
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel
 
-from smollm3_jax.attention import attention
+from smollm3_jax import attention as module
+from smollm3_jax.attention import attention, decode_attention
+from smollm3_jax.kv_cache import LayerCache, quantize_rows
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
-def by_hand(q, k, v, q_segments, kv_segments, q_index, window):
+def by_hand(q, k, v, q_segments, kv_segments, gap=(0, 0), window=None):
     """The definition, one query at a time, in float64."""
     batch, length, heads, width = q.shape
-    group = heads // k.shape[2]
+    keys = k.shape[1]
+    past, group = keys - length, heads // k.shape[2]
     out = np.zeros(q.shape)
     for b, t, h in np.ndindex(batch, length, heads):
+        at = past + t
+        distance = [at - s - (gap[b] if s < past else 0) for s in range(keys)]
         seen = [
             s
-            for s in range(k.shape[1])
-            if kv_segments[b, s] == q_segments[b, t] != 0 and q_index[b, t] - window < s <= q_index[b, t]
+            for s in range(at + 1)
+            if kv_segments[b, s] == q_segments[b, t] != 0 and (window is None or distance[s] < window)
         ]
         if seen:
             scores = k[b, seen, h // group] @ q[b, t, h] / width**0.5
@@ -25,42 +43,324 @@ def by_hand(q, k, v, q_segments, kv_segments, q_index, window):
     return out
 
 
+def normal(seed, *shape):
+    return np.random.RandomState(seed).standard_normal(shape)
+
+
+def scalar(window):
+    return None if window is None else jnp.array(window, jnp.int32)
+
+
+def f32(*arrays):
+    return tuple(jnp.asarray(x, jnp.float32) for x in arrays)
+
+
 @settings(max_examples=25, deadline=None)
 @given(st.integers(0, 2**32 - 1), st.sampled_from([None, 1, 3]), st.sampled_from([0, 4]))
-def test_equals_the_definition(seed, window, cached):
+def test_equals_the_definition(seed, window, past):
     random = np.random.RandomState(seed)
     batch, length, heads, kv_heads, width = 2, 5, 4, 2, 6
-    keys = length + cached
+    keys = length + past
     q = random.standard_normal((batch, length, heads, width))
     k, v = random.standard_normal((2, batch, keys, kv_heads, width))
     kv_segments = random.randint(0, 3, (batch, keys))
-    q_segments = kv_segments[:, cached:]
-    q_index = np.broadcast_to(np.arange(cached, keys), (batch, length))
+    gap = random.randint(0, past + 1, batch)
+    kv_segments = np.where((np.arange(keys) >= past - gap[:, None]) & (np.arange(keys) < past), 0, kv_segments)
+    q_segments = kv_segments[:, past:]
     got = attention(
-        *(jnp.asarray(x, jnp.float32) for x in (q, k, v)),
+        *f32(q, k, v),
         q_segments_BT=jnp.asarray(q_segments),
         kv_segments_BS=jnp.asarray(kv_segments),
-        q_index_BT=jnp.asarray(q_index),
-        window=None if window is None else jnp.array(window, jnp.int32),
+        gap_B=jnp.asarray(gap),
+        window=scalar(window),
     )
-    expected = by_hand(q, k, v, q_segments, kv_segments, q_index, window or 10**9)
     assert np.isfinite(got).all()
     real = q_segments != 0
+    expected = by_hand(q, k, v, q_segments, kv_segments, gap, window)
     np.testing.assert_allclose(np.asarray(got)[real], expected[real], atol=1e-5)
 
 
+@pytest.mark.parametrize("length", [8, 11])
+def test_a_few_queries_at_a_time(length, monkeypatch):
+    q, k, v = f32(*(normal(i, 2, length, heads, 4) for i, heads in enumerate((4, 2, 2))))
+    segments = jnp.asarray(np.random.RandomState(3).randint(0, 3, (2, length)))
+    masks = {"q_segments_BT": segments, "kv_segments_BS": segments, "window": scalar(3)}
+
+    def out_and_gradients():
+        loss = lambda q, k, v: (attention(q, k, v, **masks) * (segments != 0)[..., None, None] * q).sum()
+        return jax.value_and_grad(loss, (0, 1, 2))(q, k, v)
+
+    whole = out_and_gradients()
+    monkeypatch.setattr(module, "SCORE_BYTES", 4 * 2 * 4 * length * 3)  # three queries, of which it makes two
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-5), out_and_gradients(), whole)
+
+
+def test_no_segments_are_one_document():
+    q, k, v = f32(*(normal(i, 2, 6, heads, 4) for i, heads in enumerate((4, 2, 2))))
+    ones = jnp.ones((2, 6), jnp.int32)
+    np.testing.assert_array_equal(attention(q, k, v), attention(q, k, v, q_segments_BT=ones, kv_segments_BS=ones))
+    # Padding at the end is hidden by causality alone.
+    padded = jnp.asarray([[1] * 6, [1] * 4 + [0] * 2])
+    got = attention(q, k, v, q_segments_BT=padded, kv_segments_BS=padded)
+    np.testing.assert_allclose(got[1, :4], attention(q, k, v)[1, :4], atol=1e-6)
+
+
 def test_an_unlimited_window_is_no_window():
-    random = np.random.RandomState(0)
-    q, k, v = (jnp.asarray(random.standard_normal((1, 4, 2, 4)), jnp.float32) for _ in range(3))
-    ones, index = jnp.ones((1, 4), jnp.int32), jnp.arange(4)[None]
-    masks = {"q_segments_BT": ones, "kv_segments_BS": ones, "q_index_BT": index}
-    full = attention(q, k, v, **masks)
-    np.testing.assert_array_equal(full, attention(q, k, v, **masks, window=jnp.array(2**31 - 1, jnp.int32)))
-    assert np.abs(np.asarray(full - attention(q, k, v, **masks, window=jnp.array(2, jnp.int32)))).max() > 1e-3
+    q, k, v = f32(*(normal(i, 1, 4, 2, 4) for i in range(3)))
+    full = attention(q, k, v)
+    np.testing.assert_array_equal(full, attention(q, k, v, window=scalar(2**31 - 1)))
+    assert np.abs(np.asarray(full - attention(q, k, v, window=scalar(2)))).max() > 1e-3
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_keeps_the_dtype(dtype):
     x = jnp.ones((1, 3, 2, 4), dtype)
-    ones, index = jnp.ones((1, 3), jnp.int32), jnp.arange(3)[None]
-    assert attention(x, x, x, q_segments_BT=ones, kv_segments_BS=ones, q_index_BT=index).dtype == dtype
+    assert attention(x, x, x).dtype == dtype
+    cache = LayerCache(x.transpose(2, 0, 1, 3), x.transpose(2, 0, 1, 3))
+    assert decode_attention(x[:, :1], cache, length_B=jnp.array([2])).dtype == dtype
+
+
+def decoded_by_hand(q, k, v, lengths, window=None):
+    """The last T keys up to each row's length + T, through the definition."""
+    steps = q.shape[1]
+    rows = []
+    for row, length in enumerate(lengths):
+        ones = np.ones((1, length + steps))
+        keys, values = (x[row : row + 1, : length + steps] for x in (k, v))
+        rows.append(by_hand(q[row : row + 1], keys, values, ones[:, :steps], ones, window=window))
+    return np.concatenate(rows)
+
+
+@pytest.mark.parametrize(("steps", "window"), [(1, None), (3, None), (1, 4), (3, 4)])
+@pytest.mark.parametrize("quantized", [False, True])
+def test_decoding_equals_the_definition(steps, window, quantized):
+    lengths, capacity = np.array([0, 5, 9 - steps]), 9
+    q = normal(0, 3, steps, 4, 6)
+    k, v = normal(1, 3, capacity, 2, 6), normal(2, 3, capacity, 2, 6)
+    stored = [jnp.asarray(x.transpose(2, 0, 1, 3), jnp.float32) for x in (k, v)]
+    if quantized:
+        (k8, k_scale), (v8, v_scale) = map(quantize_rows, stored)
+        cache = LayerCache(k8, v8, k_scale, v_scale)
+        k, v = (np.asarray(x * s[..., None]).transpose(1, 2, 0, 3) for x, s in ((k8, k_scale), (v8, v_scale)))
+    else:
+        cache = LayerCache(*stored)
+    (q32,) = f32(q)
+    got = decode_attention(q32, cache, length_B=jnp.asarray(lengths), window=scalar(window))
+    np.testing.assert_allclose(got, decoded_by_hand(q, k, v, lengths, window), atol=1e-5)
+
+
+@pytest.fixture
+def as_on_tpu(monkeypatch):
+    """Kernels are chosen as on TPU, and interpreted on the CPU."""
+    monkeypatch.setattr(module, "_platform", lambda sharding: "tpu")
+    # The interpreter that imitates a TPU's memories cannot take this kernel under vmap; the plain one can.
+    interpreted = functools.partial(splash_attention_kernel.make_splash_mha, interpret=True)
+    monkeypatch.setattr(splash_attention_kernel, "make_splash_mha", interpreted)
+    module._splash_kernel.cache_clear()
+    yield
+    module._splash_kernel.cache_clear()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("length", "past", "documents", "width", "dtype"),
+    [
+        (16, 0, False, 64, "float32"),
+        (200, 56, True, 64, "float32"),
+        (300, 700, True, 128, "bfloat16"),
+    ],
+)
+def test_splash_equals_the_definition(length, past, documents, width, dtype, as_on_tpu):
+    batch, heads, kv_heads = 2, 4, 2
+    # Values that bfloat16 holds exactly.
+    q, k, v = (
+        np.asarray(jnp.asarray(normal(i, batch, n, h, width), jnp.bfloat16), np.float64)
+        for i, (n, h) in enumerate([(length, heads), *[(past + length, kv_heads)] * 2])
+    )
+    segments = np.ones((batch, past + length), np.int32)
+    masks = {}
+    if documents:
+        segments = np.sort(np.random.RandomState(3).randint(0, 3, segments.shape), axis=1)[:, ::-1].copy()
+        masks = {"q_segments_BT": jnp.asarray(segments[:, past:]), "kv_segments_BS": jnp.asarray(segments)}
+    got = attention(*(jnp.asarray(x, dtype) for x in (q, k, v)), **masks)
+    assert got.dtype == dtype and np.isfinite(np.asarray(got, np.float32)).all()
+    real = segments[:, past:] != 0
+    expected = by_hand(q, k, v, segments[:, past:], segments)
+    allowed = 1e-5 if dtype == "float32" else 0.02
+    np.testing.assert_allclose(np.asarray(got, np.float64)[real], expected[real], atol=allowed)
+
+
+@pytest.mark.slow
+def test_splash_has_the_gradients_of_plain_attention(as_on_tpu, monkeypatch):
+    q, k, v = f32(*(normal(i, 1, 130, heads, 64) for i, heads in enumerate((4, 2, 2))))
+    segments = jnp.asarray([[1] * 60 + [2] * 50 + [0] * 20])
+    masks = {"q_segments_BT": segments, "kv_segments_BS": segments}
+
+    def gradients():
+        loss = lambda q, k, v: (attention(q, k, v, **masks) * (segments != 0)[..., None, None] * q).sum()
+        return jax.grad(loss, (0, 1, 2))(q, k, v)
+
+    interpreted = gradients()
+    monkeypatch.setattr(module, "_platform", lambda sharding: "cpu")
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-4), interpreted, gradients())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("group", [4, 8])
+def test_the_paged_kernel_equals_the_definition(group, as_on_tpu):
+    capacity, lengths = 256, np.array([0, 100, 127, 128, 255, 256])
+    q = np.asarray(jnp.asarray(normal(0, len(lengths), 1, 2 * group, 128), jnp.bfloat16), np.float64)
+    k, v = (
+        np.asarray(jnp.asarray(normal(i, len(lengths), capacity, 2, 128), jnp.bfloat16), np.float64) for i in (1, 2)
+    )
+    cache = LayerCache(*(jnp.asarray(x.transpose(2, 0, 1, 3), jnp.bfloat16) for x in (k, v)))
+    with pltpu.force_tpu_interpret_mode():
+        got = decode_attention(jnp.asarray(q, jnp.bfloat16), cache, length_B=jnp.asarray(lengths, jnp.int32))
+    # A full row had no room for the new token: it looks at what it has.
+    expected = decoded_by_hand(q, k, v, np.minimum(lengths, capacity - 1))
+    np.testing.assert_allclose(np.asarray(got, np.float64), expected, atol=0.01)
+
+
+def test_what_a_kernel_does_not_take_is_said_once(as_on_tpu, caplog):
+    module._say_once.cache_clear()
+    x = jnp.ones((1, 3, 2, 4), jnp.float16)
+    cache = LayerCache(x.transpose(2, 0, 1, 3), x.transpose(2, 0, 1, 3))
+    with caplog.at_level(logging.INFO):
+        for _ in range(2):
+            attention(x, x, x, window=scalar(2))
+            decode_attention(x, cache, length_B=jnp.array([0]))
+    assert [record.getMessage() for record in caplog.records if record.name == module.__name__] == [
+        "splash attention does not take a window or float16 values or heads of width 4: "
+        "plain XLA computes attention, which is slower",
+        "paged attention does not take several tokens at a time or a cache of float16 or heads of width 4 or "
+        "a capacity of 3: plain XLA computes attention, which is slower",
+    ]
+
+
+def test_no_kernel_no_word(caplog):
+    module._say_once.cache_clear()
+    x = jnp.ones((1, 3, 2, 4), jnp.float16)
+    with caplog.at_level(logging.INFO):
+        attention(x, x, x, window=scalar(2))
+    assert not caplog.records
+
+
+def test_cudnn_is_lowered_for_gpu(monkeypatch):
+    """Lowered only, never run: there is no GPU here, and what asks for one is answered in its place."""
+    from jax._src.cudnn import fused_attention_stablehlo as cudnn
+
+    monkeypatch.setattr(module, "_platform", lambda sharding: "gpu")
+    monkeypatch.setattr(module, "_is_ampere_or_later", lambda sharding: True)
+    monkeypatch.setattr(cudnn, "check_cudnn_version", lambda: 91000)
+    x = jax.ShapeDtypeStruct((2, 64, 8, 128), jnp.bfloat16)
+    kv = jax.ShapeDtypeStruct((2, 64, 2, 128), jnp.bfloat16)
+
+    def lowered(function, *arguments):
+        return jax.jit(function).trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
+
+    assert "__cudnn$fmhaSoftmax" in lowered(attention, x, kv, kv)
+    for other in (x.update(dtype=jnp.float32), x.update(shape=(2, 64, 8, 160))):
+        assert "cudnn" not in lowered(attention, other, other, other)
+    segments = jax.ShapeDtypeStruct((2, 64), jnp.int32)
+    with_documents = lambda q, k, s: attention(q, k, k, q_segments_BT=s, kv_segments_BS=s)
+    assert "cudnn" not in lowered(with_documents, x, kv, segments)
+
+
+ON_A_MESH = """
+import json, sys
+import jax
+jax.config.update("jax_num_cpu_devices", 4)
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.experimental.pallas import tpu as pltpu
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel
+from jax.sharding import Mesh
+import smollm3_jax as s3
+from sharding.rules import Sharding, named_sharding
+from smollm3_jax import attention as attention_module, generate as generate_module
+from smollm3_jax.attention import attention, decode_attention
+from smollm3_jax.generate import Request, complete
+from smollm3_jax.kv_cache import LayerCache, empty_cache
+from tiny import raw_config
+
+config = s3.ModelConfig.from_hf(raw_config("plain") | {"num_key_value_heads": 4})
+model = s3.SmolLM3(config, rngs=nnx.Rngs(0))
+model.embed.set_value(model.embed[...] * 20)  # so that the likeliest token is far ahead
+
+def place(sharding):
+    def one(param):
+        axes, value = param.get_metadata("axes"), param[...]
+        return param.replace(jax.device_put(value, named_sharding("", axes, value.shape, sharding.mesh,
+                                                                  dict(sharding.rules))))
+    return jax.tree.map(one, model, is_leaf=lambda x: isinstance(x, nnx.Variable))
+
+generate_module.CHUNK = {"cpu": 16}  # prompts in several pieces
+prompts = np.random.RandomState(0).randint(3, 160, (2, 70))
+common = {"max_new_tokens": 20, "logprobs": 0, "ignore_eos": True}
+requests = [
+    Request(prompts[0].tolist(), s3.SamplingParams(**common, n=3, temperature=0.7, top_p=0.9, seed=7)),
+    Request(prompts[1][:33].tolist(), s3.SamplingParams(**common, repetition_penalty=1.1)),
+]
+tokens = jnp.asarray(prompts[:, :24])
+
+def outcome(model, sharding, cache_dtype):
+    done = complete(model, requests, cache_dtype=cache_dtype, sharding=sharding)
+    logits, cache = [], empty_cache(config, 2, 32, jnp.float32, sharding)
+    for start, end in ((0, 13), (13, 14), (14, 20), (20, 21)):
+        some, cache = model(tokens[:, start:end], cache=cache, sharding=sharding)
+        logits.append(np.asarray(some))
+    whole = np.asarray(model(tokens, sharding=sharding))
+    return (
+        [completion.token_ids for completion in done],
+        np.concatenate([[chosen.logprob for chosen in completion.logprobs] for completion in done]),
+        np.concatenate([np.concatenate(logits, axis=1), whole], axis=1),
+    )
+
+report = {}
+devices = np.array(jax.devices())
+for cache_dtype in (None, "int8"):
+    alone = outcome(model, None, cache_dtype)
+    for rules, shape in (("serve_tp", (2, 2)), ("serve_tp", (1, 4)), ("serve_tp_long", (2, 2))):
+        if cache_dtype and shape == (1, 4):
+            continue
+        sharding = Sharding.of(Mesh(devices.reshape(shape), ("data", "tensor")), rules)
+        got = outcome(place(sharding), sharding, cache_dtype)
+        report[f"{rules} {shape} {cache_dtype}"] = [
+            got[0] == alone[0], *(float(np.abs(x - y).max()) for x, y in zip(got[1:], alone[1:], strict=True))
+        ]
+
+# The kernels, each device on its own part.
+sharding = Sharding.of(Mesh(devices.reshape(2, 2), ("data", "tensor")), "serve_tp")
+random = np.random.RandomState(0)
+q, k, v = (jnp.asarray(random.standard_normal((2, 40, heads, 64)), jnp.float32) for heads in (4, 2, 2))
+segments = jnp.asarray([[1] * 40, [1] * 22 + [2] * 18])
+masks = {"q_segments_BT": segments, "kv_segments_BS": segments}
+cache = LayerCache(*(jnp.asarray(random.standard_normal((2, 2, 128, 128)), jnp.bfloat16) for _ in range(2)))
+new = jnp.asarray(random.standard_normal((2, 1, 4, 128)), jnp.bfloat16)
+length = jnp.array([3, 127], jnp.int32)
+expected = attention(q, k, v, **masks), attention(q[:1], k[:1], v[:1]), decode_attention(new, cache, length_B=length)
+attention_module._platform = lambda sharding: "tpu"
+make = splash_attention_kernel.make_splash_mha
+splash_attention_kernel.make_splash_mha = lambda *a, **kw: make(*a, **kw, interpret=True)
+got = attention(q, k, v, **masks, sharding=sharding), attention(q[:1], k[:1], v[:1], sharding=sharding)
+with pltpu.force_tpu_interpret_mode():
+    got += (decode_attention(new, cache, length_B=length, sharding=sharding),)
+report["kernels"] = [float(jnp.abs(x - y).max()) for x, y in zip(got, expected, strict=True)]
+print(json.dumps(report))
+"""
+
+
+@pytest.mark.slow
+def test_many_devices_compute_what_one_does():
+    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]), "JAX_PLATFORMS": "cpu"}
+    run = subprocess.run([sys.executable, "-c", ON_A_MESH], capture_output=True, text=True, env=env, check=False)
+    assert run.returncode == 0, run.stderr
+    report = json.loads(run.stdout.splitlines()[-1])
+    splash, splash_of_one_row, paged = report.pop("kernels")
+    assert max(splash, splash_of_one_row) < 1e-5 and paged < 0.01
+    assert len(report) == 5
+    for name, (same, logprobs, logits) in report.items():
+        # Rounded sums may round a key to the next of 255 values.
+        allowed = 0.05 if "int8" in name else 1e-3
+        assert same and logprobs < allowed and logits < 1e-3, name

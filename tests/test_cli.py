@@ -1,25 +1,22 @@
+import io
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import pytest
-import tokenizers
-from tiny import raw_config, tiny_checkpoint
-from tokenizers import models, pre_tokenizers
+from tiny import raw_config, talking_checkpoint
 
+import smollm3_jax as s3
 from smollm3_jax.cli import main
 
 
 @pytest.fixture(scope="module")
 def talking(tmp_path_factory) -> Path:
-    """A tiny model with a tokenizer of 160 words, w0 to w159, and a chat template."""
-    folder = tiny_checkpoint(tmp_path_factory.mktemp("cli") / "talking")
-    tokenizer = tokenizers.Tokenizer(models.WordLevel({f"w{i}": i for i in range(160)}, unk_token="w0"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer.save(str(folder / "tokenizer.json"))
-    (folder / "chat_template.jinja").write_text("{{ 'w9' if enable_thinking else 'w8' }} {{ messages[0].content }}")
-    return folder
+    return talking_checkpoint(tmp_path_factory.mktemp("cli") / "talking")
 
 
 def answer(capsys, *arguments) -> dict:
@@ -67,8 +64,111 @@ def test_chat_applies_the_template(talking, capsys):
 
 
 def test_text_is_all_that_is_printed(talking, capsys):
-    assert main(["generate", "--model", str(talking), "--prompt", "w5", "--max-new-tokens", "3"]) == 0
-    assert len(capsys.readouterr().out.split()) == 3
+    common = ("--model", str(talking), "--prompt", "w5", "--max-new-tokens", "40", "--ignore-eos")
+    assert main(["generate", *common]) == 0
+    out, err = capsys.readouterr()
+    assert out == answer(capsys, *common)["text"] + "\n" and err == ""
+    assert len(out.split()) == 40
+
+
+def test_text_comes_as_it_is_generated(talking, monkeypatch):
+    seen = []
+
+    class Terminal(io.StringIO):
+        def flush(self) -> None:
+            seen.append(len(self.getvalue().split()))
+
+    monkeypatch.setattr(sys, "stdout", Terminal())
+    common = ("--model", str(talking), "--prompt", "w5", "--max-new-tokens", "40", "--ignore-eos")
+    assert main(["generate", *common]) == 0
+    assert seen[:3] == [16, 32, 40]
+
+
+def test_samples(talking, capsys):
+    common = ("--model", talking, "--prompt", "w5 w6", "--max-new-tokens", 4, "--temperature", 2, "--ignore-eos")
+    got = answer(capsys, *common, "--n", 3, "--seed", 5)
+    assert got.keys() == {"prompt_token_ids", "samples"} and got["prompt_token_ids"] == [5, 6]
+    alone = [answer(capsys, *common, "--seed", 5 + i) for i in range(3)]
+    assert got["samples"] == [{k: v for k, v in one.items() if k != "prompt_token_ids"} for one in alone]
+    assert main(["generate", *map(str, common), "--n", "3", "--seed", "5"]) == 0
+    texts = [f"--- sample {i} of 3 ---\n{one['text']}\n" for i, one in enumerate(alone, 1)]
+    assert capsys.readouterr().out == "".join(texts)
+
+
+def test_logprobs(talking, capsys):
+    common = ("--model", talking, "--prompt", "w5 w6 w7", "--max-new-tokens", 4, "--ignore-eos")
+    got = answer(capsys, *common, "--logprobs", 2, "--prompt-logprobs")
+    tokens = got["prompt_token_ids"] + got["token_ids"]
+    expected = jax.nn.log_softmax(s3.from_pretrained(talking)(jnp.array([tokens]))[0])
+    entries = got["prompt_logprobs"] + got["logprobs"]
+    assert [entry["id"] for entry in entries] == tokens
+    assert [entry["token"] for entry in entries] == [f"w{token}" for token in tokens]
+    assert entries[0]["logprob"] is None
+    for i, entry in enumerate(entries[1:]):
+        assert entry["logprob"] == pytest.approx(float(expected[i, entry["id"]]), abs=1e-4)
+    for entry in got["logprobs"]:
+        first, second = entry["top"]
+        assert {"id": first["id"], "token": first["token"]} == {"id": entry["id"], "token": entry["token"]}
+        assert first["logprob"] == pytest.approx(entry["logprob"]) and second["logprob"] <= first["logprob"]
+    assert answer(capsys, *common, "--logprobs", 0)["logprobs"][0]["top"] == []
+    several = answer(capsys, *common, "--logprobs", 2, "--prompt-logprobs", "--n", 2)
+    assert several["prompt_logprobs"] == got["prompt_logprobs"]
+    for sample in several["samples"]:
+        assert [entry["id"] for entry in sample["logprobs"]] == got["token_ids"]
+
+
+def test_options_reach_the_sampler(talking, capsys):
+    """Each changes what comes in the way it says."""
+    common = ("--model", talking, "--prompt", "w5 w6", "--max-new-tokens", 8)
+    plain = answer(capsys, *common)["token_ids"]
+    bias = ("--logit-bias", "33=100", "--logit-bias", "34=80")
+    assert answer(capsys, *common, *bias)["token_ids"] == [33] * 8
+    penalty = answer(capsys, *common, *bias, "--frequency-penalty", 6)["token_ids"]
+    assert set(penalty) == {33, 34} and penalty[:2] == [33, 33]
+    assert answer(capsys, *common, *bias, "--presence-penalty", 200)["token_ids"][:2] == [33, 34]
+    assert answer(capsys, *common, "--repetition-penalty", 1e9)["token_ids"] != plain
+    assert answer(capsys, *common, "--temperature", 2, "--min-p", 1)["token_ids"] == plain
+    assert answer(capsys, *common, "--temperature", 2, "--top-p", 1e-6)["token_ids"] == plain
+    stopped = answer(capsys, *common, "--stop-token-id", plain[3], "--stop-token-id", 0)
+    assert stopped["token_ids"] == plain[: plain.index(plain[3]) + 1] and stopped["finish_reason"] == "stop"
+    stopped = answer(capsys, *common, "--stop", "never", "--stop", f" w{plain[2]}")
+    assert stopped["text"] == f"w{plain[0]} w{plain[1]}" and stopped["finish_reason"] == "stop"
+
+
+def test_prompts_from_files(talking, capsys, tmp_path, monkeypatch):
+    file = tmp_path / "prompt.txt"
+    for content in (b"w5 w6", b"w5 w6\n", b"w5 w6\r\n"):
+        file.write_bytes(content)
+        common = ("--model", talking, "--max-new-tokens", 2)
+        assert answer(capsys, *common, "--prompt-file", file)["prompt_token_ids"] == [5, 6]
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content)))
+        assert answer(capsys, *common, "--prompt", "-")["prompt_token_ids"] == [5, 6]
+
+
+def test_statistics_are_for_who_asks(talking, capsys):
+    common = ("generate", "--model", str(talking), "--prompt", "w5", "--max-new-tokens", "40", "--ignore-eos")
+    pattern = r"40 tokens in \d+\.\d\d s, \d+\.\d tokens/s; the first after \d+\.\d\d s\n"
+    assert main([*common, "--stats"]) == 0
+    assert re.fullmatch(pattern, capsys.readouterr().err)
+    assert main([*common, "--stats", "--n", "2"]) == 0
+    assert re.fullmatch(pattern.replace("40", "80"), capsys.readouterr().err)
+
+
+def test_yarn_stretches_the_context(talking, capsys):
+    common = ("--model", talking, "--prompt", "w5 w6 " * 300, "--max-new-tokens", 3)
+    assert len(answer(capsys, *common, "--yarn", 2)["token_ids"]) == 3
+    assert main(["generate", *map(str, common), "--yarn", "1.1"]) == 2
+    assert "600 tokens; with max_new_tokens 3 that exceeds the model's context of 563" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_weights_and_cache(talking, capsys):
+    common = ("--model", talking, "--prompt", "w5 w6 w7", "--max-new-tokens", 4, "--logprobs", 0)
+    plain = answer(capsys, *common)["logprobs"]
+    for option in (("--cache", "int8"), ("--cache", "bfloat16"), ("--weights", "int8"), ("--dtype", "bfloat16")):
+        got = answer(capsys, *common, *option)["logprobs"]
+        assert got[0]["logprob"] != plain[0]["logprob"], option
+        assert got[0]["logprob"] == pytest.approx(plain[0]["logprob"], abs=0.5), option
 
 
 def test_inspect(talking, capsys):
@@ -85,12 +185,35 @@ def test_inspect(talking, capsys):
 @pytest.mark.parametrize(
     ("arguments", "code", "words"),
     [
-        (["--temperature", "-1"], 2, "temperature is -1.0"),
-        (["--top-p", "2"], 2, "top_p is 2.0"),
         (["--max-new-tokens", "0"], 2, "max_new_tokens is 0"),
-        (["--max-new-tokens", "511"], 2, "context of 512"),
+        (["--temperature", "-1"], 2, "temperature is -1.0"),
+        (["--temperature", "nan"], 2, "temperature is nan"),
+        (["--temperature", "1e40"], 2, "temperature is 1e+40"),
+        (["--top-k", "-1"], 2, "top_k is -1"),
+        (["--top-p", "2"], 2, "top_p is 2.0"),
+        (["--top-p", "0"], 2, "top_p is 0.0"),
+        (["--min-p", "1.5"], 2, "min_p is 1.5"),
+        (["--repetition-penalty", "0"], 2, "repetition_penalty is 0.0"),
+        (["--presence-penalty", "inf"], 2, "presence_penalty is inf"),
+        (["--frequency-penalty", "nan"], 2, "frequency_penalty is nan"),
+        (["--logit-bias", "160=1"], 2, "logit_bias names the id 160"),
+        (["--logit-bias", "3=nan"], 2, "logit_bias is {3: nan}"),
+        (["--stop", ""], 2, "stop is ['']"),
+        (["--stop-token-id", "160"], 2, "stop_token_ids names the id 160"),
+        (["--stop-token-id", "3"] * 17, 2, "stop_token_ids is [3"),
+        (["--stop-token-id", "3"] * 16, 2, "stop_token_ids: with the model's own"),
+        (["--seed", "-1"], 2, "seed is -1"),
+        (["--n", "0"], 2, "n is 0"),
+        (["--logprobs", "21", "--json"], 2, "logprobs is 21"),
+        (["--logprobs", "2"], 2, "--json"),
+        (["--prompt-logprobs"], 2, "--json"),
+        (["--max-thinking-tokens", "-1"], 2, "max_thinking_tokens is -1"),
+        (["--max-thinking-tokens", "5"], 2, "max_thinking_tokens needs"),
+        (["--yarn", "1"], 2, "YaRN factor is 1.0"),
+        (["--yarn", "nan"], 2, "YaRN factor is nan"),
+        (["--max-new-tokens", "511"], 2, "2 tokens; with max_new_tokens 511 that exceeds the model's context of 512"),
         (["--no-think"], 2, "--chat"),
-        (["--prompt", ""], 2, "no tokens"),
+        (["--prompt", ""], 2, "prompt is empty"),
         (["--model", "/nowhere/to/be"], 3, "/nowhere/to/be"),
     ],
 )
@@ -98,6 +221,36 @@ def test_mistakes_are_one_line_and_a_code(talking, capsys, arguments, code, word
     assert main(["generate", "--model", str(talking), "--prompt", "w5 w6", *arguments]) == code
     out, err = capsys.readouterr()
     assert out == "" and words in err and len(err.splitlines()) == 1
+
+
+def test_prompt_files_that_cannot_be_read(talking, capsys, tmp_path):
+    (tmp_path / "latin").write_bytes(b"w5 \xe9")
+    for name, words in (("nothing", "No such file"), ("latin", "utf-8"), ("", "Is a directory")):
+        file = str(tmp_path / name)
+        assert main(["generate", "--model", str(talking), "--prompt-file", file]) == 2
+        out, err = capsys.readouterr()
+        assert out == "" and words in err and name in err and len(err.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([], "--prompt --prompt-file --input is required"),
+        (["--prompt", "w5", "--prompt-file", "x"], "not allowed with"),
+        (["--prompt", "w5", "--logit-bias", "5"], "--logit-bias: '5' is not ID=VALUE"),
+        (["--prompt", "w5", "--logit-bias", "w5=1"], "--logit-bias: 'w5=1' is not ID=VALUE"),
+        (["--prompt", "w5", "--temperature", "hot"], "--temperature"),
+        (["--prompt", "w5", "--n", "1.5"], "--n"),
+        (["--prompt", "w5", "--weights", "int3"], "--weights"),
+        (["--prompt", "w5", "--cache", "int4"], "--cache"),
+        (["--prompt", "w5", "--yarn", "two"], "--yarn"),
+    ],
+)
+def test_usage_errors_name_the_option(talking, capsys, arguments, words):
+    with pytest.raises(SystemExit) as exit:
+        main(["generate", "--model", str(talking), *arguments])
+    assert exit.value.code == 2
+    assert words in capsys.readouterr().err
 
 
 def test_chat_without_a_template(talking, capsys):

@@ -12,7 +12,6 @@ import zlib
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental.compilation_cache.compilation_cache import reset_cache
@@ -233,11 +232,6 @@ def not_a_program(entry: Path) -> None:
     entry.write_bytes(zlib.compress(b"\x00\x00\x00\x01" + b"not a program" * 50))
 
 
-def a_folder(entry: Path) -> None:
-    entry.unlink()
-    entry.mkdir()
-
-
 @pytest.mark.parametrize("fault", [truncated, empty, noise, not_a_program])
 def test_broken_entry(fault, folder, caplog):
     """It is compiled anew, replaced, and fine the next time."""
@@ -257,7 +251,9 @@ def test_broken_entry(fault, folder, caplog):
 def test_entry_that_cannot_be_replaced(folder, caplog):
     enable()
     run()
-    a_folder(entries(folder)[0])
+    (entry,) = entries(folder)
+    entry.unlink()
+    entry.mkdir()
     assert run() == COMPILED and run() == COMPILED
     assert "reading jit_program failed" in warned(caplog), "said once"
 
@@ -389,6 +385,7 @@ PARAMS = [
 ]
 
 
+@pytest.mark.slow
 def test_generate_compiles_nothing_after_the_first_time(model):
     """Prompts of other lengths, parameters of every kind: one short generation compiles what all of them need."""
     enable()
@@ -401,6 +398,7 @@ def test_generate_compiles_nothing_after_the_first_time(model):
     assert compilations() == warm
 
 
+@pytest.mark.slow
 def test_slots_compile_nothing_after_the_first_time(model):
     """Sequences of every kind side by side, as they come and go."""
     enable()

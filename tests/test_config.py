@@ -1,12 +1,13 @@
 import json
+import re
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from tiny import BASE, CONFIGS, LLAMA3, YARN, raw_config
 
-from smollm3_jax.config import GenerationConfig, ModelConfig, RopeScaling
-from smollm3_jax.errors import ConfigError
+from smollm3_jax.config import GenerationConfig, ModelConfig, RopeScaling, with_yarn
+from smollm3_jax.errors import ConfigError, OptionError
 
 
 def test_the_released_config(shared):
@@ -151,3 +152,28 @@ def test_generation_config_falls_back_on_config(tmp_path):
     read = GenerationConfig.from_hf(tmp_path, config)
     assert (read.eos_token_id, read.do_sample, read.temperature, read.top_p) == ((5, 6), True, 0.6, 1.0)
     assert read.to_hf() == {"eos_token_id": [5, 6], "do_sample": True, "temperature": 0.6}
+
+
+@pytest.mark.parametrize("factor", [2, 2.0])
+def test_with_yarn_is_what_the_model_card_says(factor):
+    raw = raw_config("release_like") | {"max_position_embeddings": 65536}
+    card = {"factor": 2.0, "original_max_position_embeddings": 65536, "type": "yarn"}
+    expected = ModelConfig.from_hf(raw | {"rope_scaling": card, "max_position_embeddings": 131072})
+    got = with_yarn(ModelConfig.from_hf(raw), factor)
+    assert got == expected
+    written = got.to_hf()
+    assert ModelConfig.from_hf(written) == expected
+    assert written["max_position_embeddings"] == 131072
+    assert written["rope_scaling"] == {"factor": 2.0, "original_max_position_embeddings": 65536, "rope_type": "yarn"}
+
+
+@pytest.mark.parametrize("factor", [1, 0.5, -2, 0, float("nan"), float("inf"), 1e9])
+def test_with_yarn_refuses_factors(factor):
+    with pytest.raises(OptionError, match=re.escape(f"the YaRN factor is {factor}")):
+        with_yarn(ModelConfig.from_hf(raw_config("plain")), factor)
+
+
+@pytest.mark.parametrize("name", ["yarn", "linear", "llama3"])
+def test_with_yarn_refuses_what_is_scaled_already(name):
+    with pytest.raises(OptionError, match=rf"scales RoPE already \({name}"):
+        with_yarn(ModelConfig.from_hf(raw_config(name)), 2)

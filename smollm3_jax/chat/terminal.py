@@ -65,7 +65,7 @@ class Chat:
     think: bool = True
     system: str | None = None
     messages: list[dict[str, Any]] = dataclasses.field(default_factory=list)
-    thought: str = ""  # of the last answer
+    thought: str = ""  # the last
     last: str = ""  # about the last answer, for /tokens
     answers: int = 0
     capacity: int = 0  # only grows, so that what has been compiled serves again
@@ -78,6 +78,8 @@ class Chat:
 def converse(chat: Chat) -> int:
     """Answers until the input ends. The exit code: 0, or where nobody watches that of the last error."""
     code, pressed = 0, False
+    if chat.interactive:
+        chat.screen.note("/help lists the commands, Ctrl-D leaves")
     while True:
         try:
             text = _message(chat)
@@ -126,7 +128,7 @@ def load(chat: Chat, path: str) -> None:
 def _save(chat: Chat, path: str) -> None:
     text = json.dumps(_with_system(chat, chat.messages), ensure_ascii=False, indent=2) + "\n"
     try:
-        Path(path).expanduser().write_text(text, encoding="utf-8")
+        Path(path).expanduser().write_bytes(text.encode())  # in this order: what fails leaves the file as it was
     except (OSError, ValueError) as error:
         raise OptionError(f"{path} cannot be written: {error}") from None
 
@@ -155,7 +157,7 @@ def _command(chat: Chat, line: str) -> bool:
             if _encode(chat, HELLO) == _encode(chat, HELLO, enable_thinking=not chat.think):
                 note("which makes no difference: the model's template or the system message decides")
         case "thinking", _:
-            chat.screen.say(chat.thought or "the last answer had no reasoning")
+            chat.screen.say(chat.thought or "there has been no reasoning")
         case "system", text:
             chat.system = text or None
             note(f"the system message is {'set' if text else 'removed'}; the conversation so far stays")
@@ -272,9 +274,8 @@ def _as_message(chat: Chat, events: list[Event], interrupted: bool) -> dict[str,
         return None
     content = "".join(event.text for event in events if isinstance(event, Text))
     message: dict[str, Any] = {"role": "assistant", "content": content}
-    chat.thought = "".join(event.text for event in events if isinstance(event, Thinking))
-    if chat.thought:
-        message["reasoning_content"] = chat.thought
+    if thought := "".join(event.text for event in events if isinstance(event, Thinking)):
+        chat.thought = message["reasoning_content"] = thought
     if calls := [{"name": call.name, "arguments": call.arguments} for call in events if isinstance(call, ToolCall)]:
         message["tool_calls"] = [{"type": "function", "function": call} for call in calls]
     return message | ({"interrupted": True} if interrupted else {})

@@ -224,8 +224,9 @@ def load(
     """As `from_pretrained`, from an open checkpoint."""
     config, tensors = checkpoint.config, checkpoint.tensors
     plain = plain_tensors(tensors)
-    if weights is not None and config != (config := with_scheme(config, weights)):
-        tensors = quantized(config, tensors)
+    if weights is not None:
+        config = with_scheme(config, weights)
+        tensors = tensors if checkpoint.config.quantization else quantized(config, tensors)
     if mesh is not None:
         # The compiler places the activations: Auto axes, which jax.make_mesh no longer makes by itself.
         mesh = Mesh(mesh.devices, mesh.axis_names)

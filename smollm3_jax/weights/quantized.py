@@ -14,7 +14,7 @@ from ..errors import OptionError
 from .key_map import Slot, slots
 from .stored import StoredTensor
 
-PIECE = 1 << 18  # numbers that are worked on at once: they stay in the processor's cache
+PIECE = 1 << 16  # numbers that are worked on at once: they stay in the processor's cache
 
 
 def with_scheme(config: ModelConfig, weights: str, cache: str | None = None) -> ModelConfig:

@@ -21,7 +21,8 @@ from ..model import SmolLM3
 from ..progress import progress
 from . import hub, safetensors, torch_files
 from .key_map import parameters, place, slots
-from .load import check_dtype, open_checkpoint
+from .load import check_dtype, common_dtype, open_checkpoint
+from .quantized import dequantized, quantized, with_scheme
 from .stored import NUMPY_DTYPES, StoredTensor
 
 FORMATS = ("safetensors", "torch")
@@ -43,6 +44,7 @@ def save_pretrained(
       format: "safetensors", or "torch" for a state dict.
 
     Raises:
+      OptionError: a quantized model cannot be a state dict.
       SaveError: the disk is full, the folder is read-only, or another process is writing it.
     """
     dtype = model.dtype.name
@@ -75,7 +77,8 @@ def convert(
     """Rewrites a checkpoint (folder, .gguf, hub id) as a Hugging Face folder, tensor by tensor.
 
     Args:
-      dtype: cast every tensor to this; None keeps each as it is (a quantized one becomes float32).
+      dtype: cast every tensor to this, quantized ones too; None keeps each as it is (those that a GGUF
+        holds quantized become float32).
 
     Raises:
       SmolLM3Error: the source is unsound, or the folder cannot be written; it is then as it was.
@@ -84,11 +87,40 @@ def convert(
     config, tensors = checkpoint.config, list(checkpoint.tensors.values())
     if dtype is not None:
         dtype = check_dtype(dtype)
+        if config.quantization is not None:
+            config, plain = dequantized(config, checkpoint.tensors)
+            tensors = list(plain.values())
         tensors = [_cast(tensor, dtype) for tensor in tensors]
         if config.dtype != dtype:
             config = dataclasses.replace(config, dtype=dtype)
     generation = checkpoint.generation_config
     write_folder(Path(folder), config, generation, tensors, checkpoint.files, max_shard_size, format)
+
+
+def quantize(
+    source: str | Path,
+    folder: str | Path,
+    weights: str,
+    cache: str | None = None,
+    max_shard_size: int | str = "5GB",
+) -> None:
+    """Writes a checkpoint (folder, .gguf, hub id) as a quantized Hugging Face folder, tensor by tensor.
+
+    Args:
+      weights: a scheme of `smollm3_jax.quantize`.
+      cache: "int8" if keys and values should be kept so when the model runs.
+
+    Raises:
+      SmolLM3Error: as for `convert`; or there is no such scheme, or the source is quantized otherwise.
+    """
+    checkpoint = open_checkpoint(hub.resolve(source))
+    config, tensors = with_scheme(checkpoint.config, weights, cache), checkpoint.tensors
+    if checkpoint.config.quantization is None:
+        tensors = quantized(config, tensors)
+    if config.dtype is None:
+        config = dataclasses.replace(config, dtype=common_dtype(checkpoint.tensors))
+    generation = checkpoint.generation_config
+    write_folder(Path(folder), config, generation, list(tensors.values()), checkpoint.files, max_shard_size)
 
 
 def _cast(tensor: StoredTensor, dtype: str) -> StoredTensor:
@@ -138,6 +170,8 @@ def write_folder(
     """
     if format not in FORMATS:
         raise OptionError(f"no format {format!r}; choose one of {', '.join(FORMATS)}")
+    if format == "torch" and config.quantization is not None:
+        raise OptionError("a PyTorch file cannot hold quantized weights; give a dtype to write plain ones")
     shards = safetensors.split(tensors, parse_size(max_shard_size))
     folder = folder.expanduser().resolve()
     if Path.cwd().is_relative_to(folder):

@@ -1,5 +1,6 @@
 """What a checkpoint holds, from its headers alone."""
 
+import dataclasses
 import math
 from pathlib import Path
 from typing import Any
@@ -18,9 +19,10 @@ def summarize(source: str | Path) -> dict[str, Any]:
     path = hub.resolve(source)
     checkpoint = open_checkpoint(path)
     tensors = checkpoint.tensors
+    plain = dataclasses.replace(checkpoint.config, quantization=None)
     return {
         "path": str(path),
-        "parameters": sum(math.prod(tensor.shape) for tensor in tensors.values()),
+        "parameters": sum(math.prod(slot.shape) for slot in slots(plain).values()),
         "bytes": sum(tensor.nbytes for tensor in tensors.values()),
         "config": checkpoint.config.to_hf(),
         "generation_config": checkpoint.generation_config.to_hf(),

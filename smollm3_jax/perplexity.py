@@ -1,0 +1,176 @@
+"""Perplexity on held-out text, computed as text is generated: one token a step, from the cache.
+
+So what quantization costs is measured with the kernels that decode: those for few rows, with the
+activations rounded as they are there, and with the cache's own dtype.
+
+Shapes: B documents side by side, T tokens of each, V vocabulary.
+"""
+
+import functools
+import itertools
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from sharding.rules import Sharding
+
+from .errors import OptionError
+from .kv_cache import KVCache, empty_cache
+from .model import SmolLM3
+from .progress import tally
+from .quantize import kernel
+from .tokenizer import Tokenizer
+
+# Four documents of each of SmolLM3's six languages.
+MAX_TOKENS = 6 * 4 * 512
+LENGTH = 512
+ROWS = 24
+# So many steps a call; the program is compiled once.
+STEPS = 32
+
+
+def read_documents(path: Path, tokenizer: Tokenizer, max_tokens: int, length: int) -> dict[str, list[list[int]]]:
+    """The beginnings of a file's documents, as token ids, by language.
+
+    Args:
+      path: JSON lines, each with a "text", and a "language" if there are several.
+      max_tokens: how many tokens to take in all; as many of each language, as far as there are.
+      length: how many to take of a document at most.
+
+    Raises:
+      OptionError: a number is too small, or the file is missing, is no such file, or holds no text.
+    """
+    if length < 2 or max_tokens < 2:
+        raise OptionError(f"length {length} and max_tokens {max_tokens} must be at least 2")
+    texts: dict[str, list[str]] = {}
+    try:
+        lines = path.read_bytes().splitlines()
+    except OSError as error:
+        raise OptionError(f"{path} cannot be read: {error.strerror}") from None
+    for number, line in enumerate(lines, 1):
+        try:
+            fields = json.loads(line)
+            text, language = fields["text"], fields.get("language") or ""
+            if not isinstance(text, str) or not isinstance(language, str):
+                raise TypeError("text and language must be strings")
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+            raise OptionError(f'{path}: line {number} is no JSON object with a "text": {error!r}') from None
+        texts.setdefault(language, []).append(text)
+    documents: dict[str, list[list[int]]] = {language: [] for language in texts}
+    left = max_tokens
+    rounds = itertools.zip_longest(*([(language, text) for text in of] for language, of in texts.items()))
+    for language, text in (pair for pairs in rounds for pair in pairs if pair is not None):
+        ids = tokenizer.encode(text)[: min(length, left)]
+        if len(ids) < 2:
+            continue
+        documents[language].append(ids)
+        left -= len(ids)
+        if left < 2:
+            break
+    if not any(documents.values()):
+        raise OptionError(f"{path} holds no text of two tokens or more")
+    return documents
+
+
+def perplexity(
+    model: SmolLM3,
+    documents: Mapping[str, Sequence[Sequence[int]]],
+    cache_dtype: Any = None,
+    sharding: Sharding | None = None,
+) -> dict[str, Any]:
+    """The perplexity of a document's tokens, each given those before it in the document.
+
+    Args:
+      documents: token ids by language, at least two of each document, none outside the vocabulary.
+      cache_dtype: None is the model's own; "int8" quantizes it.
+      sharding: the mesh and rules that the model was placed by; None on one device.
+
+    Returns:
+      perplexity, nats_per_token and tokens, of all and of each language; and what computed them. Ready for
+      json.dumps: None in place of numbers that are not finite.
+    """
+    rows = [(language, document) for language, of in documents.items() for document in of]
+    batch = min(ROWS, len(rows))
+    dtype = jnp.dtype(cache_dtype or model.cache_dtype)
+    nats = dict.fromkeys(documents, 0.0)
+    counts = dict.fromkeys(documents, 0)
+    with tally("documents", len(rows)) as report:
+        for start in range(0, len(rows), batch):
+            part = rows[start : start + batch]
+            sums = _nats(model, [document for _, document in part], batch, dtype, sharding)
+            for (language, document), value in zip(part, sums, strict=True):
+                nats[language] += value
+                counts[language] += len(document) - 1
+            report(start + len(part), sum(counts.values()))
+    platform = sharding.platform if sharding else jax.default_backend()
+    scheme = model.config.quantization and model.config.quantization.weights
+    by = kernel(scheme, batch, platform)
+    return {
+        **_measures(sum(nats.values()), sum(counts.values())),
+        "languages": {language: _measures(nats[language], counts[language]) for language in documents},
+        "documents": len(rows),
+        "longest": max(len(document) for _, document in rows),
+        "weights": scheme or model.dtype.name,
+        "activations": "int8 with an int8 remainder" if by == "integer" else model.dtype.name,
+        "cache": dtype.name,
+        "dtype": model.dtype.name,
+        "kernel": by,
+        "rows": batch,
+        "platform": platform,
+    }
+
+
+def _measures(nats: float, tokens: int) -> dict[str, Any]:
+    mean = nats / max(tokens, 1)
+    finite = math.isfinite(mean) and mean < 700
+    return {
+        "perplexity": math.exp(mean) if finite else None,
+        "nats_per_token": mean if finite else None,
+        "tokens": tokens,
+    }
+
+
+def _nats(
+    model: SmolLM3, documents: Sequence[Sequence[int]], batch: int, dtype: Any, sharding: Sharding | None
+) -> list[float]:
+    """-log p of each document's tokens but the first, summed."""
+    steps = -(-(max(map(len, documents)) - 1) // STEPS) * STEPS
+    tokens_BT = np.full((batch, steps + 1), -1, np.int32)
+    for row, document in enumerate(documents):
+        tokens_BT[row, : len(document)] = document
+    cache = empty_cache(model.config, batch, max(128, 1 << (steps - 1).bit_length()), dtype, sharding)
+    sums_B = np.zeros(batch)
+    for start in range(0, steps, STEPS):
+        piece = jnp.asarray(tokens_BT[:, start : start + STEPS + 1])
+        cache, nats_TB = _score(model, cache, piece, sharding=sharding)
+        sums_B += np.asarray(nats_TB, np.float64).sum(axis=0)
+    return sums_B[: len(documents)].tolist()
+
+
+@functools.partial(jax.jit, static_argnames="sharding", donate_argnames="cache")
+def _score(
+    model: SmolLM3, cache: KVCache, tokens_BT: Array, *, sharding: Sharding | None = None
+) -> tuple[KVCache, Array]:
+    """-log p, float32 [T - 1, B], of each token but the first; 0 where there is none (-1)."""
+
+    def step(cache: KVCache, pair: tuple[Array, Array]) -> tuple[KVCache, Array]:
+        token_B, next_B = pair
+        x_B1D, new = model.hidden(
+            jnp.maximum(token_B, 0)[:, None],
+            segment_ids=(token_B >= 0).astype(jnp.int32)[:, None],
+            cache=cache,
+            sharding=sharding,
+        )
+        assert new is not None
+        logits_BV = model.unembed(x_B1D[:, 0], sharding)
+        chosen_B = jnp.take_along_axis(logits_BV, jnp.maximum(next_B, 0)[:, None], axis=1)[:, 0]
+        return new, jnp.where(next_B >= 0, jax.nn.logsumexp(logits_BV, axis=-1) - chosen_B, 0)
+
+    return jax.lax.scan(step, cache, (tokens_BT[:, :-1].T, tokens_BT[:, 1:].T))
