@@ -5,7 +5,8 @@
 
 Every engine is a process of its own (bench_peers.py, bench_llama.mjs) with the same token ids on the same cores.
 Each measurement is made once to warm up, compilation included, then once a round by one engine after the other, so
-that a busy machine is busy for all; what counts is the median. A ratio above 1 is in favour of smollm3_jax.
+that a busy machine is busy for all; what counts is the median. A ratio above 1 is in favour of smollm3_jax. All
+engines stay loaded; where they do not fit side by side, --one-at-a-time starts each anew in every round.
 
 - load: from the call until every weight is in memory, in a fresh process each round; imports are not counted.
 - prefill: one prompt, until its next token is known.
@@ -14,8 +15,10 @@ that a busy machine is busy for all; what counts is the median. A ratio above 1 
 - peak memory: the most that the engine's process had resident, mapped weight files included.
 
 transformers runs with its defaults (generate, sdpa, no torch.compile), in --dtype also where --weights is int8, for
-which it has nothing on a CPU. llama.cpp runs --dtype as F32 or BF16 and int8 as Q8_0, in the prebuilt library of
-npm's node-llama-cpp, with an f16 cache.
+which it has nothing on a CPU. Where a processor has no bfloat16 instructions, its bfloat16 is slower than its
+float32: measure both. llama.cpp runs --dtype as F32 or BF16 and int8 as Q8_0, in the prebuilt library of npm's
+node-llama-cpp (the script says how to install it), with an f16 cache. The chart needs matplotlib, which is in the
+extra `bench`.
 """
 
 import argparse

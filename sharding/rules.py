@@ -82,6 +82,11 @@ class Sharding:
         return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, self.spec(*fitting)))
 
 
+def platform_of(sharding: Sharding | None) -> str:
+    """What a program is for: "cpu", "tpu" or "gpu"."""
+    return jax.default_backend() if sharding is None else sharding.platform
+
+
 def named_sharding(
     name: str,
     axes: tuple[str, ...],

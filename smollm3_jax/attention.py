@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from sharding.rules import Sharding
+from sharding.rules import Sharding, platform_of
 
 from .kv_cache import AXES, LayerCache
 
@@ -66,7 +66,7 @@ def attention(
         "a window": window is not None,
         "heads and key-value heads on different axes of the mesh": not _together(sharding, "heads", "kv_heads"),
     }
-    match _platform(sharding):
+    match platform_of(sharding):
         case "tpu" if _takes(
             "splash attention",
             obstacles
@@ -119,7 +119,7 @@ def decode_attention(
     capacity, width = cache.k.shape[2:]
     if sharding is not None and sharding.parts("context") > 1:
         return _decode_over_context(q_BTHE, cache, length_B, window, sharding)
-    if _platform(sharding) == "tpu" and _takes(
+    if platform_of(sharding) == "tpu" and _takes(
         "paged attention",
         {
             "a window": window is not None,
@@ -139,10 +139,6 @@ def decode_attention(
     scores_KBTGS = _cache_scores(q_BTHE, cache, length_B, window)
     out_BTKGE = _cache_mix(jax.nn.softmax(scores_KBTGS, axis=-1), cache, q_BTHE.dtype)
     return out_BTKGE.reshape(batch, length, heads, width).astype(q_BTHE.dtype)
-
-
-def _platform(sharding: Sharding | None) -> str:
-    return jax.default_backend() if sharding is None else sharding.platform
 
 
 def _takes(kernel: str, obstacles: dict[str, bool]) -> bool:

@@ -19,9 +19,10 @@ from rich.table import Table
 
 from sharding.rules import ShardingError
 
-from .config import DTYPES, WEIGHT_SCHEMES, GenerationConfig, with_yarn
+from .config import CACHE_SCHEMES, DTYPES, WEIGHT_SCHEMES, GenerationConfig, with_yarn
 from .errors import OptionError, SmolLM3Error
 from .model import SmolLM3
+from .perplexity import LENGTH, MAX_TOKENS, perplexity, read_documents
 from .progress import busy
 from .sampling import MAX_LOGPROBS, SamplingParams
 from .tokenizer import Tokenizer, load_tokenizer
@@ -78,6 +79,13 @@ def _parser() -> argparse.ArgumentParser:
     verify.add_argument("--prompt", metavar="TEXT", help="the text to compute on (default: a built-in one)")
     verify.add_argument("--json", action="store_true")
 
+    quantize = command("quantize", _quantize, "rewrite a checkpoint with quantized weights")
+    quantize.add_argument("source", metavar="SRC", help="a model folder, a .gguf file, or a hub id")
+    quantize.add_argument("folder", metavar="DST", help="the folder to write")
+    quantize.add_argument("--weights", choices=WEIGHT_SCHEMES, required=True)
+    quantize.add_argument("--cache", choices=CACHE_SCHEMES, help="what keys and values are to be kept in by default")
+    quantize.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="default: 5GB")
+
     inspect = command("inspect", _inspect, "config, tensors, sizes and parameter count of a checkpoint")
     inspect.add_argument("folder", metavar="DIR")
     inspect.add_argument("--json", action="store_true")
@@ -115,6 +123,15 @@ def _parser() -> argparse.ArgumentParser:
         "--max-new-tokens is here by default 4096 for a model that can think, else 1024. Where output is no terminal, "
         "answers are printed without the reasoning."
     )
+
+    scored = command("perplexity", _perplexity, "how well a model predicts text, computed as it would generate it")
+    _add_model(scored)
+    text_help = 'JSON lines, each with a "text" and perhaps a "language"'
+    scored.add_argument("--text", required=True, metavar="FILE.jsonl", help=text_help)
+    scored.add_argument("--max-tokens", type=int, default=MAX_TOKENS, metavar="N", help=f"default: {MAX_TOKENS}")
+    length_help = f"of a document, from its start (default: {LENGTH})"
+    scored.add_argument("--length", type=int, default=LENGTH, metavar="N", help=length_help)
+    scored.add_argument("--json", action="store_true")
 
     doctor = command("doctor", _doctor, "versions, devices, and whether they are supported")
     doctor.add_argument("--json", action="store_true")
@@ -220,6 +237,33 @@ def _convert(args: argparse.Namespace) -> int:
 
     convert(_folder(args.source), args.folder, args.dtype, args.format, args.max_shard_size)
     print(args.folder)
+    return 0
+
+
+def _quantize(args: argparse.Namespace) -> int:
+    from .weights.save import quantize
+
+    quantize(_folder(args.source), args.folder, args.weights, args.cache, args.max_shard_size)
+    print(args.folder)
+    return 0
+
+
+def _perplexity(args: argparse.Namespace) -> int:
+    checkpoint, tokenizer = _open_checkpoint(args)
+    # Read before the model is loaded: a mistake in the text shows at once.
+    documents = read_documents(Path(args.text), tokenizer, args.max_tokens, args.length)
+    report = {"model": args.model, "text": args.text}
+    report |= perplexity(_load(args, checkpoint), documents, args.cache)
+    if args.json:
+        _print_json(report)
+        return 0
+    table = Table("language", "perplexity", "nats a token", "tokens")
+    for language, row in [*report["languages"].items(), ("all", report)]:
+        values = ["not finite" if row[name] is None else f"{row[name]:.4f}" for name in ("perplexity", "nats_per_token")]
+        table.add_row(language or "-", *values, f"{row['tokens']:,}")
+    _console().print(table)
+    print(f"{report['documents']} documents of up to {report['longest']} tokens, {report['rows']} side by side")
+    print(f"weights {report['weights']}, activations {report['activations']}, cache {report['cache']}")
     return 0
 
 

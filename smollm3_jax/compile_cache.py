@@ -27,7 +27,7 @@ from .weights.hub import cache_dir
 log = logging.getLogger(__name__)
 config: Any = jax.config  # its attributes come into being at run time
 
-# Loading takes about 0.02 s; what is compiled as fast is not worth a file. JAX's own threshold is 1 s.
+# Loading a small one takes 0.01 s; what is compiled about as fast is not worth a file. JAX's own threshold is 1 s.
 MIN_COMPILE_SECONDS = 0.2
 MAX_BYTES = 2 << 30
 

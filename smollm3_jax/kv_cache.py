@@ -16,7 +16,7 @@ from jax import Array
 from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import NamedSharding
 
-from sharding.rules import Sharding
+from sharding.rules import Sharding, platform_of
 
 from .config import ModelConfig
 
@@ -125,7 +125,7 @@ def quantize_rows(x: Array) -> tuple[Array, Array]:
 def _put(old_KBSx: Array, new_KBTx: Array, length_B: Array, slot: Array | None, sharding: Sharding | None) -> Array:
     """old with new written row by row from index length on; the trailing dimension, if any, is free."""
     new_KBTx = new_KBTx.astype(old_KBSx.dtype)
-    if jnp.issubdtype(old_KBSx.dtype, jnp.floating) and old_KBSx.dtype.itemsize == 2 and (sharding.platform if sharding else jax.default_backend()) == "cpu":
+    if platform_of(sharding) == "cpu" and old_KBSx.dtype in (jnp.bfloat16, jnp.float16):
         # Written as bits: to write into an array of bfloat16 XLA:CPU goes through the whole of it in float32.
         old_bits, new_bits = (jax.lax.bitcast_convert_type(x, jnp.uint16) for x in (old_KBSx, new_KBTx))
         return jax.lax.bitcast_convert_type(_put(old_bits, new_bits, length_B, slot, sharding), old_KBSx.dtype)

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from sharding.rules import Sharding
+from sharding.rules import Sharding, platform_of
 
 from . import rope
 from .attention import attention, decode_attention
@@ -148,7 +148,7 @@ class SmolLM3(nnx.Module):
 
     def unembed(self, x: Array, sharding: Sharding | None = None) -> Array:
         """Logits, float32 [..., V], of final hidden states [..., D]."""
-        return linear(x, self.embed if self.head is None else self.head, platform=sharding and sharding.platform)
+        return linear(x, self.embed if self.head is None else self.head, platform=platform_of(sharding))
 
     def layer_states(self, tokens: Array) -> Array:
         """What enters the first layer and what leaves each, [L + 1, B, T, D]: for finding where models part."""
@@ -232,7 +232,7 @@ def _run_layers(
         x_BTD, stored = block(config, weights, x_BTD, attend, sharding)
         return x_BTD, (x_BTD if keep_states else None, stored)
 
-    x_BTD = _embed(model, tokens_BT)
+    x_BTD = _embed(model, tokens_BT, sharding)
     windows = (None,) * config.num_hidden_layers if config.windows is None else config.windows
     if cache is None and isinstance(model.layers, Block):
         layers = (model.layers, jnp.array(config.rope_layers), _int_or_none(config.windows), None)
@@ -283,7 +283,7 @@ def block(
     def placed(x_BTD: Array) -> Array:
         return x_BTD if sharding is None else sharding.constrain(x_BTD, "batch", "length", "residual")
 
-    multiply = functools.partial(_linear, platform=sharding and sharding.platform)
+    multiply = functools.partial(_linear, platform=platform_of(sharding))
     h_BTD = _rms_norm(x_BTD, p.attn_norm[...], config.rms_norm_eps)
     q_BTHE = multiply(h_BTD, p.q, p.q_bias)
     k_BTKE = multiply(h_BTD, p.k, p.k_bias)
@@ -312,8 +312,8 @@ def _rms_norm(x_BTD: Array, weight_D: Array, eps: float) -> Array:
     return x.astype(x_BTD.dtype) * weight_D
 
 
-def _embed(model: SmolLM3, tokens_BT: Array) -> Array:
-    x_BTD = lookup(model.embed, tokens_BT, model.dtype)
+def _embed(model: SmolLM3, tokens_BT: Array, sharding: Sharding | None = None) -> Array:
+    x_BTD = lookup(model.embed, tokens_BT, model.dtype, platform_of(sharding))
     pad = model.config.pad_token_id
     if pad is None:
         return x_BTD

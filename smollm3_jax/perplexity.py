@@ -21,6 +21,7 @@ from jax import Array
 
 from sharding.rules import Sharding
 
+from .compile_cache import enable
 from .errors import OptionError
 from .kv_cache import KVCache, empty_cache
 from .model import SmolLM3
@@ -96,6 +97,7 @@ def perplexity(
       perplexity, nats_per_token and tokens, of all and of each language; and what computed them. Ready for
       json.dumps: None in place of numbers that are not finite.
     """
+    enable()
     rows = [(language, document) for language, of in documents.items() for document in of]
     batch = min(ROWS, len(rows))
     dtype = jnp.dtype(cache_dtype or model.cache_dtype)

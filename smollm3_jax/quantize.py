@@ -115,9 +115,11 @@ def _integer_product(x_RK: Array, w_NK: Array) -> Array:
     return (high_RN + low_RN / 254) * step_R1
 
 
-def lookup(table: Weight, index: Array, dtype: Any) -> Array:
-    """Rows of a weight [N, K]: [*index.shape, K] in dtype."""
+def lookup(table: Weight, index: Array, dtype: Any, platform: str | None = None) -> Array:
+    """Rows of a weight [N, K]: [*index.shape, K] in dtype; platform as for `linear`."""
     if not isinstance(table, Quantized):
+        if (platform or jax.default_backend()) != "cpu":
+            return table[...][index]
         # Always so, but known only when the program runs: inside a condition XLA:CPU looks up the rows it is
         # asked for, where in a loop it would turn the whole table into float32 ahead, and keep it.
         nothing = jnp.zeros((*index.shape, table.shape[1]), table.dtype)

@@ -5,6 +5,7 @@ mathematics, not the rounding of activations.
 """
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,8 @@ from .progress import busy
 from .tokenizer import load_tokenizer
 from .weights import hub
 from .weights.load import Checkpoint, common_dtype, load, open_checkpoint
-from .weights.stored import NUMPY_DTYPES, is_finite, raw_bytes
+from .weights.quantized import dequantized
+from .weights.stored import NUMPY_DTYPES, StoredTensor, is_finite, raw_bytes
 
 TEXT = (
     "The sky is blue because air scatters short wavelengths more than long ones. "
@@ -103,6 +105,10 @@ def verify(folder: str | Path, against: str | Path, prompt: str | None = None) -
     ours = open_checkpoint(path)
     tokens = _tokens(path, ours, prompt)
     if against == "transformers":
+        if ours.config.quantization is not None:
+            raise OptionError(
+                "transformers cannot read quantized weights of this package; compare with the folder they came from"
+            )
         theirs, dtype = None, "float32"
     else:
         theirs = open_checkpoint(hub.resolve(against))
@@ -122,11 +128,11 @@ def verify(folder: str | Path, against: str | Path, prompt: str | None = None) -
     report |= _compare(own, reference, TOLERANCES[dtype])
     report["tolerance"] = {"dtype": dtype, **dataclasses.asdict(TOLERANCES[dtype])}
     if theirs is not None:
-        different = _different_weights(ours, theirs)
-        report["weights"] = {"tensors": len(ours.tensors), "different": len(different), "first": different[:10]}
+        different = _different_weights(_plain(ours), _plain(theirs))
+        report["weights"] = {"tensors": len(_plain(ours)), "different": len(different), "first": different[:10]}
         report["checks"]["weights"] = not different
     # A row of the embedding that these tokens do not touch can be NaN without a trace in the logits.
-    report["checks"]["finite"] &= all(is_finite(tensor.read()) for tensor in ours.tensors.values())
+    report["checks"]["finite"] &= all(is_finite(tensor.read()) for tensor in _plain(ours).values())
     report["ok"] = all(report["checks"].values())
     return report
 
@@ -219,11 +225,17 @@ def _compare(own: _Run, reference: _Run, tolerance: Tolerance) -> dict[str, Any]
     return clean | {"max_abs_bound": bound if finite else None, "checks": checks}
 
 
-def _different_weights(a: Checkpoint, b: Checkpoint) -> list[str]:
+def _plain(checkpoint: Checkpoint) -> dict[str, StoredTensor]:
+    """Its tensors, quantized ones as what they stand for."""
+    quantized = checkpoint.config.quantization is not None
+    return dequantized(checkpoint.config, checkpoint.tensors)[1] if quantized else checkpoint.tensors
+
+
+def _different_weights(a: Mapping[str, StoredTensor], b: Mapping[str, StoredTensor]) -> list[str]:
     """Names of tensors that are not bit-identical, after rounding the finer one to the coarser's dtype."""
     different = []
-    for name, tensor in a.tensors.items():
-        pair = [tensor, b.tensors[name]] if name in b.tensors else []
+    for name, tensor in a.items():
+        pair = [tensor, b[name]] if name in b else []
         if not pair:
             different.append(name)
             continue

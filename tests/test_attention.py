@@ -152,7 +152,7 @@ def test_decoding_equals_the_definition(steps, window, quantized):
 @pytest.fixture
 def as_on_tpu(monkeypatch):
     """Kernels are chosen as on TPU, and interpreted on the CPU."""
-    monkeypatch.setattr(module, "_platform", lambda sharding: "tpu")
+    monkeypatch.setattr(module, "platform_of", lambda sharding: "tpu")
     # The interpreter that imitates a TPU's memories cannot take this kernel under vmap; the plain one can.
     interpreted = functools.partial(splash_attention_kernel.make_splash_mha, interpret=True)
     monkeypatch.setattr(splash_attention_kernel, "make_splash_mha", interpreted)
@@ -201,7 +201,7 @@ def test_splash_has_the_gradients_of_plain_attention(as_on_tpu, monkeypatch):
         return jax.grad(loss, (0, 1, 2))(q, k, v)
 
     interpreted = gradients()
-    monkeypatch.setattr(module, "_platform", lambda sharding: "cpu")
+    monkeypatch.setattr(module, "platform_of", lambda sharding: "cpu")
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-4), interpreted, gradients())
 
 
@@ -249,7 +249,7 @@ def test_cudnn_is_lowered_for_gpu(monkeypatch):
     """Lowered only, never run: there is no GPU here, and what asks for one is answered in its place."""
     from jax._src.cudnn import fused_attention_stablehlo as cudnn
 
-    monkeypatch.setattr(module, "_platform", lambda sharding: "gpu")
+    monkeypatch.setattr(module, "platform_of", lambda sharding: "gpu")
     monkeypatch.setattr(module, "_is_ampere_or_later", lambda sharding: True)
     monkeypatch.setattr(cudnn, "check_cudnn_version", lambda: 91000)
     x = jax.ShapeDtypeStruct((2, 64, 8, 128), jnp.bfloat16)
@@ -340,7 +340,7 @@ cache = LayerCache(*(jnp.asarray(random.standard_normal((2, 2, 128, 128)), jnp.b
 new = jnp.asarray(random.standard_normal((2, 1, 4, 128)), jnp.bfloat16)
 length = jnp.array([3, 127], jnp.int32)
 expected = attention(q, k, v, **masks), attention(q[:1], k[:1], v[:1]), decode_attention(new, cache, length_B=length)
-attention_module._platform = lambda sharding: "tpu"
+attention_module.platform_of = lambda sharding: "tpu"
 make = splash_attention_kernel.make_splash_mha
 splash_attention_kernel.make_splash_mha = lambda *a, **kw: make(*a, **kw, interpret=True)
 got = attention(q, k, v, **masks, sharding=sharding), attention(q[:1], k[:1], v[:1], sharding=sharding)

@@ -76,9 +76,9 @@ def test_every_line_is_answered_as_if_alone(model, tokenizer, tmp_path):
     assert (job.done, job.failed, job.left) == (6, 0, 0)
     assert [got[i].get("id", "none") for i in range(6)] == ["a", "none", "none", 4, None, "none"]
 
-    def alone(prompt: list[int], **params) -> list[Completion]:
-        params = {"max_new_tokens": 5} | params
-        return complete(model, [Request(prompt, s3.SamplingParams(**params))], tokenizer=tokenizer)
+    def alone(prompt: list[int], **params: Any) -> list[Completion]:
+        own = s3.SamplingParams(**{"max_new_tokens": 5, **params})
+        return complete(model, [Request(prompt, own)], tokenizer=tokenizer)
 
     expected = {
         0: alone([5, 6]),
@@ -231,13 +231,13 @@ def test_a_longer_input_goes_on(model, tokenizer, tmp_path):
     ids=["changed", "swapped", "shorter", "params", "chat", "thinking", "model"],
 )
 def test_another_input_or_option_is_refused(model, tokenizer, tmp_path, change):
-    change = dict(change)
+    now: dict[str, Any] = {"settings": {"model": "this"}, **change}
     source, target = write(tmp_path / "in", {"prompt": "w5"}, {"prompt": "w6"}), tmp_path / "out"
     run(model, tokenizer, source, target, settings={"model": "this"})
     before = target.read_bytes()
-    write(source, *change.pop("lines", [{"prompt": "w5"}, {"prompt": "w6"}]))
+    write(source, *now.pop("lines", [{"prompt": "w5"}, {"prompt": "w6"}]))
     with pytest.raises(SaveError, match=r"line [12] is an answer to another input, model or option"):
-        run(model, tokenizer, source, target, **{"settings": {"model": "this"}} | change)
+        run(model, tokenizer, source, target, **now)
     assert target.read_bytes() == before
 
 
@@ -470,6 +470,6 @@ def test_the_command(talking, tmp_path, monkeypatch, capsys):
 def test_mistakes_of_the_command(talking, tmp_path, capsys, arguments, words):
     write(tmp_path / "in", {"prompt": "w5"})
     names = {"{in}": str(tmp_path / "in"), "{out}": str(tmp_path / "out")}
-    assert main(["generate", "--model", str(talking), *(names.get(a, a) for a in arguments)]) == 2
+    assert main(["generate", "--model", str(talking), *[names.get(word) or word for word in arguments]]) == 2
     out, err = capsys.readouterr()
     assert out == "" and words in err and len(err.splitlines()) == 1

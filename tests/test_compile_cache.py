@@ -389,10 +389,13 @@ PARAMS = [
 def test_generate_compiles_nothing_after_the_first_time(model):
     """Prompts of other lengths, parameters of every kind: one short generation compiles what all of them need."""
     enable()
-    s3.generate(model, [[5, 9, 11]], s3.SamplingParams(max_new_tokens=1))
+    first = s3.SamplingParams(max_new_tokens=1)
+    s3.generate(model, [[5, 9, 11]], first)
+    complete(model, [Request([5, 9, 11], first)], lookup=4)
     warm = compilations()
     for length in (1, 2, 3, 10, 17):
         s3.generate(model, [list(range(3, 3 + length))], s3.SamplingParams(max_new_tokens=40))
+        complete(model, [Request([3] * length, s3.SamplingParams(max_new_tokens=40))], lookup=4)
     for params in PARAMS[:6]:
         s3.generate(model, [[5, 9, 11, 13]], s3.SamplingParams(max_new_tokens=20, **params))
     assert compilations() == warm
