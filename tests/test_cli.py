@@ -13,8 +13,8 @@ from smollm3_jax.cli import main
 
 @pytest.fixture(scope="module")
 def talking(tmp_path_factory) -> Path:
-    """A tiny model with a tokenizer of 160 words, w0 to w159, and a chat template."""
-    folder = tiny_checkpoint(tmp_path_factory.mktemp("cli") / "talking")
+    """A tiny model of one layer, with a tokenizer of 160 words, w0 to w159, and a chat template."""
+    folder = tiny_checkpoint(tmp_path_factory.mktemp("cli") / "talking", "one_layer")
     tokenizer = tokenizers.Tokenizer(models.WordLevel({f"w{i}": i for i in range(160)}, unk_token="w0"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer.save(str(folder / "tokenizer.json"))
