@@ -16,7 +16,6 @@ def reference_model(folder: Path, dtype: str = "float32") -> Any:
     import torch
     import transformers
 
-    torch.set_num_threads(1)  # on models as small as these, threads wait more than they work
     transformers.logging.disable_progress_bar()
     return transformers.AutoModelForCausalLM.from_pretrained(
         folder, dtype=getattr(torch, dtype), attn_implementation="eager"
