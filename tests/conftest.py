@@ -1,12 +1,18 @@
 import os
 from pathlib import Path
 
-import pytest
-
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Tests neither write to the user's cache of compiled programs nor depend on what is in it.
 os.environ.setdefault("JAX_ENABLE_COMPILATION_CACHE", "false")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # on tiny models, torch's threads wait more than they work
+
+import jax
+import pytest
+
+# Tiny models take longer to compile than to run: leave out what only makes programs fast. (LLVM's passes;
+# XLA's own stay, and so do the subprocesses' programs and those of test_real_weights.py.)
+jax.config.update("jax_disable_most_optimizations", True)
 
 SHARED = Path(__file__).resolve().parents[1].parent / "shared" / "fixtures"
 

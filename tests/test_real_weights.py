@@ -16,6 +16,14 @@ pytestmark = pytest.mark.slow
 PROMPT = "The capital of France is"
 
 
+@pytest.fixture(scope="module", autouse=True)
+def programs_as_users_run_them():
+    """With all optimizations, which conftest.py leaves out for tiny models."""
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", True)
+
+
 @pytest.fixture(scope="module")
 def tokens(demo_folder, shared) -> np.ndarray:
     """int32 [1, 512]: the beginnings of documents in six languages."""

@@ -285,14 +285,14 @@ def imported(code: str) -> tuple[float, set[str]]:
 def test_what_an_import_loads_and_takes():
     """Nothing heavy but what Flax loads anyway, and under a second beyond jax and flax.
 
-    The best of five, since others use this machine too.
+    In one of five attempts, since others use this machine too.
     """
     _, allowed = imported("")
-    ours = [imported("import smollm3_jax") for _ in range(5)]
-    for _, names in (ours[0], imported("import smollm3_jax.cli")):
+    seconds, ours = imported("import smollm3_jax")
+    for names in (ours, imported("import smollm3_jax.cli")[1]):
         assert "smollm3_jax" in names
         assert not (names - allowed) & HEAVY
-    assert min(seconds for seconds, _ in ours) < 1.0
+    assert seconds < 1.0 or any(imported("import smollm3_jax")[0] < 1.0 for _ in range(4))
 
 
 def test_public_names():
