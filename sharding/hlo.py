@@ -139,10 +139,12 @@ def operations(program: Compiled | str) -> list[Operation]:
     ]
 
 
-def collectives(program: Iterable[Operation]) -> list[Operation]:
-    """What devices do together; of an asynchronous one its start. Those in branches may not run."""
+def collectives(program: Sequence[Operation]) -> list[Operation]:
+    """What devices do together, each once. Those in branches may not run."""
     kinds = (*COLLECTIVES, *(f"{kind}-start" for kind in COLLECTIVES))
-    return [op for op in program if op.opcode in kinds]
+    # XLA for TPU spreads an asynchronous one over several fusions, and it is in all of them.
+    first = {op.computation for op in program if op.target == "AsyncCollectiveStart"}
+    return [op for op in program if op.opcode in kinds and (not op.in_fusion or op.computation in first)]
 
 
 def moves(program: Sequence[Operation], at_least: int) -> list[Operation]:

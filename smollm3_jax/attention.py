@@ -75,7 +75,8 @@ def attention(
                 f"heads of width {width}": width % 64 != 0,
             },
         ):
-            kernel = _splash
+            heads = q_BTHE.shape[2] // (1 if sharding is None else sharding.parts("heads"))
+            kernel = functools.partial(_splash, _splash_kernel(heads, q_BTHE.shape[1], past))
         case "gpu" if _takes(
             "cuDNN attention",
             obstacles
@@ -165,23 +166,18 @@ def _is_ampere_or_later(sharding: Sharding | None) -> bool:
     return major.isdecimal() and int(major) >= 8  # AMD's say gfx...
 
 
-def _splash(q_BTHE: Array, k_BSKE: Array, v_BSKE: Array, *segments: Array) -> Array:
+def _splash(kernel: Any, q_BTHE: Array, k_BSKE: Array, v_BSKE: Array, *segments: Array) -> Array:
     """JAX's splash attention kernel for TPU: no array of T x S."""
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel
 
-    _, length, heads, width = q_BTHE.shape
-    keys = k_BSKE.shape[1]
-    past = keys - length
-    # A padding query sees at least its own key: its softmax is over something.
-    query_pad = -length % LANES
-    key_pad = query_pad + -(keys + query_pad) % LANES
+    _, length, _, width = q_BTHE.shape
+    query_pad, key_pad = _padding(length, k_BSKE.shape[1] - length)
 
     def padded(x: Array, pad: int) -> Array:
         return jnp.pad(x, [(0, pad if axis == 1 else 0) for axis in range(x.ndim)])
 
     q_BHTE = padded(q_BTHE * jnp.asarray(width**-0.5, q_BTHE.dtype), query_pad).swapaxes(1, 2)
     k_BKSE, v_BKSE = (padded(x, key_pad).swapaxes(1, 2) for x in (k_BSKE, v_BSKE))
-    kernel = _splash_kernel(heads, length + query_pad, keys + key_pad, past)
     if segments:
         ids = splash_attention_kernel.SegmentIds(padded(segments[0], query_pad), padded(segments[1], key_pad))
         out_BHTE = jax.vmap(kernel)(q_BHTE, k_BKSE, v_BKSE, ids)
@@ -190,12 +186,22 @@ def _splash(q_BTHE: Array, k_BSKE: Array, v_BSKE: Array, *segments: Array) -> Ar
     return out_BHTE.swapaxes(1, 2)[:, :length]
 
 
+def _padding(length: int, past: int) -> tuple[int, int]:
+    """What queries and keys lack. A padding query sees at least its own key: its softmax is over something."""
+    query_pad = -length % LANES
+    return query_pad, query_pad + -(past + length + query_pad) % LANES
+
+
 @functools.lru_cache(maxsize=64)
-def _splash_kernel(heads: int, length: int, keys: int, past: int) -> Any:
-    """The kernel for `length` queries whose own keys follow `past` others; one for all layers, as it is looked at
-    tile by tile on the host."""
+def _splash_kernel(heads: int, length: int, past: int) -> Any:
+    """The kernel for `length` queries whose own keys follow `past` others, all padded.
+
+    Made once for all layers: the host looks at the mask tile by tile.
+    """
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel, splash_attention_mask
 
+    query_pad, key_pad = _padding(length, past)
+    length, keys = length + query_pad, past + length + key_pad
     mask = splash_attention_mask.CausalMask((length, keys), offset=past)
     tile_q = next(tile for tile in QUERY_TILES if length % tile == 0)
     tile_kv = next(tile for tile in TILES if keys % tile == 0)

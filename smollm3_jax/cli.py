@@ -259,8 +259,9 @@ def _perplexity(args: argparse.Namespace) -> int:
         return 0
     table = Table("language", "perplexity", "nats a token", "tokens")
     for language, row in [*report["languages"].items(), ("all", report)]:
-        values = ["not finite" if row[name] is None else f"{row[name]:.4f}" for name in ("perplexity", "nats_per_token")]
-        table.add_row(language or "-", *values, f"{row['tokens']:,}")
+        values = [row["perplexity"], row["nats_per_token"]]
+        shown = ["not finite" if value is None else f"{value:.4f}" for value in values]
+        table.add_row(language or "-", *shown, f"{row['tokens']:,}")
     _console().print(table)
     print(f"{report['documents']} documents of up to {report['longest']} tokens, {report['rows']} side by side")
     print(f"weights {report['weights']}, activations {report['activations']}, cache {report['cache']}")
@@ -389,9 +390,11 @@ def _prompt(args: argparse.Namespace) -> str:
     if args.prompt_file is None and args.prompt != "-":
         return args.prompt
     try:
+        if args.prompt_file is None and sys.stdin is None:
+            raise ValueError("it is closed")
         content = sys.stdin.buffer.read() if args.prompt_file is None else Path(args.prompt_file).read_bytes()
         return re.sub(r"\r?\n\Z", "", content.decode())
-    except (OSError, ValueError, AttributeError) as error:  # the last where standard input is closed
+    except (OSError, ValueError) as error:
         raise OptionError(f"the prompt of {args.prompt_file or 'standard input'} cannot be read: {error}") from None
 
 

@@ -194,7 +194,7 @@ def _advance(slots: Slots, token_B: Array) -> Slots:
     generated_B = slots.generated + was_B
     stops_B = (slots.stop_ids == token_B[:, None]).any(axis=1) | (generated_B >= slots.limit)
     opens_B, closes_B = token_B == slots.think_ids[:, 0], token_B == slots.think_ids[:, 1]
-    rows_B = jnp.arange(token_B.shape[0])
+    said_BV = jnp.arange(slots.choice.counts.shape[1]) == token_B[:, None]
     return dataclasses.replace(
         slots,
         token=jnp.where(was_B, token_B, slots.token),
@@ -202,7 +202,6 @@ def _advance(slots: Slots, token_B: Array) -> Slots:
         generated=generated_B,
         thinking=(slots.thinking | opens_B) & ~closes_B,
         think_left=jnp.where(slots.thinking & (slots.think_left > 0), slots.think_left - 1, slots.think_left),
-        choice=dataclasses.replace(
-            slots.choice, counts=slots.choice.counts.at[rows_B, token_B].add(was_B.astype(jnp.int32))
-        ),
+        # Not a scatter: for one row XLA would gather the counts from all devices for it.
+        choice=dataclasses.replace(slots.choice, counts=slots.choice.counts + (said_BV & was_B[:, None])),
     )

@@ -152,7 +152,7 @@ def stream(
       tokenizer: for text, stop texts and thinking budgets.
       max_slots: at most so many sequences at a time.
       capacity: the most tokens that a sequence may have, its prompt included.
-      cache_dtype: None is the model's; "int8" halves it.
+      cache_dtype: None is what the checkpoint says, or else the activations'; "int8" halves it.
       steps: how many tokens of each sequence come at a time, at most 16.
       lookup: how many tokens to draft from the text so far and verify at once (see `lookup`); 0 is off.
         The share of them that was accepted is logged at the end.
@@ -173,7 +173,7 @@ def stream(
         return
     batch = 1 << (max_slots - 1).bit_length()
     room = max(MIN_CAPACITY, 1 << (capacity + lookup - 1).bit_length())
-    cache = empty_cache(model.config, batch, room, cache_dtype or model.dtype, sharding)
+    cache = empty_cache(model.config, batch, room, cache_dtype or model.cache_dtype, sharding)
     history = np.full((batch, room), -1, np.int32) if lookup else None
     cache, slots, history = _place(model, cache, _no_slots(model, batch), history, sharding)
     chunk = CHUNK.get(sharding.platform if sharding else jax.default_backend(), ACCELERATOR_CHUNK)
@@ -181,7 +181,7 @@ def stream(
     waiting = enumerate(requests)
     samples: list[_Sequence] = []  # of the request at hand that have no slot yet
     drafted, accepted = 0, 0
-    log.debug("%d slots of %d tokens", batch, room)
+    log.info("%d slots of %d tokens; prompts in pieces of %d to %d", batch, room, MIN_PIECE, chunk)
     while True:
         source, first = None, None
         for slot in [slot for slot in range(batch) if slot not in running]:
@@ -223,7 +223,8 @@ def stream(
                 slots = free(slots, jnp.array(slot))
             yield delta
     if drafted:
-        log.info("prompt lookup: %d of %d drafted tokens accepted (%.0f %%)", accepted, drafted, 100 * accepted / drafted)
+        share = 100 * accepted / drafted
+        log.info("prompt lookup: %d of %d drafted tokens accepted (%.0f %%)", accepted, drafted, share)
 
 
 def pieces(length: int, chunk: int, capacity: int) -> Iterator[tuple[int, int, int, int]]:

@@ -17,7 +17,7 @@ from jax import Array
 
 from sharding.rules import Sharding
 
-from .decode import MAX_STEPS, Slots
+from .decode import MAX_STEPS, Slots, slot_shardings
 from .kv_cache import KVCache
 from .model import SmolLM3
 from .sampling import SamplingParams
@@ -114,6 +114,9 @@ def decode_lookup(
         jnp.zeros(2, jnp.int32),
     )
     cache, slots, history_BS, new_BN, _, tally_2 = jax.lax.while_loop(unfinished, body, state)
+    if sharding is not None:  # as in `decode`
+        slots = jax.lax.with_sharding_constraint(slots, slot_shardings(sharding))
+        history_BS = sharding.constrain(history_BS, "batch", None)
     return cache, slots, history_BS, new_BN, tally_2
 
 

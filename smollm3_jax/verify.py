@@ -16,8 +16,8 @@ import numpy as np
 from .errors import CheckpointFormatError, OptionError, SupportError
 from .generate import generate
 from .model import SmolLM3
-from .sampling import SamplingParams
 from .progress import busy
+from .sampling import SamplingParams
 from .tokenizer import load_tokenizer
 from .weights import hub
 from .weights.load import Checkpoint, common_dtype, load, open_checkpoint

@@ -209,7 +209,8 @@ def from_pretrained(
       SmolLM3Error: what is wrong, with the file, tensor or field by name.
       ShardingError: the rules do not fit the mesh or the model.
     """
-    return load(open_checkpoint(hub.resolve(model, revision, token)), dtype, mesh, rules, weights=weights, stacked=stacked)
+    checkpoint = open_checkpoint(hub.resolve(model, revision, token))
+    return load(checkpoint, dtype, mesh, rules, weights=weights, stacked=stacked)
 
 
 def load(

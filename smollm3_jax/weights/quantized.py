@@ -88,7 +88,9 @@ def _in_pieces(function: Callable[..., Any], *arrays: Any) -> Any:
     return np.concatenate(pieces)
 
 
-def dequantized(config: ModelConfig, tensors: Mapping[str, StoredTensor]) -> tuple[ModelConfig, dict[str, StoredTensor]]:
+def dequantized(
+    config: ModelConfig, tensors: Mapping[str, StoredTensor]
+) -> tuple[ModelConfig, dict[str, StoredTensor]]:
     """A quantized checkpoint as a plain one; weights come as float32."""
     plain = dataclasses.replace(config, quantization=None)
     out = {}

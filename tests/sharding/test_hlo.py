@@ -34,6 +34,20 @@ FileNames
   ROOT %negate.2 = bf16[512,256]{1,0:T(8,128)(2,1)} negate(%transpose.2)
 }
 
+%fused_start (p.3: f32[8,128]) -> (f32[8,128], u32[]) {
+  %p.3 = f32[8,128]{1,0:T(8,128)} parameter(0)
+  %all-gather.5 = f32[8,128]{1,0:T(8,128)} all-gather(%p.3), channel_id=2, dimensions={0}
+  ROOT %started = (f32[8,128]{1,0:T(8,128)}, u32[]{:S(2)}) custom-call(%all-gather.5), \
+custom_call_target="AsyncCollectiveStart"
+}
+
+%fused_done (p.4: f32[8,128], p.5: u32[]) -> f32[8,128] {
+  %p.4 = f32[8,128]{1,0:T(8,128)} parameter(0)
+  %p.5 = u32[]{:S(2)} parameter(1)
+  %all-gather.6 = f32[8,128]{1,0:T(8,128)} all-gather(%p.4), channel_id=2, dimensions={0}
+  ROOT %done = f32[8,128]{1,0:T(8,128)} custom-call(%p.5, %all-gather.6), custom_call_target="AsyncCollectiveDone"
+}
+
 %greedy (t: (f32[8,128], pred[])) -> f32[8,128] {
   %t = (f32[8,128]{1,0:T(8,128)}, pred[]{:T(512)}) parameter(0)
   %gte = f32[8,128]{1,0:T(8,128)} get-tuple-element(%t), index=0
@@ -57,6 +71,8 @@ FileNames
   %kernel.1 = (f32[8,128]{1,0:T(8,128)}, f32[8]{0:T(128)}) custom-call(%w), custom_call_target="tpu_custom_call", \
 metadata={op_name="jit(f)/while/body/paged_attention" stack_frame_id=7}, backend_config={"a":"b{(c"}
   %x.1 = f32[8,128]{1,0:T(8,128)} get-tuple-element(%kernel.1), index=0
+  %fusion.5 = (f32[8,128]{1,0:T(8,128)}, u32[]{:S(2)}) fusion(%x.1), kind=kCustom, calls=%fused_start
+  %fusion.6 = f32[8,128]{1,0:T(8,128)} fusion(%fusion.5), kind=kCustom, calls=%fused_done
   %all-reduce.1 = f32[8,128]{1,0:T(8,128)} all-reduce(%x.1), channel_id=1, replica_groups=[1,4]<=[4], to_apply=%add
   %conditional.1 = f32[8,128]{1,0:T(8,128)} conditional(%i, %s, %s), branch_computations={%greedy, %drawn}
   ROOT %tuple.1 = (s32[]{:T(128)}, f32[8,128]{1,0:T(8,128)}, bf16[256,512]{1,0:T(8,128)(2,1)}) tuple(%i, %x.1, %w)
@@ -112,9 +128,11 @@ def test_where_an_instruction_stands(program):
 
 
 def test_collectives_and_moves(program):
-    assert [(op.opcode, op.in_branch) for op in hlo.collectives(program)] == [
-        ("all-gather", True),
-        ("all-reduce", False),
+    # The asynchronous one is in the fusions that start it, that work meanwhile and that end it.
+    assert [(op.name, op.in_branch) for op in hlo.collectives(program)] == [
+        ("all-gather.5", False),
+        ("all-gather.1", True),
+        ("all-reduce.1", False),
     ]
     # Not the prefetch into VMEM, not the copy inside of a fusion, not the fusion that also negates.
     assert [op.name for op in hlo.moves(program, 0)] == ["copy.3", "fusion.1", "slice.1"]
