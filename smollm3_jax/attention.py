@@ -304,9 +304,7 @@ def _cache_mix(weights_KBTGS: Array, cache: LayerCache, dtype: Any) -> Array:
     kv_heads, batch, length, group, keys = weights_KBTGS.shape
     weights_KBXS = weights_KBTGS.astype(dtype).reshape(kv_heads, batch, -1, keys)
     contract_keys = (((3,), (2,)), ((0, 1), (0, 1)))
-    out = jax.lax.dot_general(
-        weights_KBXS, _values(cache.v, dtype), contract_keys, preferred_element_type=jnp.float32
-    )
+    out = jax.lax.dot_general(weights_KBXS, _values(cache.v, dtype), contract_keys, preferred_element_type=jnp.float32)
     return out.reshape(kv_heads, batch, length, group, -1).transpose(1, 2, 0, 3, 4)
 
 

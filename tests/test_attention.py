@@ -87,7 +87,9 @@ def test_a_few_queries_at_a_time(length, monkeypatch):
     masks = {"q_segments_BT": segments, "kv_segments_BS": segments, "window": scalar(3)}
 
     def out_and_gradients():
-        loss = lambda q, k, v: (attention(q, k, v, **masks) * (segments != 0)[..., None, None] * q).sum()
+        def loss(q, k, v):
+            return (attention(q, k, v, **masks) * (segments != 0)[..., None, None] * q).sum()
+
         return jax.value_and_grad(loss, (0, 1, 2))(q, k, v)
 
     whole = out_and_gradients()
@@ -197,7 +199,9 @@ def test_splash_has_the_gradients_of_plain_attention(as_on_tpu, monkeypatch):
     masks = {"q_segments_BT": segments, "kv_segments_BS": segments}
 
     def gradients():
-        loss = lambda q, k, v: (attention(q, k, v, **masks) * (segments != 0)[..., None, None] * q).sum()
+        def loss(q, k, v):
+            return (attention(q, k, v, **masks) * (segments != 0)[..., None, None] * q).sum()
+
         return jax.grad(loss, (0, 1, 2))(q, k, v)
 
     interpreted = gradients()
@@ -262,7 +266,10 @@ def test_cudnn_is_lowered_for_gpu(monkeypatch):
     for other in (x.update(dtype=jnp.float32), x.update(shape=(2, 64, 8, 160))):
         assert "cudnn" not in lowered(attention, other, other, other)
     segments = jax.ShapeDtypeStruct((2, 64), jnp.int32)
-    with_documents = lambda q, k, s: attention(q, k, k, q_segments_BT=s, kv_segments_BS=s)
+
+    def with_documents(q, k, s):
+        return attention(q, k, k, q_segments_BT=s, kv_segments_BS=s)
+
     assert "cudnn" not in lowered(with_documents, x, kv, segments)
 
 

@@ -58,7 +58,8 @@ def answers(path: Path) -> dict[int, dict]:
 
 def run(model, tokenizer, source, target, params=PARAMS, options: Any = None, **settings) -> Batch:
     with Batch(source, target, params, **settings) as job:
-        job.run(model, tokenizer, **(options or {}))
+        known: dict[str, Any] = {"slots": 2, **(options or {})}  # few sizes, so that little is compiled
+        job.run(model, tokenizer, **known)
     return job
 
 
@@ -71,14 +72,14 @@ def test_every_line_is_answered_as_if_alone(model, tokenizer, tmp_path):
         {"id": None, "prompt": "w8", "repetition_penalty": 1.5, "logprobs": 2, "prompt_logprobs": True},
         {"prompt": "w5 w6", "max_new_tokens": 90},
     ]
-    job = run(model, tokenizer, write(tmp_path / "in", *lines), tmp_path / "out", options={"slots": 2})
+    job = run(model, tokenizer, write(tmp_path / "in", *lines), tmp_path / "out")
     got = answers(tmp_path / "out")
     assert (job.done, job.failed, job.left) == (6, 0, 0)
     assert [got[i].get("id", "none") for i in range(6)] == ["a", "none", "none", 4, None, "none"]
 
     def alone(prompt: list[int], **params: Any) -> list[Completion]:
         own = s3.SamplingParams(**{"max_new_tokens": 5, **params})
-        return complete(model, [Request(prompt, own)], tokenizer=tokenizer)
+        return complete(model, [Request(prompt, own)], tokenizer=tokenizer, max_slots=2, capacity=128)
 
     expected = {
         0: alone([5, 6]),
@@ -148,14 +149,17 @@ def test_nothing_but_bad_lines(model, tokenizer, tmp_path):
     assert answers(tmp_path / "out").keys() == {0, 1}
 
 
-def test_context_limits_lines(model, tokenizer, tmp_path):
+def test_context_limits_lines(model, tokenizer, tmp_path, monkeypatch):
     source = write(tmp_path / "in", {"prompt": "w5 " * 40}, {"prompt": "w5"})
     run(model, tokenizer, source, tmp_path / "out", options={"context": 44})
     got = answers(tmp_path / "out")
     assert got[1]["completion_tokens"] == 5
     assert got[0]["error"] == "the prompt has 40 tokens; with max_new_tokens 5 that exceeds the room of a slot of 44"
-    run(model, tokenizer, source, tmp_path / "more", options={"context": 10**9})
-    assert answers(tmp_path / "more")[0]["completion_tokens"] == 5
+    rooms = []
+    monkeypatch.setattr(batch, "stream", lambda *_, capacity, **__: rooms.append(capacity) or [])
+    for context in (None, 100, 10**9):
+        run(model, tokenizer, source, tmp_path / "more", options={"context": context})
+    assert rooms == [45, 100, 512]  # what is needed, what is asked for, what the model can
 
 
 def test_what_a_line_is(model, tokenizer, tmp_path):

@@ -64,9 +64,7 @@ class Setting:
         # One array a layer: of stacked ones XLA copies some out of their stack when there is one row only.
         self.model = abstract_parameters(self.config, self.sharding)
         cache = jax.eval_shape(lambda: empty_cache(self.config, batch, capacity, jnp.bfloat16))
-        self.cache: KVCache = jax.tree.map(
-            placed, cache, cache_shardings(self.config, jnp.bfloat16, self.sharding)
-        )
+        self.cache: KVCache = jax.tree.map(placed, cache, cache_shardings(self.config, jnp.bfloat16, self.sharding))
         one = one_slot(self.config)
         slots = jax.tree.map(lambda x: jax.ShapeDtypeStruct((batch, *np.shape(x)), x.dtype), one)
         self.slots: Slots = jax.tree.map(placed, slots, slot_shardings(self.sharding))
@@ -83,9 +81,7 @@ class Setting:
         return jax.ShapeDtypeStruct(shape, jnp.int32, sharding=NamedSharding(self.mesh, PartitionSpec()))
 
     def decode(self):
-        return decode.decode.lower(
-            self.model, self.cache, self.slots, self.scalar(), sharding=self.sharding
-        ).compile()
+        return decode.decode.lower(self.model, self.cache, self.slots, self.scalar(), sharding=self.sharding).compile()
 
     def prefill(self, length, past):
         return decode.prefill.lower(
@@ -106,7 +102,9 @@ def abstract_parameters(config: ModelConfig, sharding: Sharding) -> SmolLM3:
         at = named_sharding("weight", axes, value.shape, sharding.mesh, dict(sharding.rules))
         return param.replace(placed(value, at))
 
-    return jax.tree.map(place, abstract_model(config, jnp.bfloat16, stacked=False), is_leaf=lambda x: isinstance(x, nnx.Variable))
+    return jax.tree.map(
+        place, abstract_model(config, jnp.bfloat16, stacked=False), is_leaf=lambda x: isinstance(x, nnx.Variable)
+    )
 
 
 def one_slot(config):
@@ -166,9 +164,7 @@ def tensor_parallel(layers, data):
     )
 
 
-@pytest.mark.parametrize(
-    ("topology", "shape"), [("v5e:4x4", (4, 4)), ("v6e:2x2", (1, 4)), ("v5e:1x1", (1, 1))]
-)
+@pytest.mark.parametrize(("topology", "shape"), [("v5e:4x4", (4, 4)), ("v6e:2x2", (1, 4)), ("v5e:1x1", (1, 1))])
 def test_decode_step(topology, shape, raw_config):
     setting = Setting(raw_config, topology, shape, "serve_tp", 2, 64 if shape[1] == 4 else 8, 8192)
     collectives = tensor_parallel(2, shape[0]) if shape[1] == 4 else Counter()

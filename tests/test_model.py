@@ -55,7 +55,7 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def computed(folder):
     """name -> this package's logits of the batch."""
-    return functools.cache(lambda name: batch_logits(s3.from_pretrained(folder(name)), name))
+    return functools.cache(lambda name: batch_logits(s3.from_pretrained(folder(name), stacked=True), name))
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +101,7 @@ def test_logits_equal_transformers(name, computed, expected):
 def test_logits_without_segments_equal_transformers(name, rows, length, folder):
     tokens = random_tokens(raw_config(name), rows, length, seed=length)
     wanted = reference_logits(reference_model(folder(name)), tokens)
-    got = np.asarray(s3.from_pretrained(folder(name))(jnp.asarray(tokens)))
+    got = np.asarray(s3.from_pretrained(folder(name), stacked=True)(jnp.asarray(tokens)))
     assert np.abs(got - wanted).max() <= bound(wanted)
 
 
@@ -123,7 +123,7 @@ def test_gradients_equal_transformers(name, folder):
 
     # Padding ids are among the tokens: torch gives that row no gradient as an input.
     tokens = random_tokens(raw_config(name), 2, 64)
-    model, reference = s3.from_pretrained(folder(name)), reference_model(folder(name))
+    model, reference = s3.from_pretrained(folder(name), stacked=True), reference_model(folder(name))
     gradients = parameters(gradient_of_mean_cross_entropy(model, jnp.asarray(tokens)))
     ids = torch.tensor(tokens, dtype=torch.long)
     logits = reference(ids[:, :-1]).logits
@@ -145,7 +145,7 @@ def test_bfloat16_is_as_good_as_transformers_own(name, folder):
     path = folder(name, "bfloat16")
     exact = reference_logits(reference_model(path), tokens)
     theirs = np.abs(reference_logits(reference_model(path, "bfloat16"), tokens) - exact)
-    ours = np.abs(np.asarray(s3.from_pretrained(path)(jnp.asarray(tokens))) - exact)
+    ours = np.abs(np.asarray(s3.from_pretrained(path, stacked=True)(jnp.asarray(tokens))) - exact)
     assert ours.max() <= 1.5 * theirs.max()
     assert ours.mean() <= 1.5 * theirs.mean()
 
@@ -180,7 +180,7 @@ def test_right_padded_prefill_is_overwritten(folder):
 
 
 def test_documents_in_a_row_do_not_see_each_other(folder):
-    model = s3.from_pretrained(folder("plain"))
+    model = s3.from_pretrained(folder("plain"), stacked=True)
     (row,) = random_tokens(raw_config("plain"), 1, 30)
     documents = [(0, 11), (11, 25)]
     # The packed row, and below it each document alone at the beginning of a row.
@@ -242,7 +242,7 @@ def flip_one_bit(model):
     ids=lambda spoil: spoil.__name__,
 )
 def test_a_wrong_model_is_seen(spoil, folder, computed):
-    model, expected = s3.from_pretrained(folder("release_like")), golden("release_like")
+    model, expected = s3.from_pretrained(folder("release_like"), stacked=True), golden("release_like")
     assert np.abs(last(computed("release_like")) - expected).max() <= bound(expected)
     spoil(model)
     assert np.abs(last(batch_logits(model, "release_like")) - expected).max() > 2 * bound(expected)
@@ -251,12 +251,12 @@ def test_a_wrong_model_is_seen(spoil, folder, computed):
 def test_compiled_once_for_equal_shapes(folder):
     from smollm3_jax.model import _logits
 
-    model = s3.from_pretrained(folder("plain"))
+    model = s3.from_pretrained(folder("plain"), stacked=True)
     tokens = jnp.asarray(random_tokens(raw_config("plain"), 1, 13))
     model(tokens)
     before = _logits._cache_size()
     model(tokens + 1)
-    s3.from_pretrained(folder("plain"))(tokens)
+    s3.from_pretrained(folder("plain"), stacked=True)(tokens)
     assert _logits._cache_size() == before
 
 
@@ -270,7 +270,7 @@ def test_every_parameter_names_its_axes():
 
 
 def test_wrong_shapes_are_refused(folder):
-    model = s3.from_pretrained(folder("plain"))
+    model = s3.from_pretrained(folder("plain"), stacked=True)
     with pytest.raises(AssertionError):
         model(jnp.zeros(5, jnp.int32))
     with pytest.raises(AssertionError):
@@ -280,7 +280,7 @@ def test_wrong_shapes_are_refused(folder):
 def test_float16_parameters_stay_float16(tmp_path):
     raw = raw_config("plain") | {"torch_dtype": "float16"}
     path = write_checkpoint(tmp_path, raw, random_tensors(raw, dtype="float16"))
-    model = s3.from_pretrained(path)
+    model = s3.from_pretrained(path, stacked=True)
     assert model.embed.dtype == jnp.float16
     assert model(jnp.asarray([[1, 2, 3]])).dtype == jnp.float32
 

@@ -38,7 +38,8 @@ Q4_1 = GGMLQuantizationType.Q4_1
 
 
 def config_of(scheme: str, **fields) -> ModelConfig:
-    raw = raw_config("plain") | {"num_attention_heads": 4, "head_dim": 64, "intermediate_size": 128} | fields
+    raw = raw_config("plain") | {"num_attention_heads": 4, "head_dim": 64, "intermediate_size": 128}
+    raw |= {"num_hidden_layers": 2} | fields
     return dataclasses.replace(ModelConfig.from_hf(raw), quantization=Quantization(weights=scheme))
 
 
@@ -138,8 +139,9 @@ def test_activations_with_outliers_keep_their_small_numbers():
     """A row whose largest number is 200 times the others, as real activations have them."""
     w, x = jnp.asarray(matrix(64, 512)), jnp.asarray(matrix(2, 512, seed=1)).at[:, 7].set(200.0)
     packed = quantized(nnx.Param(w, axes=("mlp", "embed")), "int8")
-    got = linear(x, packed, platform="cpu") - linear(x, packed, platform="tpu")
-    assert np.abs(got).max() < 2e-3 * np.sqrt(512)
+    difference = linear(x, packed, platform="cpu") - linear(x, packed, platform="tpu")
+    # As good as bfloat16 activations: each number off by up to its 1/256th, at random.
+    assert np.abs(difference).max() < 2.0**-7 * np.sqrt(512)
 
 
 def test_the_plain_product_is_one_dot():
@@ -158,7 +160,7 @@ def test_lookup_of_rows(scheme):
     assert lookup(packed, index, "bfloat16").dtype == jnp.bfloat16
 
 
-@pytest.mark.parametrize("scheme", WEIGHT_SCHEMES)
+@pytest.mark.parametrize("scheme", ["int8", "int4"])
 def test_a_quantized_model_runs_from_its_cache_as_without(scheme):
     model = SmolLM3(config_of(scheme), rngs=nnx.Rngs(0))
     tokens = jnp.asarray(random_tokens(raw_config("plain"), 2, 6))
@@ -172,8 +174,8 @@ def test_a_quantized_model_runs_from_its_cache_as_without(scheme):
 def test_int4_keeps_embedding_and_head_in_int8():
     params = parameters(abstract_model(config_of("int4", tie_word_embeddings=False), "bfloat16"))
     assert params["embed.values"].dtype == params["head.values"].dtype == jnp.int8
-    assert params["layers.o.values"].dtype == jnp.uint8 and params["layers.o.values"].shape == (4, 64, 4, 32)
-    assert params["layers.o.scale"].shape == params["layers.o.minimum"].shape == (4, 64, 4, 2)
+    assert params["layers.o.values"].dtype == jnp.uint8 and params["layers.o.values"].shape == (2, 64, 4, 32)
+    assert params["layers.o.scale"].shape == params["layers.o.minimum"].shape == (2, 64, 4, 2)
     assert params["norm"].dtype == jnp.bfloat16
 
 
@@ -211,7 +213,7 @@ def test_groups_must_fit():
 @pytest.mark.parametrize("scheme", ["int8", "int8-g32", "int4"])
 def test_decoding_keeps_no_unpacked_weights(scheme, batch):
     """XLA:CPU unpacks weights before the loop, or all layers' at once, wherever it is let."""
-    config = config_of(scheme, hidden_size=512, intermediate_size=1024, num_hidden_layers=6, no_rope_layer_interval=4)
+    config = config_of(scheme, hidden_size=512, intermediate_size=1024, num_hidden_layers=6)
     model = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), abstract_model(config, "bfloat16", stacked=False))
     cache, slots_ = empty_cache(config, batch, 128, jnp.bfloat16), _no_slots(model, batch)
     compiled = decode.lower(model, cache, slots_, jnp.array(16)).compile()

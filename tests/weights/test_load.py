@@ -295,7 +295,7 @@ def test_mixed_dtypes_need_a_choice(tmp_path, refused, capsys, caplog):
     caplog.set_level(logging.INFO, logger="smollm3_jax")
     for dtype in ("bfloat16", np.float32):
         caplog.clear()
-        model = smollm3_jax.from_pretrained(folder, dtype=dtype)
+        model = smollm3_jax.from_pretrained(folder, dtype=dtype, stacked=True)
         assert {str(p.dtype) for p in (model.embed, model.norm, model.layers.q)} == {model.config.dtype}
         assert model.config.dtype == np.dtype(dtype if dtype != "bfloat16" else ml_dtypes.bfloat16).name
         assert [r.message for r in caplog.records] == [f"casting float32 tensors to {model.config.dtype}"]
@@ -593,7 +593,7 @@ from tiny import random_tokens
 folder, odd, out = sys.argv[1:]
 mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
 tokens = random_tokens({"vocab_size": 160}, 2, 16)
-alone = smollm3_jax.from_pretrained(folder)
+alone = smollm3_jax.from_pretrained(folder, stacked=True)
 model = smollm3_jax.from_pretrained(folder, mesh=mesh)
 report = {"devices": len(jax.devices()), "shards": {}, "same": {}}
 for name, param in parameters(model).items():
