@@ -26,7 +26,7 @@ import jax
 
 from sharding.rules import Sharding
 
-from .chat.template import render
+from .chat.template import encode_chat, render
 from .errors import OptionError, SaveError, SmolLM3Error
 from .generate import Completion, Request, check_request, stream
 from .model import SmolLM3
@@ -343,14 +343,7 @@ class Batch:
 
 def encode_messages(tokenizer: Tokenizer, messages: Sequence[Mapping[str, Any]], thinking: bool = True) -> list[int]:
     """Token ids of a conversation up to the opening of the assistant's next turn, by the chat template."""
-    text = render(
-        tokenizer.chat_template,
-        messages,
-        add_generation_prompt=True,
-        special_tokens=tokenizer.special_tokens,
-        enable_thinking=thinking,
-    )
-    return tokenizer.encode(text, add_special_tokens=False)
+    return encode_chat(tokenizer, messages, add_generation_prompt=True, enable_thinking=thinking)
 
 
 def spell_logprobs(completion: Completion, tokenizer: Tokenizer) -> dict[str, Any]:

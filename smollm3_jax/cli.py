@@ -39,6 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(format="smollm3: %(levelname)s: %(message)s", level=logging.WARNING)
     for package in ("smollm3_jax", "sharding"):
         logging.getLogger(package).setLevel(logging.INFO)
+    logging.getLogger("smollm3_jax.generate").setLevel(logging.WARNING)
     try:
         return args.run(args)
     except (SmolLM3Error, ShardingError) as error:
@@ -100,6 +101,8 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--no-think", action="store_true", help="with --chat: answer without reasoning first")
     generate.add_argument("--json", action="store_true", help="print one JSON object")
     generate.add_argument("--stats", action="store_true", help="speed on standard error, as a terminal always has it")
+    lookup_help = "greedy only: draft N tokens at a time from the text so far, and verify them at once"
+    generate.add_argument("--lookup", type=int, default=0, metavar="N", help=lookup_help)
     _add_sampling(generate)
     many = generate.add_argument_group(
         "many prompts (--input)",
@@ -345,15 +348,17 @@ def _generate(args: argparse.Namespace) -> int:
     else:
         prompt = tokenizer.encode(text)
     request = Request(prompt, params)
-    check_request(checkpoint.config, checkpoint.generation_config, request, tokenizer)
+    check_request(checkpoint.config, checkpoint.generation_config, request, tokenizer, lookup=args.lookup)
     model = _load(args, checkpoint)
+    if args.stats or args.lookup:  # which sizes everything was rounded up to, and how many drafts were accepted
+        logging.getLogger("smollm3_jax.generate").setLevel(logging.INFO)
     samples = [Completion.empty() for _ in range(params.n)]
     live = params.n == 1 and not args.json
     arrivals = []
     begin = time.monotonic()
     with contextlib.ExitStack() as waiting:
         waiting.enter_context(busy("generating"))
-        for delta in stream(model, [request], tokenizer=tokenizer, cache_dtype=args.cache):
+        for delta in stream(model, [request], tokenizer=tokenizer, cache_dtype=args.cache, lookup=args.lookup):
             arrivals.append((time.monotonic() - begin, len(delta.token_ids)))
             samples[delta.sample].add(delta)
             if live:
@@ -403,8 +408,8 @@ def _generate_many(args: argparse.Namespace) -> int:
 
     if args.output is None:
         raise OptionError("--input needs --output, the file that the answers go to")
-    if args.json or args.stats:
-        raise OptionError(f"--{'json' if args.json else 'stats'} is for one prompt: leave it out with --input")
+    if given := [name for name in ("json", "stats", "lookup") if getattr(args, name)]:
+        raise OptionError(f"--{given[0]} is for one prompt: leave it out with --input")
     checkpoint, tokenizer = _open_checkpoint(args)
     params = _sampling_params(args, checkpoint.generation_config)
     # A folder under all of its names; a hub id stays one.

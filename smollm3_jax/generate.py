@@ -23,7 +23,7 @@ from .config import GenerationConfig, ModelConfig
 from .decode import MAX_STEPS, Chosen, Slots, decode, free, insert, prefill, slot_shardings
 from .errors import OptionError
 from .kv_cache import KVCache, empty_cache
-from .lookup import can_draft, decode_lookup, remember
+from .lookup import MAX_DRAFT, can_draft, decode_lookup, remember
 from .model import SmolLM3
 from .sampling import MAX_STOP_IDS, Choice, SamplingParams
 from .tokenizer import Tokenizer
@@ -291,6 +291,8 @@ def check_request(
                 f"{what} of {room}"
             )
     params.check_ids(config.vocab_size)
+    if not 0 <= lookup <= MAX_DRAFT:
+        raise OptionError(f"lookup is {lookup}; it must be from 0 (off) to {MAX_DRAFT}")
     if lookup and not can_draft(params):
         raise OptionError(
             "prompt lookup verifies greedy decoding: it needs temperature 0, and takes no penalties, logit_bias, "

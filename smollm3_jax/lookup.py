@@ -26,6 +26,10 @@ from .sampling import SamplingParams
 NGRAM = 3
 
 
+# The most tokens that may be drafted at a time.
+MAX_DRAFT = 64
+
+
 def can_draft(params: SamplingParams) -> bool:
     """Whether verification equals decoding: greedy choice of unchanged logits, token by token."""
     plain = SamplingParams(temperature=params.temperature)

@@ -68,3 +68,9 @@ def test_drafts_are_what_followed_last_time(history, expected):
 def test_what_cannot_be_verified_is_refused(model, params):
     with pytest.raises(OptionError, match="prompt lookup"):
         complete(model, [Request([1], s3.SamplingParams(**params))], lookup=4)
+
+
+@pytest.mark.parametrize("lookup", [-1, 65])
+def test_a_draft_of_absurd_length_is_refused(model, lookup):
+    with pytest.raises(OptionError, match="lookup is"):
+        complete(model, [Request([1])], lookup=lookup)
