@@ -206,6 +206,8 @@ def _adjust(logits_BV: Array, choice: Choice) -> Array:
 
 def _draw(logits_BV: Array, choice: Choice, step_B: Array) -> Array:
     temperature_B1 = jnp.where(choice.temperature > 0, choice.temperature, 1)[:, None]
+    # From the largest down: however low the temperature, only differences become infinite.
+    logits_BV = logits_BV - logits_BV.max(axis=1, keepdims=True)
     kept_BV = cut(logits_BV / temperature_B1, choice.top_k, choice.top_p, choice.min_p)
     keys_B = jax.vmap(lambda seed, step: jax.random.fold_in(jax.random.key(seed), step))(choice.seed, step_B)
     return jax.vmap(jax.random.categorical)(keys_B, kept_BV).astype(jnp.int32)

@@ -162,7 +162,7 @@ def test_lookup_of_rows(scheme):
 
 @pytest.mark.parametrize("scheme", ["int8", "int4"])
 def test_a_quantized_model_runs_from_its_cache_as_without(scheme):
-    model = SmolLM3(config_of(scheme), rngs=nnx.Rngs(0))
+    model = SmolLM3(config_of(scheme, num_hidden_layers=1), rngs=nnx.Rngs(0))
     tokens = jnp.asarray(random_tokens(raw_config("plain"), 2, 6))
     whole = model(tokens)
     logits, cache = model(tokens[:, :5], cache=empty_cache(model.config, 2, 8, jnp.float32))
@@ -205,7 +205,7 @@ def test_groups_must_fit():
     for scheme, fields in (("int4", {"head_dim": 24}), ("int8-g64", {"intermediate_size": 96})):
         with pytest.raises(ConfigError, match=r"quantized weights in groups of (32|64)"):
             config_of(scheme, **fields)
-    assert len(slots(config_of("int8", head_dim=24))) > len(slots(ModelConfig.from_hf(raw_config("plain"))))
+    assert "model.norm.weight" in slots(config_of("int8", head_dim=24, intermediate_size=96))
 
 
 @pytest.mark.slow

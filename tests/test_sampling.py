@@ -102,6 +102,12 @@ def test_frequencies_are_the_definitions(params):
     assert_drawn_with(weights / weights.sum(), jnp.asarray(logits, jnp.float32)[None], choice_of((params, [0], [])))
 
 
+def test_a_tiny_temperature_is_greedy():
+    logits = jnp.zeros((1, VOCAB)).at[0, 7].set(1.0)
+    choice = choice_of((SamplingParams(temperature=1e-37), [0], []))
+    assert int(choose(logits, choice, jnp.zeros(1, jnp.int32))[0]) == 7
+
+
 def test_presence_frequency_and_bias_are_subtracted_and_added():
     logits = jnp.zeros((1, VOCAB)).at[0, 4].set(1.0).at[0, 6].set(0.9)
     greedy = SamplingParams()
