@@ -95,11 +95,16 @@ people say, but they still plant their gardens on its banks, for the soil is bla
 class Worker:
     """One engine in its process, loaded; answers one command at a time."""
 
-    def __init__(self, engine: str, command: Sequence[str]):
+    def __init__(self, engine: str, command: Sequence[str], environment: dict[str, str] | None = None):
         self.engine = engine
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115
         self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors, text=True
+            command,
+            env=environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._errors,
+            text=True,
         )
         try:
             self.load = self.ask()
@@ -455,9 +460,13 @@ def run(args: argparse.Namespace) -> None:
     if args.out and importlib.util.find_spec("matplotlib") is None:
         say("no chart: matplotlib is missing; pip install 'smollm3-jax[bench]'")
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: args.threads])  # the engines inherit it
-    os.environ |= {"JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": str(args.threads)}
     root = str(Path(__file__).resolve().parents[1])
-    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
+    environment = os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "CUDA_VISIBLE_DEVICES": "",
+        "OMP_NUM_THREADS": str(args.threads),
+        "PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")])),
+    }
     folder = {"demo": pull_demo, "random-3b": random_3b}.get(args.model, lambda: Path(args.model))()
     config = ModelConfig.from_hf(folder)
     ids = token_ids(folder, config, max(*args.prefill, max(args.batch) * args.prompt))
@@ -465,7 +474,7 @@ def run(args: argparse.Namespace) -> None:
     start = {}
     for engine in engines:
         command = engine_command(engine, folder, args)
-        start[engine] = lambda engine=engine, command=command: Worker(engine, command)
+        start[engine] = lambda engine=engine, command=command: Worker(engine, command, environment)
     samples = measure(start, commands, args.rounds, args.one_at_a_time, say)
 
     weights = {
@@ -483,25 +492,30 @@ def run(args: argparse.Namespace) -> None:
     if others > BUSY:
         say(f"other processes used {others:.0%} of the cores meanwhile (median): measure again on a quiet machine")
     if args.out:
-        versions = {name: number for sample in samples for name, number in sample.pop("versions", {}).items()}
         commit = subprocess.run(["git", "-C", root, "describe", "--always", "--dirty"], capture_output=True, text=True)
+        versions = {name: number for sample in samples for name, number in sample.get("versions", {}).items()}
         result = {
             "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
             "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
             "model": folder.resolve().name,
             "engines": labels,
             "machine": machine(args.threads),
-            "versions": {"smollm3_jax": commit.stdout.strip(), **versions},
+            "versions": {OURS: commit.stdout.strip(), **versions},
             "tokens": {what: token_count(command) for what, command in commands.items()},
             "results": rows,
             "greedy_agreement": same,
             "others": others,
-            "samples": [{k: v for k, v in sample.items() if k != "tokens"} for sample in samples],
+            "samples": [{k: v for k, v in sample.items() if k not in ("tokens", "versions")} for sample in samples],
         }
-        args.out.write_text(json.dumps(result, indent=2) + "\n")
-        if importlib.util.find_spec("matplotlib") is not None:
-            title = f"{result['model']}, {result['machine']['processor']}, {args.threads} threads"
-            draw(rows, labels, title, args.out.with_suffix(".png"))
+        save(result, args.out)
+
+
+def save(result: dict[str, Any], path: Path) -> None:
+    """The JSON file and, where there is matplotlib, the chart beside it."""
+    path.write_text(json.dumps(result, indent=2) + "\n")
+    if importlib.util.find_spec("matplotlib") is not None:
+        title = f"{result['model']}, {result['machine']['processor']}, {result['machine']['threads']} threads"
+        draw(result["results"], result["engines"], title, path.with_suffix(".png"))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -24,7 +24,6 @@ from .kv_cache import KVCache, copy_row
 from .model import SmolLM3
 from .sampling import MAX_LOGPROBS, Choice, choose, log_probabilities
 
-
 # N, the most tokens that one call of `decode` chooses for a slot.
 MAX_STEPS = 16
 
@@ -103,12 +102,11 @@ def prefill(
     x_1TD, cache = model.hidden(
         tokens_1T, segment_ids=segments_1T, cache=cache, slot=slot, past=past, sharding=sharding
     )
-    assert cache is not None
     if not logprobs:
         return cache, None
 
     def one(x_and_next: tuple[Array, Array]) -> Array:  # a few rows at a time: T x V is large
-        logits_V = model.unembed(x_and_next[0])
+        logits_V = model.unembed(x_and_next[0], sharding)
         return logits_V[x_and_next[1]] - jax.nn.logsumexp(logits_V)
 
     return cache, jax.lax.map(one, (x_1TD[0], next_T), batch_size=16)
@@ -165,7 +163,7 @@ def decode(
         step, cache, slots, chosen = state
         segments_B1 = slots.active.astype(jnp.int32)[:, None]
         x_B1D, cache = model.hidden(slots.token[:, None], segment_ids=segments_B1, cache=cache, sharding=sharding)
-        logits_BV = model.unembed(x_B1D[:, 0])
+        logits_BV = model.unembed(x_B1D[:, 0], sharding)
         token_B = _close_thinking(choose(logits_BV, slots.choice, slots.generated), slots)
         logprob_B, top_ids, top_logprobs = log_probabilities(logits_BV, token_B, slots.choice.logprobs)
         # A finished slot runs along; what it says is neither kept nor fed to anyone else.

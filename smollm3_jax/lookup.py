@@ -44,9 +44,7 @@ def remember(history_BS: Array, slot: Array, tokens_S: Array) -> Array:
     return history_BS.at[slot].set(tokens_S)
 
 
-@functools.partial(
-    jax.jit, static_argnames=("draft", "sharding"), donate_argnames=("cache", "slots", "history_BS")
-)
+@functools.partial(jax.jit, static_argnames=("draft", "sharding"), donate_argnames=("cache", "slots", "history_BS"))
 def decode_lookup(
     model: SmolLM3,
     cache: KVCache,
@@ -82,7 +80,7 @@ def decode_lookup(
         draft_BD = jax.vmap(functools.partial(_draft, count=draft))(history_BS, length_B)
         tokens_BT = jnp.concatenate([slots.token[:, None], jnp.maximum(draft_BD, 0)], axis=1)
         x_BTD, cache = model.hidden(tokens_BT, cache=cache, sharding=sharding)
-        said_BT = jnp.argmax(model.unembed(x_BTD), axis=-1).astype(jnp.int32)
+        said_BT = jnp.argmax(model.unembed(x_BTD, sharding), axis=-1).astype(jnp.int32)
         agrees_BD = jnp.cumprod(said_BT[:, :-1] == draft_BD, axis=1)
         # A sequence ends at its limit, or with the first stop token.
         stops_BT = (said_BT[:, :, None] == slots.stop_ids[:, None, :]).any(axis=2)

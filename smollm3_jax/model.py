@@ -80,7 +80,7 @@ class SmolLM3(nnx.Module):
         self.config = config
         self.generation_config = generation_config or GenerationConfig.from_hf({}, config)
         self.embed = _weight(config, "embed", ("vocab", "embed"), rngs, dtype)
-        self.layers = Block(config, rngs=rngs, dtype=dtype)
+        self.layers: Block | nnx.List[Block] = Block(config, rngs=rngs, dtype=dtype)
         self.norm = nnx.Param(jnp.ones(config.hidden_size, dtype), axes=("embed",))
         tied = config.tie_word_embeddings
         self.head = None if tied else _weight(config, "head", ("vocab", "embed"), rngs, dtype)
@@ -123,7 +123,7 @@ class SmolLM3(nnx.Module):
         slot: Array | None = None,
         past: int | None = None,
         sharding: Sharding | None = None,
-    ) -> tuple[Array, KVCache | None]:
+    ) -> tuple[Array, Any]:
         """The model up to its final norm: [B, T, D] for `unembed`, and the cache (None without one).
 
         Args:
@@ -243,7 +243,9 @@ def _run_layers(
     kept = []
     for i, (use_rope, window) in enumerate(zip(config.rope_layers, windows, strict=True)):
         cached = None if cache is None else cache.layers[i]
-        weights = jax.tree.map(lambda x, i=i: x[i], model.layers) if isinstance(model.layers, Block) else model.layers[i]
+        weights = (
+            jax.tree.map(lambda x, i=i: x[i], model.layers) if isinstance(model.layers, Block) else model.layers[i]
+        )
         x_BTD, out = step(x_BTD, (weights, jnp.array(use_rope), _int_or_none(window), cached))
         kept.append(out)
     states = jnp.stack([state for state, _ in kept]) if keep_states else None

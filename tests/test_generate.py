@@ -175,7 +175,7 @@ def test_text_ends_before_a_stop_text_however_tokens_cut_it(model):
             params = s3.SamplingParams(max_new_tokens=30, stop=["never", stop])
             deltas = list(stream(model, [Request(PROMPTS[0], params)], tokenizer=Letters(), steps=steps))
             assert "".join(delta.text for delta in deltas) == whole[:end]
-            assert sum((list(delta.token_ids) for delta in deltas), []) == free[: end + length]
+            assert [token for delta in deltas for token in delta.token_ids] == free[: end + length]
             assert [delta.finish_reason for delta in deltas][-1] == "stop"
             assert all(delta.finish_reason is None for delta in deltas[:-1])
 
@@ -249,7 +249,8 @@ def test_an_int8_cache_is_close(model):
 
 
 @pytest.mark.parametrize(
-    ("prompt", "words"), [([], "prompt 1 is empty"), ([160], "160"), ([-1], "-1"), ([1] * 500, "500 tokens.*context of 512")]
+    ("prompt", "words"),
+    [([], "prompt 1 is empty"), ([160], "160"), ([-1], "-1"), ([1] * 500, "500 tokens.*context of 512")],
 )
 def test_bad_prompts_are_named(model, prompt, words):
     with pytest.raises(OptionError, match=words):

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from smollm3_jax.errors import OptionError
 from smollm3_jax import sampling
+from smollm3_jax.errors import OptionError
 from smollm3_jax.sampling import MAX_BIASES, Choice, SamplingParams
 
 VOCAB = 40
@@ -93,7 +93,9 @@ def assert_drawn_with(weights: np.ndarray, logits_1V: jax.Array, choice: Choice)
     assert (np.abs(found - weights) <= 5 * np.sqrt(weights * (1 - weights) / draws)).all()
 
 
-@pytest.mark.parametrize("params", [{"temperature": 1.0}, {"temperature": 0.5, "top_k": 3}, {"temperature": 1.3, "top_p": 0.6}])
+@pytest.mark.parametrize(
+    "params", [{"temperature": 1.0}, {"temperature": 0.5, "top_k": 3}, {"temperature": 1.3, "top_p": 0.6}]
+)
 def test_frequencies_are_the_definitions(params):
     logits = np.random.RandomState(0).standard_normal(VOCAB) * 2
     params = SamplingParams(**params)
@@ -195,7 +197,9 @@ def test_what_is_out_of_range_is_named(field, value):
         SamplingParams(**{field: value})
 
 
-@pytest.mark.parametrize(("field", "value"), [("logit_bias", {VOCAB: 1.0}), ("stop_token_ids", [-1]), ("logit_bias", {"a": 1.0})])
+@pytest.mark.parametrize(
+    ("field", "value"), [("logit_bias", {VOCAB: 1.0}), ("stop_token_ids", [-1]), ("logit_bias", {"a": 1.0})]
+)
 def test_ids_outside_the_vocabulary_are_named(field, value):
     with pytest.raises(OptionError, match=field):
         SamplingParams(**{field: value}).check_ids(VOCAB)
