@@ -42,7 +42,7 @@ from typing import Any
 import numpy as np
 from bench_peers import BenchError, write_gguf
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from smollm3_jax.config import ModelConfig
 from smollm3_jax.errors import SmolLM3Error, TokenizerError
@@ -360,7 +360,7 @@ def table(rows: Sequence[dict[str, Any]], labels: dict[str, str]) -> Table:
     """One line a measurement: our value, then each peer's and the ratio."""
     peers = [engine for engine in labels if engine != OURS]
     columns = [column for peer in peers for column in (labels[peer], "ratio")]
-    result = Table("what", "unit", labels[OURS], *columns)
+    result = Table(Column("what", no_wrap=True), "unit", labels[OURS], *columns)
     for row in rows:
         cells = [cell for peer in peers for cell in (f"{row['values'][peer]:.3g}", f"{row['ratios'][peer]:.2f}")]
         result.add_row(row["what"], row["unit"], f"{row['values'][OURS]:.3g}", *cells)
@@ -452,7 +452,7 @@ def run(args: argparse.Namespace) -> None:
     console = Console(stderr=True)
 
     def say(text: str) -> None:
-        console.print(text, markup=False, highlight=False)
+        console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     engines = [OURS, *args.peer]
     if LLAMA in engines:
