@@ -53,7 +53,7 @@ def libtpu():
 class Setting:
     """A model, its cache and slots for named devices: shapes and places, no arrays."""
 
-    def __init__(self, raw, topology, shape, rules, layers, batch, capacity):
+    def __init__(self, raw, topology, shape, rules, layers, batch, capacity, stacked=True):
         raw = {**raw, "num_hidden_layers": layers, "no_rope_layers": raw["no_rope_layers"][:layers]}
         raw.pop("layer_types", None)
         self.config = ModelConfig.from_hf(raw)
@@ -61,16 +61,15 @@ class Setting:
         devices = topologies.get_topology_desc(platform="tpu", topology_name=topology, **one_chip).devices
         self.mesh = Mesh(np.array(devices).reshape(shape), ("data", "tensor"))
         self.sharding = Sharding.of(self.mesh, rules)
-        # One array a layer: of stacked ones XLA copies some out of their stack when there is one row only.
-        self.model = abstract_parameters(self.config, self.sharding)
+        self.model = abstract_parameters(self.config, self.sharding, stacked)
         cache = jax.eval_shape(lambda: empty_cache(self.config, batch, capacity, jnp.bfloat16))
         self.cache: KVCache = jax.tree.map(placed, cache, cache_shardings(self.config, jnp.bfloat16, self.sharding))
         one = one_slot(self.config)
         slots = jax.tree.map(lambda x: jax.ShapeDtypeStruct((batch, *np.shape(x)), x.dtype), one)
         self.slots: Slots = jax.tree.map(placed, slots, slot_shardings(self.sharding))
-        matrices = [x for x in jax.tree.leaves(self.model.layers) if len(x.shape) > 1]
+        matrices = [x for x in jax.tree.leaves(self.model.layers) if len(x.shape) > 1 + stacked]
         # As one device has them.
-        self.layer_weight = min(share(x) for x in matrices)
+        self.layer_weight = min(share(x) for x in matrices) // (layers if stacked else 1)
         self.layer_cache = share(self.cache.layers[0].k)
         self.weights, self.state = (
             sum(share(x) for x in jax.tree.leaves(tree)) for tree in (self.model, (self.cache, self.slots))
@@ -96,14 +95,14 @@ class Setting:
         ).compile()
 
 
-def abstract_parameters(config: ModelConfig, sharding: Sharding) -> SmolLM3:
+def abstract_parameters(config: ModelConfig, sharding: Sharding, stacked: bool) -> SmolLM3:
     def place(param):
         axes, value = param.get_metadata("axes"), param.get_value()
         at = named_sharding("weight", axes, value.shape, sharding.mesh, dict(sharding.rules))
         return param.replace(placed(value, at))
 
     return jax.tree.map(
-        place, abstract_model(config, jnp.bfloat16, stacked=False), is_leaf=lambda x: isinstance(x, nnx.Variable)
+        place, abstract_model(config, jnp.bfloat16, stacked=stacked), is_leaf=lambda x: isinstance(x, nnx.Variable)
     )
 
 
@@ -186,7 +185,7 @@ LONG = Counter({"all-gather": 3 * DEEP, "all-reduce": 4 * DEEP + 1 + 2 + 2})
 @pytest.mark.slow
 def test_one_long_sequence_at_full_depth(raw_config):
     """131,072 tokens of context, in four parts: each device looks at its own, and parts of sums are put together."""
-    setting = Setting(raw_config, "v5e:2x2", (1, 4), "serve_tp_long", DEEP, 1, 131072)
+    setting = Setting(raw_config, "v5e:2x2", (1, 4), "serve_tp_long", DEEP, 1, 131072, stacked=False)
     check_decode(setting, "v5e", LONG, kernels=0)
 
 

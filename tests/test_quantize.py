@@ -218,4 +218,4 @@ def test_decoding_keeps_no_unpacked_weights(scheme, batch):
     cache, slots_ = empty_cache(config, batch, 128, jnp.bfloat16), _no_slots(model, batch)
     compiled = decode.lower(model, cache, slots_, jnp.array(16)).compile()
     layer = 2 * (3 * 512 * 1024 + 2 * 512 * 256 + 2 * 512 * 128)  # bfloat16 bytes; there are six
-    assert compiled.memory_analysis().temp_size_in_bytes < 1.5 * layer
+    assert compiled.memory_analysis().temp_size_in_bytes < 2 * layer
