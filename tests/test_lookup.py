@@ -27,7 +27,7 @@ def test_the_text_is_that_of_greedy_decoding(model, limits, caplog):
         Request(prompt, s3.SamplingParams(max_new_tokens=limit)) for prompt, limit in zip(PROMPTS, limits, strict=True)
     ]
     expected = [completion.token_ids for completion in complete(model, requests)]
-    with caplog.at_level(logging.INFO, logger="smollm3_jax"):
+    with caplog.at_level(logging.INFO, logger="smollm3_jax.generate"):
         found = complete(model, requests, lookup=6)
     assert [completion.token_ids for completion in found] == expected
     assert [completion.finish_reason for completion in found] == ["length"] * 3
