@@ -27,6 +27,8 @@ from smollm3_jax.model import SmolLM3
 from smollm3_jax.sampling import MAX_STOP_IDS, Choice, SamplingParams
 from smollm3_jax.weights.key_map import abstract_model
 
+pytestmark = pytest.mark.slow
+
 MIB = 2**20
 HBM = {"v5e": 16 * 1024 * MIB, "v6e": 32 * 1024 * MIB}
 DEEP = 36
@@ -53,6 +55,8 @@ def libtpu():
 class Setting:
     """A model, its cache and slots for named devices: shapes and places, no arrays."""
 
+    # Stacked layers are what a mesh gets by default. At batch 1 XLA copies some weights out of their stacks in
+    # every step, all layers' at once; one array a layer it reads in place.
     def __init__(self, raw, topology, shape, rules, layers, batch, capacity, stacked=True):
         raw = {**raw, "num_hidden_layers": layers, "no_rope_layers": raw["no_rope_layers"][:layers]}
         raw.pop("layer_types", None)
@@ -163,14 +167,13 @@ def tensor_parallel(layers, data):
     )
 
 
-@pytest.mark.parametrize(("topology", "shape"), [("v5e:4x4", (4, 4)), ("v6e:2x2", (1, 4)), ("v5e:1x1", (1, 1))])
+@pytest.mark.parametrize(("topology", "shape"), [("v6e:2x2", (1, 4)), ("v5e:1x1", (1, 1))])
 def test_decode_step(topology, shape, raw_config):
     setting = Setting(raw_config, topology, shape, "serve_tp", 2, 64 if shape[1] == 4 else 8, 8192)
     collectives = tensor_parallel(2, shape[0]) if shape[1] == 4 else Counter()
     check_decode(setting, topology[:3], collectives, kernels=2)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("topology", "shape"), [("v5e:2x2", (1, 4)), ("v5e:4x4", (4, 4))])
 def test_decode_step_at_full_depth(topology, shape, raw_config):
     setting = Setting(raw_config, topology, shape, "serve_tp", DEEP, 64, 8192)
@@ -182,20 +185,17 @@ def test_decode_step_at_full_depth(topology, shape, raw_config):
 LONG = Counter({"all-gather": 3 * DEEP, "all-reduce": 4 * DEEP + 1 + 2 + 2})
 
 
-@pytest.mark.slow
 def test_one_long_sequence_at_full_depth(raw_config):
     """131,072 tokens of context, in four parts: each device looks at its own, and parts of sums are put together."""
     setting = Setting(raw_config, "v5e:2x2", (1, 4), "serve_tp_long", DEEP, 1, 131072, stacked=False)
     check_decode(setting, "v5e", LONG, kernels=0)
 
 
-@pytest.mark.slow
 def test_prefill(raw_config):
     setting = Setting(raw_config, "v5e:2x2", (1, 4), "serve_tp", 2, 16, 8192)
     check_prefill(setting, 8192, past=0)
 
 
-@pytest.mark.slow
 def test_prefill_behind_a_past(raw_config):
     """Several groups of devices: the past comes from the one that has the slot."""
     setting = Setting(raw_config, "v5e:4x4", (4, 4), "serve_tp", 2, 32, 16384)
