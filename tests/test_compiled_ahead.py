@@ -75,9 +75,7 @@ class Setting:
         # As one device has them.
         self.layer_weight = min(share(x) for x in matrices) // (layers if stacked else 1)
         self.layer_cache = share(self.cache.layers[0].k)
-        self.weights, self.state = (
-            sum(share(x) for x in jax.tree.leaves(tree)) for tree in (self.model, (self.cache, self.slots))
-        )
+        self.state = sum(share(x) for x in jax.tree.leaves((self.cache, self.slots)))
 
     def scalar(self, *shape):
         """Of int32, the same on every device."""
@@ -133,7 +131,7 @@ def share(x):
     return int(np.prod(x.sharding.shard_shape(x.shape))) * x.dtype.itemsize
 
 
-def check_decode(setting, chip, per_layer, kernels):
+def check_decode(setting, chip, collectives, kernels):
     """What must hold of the decode step on any devices."""
     compiled = setting.decode()
     memory, program = hlo.memory(compiled), hlo.operations(compiled)
@@ -149,7 +147,7 @@ def check_decode(setting, chip, per_layer, kernels):
     assert found["tpu_custom_call"] == kernels
     # Branches are what only some requests need: penalties, draws, lists of alternatives.
     always = Counter(op.opcode for op in hlo.collectives(program) if not op.in_branch)
-    assert always == per_layer, sorted((op.opcode, op.op_name) for op in hlo.collectives(program) if not op.in_branch)
+    assert always == collectives, sorted((op.opcode, op.op_name) for op in hlo.collectives(program) if not op.in_branch)
     assert all(op.in_loop for op in hlo.collectives(program))
 
 
