@@ -288,7 +288,7 @@ from sharding.rules import Sharding, named_sharding
 from smollm3_jax import attention as attention_module, generate as generate_module
 from smollm3_jax.attention import attention, decode_attention
 from smollm3_jax.generate import Request, complete
-from smollm3_jax.kv_cache import LayerCache, empty_cache
+from smollm3_jax.kv_cache import LayerCache, cache_shardings, copy_row, empty_cache
 from tiny import raw_config
 
 small = {"num_key_value_heads": 4, "num_hidden_layers": 2, "no_rope_layers": [1, 0]}
@@ -335,6 +335,18 @@ for cache_dtype, tables in ((None, ("serve_tp", "serve_tp_long")), ("int8", ("se
         report[f"{rules} {cache_dtype}"] = [
             got[0] == alone[0], *(float(np.abs(x - y).max()) for x, y in zip(got[1:], alone[1:], strict=True))
         ]
+
+# Rows of several devices: a copy of one into another.
+for rules in ("serve_tp", "serve_tp_long"):
+    sharding = Sharding.of(mesh, rules)
+    rows = jax.tree.map(lambda x: jnp.asarray(np.random.RandomState(0).randint(0, 99, x.shape), x.dtype),
+                        empty_cache(config, 4, 32, jnp.float32))
+    placed = jax.device_put(rows, cache_shardings(config, jnp.float32, sharding))
+    for source, target in ((0, 3), (3, 0), (1, 0), (2, 2)):
+        got, expected = (copy_row(x, jnp.array(source), jnp.array(target), y)
+                         for x, y in ((placed, sharding), (rows, None)))
+        same = jax.tree.map(lambda x, y: bool((x == y).all()), jax.device_get(got), jax.device_get(expected))
+        assert all(jax.tree.leaves(same)), (rules, source, target)
 
 # The kernels, each device on its own part.
 sharding = Sharding.of(mesh, "serve_tp")
