@@ -58,17 +58,16 @@ def linear(x: Array, weight: Weight, contracted: int = 1, platform: str | None =
     if isinstance(weight, Quantized):
         out = _quantized_product(x2, weight, platform or jax.default_backend())
     else:
-        out = _product(x2, weight[...].reshape(-1, x2.shape[1]))
+        out = _product(x2, weight[...].reshape(-1, x2.shape[1]), platform or jax.default_backend())
     return out.reshape(*x.shape[: x.ndim - contracted], *weight.shape[:split])
 
 
-def _product(x_RK: Array, w_NK: Array) -> Array:
-    rows = x_RK.shape[0]
-    # XLA:CPU turns a whole bfloat16 matrix into float32 for a product with one row, not with two.
-    if rows == 1 and x_RK.dtype != jnp.float32:
-        x_RK = jnp.concatenate([x_RK, jnp.zeros_like(x_RK)])
-    out = jax.lax.dot_general(x_RK, w_NK, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
-    return out[:rows]
+def _product(x_RK: Array, w_NK: Array, platform: str) -> Array:
+    if platform == "cpu" and x_RK.shape[0] == 1 and x_RK.dtype != jnp.float32:
+        # For a product with one row XLA:CPU would first turn the whole matrix into float32; this goes through it once.
+        w_NK, x_RK = jax.lax.optimization_barrier((w_NK, x_RK))
+        return (w_NK.astype(jnp.float32) * x_RK.astype(jnp.float32)).sum(axis=1)[None]
+    return jax.lax.dot_general(x_RK, w_NK, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
 
 
 def kernel(scheme: str | None, rows: int, platform: str) -> str:
@@ -94,9 +93,9 @@ def _quantized_product(x_RK: Array, weight: Quantized, platform: str) -> Array:
         never = (x_RK[0, 0] > 1) & (x_RK[0, 0] < -1)
         values = values ^ never.astype(values.dtype)
     if by == "weight-only":
-        return _product(x_RK, values.astype(x_RK.dtype).reshape(-1, x_RK.shape[1])) * scale.reshape(-1)
+        return _product(x_RK, values.astype(x_RK.dtype).reshape(-1, x_RK.shape[1]), platform) * scale.reshape(-1)
     minimum = None if weight.minimum is None else weight.minimum[...]
-    return _product(x_RK, dequantize(values, scale, minimum).astype(x_RK.dtype).reshape(-1, x_RK.shape[1]))
+    return _product(x_RK, dequantize(values, scale, minimum).astype(x_RK.dtype).reshape(-1, x_RK.shape[1]), platform)
 
 
 def _integer_product(x_RK: Array, w_NK: Array) -> Array:
