@@ -1,4 +1,5 @@
 import os
+import signal
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -9,6 +10,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # on tiny models, torch's threads
 
 import jax
 import pytest
+
+# Where a shell started the tests in the background, Ctrl-C is ignored, and would be by the programs under test.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Tiny models take longer to compile than to run: leave out what only makes programs fast. (LLVM's passes;
 # XLA's own stay, and so do the subprocesses' programs and those of test_real_weights.py.)
