@@ -44,7 +44,7 @@ from bench_peers import BenchError, write_gguf
 from rich.console import Console
 from rich.table import Column, Table
 
-from smollm3_jax.config import ModelConfig
+from smollm3_jax.config import SMOLLM3_3B, ModelConfig
 from smollm3_jax.errors import SmolLM3Error, TokenizerError
 from smollm3_jax.progress import busy, progress
 from smollm3_jax.tokenizer import load_tokenizer
@@ -59,28 +59,6 @@ OURS, TRANSFORMERS, LLAMA = "smollm3_jax", "transformers", "llama.cpp"
 BUSY = 0.05  # the share of the machine's cores, used by others, from which figures are doubtful
 NODE_VERSION = "3.22.1"
 GGUF_KINDS = {"float32": "F32", "bfloat16": "BF16", "int8": "Q8_0"}
-RELEASE = {  # config.json of HuggingFaceTB/SmolLM3-3B, as far as it matters here
-    "architectures": ["SmolLM3ForCausalLM"],
-    "model_type": "smollm3",
-    "vocab_size": 128256,
-    "hidden_size": 2048,
-    "intermediate_size": 11008,
-    "num_hidden_layers": 36,
-    "num_attention_heads": 16,
-    "num_key_value_heads": 4,
-    "hidden_act": "silu",
-    "max_position_embeddings": 65536,
-    "rms_norm_eps": 1e-06,
-    "rope_theta": 5000000.0,
-    "rope_scaling": None,
-    "no_rope_layer_interval": 4,
-    "no_rope_layers": [1, 1, 1, 0] * 9,
-    "tie_word_embeddings": True,
-    "bos_token_id": 128000,
-    "eos_token_id": 128012,
-    "pad_token_id": 128004,
-    "torch_dtype": "bfloat16",
-}
 TEXT = """
 A river begins as almost nothing: a wet place in a meadow, a spring under a stone, the edge of a melting field of
 snow. It finds its way downhill because water can do nothing else, and on the way it gathers what other slopes have
@@ -188,7 +166,7 @@ def random_3b() -> Path:
         return folder
     block = (0.02 * np.random.default_rng(0).standard_normal(1 << 24, np.float32)).astype(NUMPY_DTYPES["bfloat16"])
     tensors = []
-    for number, (name, slot) in enumerate(slots(ModelConfig.from_hf(RELEASE)).items()):
+    for number, (name, slot) in enumerate(slots(ModelConfig.from_hf(SMOLLM3_3B)).items()):
 
         def read(shape=slot.shape, number=number) -> np.ndarray:
             if len(shape) == 1:  # a norm
@@ -200,7 +178,7 @@ def random_3b() -> Path:
     _need_space(folder.parent, size)
     with _replaced_whole(folder) as part, progress(f"writing {folder}", size) as done:
         part.mkdir()
-        (part / "config.json").write_text(json.dumps(RELEASE, indent=2) + "\n")
+        (part / "config.json").write_text(json.dumps(SMOLLM3_3B, indent=2) + "\n")
         write_file(part / SINGLE, tensors, done)
     return folder
 

@@ -6,6 +6,7 @@ It reads the text that `jax.stages.Compiled.as_text` gives, of any backend.
 import dataclasses
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 from jax.stages import Compiled
 
@@ -65,9 +66,10 @@ class Operation:
 
     shapes: of the result, more than one if it is a tuple; computation: where it stands; calls: the
     computations that it names; op_name: where in the traced function it came from ("" if unknown);
-    target: of a custom call; in_entry, in_loop, in_branch, in_fusion: whether it stands in the entry
-    computation itself, or anywhere inside of a while loop, a conditional's branch or a fusion (or the
-    function that a reduction applies).
+    target: of a custom call; operands: names of instructions of the same computation (of a parameter its
+    number, of a constant its value); attributes: the text behind them; in_entry, in_loop, in_branch,
+    in_fusion: whether it stands in the entry computation itself, or anywhere inside of a while loop, a
+    conditional's branch or a fusion (or the function that a reduction applies).
     """
 
     name: str
@@ -77,6 +79,8 @@ class Operation:
     calls: tuple[str, ...]
     op_name: str
     target: str | None
+    operands: tuple[str, ...]
+    attributes: str
     in_entry: bool
     in_loop: bool
     in_branch: bool
@@ -130,6 +134,7 @@ def operations(program: Compiled | str) -> list[Operation]:
             calls=tuple(callee for _, callee in _called(opcode, rest)),
             op_name=_first(_OP_NAME, rest) or "",
             target=_first(_TARGET, rest),
+            **_operands(rest),
             in_entry=in_entry,
             in_loop=at in inside["loop"],
             in_branch=at in inside["branch"],
@@ -212,6 +217,12 @@ def _split_shape(text: str) -> tuple[str, str]:
         if depth == 0:
             return text[: i + 1], text[i + 2 :]
     return text, ""
+
+
+def _operands(rest: str) -> dict[str, Any]:
+    inside, _, attributes = rest.partition("(")[2].partition(")")
+    names = re.findall(r"%([\w.-]+)", inside)
+    return {"operands": tuple(names or [inside]), "attributes": attributes}
 
 
 def _shapes(text: str) -> Iterator[Shape]:

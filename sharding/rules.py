@@ -4,31 +4,57 @@ A strategy is a table; changing the strategy changes the table, never the model.
 """
 
 import dataclasses
+import difflib
+import functools
+import logging
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import numpy as np
 from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-# Stands for every axis of the mesh, whatever their names.
+log = logging.getLogger(__name__)
+
+# What dimensions of arrays are called: parameters', activations' and the cache's.
+LOGICAL_AXES = (
+    *("layers", "embed", "heads", "kv_heads", "head", "mlp", "vocab"),
+    *("batch", "length", "residual"),
+    *("cache_heads", "context"),
+)
+
+# Stand for axes of the mesh, whatever their names: for all, and for all but `data`, which is the one that
+# may span slices: across their slow network gradients travel, once a step, and parameters never.
 ALL_AXES = "*"
+ALL_BUT_DATA = "* but data"
+
+Rules = Mapping[str, str | tuple[str, ...] | None]
+
+_TENSOR = {axis: "tensor" for axis in ("heads", "kv_heads", "cache_heads", "mlp", "vocab")}
 
 # Strategy -> logical axis -> mesh axis. A logical axis that is not listed is replicated.
-STRATEGIES: dict[str, dict[str, str]] = {
+STRATEGIES: dict[str, Rules] = {
     "single": {},
+    # Every device has the whole model, and its own rows of the batch.
+    "dp": {"batch": ALL_AXES},
     # ZeRO-3: parameters are split along the model width, which every one of them has.
-    "fsdp": {"embed": ALL_AXES},
-    # Serving: every head, feed-forward column and vocabulary row lives on one device of a group; groups
-    # share the sequences.
-    "serve_tp": {
-        **{axis: "tensor" for axis in ("heads", "kv_heads", "cache_heads", "mlp", "vocab")},
-        "batch": "data",
-    },
+    "fsdp": {"embed": ALL_BUT_DATA, "batch": ALL_AXES},
+    # Every head, feed-forward column and vocabulary row lives on one device of a group; groups share the rows.
+    "tp": {**_TENSOR, "batch": "data"},
+    "fsdp_tp": {**_TENSOR, "embed": "fsdp", "batch": ("data", "fsdp")},
+    # Long rows are split as well: each device has a part of every row, and of every parameter.
+    "fsdp_tp_cp": {**_TENSOR, "embed": ("fsdp", "context"), "batch": ("data", "fsdp"), "length": "context"},
+    # Serving: as `tp`.
+    "serve_tp": {**_TENSOR, "batch": "data"},
     # Serving one long sequence: weights as above, the cache split along the context over every device.
-    "serve_tp_long": {**{axis: "tensor" for axis in ("heads", "kv_heads", "mlp", "vocab")}, "context": ALL_AXES},
+    "serve_tp_long": {**{k: v for k, v in _TENSOR.items() if k != "cache_heads"}, "context": ALL_AXES},
 }
+
+# What a named strategy leaves whole, rather than refuse, where it does not divide: few key-value heads may
+# serve many devices.
+MAY_STAY_WHOLE = ("kv_heads", "cache_heads")
 
 
 class ShardingError(ValueError):
@@ -42,13 +68,46 @@ class Sharding:
     """A mesh and its rules as one hashable value: a static argument of what is compiled for them."""
 
     mesh: Mesh
-    rules: tuple[tuple[str, str | tuple[str, ...]], ...]
+    rules: tuple[tuple[str, tuple[str, ...]], ...]
 
     @classmethod
-    def of(cls, mesh: Mesh, rules: str | Mapping[str, str | tuple[str, ...]]) -> "Sharding":
-        """From a key of STRATEGIES or a table of one's own."""
+    def of(cls, mesh: Mesh, rules: str | Rules) -> "Sharding":
+        """From a key of STRATEGIES or a table of one's own.
+
+        A strategy goes without axes that the mesh does not have.
+
+        Raises:
+          ShardingError: an unknown strategy, logical axis or mesh axis, or a mesh axis that a strategy does
+            not use.
+        """
         # Auto axes: the compiler places what no rule names. jax.make_mesh no longer makes them by itself.
-        return cls(Mesh(mesh.devices, mesh.axis_names), tuple(sorted(_table(rules).items())))
+        mesh = Mesh(mesh.devices, mesh.axis_names)
+        if isinstance(rules, str):
+            return cls(mesh, _strategy(rules, mesh))
+        for axis, target in rules.items():
+            if axis not in LOGICAL_AXES:
+                near = difflib.get_close_matches(axis, LOGICAL_AXES, 1)
+                there = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(LOGICAL_AXES)}"
+                raise ShardingError(f"the rule {axis} -> {target}: no array has an axis {axis!r}; {there}")
+            for mesh_axis in _mesh_axes(target, mesh):
+                if mesh_axis not in mesh.axis_names:
+                    raise ShardingError(
+                        f"the rule {axis} -> {mesh_axis} names no axis of the mesh, which has {mesh.axis_names}"
+                    )
+        return cls(mesh, tuple(sorted((axis, _mesh_axes(target, mesh)) for axis, target in rules.items())))
+
+    def fitted(self, sizes: Mapping[str, int]) -> "Sharding":
+        """The same, but for key-value heads that the mesh does not divide: they stay whole on every device.
+
+        Args:
+          sizes: logical axis -> length.
+        """
+        whole = [axis for axis in MAY_STAY_WHOLE if axis in sizes and self.fitting(axis, sizes[axis]) is None]
+        for axis in whole:
+            _say_once(
+                f"{sizes[axis]} {axis} do not divide over {self.parts(axis)} devices: each device has all of them"
+            )
+        return dataclasses.replace(self, rules=tuple(rule for rule in self.rules if rule[0] not in whole))
 
     @property
     def platform(self) -> str:
@@ -57,7 +116,7 @@ class Sharding:
 
     def mesh_axes(self, axis: str | None) -> tuple[str, ...]:
         """The mesh axes that a logical axis lies on."""
-        return _mesh_axes(dict(self.rules).get(axis or ""), self.mesh)
+        return dict(self.rules).get(axis or "", ())
 
     def parts(self, axis: str | None) -> int:
         """How many pieces a dimension of this logical axis is cut into."""
@@ -71,6 +130,39 @@ class Sharding:
         """The logical axis if its pieces divide the length; else None: every device has the whole."""
         return None if length % self.parts(axis) else axis
 
+    def row_order(self, length: int) -> np.ndarray | None:
+        """Where rows are split: which token of a row each place holds, so that causal attention costs all alike."""
+        shards = self.parts("length")
+        return None if shards == 1 or length % shards else balanced_order(length, shards)
+
+    def named(self, name: str, axes: tuple[str, ...], shape: tuple[int, ...]) -> NamedSharding:
+        """Where a parameter lies on the mesh.
+
+        Args:
+          name: what to call it in an error.
+          axes: logical axis name of each of its dimensions.
+
+        Raises:
+          ShardingError: two of its dimensions on one mesh axis, or one that its mesh axes do not divide.
+        """
+        taken: dict[str, str] = {}
+        for axis, length in zip(axes, shape, strict=True):
+            for mesh_axis in self.mesh_axes(axis):
+                if mesh_axis in taken:
+                    raise ShardingError(
+                        f"{name}: {taken[mesh_axis]} and {axis} both lie on the mesh axis {mesh_axis}; "
+                        f'leave one whole: {{..., "{axis}": None}}'
+                    )
+                taken[mesh_axis] = axis
+            if self.fitting(axis, length) is None:
+                parts = self.parts(axis)
+                raise ShardingError(
+                    f"{name}: {axis} has length {length}, which {parts} devices do not divide evenly; "
+                    f"{math.gcd(length, parts)} do, or leave it whole: "
+                    f'{{..., "{axis}": None}}'
+                )
+        return NamedSharding(self.mesh, self.spec(*axes))
+
     def shard_map(self, function: Callable[..., Any], in_specs: Any, out_specs: Any) -> Callable[..., Any]:
         """The function as every device runs it, on its own parts of the arguments."""
         # What a kernel returns carries no proof of being equal on several devices: check_vma would ask for it.
@@ -82,58 +174,45 @@ class Sharding:
         return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, self.spec(*fitting)))
 
 
+def balanced_order(length: int, shards: int) -> np.ndarray:
+    """int [length]: of 2 x shards pieces, each device has one of the first and one of the last; if they do not
+    divide the length, the plain order."""
+    if length % (2 * shards):
+        return np.arange(length)
+    pieces = np.arange(length).reshape(2 * shards, -1)
+    return np.stack([pieces[:shards], pieces[::-1][:shards]], axis=1).reshape(-1)
+
+
 def platform_of(sharding: Sharding | None) -> str:
     """What a program is for: "cpu", "tpu" or "gpu"."""
     return jax.default_backend() if sharding is None else sharding.platform
 
 
-def named_sharding(
-    name: str,
-    axes: tuple[str, ...],
-    shape: tuple[int, ...],
-    mesh: Mesh,
-    rules: str | Mapping[str, str | tuple[str, ...]] = "fsdp",
-) -> NamedSharding:
-    """Where an array lies on the mesh.
-
-    Args:
-      name: what to call the array in an error.
-      axes: logical axis name of each of its dimensions.
-      rules: a key of STRATEGIES, or a table of one's own: logical axis -> mesh axis or axes.
-
-    Raises:
-      ShardingError: an unknown strategy or mesh axis, two dimensions on one mesh axis, or a
-        dimension that its mesh axes do not divide.
-    """
-    table = _table(rules)
-    spec: list[tuple[str, ...] | None] = []
-    taken: dict[str, str] = {}
-    for axis, length in zip(axes, shape, strict=True):
-        mesh_axes = _mesh_axes(table.get(axis), mesh)
-        for mesh_axis in mesh_axes:
-            if mesh_axis not in mesh.axis_names:
-                raise ShardingError(
-                    f"{name}: the rule {axis} -> {mesh_axis} names no axis of the mesh, which has {mesh.axis_names}"
-                )
-            if mesh_axis in taken:
-                raise ShardingError(f"{name}: {taken[mesh_axis]} and {axis} both lie on the mesh axis {mesh_axis}")
-            taken[mesh_axis] = axis
-        parts = math.prod(mesh.shape[mesh_axis] for mesh_axis in mesh_axes)
-        if length % parts:
-            raise ShardingError(f"{name}: {axis} has length {length}, which {parts} devices do not divide evenly")
-        spec.append(tuple(mesh_axes) or None)
-    return NamedSharding(mesh, PartitionSpec(*spec))
-
-
-def _table(rules: str | Mapping[str, str | tuple[str, ...]]) -> Mapping[str, str | tuple[str, ...]]:
-    if not isinstance(rules, str):
-        return rules
-    if rules not in STRATEGIES:
-        raise ShardingError(f"no sharding strategy {rules!r}; there are {', '.join(STRATEGIES)}")
-    return STRATEGIES[rules]
+def _strategy(name: str, mesh: Mesh) -> tuple[tuple[str, tuple[str, ...]], ...]:
+    if name not in STRATEGIES:
+        raise ShardingError(f"no sharding strategy {name!r}; there are {', '.join(STRATEGIES)}")
+    wanted = {axis: _mesh_axes(target, mesh) for axis, target in STRATEGIES[name].items()}
+    used = {mesh_axis for mesh_axes in wanted.values() for mesh_axis in mesh_axes}
+    idle = [axis for axis, length in mesh.shape.items() if length > 1 and axis not in used]
+    if idle and name != "single":
+        raise ShardingError(
+            f"the strategy {name} has no use for the mesh's axis {idle[0]!r} of {mesh.shape[idle[0]]} devices: "
+            f"it places things on {', '.join(sorted(used))}"
+        )
+    there = {axis: tuple(a for a in mesh_axes if a in mesh.axis_names) for axis, mesh_axes in wanted.items()}
+    return tuple(sorted(there.items()))
 
 
 def _mesh_axes(target: str | tuple[str, ...] | None, mesh: Mesh) -> tuple[str, ...]:
+    if target == ALL_BUT_DATA:
+        rest = tuple(axis for axis in mesh.axis_names if axis != "data")
+        # A mesh of nothing else is split all the same.
+        return rest if math.prod(mesh.shape[axis] for axis in rest) > 1 else mesh.axis_names
     if target == ALL_AXES:
         return mesh.axis_names
     return (target,) if isinstance(target, str) else target or ()
+
+
+@functools.cache
+def _say_once(message: str) -> None:
+    log.warning("%s", message)

@@ -15,8 +15,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.sharding import NamedSharding
 
-from sharding.rules import Sharding, platform_of
+from sharding.rules import Sharding, balanced_order, platform_of
 
 from .kv_cache import AXES, LayerCache
 
@@ -54,17 +55,35 @@ def attention(
         where causality hides it.
       gap_B: how many of the S - T past keys, at their end, hold nothing: they do not count as distance.
       window: int32 scalar, how many keys back a query sees, itself included; None for all.
-      sharding: where the arrays lie; None on one device.
+      sharding: where the arrays lie; None on one device. If it splits rows, their tokens are in the order
+        of `sharding.row_order`.
 
     Returns:
       [B, T, H, E] in q's dtype. Rows of padding hold finite values without meaning.
     """
     assert (q_segments_BT is None) == (kv_segments_BS is None)
     segments = () if q_segments_BT is None or kv_segments_BS is None else (q_segments_BT, kv_segments_BS)
-    width, past = q_BTHE.shape[3], k_BSKE.shape[1] - q_BTHE.shape[1]
+    length, heads, width = q_BTHE.shape[1:]
+    past = k_BSKE.shape[1] - length
+    order = None if sharding is None else sharding.row_order(length)
+    shards = 1 if order is None or sharding is None else sharding.parts("length")
+    if order is not None:
+        assert past == 0
+        # A device looks at all keys, which a few heads make small: gathered, and put in order again.
+        k_BSKE, v_BSKE = (x[:, np.argsort(order)] for x in (k_BSKE, v_BSKE))
+        segments = (*segments[:1], *(x[:, np.argsort(order)] for x in segments[1:]))
+    kv_axis = "kv_heads"
+    if sharding is not None and sharding.parts("heads") > 1 == sharding.parts("kv_heads"):
+        # Each device has the keys of all heads, and takes those of its own queries.
+        kv_axis = "heads"
+        k_BSKE, v_BSKE = (
+            sharding.constrain(jnp.repeat(x, heads // x.shape[2], axis=2), "batch", None, "heads", None)
+            for x in (k_BSKE, v_BSKE)
+        )
     obstacles = {
         "a window": window is not None,
-        "heads and key-value heads on different axes of the mesh": not _together(sharding, "heads", "kv_heads"),
+        "heads and key-value heads on different axes of the mesh": not _together(sharding, "heads", kv_axis),
+        f"rows of {length} tokens on {shards} devices": shards > 1 and length % (LANES * 2 * shards) != 0,
     }
     match platform_of(sharding):
         case "tpu" if _takes(
@@ -75,8 +94,10 @@ def attention(
                 f"heads of width {width}": width % 64 != 0,
             },
         ):
-            heads = q_BTHE.shape[2] // (1 if sharding is None else sharding.parts("heads"))
-            kernel = functools.partial(_splash, _splash_kernel(heads, q_BTHE.shape[1], past))
+            kernel = _splash_kernel(heads // (1 if sharding is None else sharding.parts("heads")), length, past, shards)
+            if sharding is not None and shards > 1:
+                return _splash_over_length(kernel, q_BTHE, k_BSKE, v_BSKE, segments, kv_axis, sharding)
+            kernel = functools.partial(_splash, kernel)
         case "gpu" if _takes(
             "cuDNN attention",
             obstacles
@@ -85,16 +106,17 @@ def attention(
                 f"heads of width {width}": width > 128 or width % 8 != 0,
                 "segments": bool(segments),
                 "queries with a past": past > 0,
+                "rows on several devices": shards > 1,
                 "a device older than compute capability 8.0": not _is_ampere_or_later(sharding),
             },
         ):
             kernel = _cudnn
         case _:
-            return _dense(q_BTHE, k_BSKE, v_BSKE, segments, gap_B, window)
+            return _dense(q_BTHE, k_BSKE, v_BSKE, segments, gap_B, window, order)
     if sharding is None:
         return kernel(q_BTHE, k_BSKE, v_BSKE, *segments)
     batch = sharding.fitting("batch", q_BTHE.shape[0])
-    q_spec, kv_spec = sharding.spec(batch, None, "heads", None), sharding.spec(batch, None, "kv_heads", None)
+    q_spec, kv_spec = sharding.spec(batch, None, "heads", None), sharding.spec(batch, None, kv_axis, None)
     specs = (q_spec, kv_spec, kv_spec, *[sharding.spec(batch, None)] * len(segments))
     return sharding.shard_map(kernel, specs, q_spec)(q_BTHE, k_BSKE, v_BSKE, *segments)
 
@@ -186,6 +208,24 @@ def _splash(kernel: Any, q_BTHE: Array, k_BSKE: Array, v_BSKE: Array, *segments:
     return out_BHTE.swapaxes(1, 2)[:, :length]
 
 
+def _splash_over_length(
+    kernel: Any,
+    q_BTHE: Array,
+    k_BSKE: Array,
+    v_BSKE: Array,
+    segments: tuple[Array, ...],
+    kv_axis: str,
+    sharding: Sharding,
+) -> Array:
+    """Each device its own part of the queries, against all keys: the kernel's tables are split as the queries are."""
+    batch = sharding.fitting("batch", q_BTHE.shape[0])
+    tables = kernel.manual_sharding_spec(NamedSharding(sharding.mesh, sharding.spec(None, "length")))
+    q_spec, kv_spec = sharding.spec(batch, "length", "heads", None), sharding.spec(batch, None, kv_axis, None)
+    segment_specs = (sharding.spec(batch, "length"), sharding.spec(batch, None))[: len(segments)]
+    specs = (tables, q_spec, kv_spec, kv_spec, *segment_specs)
+    return sharding.shard_map(_splash, specs, q_spec)(kernel, q_BTHE, k_BSKE, v_BSKE, *segments)
+
+
 def _padding(length: int, past: int) -> tuple[int, int]:
     """What queries and keys lack. A padding query sees at least its own key: its softmax is over something."""
     query_pad = -length % LANES
@@ -193,8 +233,8 @@ def _padding(length: int, past: int) -> tuple[int, int]:
 
 
 @functools.lru_cache(maxsize=64)
-def _splash_kernel(heads: int, length: int, past: int) -> Any:
-    """The kernel for `length` queries whose own keys follow `past` others, all padded.
+def _splash_kernel(heads: int, length: int, past: int, shards: int = 1) -> Any:
+    """The kernel for `length` queries whose own keys follow `past` others, all padded; or that are on `shards` devices.
 
     Made once for all layers: the host looks at the mask tile by tile.
     """
@@ -203,7 +243,10 @@ def _splash_kernel(heads: int, length: int, past: int) -> Any:
     query_pad, key_pad = _padding(length, past)
     length, keys = length + query_pad, past + length + key_pad
     mask = splash_attention_mask.CausalMask((length, keys), offset=past)
-    tile_q = next(tile for tile in QUERY_TILES if length % tile == 0)
+    if shards > 1:
+        mask.q_sequence = balanced_order(length, shards).astype(np.int32)
+    # No tile of queries spans two pieces of a row.
+    tile_q = next(tile for tile in QUERY_TILES if (length // (2 * shards if shards > 1 else 1)) % tile == 0)
     tile_kv = next(tile for tile in TILES if keys % tile == 0)
     tiles = splash_attention_kernel.BlockSizes(
         block_q=tile_q,
@@ -218,7 +261,11 @@ def _splash_kernel(heads: int, length: int, past: int) -> Any:
     # Tables of which tiles to visit: plain constants, whatever is being traced when they are made.
     with jax.ensure_compile_time_eval():
         kernel = splash_attention_kernel.make_splash_mha(
-            splash_attention_mask.MultiHeadMask([mask] * heads), block_sizes=tiles, head_shards=1, q_seq_shards=1
+            splash_attention_mask.MultiHeadMask([mask] * heads),
+            block_sizes=tiles,
+            head_shards=1,
+            q_seq_shards=shards,
+            residual_checkpoint_name="attention_residuals",
         )
     return jax.tree.map(np.asarray, kernel)
 
@@ -319,8 +366,9 @@ def _dense(
     segments: tuple[Array, ...],
     gap_B: Array | None,
     window: Array | None,
+    order: np.ndarray | None,
 ) -> Array:
-    """Plain XLA; `attention` without its kernels."""
+    """Plain XLA; `attention` without its kernels. order: which token of the row each query is."""
     batch, length, heads, _ = q_BTHE.shape
     keys = k_BSKE.shape[1]
     past = keys - length
@@ -338,7 +386,7 @@ def _dense(
             seen_BtS &= distance_BtS < window
         return _softmax_mix(q_BtHE, k_BSKE, v_BSKE, seen_BtS)
 
-    index_T = past + jnp.arange(length)
+    index_T = past + jnp.arange(length) if order is None else jnp.array(order)
     step = max(1, SCORE_BYTES // (4 * batch * heads * keys))
     if length <= step:
         return some(q_BTHE, index_T, *segments[:1])

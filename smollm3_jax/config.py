@@ -41,6 +41,31 @@ ROPE_FIELDS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     ),
 }
 
+# SmolLM3's hub id, and what matters of its config.json.
+RELEASE = "HuggingFaceTB/SmolLM3-3B"
+SMOLLM3_3B: dict[str, Any] = {
+    "architectures": ["SmolLM3ForCausalLM"],
+    "model_type": "smollm3",
+    "vocab_size": 128256,
+    "hidden_size": 2048,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 36,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 4,
+    "hidden_act": "silu",
+    "max_position_embeddings": 65536,
+    "rms_norm_eps": 1e-06,
+    "rope_theta": 5000000.0,
+    "rope_scaling": None,
+    "no_rope_layer_interval": 4,
+    "no_rope_layers": [1, 1, 1, 0] * 9,
+    "tie_word_embeddings": True,
+    "bos_token_id": 128000,
+    "eos_token_id": 128012,
+    "pad_token_id": 128004,
+    "torch_dtype": "bfloat16",
+}
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RopeScaling:
@@ -222,6 +247,7 @@ AXIS_FIELDS = {
     "mlp": "intermediate_size",
     "heads": "num_attention_heads",
     "kv_heads": "num_key_value_heads",
+    "cache_heads": "num_key_value_heads",
     "head": "head_dim",
 }
 

@@ -7,6 +7,7 @@ tokens; slots come in powers of two.
 
 import dataclasses
 import logging
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -172,6 +173,10 @@ def stream(
     if not max_slots:
         return
     batch = 1 << (max_slots - 1).bit_length()
+    if sharding is not None:
+        sharding = sharding.fitted(config[0].axis_sizes)
+        # As many slots as the mesh divides, though some of them stay empty.
+        batch = math.lcm(batch, sharding.parts("batch"))
     room = max(MIN_CAPACITY, 1 << (capacity + lookup - 1).bit_length())
     cache = empty_cache(model.config, batch, room, cache_dtype or model.cache_dtype, sharding)
     history = np.full((batch, room), -1, np.int32) if lookup else None

@@ -284,7 +284,8 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel
 from jax.sharding import Mesh
 import smollm3_jax as s3
-from sharding.rules import Sharding, named_sharding
+from sharding.mesh import make_mesh
+from sharding.rules import Sharding
 from smollm3_jax import attention as attention_module, generate as generate_module
 from smollm3_jax.attention import attention, decode_attention
 from smollm3_jax.generate import Request, complete
@@ -299,8 +300,7 @@ model.head.set_value(model.head[...] * 20)  # neither all tokens alike nor one o
 def place(sharding):
     def one(param):
         axes, value = param.get_metadata("axes"), param[...]
-        return param.replace(jax.device_put(value, named_sharding("", axes, value.shape, sharding.mesh,
-                                                                  dict(sharding.rules))))
+        return param.replace(jax.device_put(value, sharding.named("", axes, value.shape)))
     return jax.tree.map(one, model, is_leaf=lambda x: isinstance(x, nnx.Variable))
 
 generate_module.CHUNK = {"cpu": 16}  # prompts in several pieces
@@ -358,12 +358,29 @@ cache = LayerCache(*(jnp.asarray(random.standard_normal((2, 2, 128, 128)), jnp.b
 new = jnp.asarray(random.standard_normal((2, 1, 4, 128)), jnp.bfloat16)
 length = jnp.array([3, 127], jnp.int32)
 expected = attention(q, k, v, **masks), attention(q[:1], k[:1], v[:1]), decode_attention(new, cache, length_B=length)
+# A row on several devices, in their order; and what comes back through it.
+rows = Sharding.of(make_mesh({"context": 2, "tensor": 2}), "fsdp_tp_cp")
+order = rows.row_order(512)
+qkvg = [jnp.asarray(random.standard_normal((1, 512, heads, 64)), jnp.float32) for heads in (4, 2, 2, 4)]
+documents = jnp.asarray(np.sort(random.randint(1, 4, (1, 512)), axis=1), jnp.int32)
+
+def forward_and_back(q, k, v, g, documents, sharding):
+    out, back = jax.vjp(lambda q, k, v: attention(
+        q, k, v, q_segments_BT=documents, kv_segments_BS=documents, sharding=sharding), q, k, v)
+    return out, *back(g)
+
+expected_rows = forward_and_back(*qkvg, documents, None)
+in_order = [x[:, order] for x in (*qkvg, documents)]
+dense_rows = jax.jit(forward_and_back, static_argnums=5)(*in_order, rows)
 attention_module.platform_of = lambda sharding: "tpu"
 make = splash_attention_kernel.make_splash_mha
 splash_attention_kernel.make_splash_mha = lambda *a, **kw: make(*a, **kw, interpret=True)
 got = attention(q, k, v, **masks, sharding=sharding), attention(q[:1], k[:1], v[:1], sharding=sharding)
 with pltpu.force_tpu_interpret_mode():
     got += (decode_attention(new, cache, length_B=length, sharding=sharding),)
+splash_rows = jax.jit(forward_and_back, static_argnums=5)(*in_order, rows)
+report["rows"] = [float(jnp.abs(x - y[:, order]).max())
+                  for found in (dense_rows, splash_rows) for x, y in zip(found, expected_rows, strict=True)]
 report["kernels"] = [float(jnp.abs(x - y).max()) for x, y in zip(got, expected, strict=True)]
 print(json.dumps(report))
 """
@@ -376,6 +393,7 @@ def test_many_devices_compute_what_one_does():
     assert run.returncode == 0, run.stderr
     report = json.loads(run.stdout.splitlines()[-1])
     splash, splash_of_one_row, paged = report.pop("kernels")
+    assert max(report.pop("rows")) < 2e-5
     assert max(splash, splash_of_one_row) < 1e-5 and paged < 0.01
     assert len(report) == 3
     for name, (same, logprobs, logits) in report.items():

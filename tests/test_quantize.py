@@ -13,7 +13,7 @@ from gguf.quants import quantize as gguf_quantize
 from jax.sharding import Mesh, PartitionSpec
 from tiny import random_tokens, raw_config
 
-from sharding.rules import named_sharding
+from sharding.rules import Sharding
 from smollm3_jax.config import WEIGHT_SCHEMES, ModelConfig, Quantization
 from smollm3_jax.decode import decode
 from smollm3_jax.errors import ConfigError
@@ -185,7 +185,7 @@ def test_parts_shard_by_the_rules_of_their_weight():
     def specs(scheme: str, rules: str) -> dict[str, PartitionSpec]:
         params = parameters(abstract_model(config_of(scheme), "bfloat16"))
         return {
-            path: named_sharding(path, param.get_metadata("axes"), param.shape, mesh, rules).spec
+            path: Sharding.of(mesh, rules).named(path, param.get_metadata("axes"), param.shape).spec
             for path, param in params.items()
         }
 

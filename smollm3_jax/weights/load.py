@@ -12,9 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import Array
-from jax.sharding import Mesh, Sharding, SingleDeviceSharding
+from jax.sharding import Mesh, SingleDeviceSharding
+from jax.sharding import Sharding as Placement
 
-from sharding.rules import named_sharding
+from sharding.rules import Sharding
 
 from ..config import DTYPES, GenerationConfig, ModelConfig
 from ..errors import CheckpointFormatError, OptionError
@@ -228,9 +229,7 @@ def load(
     if weights is not None:
         config = with_scheme(config, weights)
         tensors = tensors if checkpoint.config.quantization else quantized(config, tensors)
-    if mesh is not None:
-        # The compiler places the activations: Auto axes, which jax.make_mesh no longer makes by itself.
-        mesh = Mesh(mesh.devices, mesh.axis_names)
+    sharding = None if mesh is None else Sharding.of(mesh, rules or "fsdp").fitted(config.axis_sizes)
     if mesh is None and rules not in (None, "single"):
         raise OptionError(f"rules {rules!r} need a mesh; give one, or leave rules out")
     own = common_dtype(checkpoint.tensors)
@@ -258,11 +257,11 @@ def load(
     with progress("loading", sum(tensor.nbytes for tensor in tensors.values())) as done:
         for path, param in params.items():
             axes = param.get_metadata("axes")
-            if mesh is None:
-                sharding = SingleDeviceSharding(jax.local_devices()[0])
+            if sharding is None:
+                at = SingleDeviceSharding(jax.local_devices()[0])
             else:
-                sharding = named_sharding(path, axes, param.shape, mesh, rules or "fsdp")
-            param.set_value(_place(by_param[path], param, sharding, not_finite, done))
+                at = sharding.named(path, axes, param.shape)
+            param.set_value(_place(by_param[path], param, at, not_finite, done))
     if not_finite:
         cast = ", or its numbers are too large for float16" if target == "float16" != own else ""
         names = _some("tensors", list(not_finite))
@@ -273,7 +272,7 @@ def load(
 def _place(
     tensors: list[StoredTensor],
     param: nnx.Param,
-    sharding: Sharding,
+    at: Placement,
     not_finite: dict[str, None],
     done: Callable[[int], None],
 ) -> Array:
@@ -294,7 +293,7 @@ def _place(
             done(row.nbytes)
         return out
 
-    return jax.make_array_from_callback(param.shape, sharding, shard)
+    return jax.make_array_from_callback(param.shape, at, shard)
 
 
 def _aligned_empty(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:

@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, PartitionSpec
 
-from sharding.rules import ShardingError, named_sharding
+from sharding.rules import Sharding, ShardingError
 
 AXES, SHAPE = ("layers", "mlp", "embed"), (4, 96, 64)
 
@@ -20,6 +20,10 @@ class Device:
 def mesh(**axes):
     devices = np.array([Device(i) for i in range(int(np.prod(list(axes.values()))))]).reshape(tuple(axes.values()))
     return Mesh(devices, tuple(axes))
+
+
+def named_sharding(name, axes, shape, mesh, rules="fsdp"):
+    return Sharding.of(mesh, rules).named(name, axes, shape)
 
 
 def test_fsdp_splits_the_width_over_all_axes():
@@ -39,7 +43,7 @@ def test_a_table_of_ones_own():
     ("rules", "words"),
     [
         ("zero", "no sharding strategy 'zero'"),
-        ({"mlp": "model"}, "w: the rule mlp -> model names no axis"),
+        ({"mlp": "model"}, "the rule mlp -> model names no axis"),
         ({"mlp": "x", "embed": "x"}, "w: mlp and embed both lie on the mesh axis x"),
         ({"layers": ("x", "y")}, "w: layers has length 4"),
     ],

@@ -1,0 +1,67 @@
+"""Chips that programs are planned for: what each has, and where the figure is from.
+
+Sources: [1] cloud.google.com/tpu/docs/{v5e,v5p,v6e,tpu7x}: peak, HBM bandwidth, network; HBM is what libtpu 0.0.42's
+compiler lets a program have, as its refusals say (v5e: 15.75 of 16 GiB);
+[2] "How to Scale Your Model", jax-ml.github.io/scaling-book/tpus: bandwidth between chips as reached, in both
+directions of one torus axis, and a chip's share of the network between slices; [3] NVIDIA H100 data sheet (SXM5, dense)
+and DGX H100 user guide (one 400 Gb/s adapter a GPU). TPU7x's figures between chips are v5p's: [1] gives both the same.
+"""
+
+import dataclasses
+
+GIB = 2**30
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """peak, peak_int8: operations/s of dense bfloat16 and int8 products; hbm: bytes; the rest bytes/s of one chip:
+    to its memory, to its neighbours in a collective over one mesh axis (`link`), and to other slices (`network`)."""
+
+    name: str
+    peak: float
+    peak_int8: float
+    hbm: int
+    hbm_bandwidth: float
+    link: float
+    network: float
+
+
+CHIPS = {
+    chip.name: chip
+    for chip in (
+        Chip("v5e", 197e12, 394e12, int(15.75 * GIB), 819e9, 90e9, 3.1e9),
+        Chip("v5p", 459e12, 918e12, int(95.74 * GIB), 2765e9, 180e9, 6.25e9),
+        Chip("v6e", 918e12, 1836e12, int(31.25 * GIB), 1638e9, 180e9, 12.5e9),
+        # A chip of TPU7x is two devices to JAX; this is one of them.
+        Chip("tpu7x", 2307e12 / 2, 4614e12 / 2, int(94.75 * GIB), 7380e9 / 2, 90e9, 6.25e9),
+        Chip("h100", 989e12, 1979e12, 80 * 10**9, 3350e9, 450e9, 50e9),
+    )
+}
+
+# What XLA wants to know of an H100 (SXM5) to compile for one that is not there; see [3] and CUDA's device properties.
+H100_TARGET = """
+platform_name: "CUDA"
+device_description_str: "NVIDIA H100 80GB HBM3"
+runtime_version { major: 13 }
+dnn_version_info { major: 9 minor: 10 }
+gpu_device_info {
+  cuda_compute_capability { major: 9 }
+  core_count: 132
+  fpus_per_core: 128
+  clock_rate_ghz: 1.98
+  threads_per_warp: 32
+  threads_per_block_limit: 1024
+  threads_per_core_limit: 2048
+  registers_per_block_limit: 65536
+  registers_per_core_limit: 65536
+  shared_memory_per_block: 49152
+  shared_memory_per_block_optin: 232448
+  shared_memory_per_core: 233472
+  block_dim_limit_x: 2147483647
+  block_dim_limit_y: 65535
+  block_dim_limit_z: 65535
+  device_memory_size: 85899345920
+  memory_bandwidth: 3352320000000
+  l2_cache_size: 52428800
+}
+"""

@@ -1,0 +1,174 @@
+"""Device meshes, and the start of a program on several hosts."""
+
+import logging
+import math
+import os
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import mesh_utils
+from jax.sharding import Mesh
+
+from .rules import STRATEGIES, ShardingError
+
+log = logging.getLogger(__name__)
+
+# From the slowest network to the fastest: `data` may span slices, `tensor` wants neighbours.
+AXES = ("data", "fsdp", "context", "tensor")
+# What a strategy's mesh is, unless it is told; -1 takes the devices that are left.
+DEFAULT_AXES: dict[str, dict[str, int]] = {
+    "single": {},
+    "dp": {"data": -1},
+    "fsdp": {"fsdp": -1},
+    "tp": {"tensor": -1},
+    "fsdp_tp": {"fsdp": -1, "tensor": 4},
+    "fsdp_tp_cp": {"fsdp": -1, "context": 4, "tensor": 4},
+    "serve_tp": {"data": -1, "tensor": 4},
+    "serve_tp_long": {"tensor": -1},
+}
+assert set(DEFAULT_AXES) == set(STRATEGIES)
+
+
+def parse_axes(text: str) -> dict[str, int]:
+    """{"fsdp": -1, "tensor": 4} of "fsdp=-1,tensor=4".
+
+    Raises:
+      ShardingError: anything else, an axis that is not in AXES or stands there twice.
+    """
+    axes: dict[str, int] = {}
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*(\w+)\s*=\s*(-1|[1-9]\d{0,8})\s*", part)
+        if match is None:
+            raise ShardingError(
+                f"mesh {text!r}: {part!r} is not AXIS=LENGTH, a length being -1 (what is left) or above 0"
+            )
+        if match[1] not in AXES:
+            raise ShardingError(f"mesh {text!r}: there is no axis {match[1]!r}, but {', '.join(AXES)}")
+        if match[1] in axes:
+            raise ShardingError(f"mesh {text!r}: {match[1]} stands there twice")
+        axes[match[1]] = int(match[2])
+    return axes
+
+
+def filled(axes: Mapping[str, int], devices: int) -> dict[str, int]:
+    """The lengths of all AXES, in order, whose product is the number of devices; -1 takes what is left.
+
+    Raises:
+      ShardingError: it cannot be.
+    """
+    shape = {axis: axes.get(axis, 1) for axis in AXES}
+    open_axes = [axis for axis, length in shape.items() if length == -1]
+    known = math.prod(length for length in shape.values() if length != -1)
+    said = ", ".join(f"{axis}={length}" for axis, length in axes.items()) or "of one device"
+    if len(open_axes) > 1:
+        raise ShardingError(f"mesh {said}: only one axis can take what is left, not {' and '.join(open_axes)}")
+    if open_axes and devices % known == 0:
+        shape[open_axes[0]] = devices // known
+    elif open_axes or known != devices:
+        raise ShardingError(
+            f"mesh {said}: {known} devices{' for the given axes do not divide' if open_axes else ', but there are'} "
+            f"{devices}; give lengths whose product is {devices}, one of them -1 to fill"
+        )
+    return shape
+
+
+def make_mesh(axes: Mapping[str, int], devices: Sequence[Any] | None = None) -> Mesh:
+    """A mesh of all AXES, those that are not named of length 1.
+
+    Devices of several slices (`slice_index`) lie along `data`, so that only what crosses `data` goes through the
+    network between slices; inside a slice the axes follow its torus.
+
+    Args:
+      axes: axis -> length over all slices; one may be -1.
+      devices: default: all of `jax.devices()`.
+
+    Raises:
+      ShardingError: the lengths do not fit the devices, or the slices do not divide `data`.
+    """
+    devices = list(jax.devices() if devices is None else devices)
+    slices = {getattr(device, "slice_index", 0) for device in devices}
+    shape = filled(axes, len(devices))
+    if len(slices) == 1:
+        lengths = tuple(shape.values())
+        if devices[0].platform == "tpu":
+            # Where a torus has no such shape, physical axes are split.
+            return Mesh(mesh_utils.create_device_mesh(lengths, devices, allow_split_physical_axes=True), AXES)
+        return Mesh(np.array(devices).reshape(lengths), AXES)
+    if shape["data"] % len(slices):
+        raise ShardingError(
+            f"{len(slices)} slices do not divide the mesh axis data of {shape['data']}: only data may span slices; "
+            f"let it be {len(slices)} or a multiple"
+        )
+    inside = (shape["data"] // len(slices), *list(shape.values())[1:])
+    across = (len(slices), *(1 for _ in AXES[1:]))
+    return Mesh(mesh_utils.create_hybrid_device_mesh(inside, across, devices, allow_split_physical_axes=True), AXES)
+
+
+def start(
+    address: str | None = None, processes: int | None = None, index: int | None = None, timeout: int = 300
+) -> None:
+    """Joins the processes of a job; call it before anything else touches a device. Does nothing in a job of one.
+
+    Cloud TPU, Slurm, Open MPI and Kubernetes are recognised by jax.distributed; elsewhere give all three.
+
+    Args:
+      address: host:port of process 0.
+      processes, index: how many there are, and which this is.
+      timeout: seconds to wait for the others.
+
+    Raises:
+      ShardingError: only some of the three are given, somebody is missing, or this is one host of a pod slice
+        on its own.
+    """
+    given = [value is not None for value in (address, processes, index)]
+    if any(given) and not all(given):
+        raise ShardingError("give address, processes and index of a job together, or none of them")
+    if not any(given) and not _in_a_job():
+        return
+    if jax.distributed.is_initialized():
+        return
+    if jax.config.read("jax_platforms") == "cpu":
+        jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    try:
+        jax.distributed.initialize(address, processes, index, initialization_timeout=timeout)
+    except Exception as error:
+        missing = sorted({int(task) for task in re.findall(r"task:(\d+)", str(error))} - {index})
+        who = f"process {', '.join(map(str, missing))}" if missing else "somebody"
+        raise ShardingError(
+            f"{who} of {processes or 'the job'} did not come within {timeout} s (this is {index}, the meeting point "
+            f"{address or 'found by itself'}): {str(error).splitlines()[0][:200]}"
+        ) from error
+    log.info("%s", "\n".join(process_map()))
+
+
+def process_map() -> list[str]:
+    """One line a process: its index and its devices; this one is marked."""
+    of_process: dict[int, list[str]] = {}
+    for device in jax.devices():
+        of_process.setdefault(device.process_index, []).append(str(device.id))
+    kind = jax.devices()[0].device_kind
+    return [
+        f"process {index}{' (this)' if index == jax.process_index() else ''}: {kind} {' '.join(ids)}"
+        for index, ids in sorted(of_process.items())
+    ]
+
+
+def refuse_alone() -> None:
+    """Raises ShardingError on a host of a pod slice whose others are not in this job: its TPU would wait for ever."""
+    hosts = [host for host in os.environ.get("TPU_WORKER_HOSTNAMES", "").split(",") if host]
+    if len(hosts) > 1 and jax.process_count() == 1:
+        raise ShardingError(
+            f"this host is one of the {len(hosts)} of a pod slice ({', '.join(hosts[:4])}...), but the job has one "
+            "process: run the same command on all of them, or take a slice of one host"
+        )
+
+
+def _in_a_job() -> bool:
+    """Whether the environment says that there are other processes."""
+    counts = ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "JAX_NUM_PROCESSES", "JOB_COMPLETIONS")
+    if any(os.environ.get(name, "1").isdecimal() and int(os.environ.get(name, "1")) > 1 for name in counts):
+        return True
+    return "," in os.environ.get("TPU_WORKER_HOSTNAMES", "") or bool(os.environ.get("MEGASCALE_COORDINATOR_ADDRESS"))

@@ -1,0 +1,206 @@
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sharding import mesh as mesh_module
+from sharding.mesh import AXES, filled, make_mesh, parse_axes, refuse_alone, start
+from sharding.rules import ShardingError
+
+ROOT = Path(__file__).parents[2]
+
+
+class Device:
+    """Enough of a device for a mesh."""
+
+    platform, process_index, device_kind = "fake", 0, "fake"
+
+    def __init__(self, number, per_slice):
+        self.id, self.slice_index = number, number // per_slice
+
+
+def test_axes_are_read():
+    assert parse_axes("fsdp=-1, tensor=4") == {"fsdp": -1, "tensor": 4}
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", "'' is not AXIS=LENGTH"),
+        ("fsdp", "'fsdp' is not AXIS=LENGTH"),
+        ("fsdp=0", "'fsdp=0' is not AXIS=LENGTH"),
+        ("model=2", "no axis 'model', but data, fsdp, context, tensor"),
+        ("fsdp=2,fsdp=2", "fsdp stands there twice"),
+    ],
+)
+def test_mistakes_in_axes_are_named(text, words):
+    with pytest.raises(ShardingError, match=words):
+        parse_axes(text)
+
+
+@given(st.text(max_size=40))
+def test_any_text_is_axes_or_a_mistake(text):
+    try:
+        axes = parse_axes(text)
+    except ShardingError:
+        return
+    assert set(axes) <= set(AXES)
+
+
+@pytest.mark.parametrize(
+    ("axes", "words"),
+    [
+        ({"fsdp": -1, "data": -1}, "only one axis can take what is left"),
+        ({"fsdp": -1, "tensor": 3}, "do not divide 8"),
+        ({"fsdp": 4}, "4 devices, but there are 8"),
+    ],
+)
+def test_a_mesh_has_all_devices(axes, words):
+    with pytest.raises(ShardingError, match=words):
+        filled(axes, 8)
+
+
+def test_minus_one_fills():
+    assert filled({"fsdp": -1, "tensor": 2}, 8) == {"data": 1, "fsdp": 4, "context": 1, "tensor": 2}
+
+
+def test_only_data_spans_slices():
+    devices = [Device(i, 4) for i in range(8)]
+    mesh = make_mesh({"data": 2, "fsdp": 2, "tensor": 2}, devices)
+    assert mesh.axis_names == AXES
+    for slice_devices in mesh.devices:
+        assert len({device.slice_index for device in slice_devices.flat}) == 1
+    with pytest.raises(ShardingError, match="2 slices do not divide the mesh axis data of 1"):
+        make_mesh({"fsdp": 8}, devices)
+
+
+def test_neighbours_share_the_last_axis():
+    mesh = make_mesh({"fsdp": 2, "tensor": 4}, [Device(i, 8) for i in range(8)])
+    assert [device.id for device in mesh.devices[0, 1, 0]] == [4, 5, 6, 7]
+
+
+def test_half_of_an_address_is_a_mistake():
+    with pytest.raises(ShardingError, match="together, or none"):
+        start(address="localhost:1")
+
+
+def test_one_process_needs_no_start(monkeypatch):
+    for name in ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "TPU_WORKER_HOSTNAMES"):
+        monkeypatch.delenv(name, raising=False)
+    start()
+    assert not jax.distributed.is_initialized()
+
+
+def test_one_host_of_a_slice_is_refused(monkeypatch):
+    monkeypatch.setenv("TPU_WORKER_HOSTNAMES", "a,b,c,d")
+    with pytest.raises(ShardingError, match="one of the 4 of a pod slice"):
+        refuse_alone()
+    monkeypatch.setenv("TPU_WORKER_HOSTNAMES", "a")
+    refuse_alone()
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+TOGETHER = """
+import json, sys
+index, port, count = map(int, sys.argv[1:])
+import jax
+jax.config.update("jax_num_cpu_devices", 8 // count)
+from sharding.mesh import DEFAULT_AXES, make_mesh, process_map, start
+start(f"127.0.0.1:{port}", count, index, timeout=120)
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.experimental import multihost_utils
+from jax.sharding import NamedSharding
+import smollm3_jax as s3
+from sharding.rules import Sharding
+from smollm3_jax.train.optimizer import adamw
+from smollm3_jax.train.step import Batch, StepOptions, init_state, state_shardings, train_step
+from tiny import raw_config
+
+config = s3.ModelConfig.from_hf(raw_config("plain"))
+optimizer, options = adamw(1e-3), StepOptions(dtype="float32")
+random = np.random.RandomState(0)
+tokens = random.randint(3, 160, (8, 32)).astype(np.int32)
+sharding = Sharding.of(make_mesh({"fsdp": 4, "tensor": 2}), "fsdp_tp").fitted(config.axis_sizes)
+state = init_state(s3.SmolLM3(config, rngs=nnx.Rngs(0)), optimizer)
+
+def put(x, at):
+    x = np.asarray(x)
+    return jax.make_array_from_callback(x.shape, at, lambda index: x[index])
+
+state = jax.tree.map(put, state, state_shardings(state, sharding))
+at = NamedSharding(sharding.mesh, sharding.spec("batch", None))
+batch = Batch(put(tokens, at), put(np.ones_like(tokens), at))
+losses = []
+for _ in range(3):
+    state, metrics = train_step(state, batch, optimizer=optimizer, options=options, sharding=sharding)
+    losses.append(float(metrics["loss"]))
+print(json.dumps({"losses": losses, "processes": len(process_map())}))
+"""
+
+
+def run_together(code, count, timeout=300):
+    port = free_port()
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "JAX_PLATFORMS": "cpu"}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", code, str(index), str(port), str(count)],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for index in range(count)
+    ]
+    outputs = [process.communicate(timeout=timeout) for process in processes]
+    assert all(process.returncode == 0 for process in processes), outputs
+    return [json.loads(out.splitlines()[-1]) for out, _ in outputs]
+
+
+@pytest.mark.slow
+def test_two_and_four_processes_train_as_one():
+    (one,) = run_together(TOGETHER.replace("start(f", "False and start(f"), 1)
+    for count in (2, 4):
+        for result in run_together(TOGETHER, count):
+            assert result["processes"] == count
+            np.testing.assert_allclose(result["losses"], one["losses"], rtol=1e-5)
+
+
+@pytest.mark.slow
+def test_who_did_not_come_is_named():
+    code = """
+import sys
+from sharding.mesh import start
+from sharding.rules import ShardingError
+try:
+    start(f"127.0.0.1:{sys.argv[2]}", 2, 0, timeout=5)
+except ShardingError as error:
+    print(error)
+    import os
+    sys.stdout.flush()
+    os._exit(7)
+"""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(
+        [sys.executable, "-c", code, "0", str(free_port())], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 7, done.stderr
+    assert "process 1 of 2 did not come within 5 s" in done.stdout
+
+
+def test_the_usual_mesh_of_every_strategy_is_known():
+    assert all(set(axes) <= set(AXES) for axes in mesh_module.DEFAULT_AXES.values())

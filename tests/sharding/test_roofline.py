@@ -1,0 +1,188 @@
+"""Counts of products, loops and collectives, against what a hand computes."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sharding import hlo
+from sharding.hardware import CHIPS, Chip
+from sharding.roofline import KernelCost, _groups, _meeting, roofline
+
+CHIP = Chip("toy", peak=1e12, peak_int8=2e12, hbm=2**30, hbm_bandwidth=1e12, link=1e9, network=1e8)
+
+
+def model_of(function, *shapes):
+    arrays = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+    return roofline(hlo.operations(jax.jit(function).lower(*arrays).compile()), CHIP)
+
+
+def test_a_product():
+    model = model_of(lambda a, b: a @ b, (64, 128), (128, 32))
+    assert model.flops == 2 * 64 * 128 * 32
+    assert model.dot_seconds == model.flops / CHIP.peak
+    assert model.bytes == 4 * (64 * 128 + 128 * 32 + 64 * 32)
+
+
+def test_a_product_of_batches():
+    assert model_of(lambda a, b: jnp.einsum("bij,bjk->bik", a, b), (5, 64, 128), (5, 128, 32)).flops == (
+        2 * 5 * 64 * 128 * 32
+    )
+
+
+def scanned(a, b, times):
+    return jax.lax.scan(lambda x, _: (jnp.tanh(x @ b), None), a, None, length=times)[0]
+
+
+def test_a_scan_runs_its_body_as_often_as_it_says():
+    for times in (1, 7, 36):
+        model = model_of(lambda a, b, times=times: scanned(a, b, times), (64, 64), (64, 64))
+        assert model.flops == times * 2 * 64**3
+        assert model.unknown_loops == 0
+
+
+def test_nested_loops_multiply():
+    def nested(a, b):
+        return jax.lax.scan(lambda x, _: (scanned(x, b, 5), None), a, None, length=3)[0]
+
+    assert model_of(nested, (64, 64), (64, 64)).flops == 15 * 2 * 64**3
+
+
+def test_a_loop_without_a_known_end_is_told():
+    def until(a, b):
+        return jax.lax.while_loop(lambda x: x.sum() < 1e9, lambda x: x @ b, a)
+
+    model = model_of(until, (64, 64), (64, 64))
+    assert (model.flops, model.unknown_loops) == (2 * 64**3, 1)
+
+
+# As XLA for TPU writes them: products as convolutions, counters in tuples, no types of operands.
+PROGRAM = """HloModule jit_f, is_scheduled=true
+
+%add (x: f32[], y: f32[]) -> f32[] {
+  %x = f32[] parameter(0)
+  %y = f32[] parameter(1)
+  ROOT %sum = f32[] add(%x, %y)
+}
+
+%fused_scatter (p: bf16[64,512]) -> bf16[16,512] {
+  %p = bf16[64,512]{1,0} parameter(0)
+  %zero = s32[] constant(0)
+  %reduced = bf16[64,512]{1,0} all-reduce(%p), channel_id=2, replica_groups=[1,4]<=[4], to_apply=%add
+  ROOT %cut = bf16[16,512]{1,0} dynamic-slice(%reduced, %zero, %zero), dynamic_slice_sizes={16,512}
+}
+
+%fused_start (q: bf16[16,512]) -> bf16[64,512] {
+  %q = bf16[16,512]{1,0} parameter(0)
+  %started = bf16[16,512]{1,0} custom-call(%q), custom_call_target="AsyncCollectiveStart"
+  ROOT %gathered = bf16[64,512]{1,0} all-gather(%q), channel_id=3, replica_groups=mesh['a'=2,'b'=2] {'b'}
+}
+
+%body (s: (s32[], bf16[8,128], bf16[4,128,128])) -> (s32[], bf16[8,128], bf16[4,128,128]) {
+  %s = (s32[], bf16[8,128]{1,0}, bf16[4,128,128]{2,1,0}) parameter(0)
+  %i = s32[] get-tuple-element(%s), index=0
+  %one = s32[] constant(1)
+  %next = s32[] add(%i, %one)
+  %x.1 = bf16[8,128]{1,0} get-tuple-element(%s), index=1
+  %w = bf16[4,128,128]{2,1,0} get-tuple-element(%s), index=2
+  %layer = bf16[128,128]{1,0} fusion(%w, %i), kind=kLoop, calls=%fused_slice
+  %dot = bf16[8,128]{1,0} convolution(%x.1, %layer), dim_labels=bf_oi->bf
+  %kernel = bf16[8,128]{1,0} custom-call(%dot), custom_call_target="tpu_custom_call", metadata={op_name="f/attention"}
+  ROOT %tuple = (s32[], bf16[8,128]{1,0}, bf16[4,128,128]{2,1,0}) tuple(%next, %kernel, %w)
+}
+
+%fused_slice (v: bf16[4,128,128], j: s32[]) -> bf16[128,128] {
+  %v = bf16[4,128,128]{2,1,0} parameter(0)
+  %j = s32[] parameter(1)
+  %none = s32[] constant(0)
+  %piece = bf16[1,128,128]{2,1,0} dynamic-slice(%v, %j, %none, %none), dynamic_slice_sizes={1,128,128}
+  ROOT %flat = bf16[128,128]{1,0} bitcast(%piece)
+}
+
+%condition (t: (s32[], bf16[8,128], bf16[4,128,128])) -> pred[] {
+  %t = (s32[], bf16[8,128]{1,0}, bf16[4,128,128]{2,1,0}) parameter(0)
+  %k = s32[] get-tuple-element(%t), index=0
+  %limit = s32[] constant(4)
+  ROOT %less = pred[] compare(%k, %limit), direction=LT
+}
+
+ENTRY %main (a: bf16[8,128], b: bf16[4,128,128], g: bf16[64,512], h: bf16[16,512]) -> bf16[8,128] {
+  %a = bf16[8,128]{1,0} parameter(0)
+  %b = bf16[4,128,128]{2,1,0} parameter(1)
+  %g = bf16[64,512]{1,0} parameter(2)
+  %h = bf16[16,512]{1,0} parameter(3)
+  %start = s32[] constant(0)
+  %init = (s32[], bf16[8,128]{1,0}, bf16[4,128,128]{2,1,0}) tuple(%start, %a, %b)
+  %loop = (s32[], bf16[8,128]{1,0}, bf16[4,128,128]{2,1,0}) while(%init), condition=%condition, body=%body
+  %scattered = bf16[16,512]{1,0} fusion(%g), kind=kCustom, calls=%fused_scatter
+  %ahead = bf16[64,512]{1,0} fusion(%h), kind=kCustom, calls=%fused_start
+  ROOT %result = bf16[8,128]{1,0} get-tuple-element(%loop), index=1
+}
+"""
+
+
+def test_the_loop_of_a_tpu_program():
+    model = roofline(
+        hlo.operations(PROGRAM), CHIP, lambda op: KernelCost(1000, 0, 0.5) if "attention" in op.op_name else None
+    )
+    assert model.flops == 4 * (2 * 8 * 128 * 128 + 1000)
+    assert model.kernel_seconds == pytest.approx(4 * 1000 / (0.5 * CHIP.peak))
+    assert model.unknown_loops == 0
+    # Of the stack one layer a round is read, and written as what is cut out; then read by the product.
+    counter = (4 + 4 + 4) + (4 + 4 + 1) + 4  # added to, compared, and read for the cut
+    assert model.bytes == 4 * (2 * (3 * 128 * 128 + 2 * 8 * 128) + counter)
+    assert roofline(hlo.operations(PROGRAM), CHIP).opaque == ("f/attention",)
+
+
+def test_collectives_of_a_tpu_program():
+    scatter, gather = sorted(roofline(hlo.operations(PROGRAM), CHIP).collectives, key=lambda c: c.hidden)
+    assert (scatter.kind, scatter.hidden, scatter.group) == ("reduce-scatter", False, 4)
+    assert scatter.bytes == 64 * 512 * 2 * 3 // 4
+    assert (gather.kind, gather.hidden, gather.group) == ("all-gather", True, 2)
+    assert gather.bytes == 16 * 512 * 2
+    model = roofline(hlo.operations(PROGRAM), CHIP)
+    assert model.exposed_seconds == pytest.approx(scatter.bytes / CHIP.link)
+    assert model.hidden_seconds == pytest.approx(gather.bytes / CHIP.link)
+
+
+def test_what_leaves_a_slice_takes_the_slow_network():
+    model = roofline(hlo.operations(PROGRAM), CHIP, slice_devices=2)
+    by_kind = {c.kind: c for c in model.collectives}
+    assert by_kind["reduce-scatter"].across_slices
+    assert not by_kind["all-gather"].across_slices
+    assert model.exposed_seconds == pytest.approx(by_kind["reduce-scatter"].bytes / CHIP.network)
+
+
+@pytest.mark.parametrize(
+    ("text", "groups"),
+    [
+        ("replica_groups={{0,1},{2,3}}, x=1", [[0, 1], [2, 3]]),
+        ("replica_groups=[2,2]<=[4]", [[0, 1], [2, 3]]),
+        ("replica_groups=[2,2]<=[2,2]T(1,0)", [[0, 2], [1, 3]]),
+        ("replica_groups=mesh['a'=2,'b'=2] {'a'}", [[0, 2], [1, 3]]),
+        ("replica_groups=mesh['a'=2,'b'=2] {'a','b'}", [[0, 1, 2, 3]]),
+        ("channel_id=1", None),
+    ],
+)
+def test_groups_are_read_in_every_spelling(text, groups):
+    found = _groups(text)
+    assert (found if found is None else found.tolist()) == groups
+
+
+def test_places_of_a_window_that_meet_something():
+    # A batch dimension, as XLA for TPU hides it in a window: each place of the output meets one of the input.
+    assert _meeting(length=64, kernel=64, out=64, stride=63, pad=0, dilate=64, kernel_dilate=1) == 64
+    assert _meeting(length=1, kernel=4, out=4, stride=1, pad=3, dilate=1, kernel_dilate=1) == 4
+    # A true convolution: three by three over five, without padding.
+    assert _meeting(length=5, kernel=3, out=3, stride=1, pad=0, dilate=1, kernel_dilate=1) == 9
+
+
+@pytest.mark.parametrize("chip", CHIPS.values(), ids=lambda chip: chip.name)
+def test_chips_have_figures_that_can_be(chip):
+    assert all(value > 0 for value in dataclasses.astuple(chip)[1:])
+    # No chip computes less than a few dozen operations for each byte, or more than a thousand.
+    assert 30 < chip.peak / chip.hbm_bandwidth < 1000
+    assert chip.network < chip.link < chip.hbm_bandwidth
+    assert np.log2(chip.hbm / 10**9) > 3
