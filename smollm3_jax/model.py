@@ -10,6 +10,7 @@ K key-value heads, E head width, V vocabulary, L layers.
 
 import copy
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import chex
@@ -17,6 +18,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
+from jax.ad_checkpoint import checkpoint_name
 
 from sharding.rules import Sharding, platform_of
 
@@ -122,6 +124,7 @@ class SmolLM3(nnx.Module):
         *,
         slot: Array | None = None,
         past: int | None = None,
+        remat: Callable[..., Any] | None = None,
         sharding: Sharding | None = None,
     ) -> tuple[Array, Any]:
         """The model up to its final norm: [B, T, D] for `unembed`, and the cache (None without one).
@@ -131,8 +134,10 @@ class SmolLM3(nnx.Module):
           past: for prefill: at most so many tokens (static) are in the row already. They and the new
             ones are then seen as one sequence by the attention of whole sequences; None is for a few
             new tokens, which look at the cache itself.
+          remat: a policy of `jax.checkpoint` for each layer: what its backward pass finds kept, by the names
+            that `block` gives; None keeps everything.
         """
-        states, _, cache = _run_layers(self, tokens, positions, segment_ids, cache, slot, past, sharding)
+        states, _, cache = _run_layers(self, tokens, positions, segment_ids, cache, slot, past, sharding, remat=remat)
         return _rms_norm(states, self.norm[...], self.config.rms_norm_eps), cache
 
     @property
@@ -187,6 +192,7 @@ def _run_layers(
     past: int | None = None,
     sharding: Sharding | None = None,
     keep_states: bool = False,
+    remat: Callable[..., Any] | None = None,
 ) -> tuple[Array, Any, KVCache | None]:
     """Embedding and all blocks: the last state, all of them if kept, and the new cache."""
     config = model.config
@@ -232,6 +238,9 @@ def _run_layers(
         x_BTD, stored = block(config, weights, x_BTD, attend, sharding)
         return x_BTD, (x_BTD if keep_states else None, stored)
 
+    if remat is not None:
+        # Inside a scan nothing moves between forward and backward pass: no barrier is needed against it.
+        step = jax.checkpoint(step, policy=remat, prevent_cse=not isinstance(model.layers, Block))
     x_BTD = _embed(model, tokens_BT, sharding)
     windows = (None,) * config.num_hidden_layers if config.windows is None else config.windows
     if cache is None and isinstance(model.layers, Block):
@@ -287,15 +296,16 @@ def block(
 
     multiply = functools.partial(_linear, platform=platform_of(sharding))
     h_BTD = _rms_norm(x_BTD, p.attn_norm[...], config.rms_norm_eps)
-    q_BTHE = multiply(h_BTD, p.q, p.q_bias)
-    k_BTKE = multiply(h_BTD, p.k, p.k_bias)
-    v_BTKE = multiply(h_BTD, p.v, p.v_bias)
+    q_BTHE = checkpoint_name(multiply(h_BTD, p.q, p.q_bias), "q")
+    k_BTKE = checkpoint_name(multiply(h_BTD, p.k, p.k_bias), "k")
+    v_BTKE = checkpoint_name(multiply(h_BTD, p.v, p.v_bias), "v")
     out_BTHE, kept = attend(q_BTHE, k_BTKE, v_BTKE)
+    out_BTHE = checkpoint_name(out_BTHE, "attention")
     x_BTD = placed(x_BTD + multiply(out_BTHE, p.o, p.o_bias, contracted=2))
 
     h_BTD = _rms_norm(x_BTD, p.mlp_norm[...], config.rms_norm_eps)
-    gate_BTF = jax.nn.silu(multiply(h_BTD, p.gate, p.gate_bias))
-    up_BTF = multiply(h_BTD, p.up, p.up_bias)
+    gate_BTF = jax.nn.silu(checkpoint_name(multiply(h_BTD, p.gate, p.gate_bias), "gate"))
+    up_BTF = checkpoint_name(multiply(h_BTD, p.up, p.up_bias), "up")
     return placed(x_BTD + multiply(gate_BTF * up_BTF, p.down, p.down_bias)), kept
 
 

@@ -1,0 +1,166 @@
+"""Next-token cross-entropy that never holds the logits of a whole batch.
+
+It goes through the tokens a chunk at a time. Where gradients are wanted, each chunk's are computed at once,
+while its logits are there: three products with the embedding, none of them twice. The embedding's gradient is
+added up on every device for itself and put together once, behind the loop.
+
+Shapes: B rows, T tokens of a row, N tokens of a device, C chunks of t tokens, D model width, V vocabulary
+(a device's part of it).
+"""
+
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from sharding.rules import Sharding, platform_of
+
+# What one chunk's float32 logits may take on a device. Every chunk reads and writes the embedding's whole
+# gradient, so an accelerator wants few of them; a CPU's caches want small ones.
+CPU_LOGIT_BYTES = 2**25
+ACCELERATOR_LOGIT_BYTES = 2**29
+
+
+def next_tokens(tokens_BT: Array, segment_ids_BT: Array) -> tuple[Array, Array]:
+    """(labels int32, mask bool), each [B, T]: what follows each token, and whether that is of its own document."""
+    labels_BT = jnp.roll(tokens_BT, -1, axis=1)
+    next_BT = jnp.roll(segment_ids_BT, -1, axis=1).at[:, -1].set(0)
+    return labels_BT, (segment_ids_BT == next_BT) & (segment_ids_BT != 0)
+
+
+def cross_entropy(
+    x_BTD: Array,
+    head_VD: Array,
+    labels_BT: Array,
+    mask_BT: Array,
+    *,
+    z_loss: float = 0.0,
+    sharding: Sharding | None = None,
+) -> tuple[Array, Array]:
+    """Sums over the tokens where the mask holds.
+
+    Args:
+      x_BTD: final hidden states.
+      head_VD: the unembedding, in x's dtype.
+      labels_BT: int32.
+      mask_BT: bool.
+      z_loss: weight of the squared log-normalizers that keep logits near zero (PaLM, arXiv 2204.02311, section 5).
+      sharding: where the arrays lie; None on one device.
+
+    Returns:
+      float32 scalars: cross-entropy (nats) and z-loss together, which can be differentiated; and the
+      cross-entropy alone, which cannot. Logits and sums are float32; the logits' gradient is rounded to x's
+      dtype for its two products.
+    """
+    return _loss(z_loss, sharding, x_BTD, head_VD, labels_BT, mask_BT)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _loss(z_loss: float, sharding: Sharding | None, *arrays: Array) -> tuple[Array, Array]:
+    return _everywhere(z_loss, sharding, False, *arrays)[0]
+
+
+def _forward(z_loss: float, sharding: Sharding | None, *arrays: Array) -> tuple[tuple[Array, Array], tuple]:
+    sums, *gradients = _everywhere(z_loss, sharding, True, *arrays)
+    return sums, tuple(gradients)
+
+
+def _backward(z_loss: float, sharding: Sharding | None, gradients: tuple, cotangents: tuple) -> tuple:
+    return *((cotangents[0] * x.astype(jnp.float32)).astype(x.dtype) for x in gradients), None, None
+
+
+_loss.defvjp(_forward, _backward)
+
+
+def _everywhere(
+    z_loss: float,
+    sharding: Sharding | None,
+    gradients: bool,
+    x_BTD: Array,
+    head_VD: Array,
+    labels_BT: Array,
+    mask_BT: Array,
+) -> tuple:
+    """The sums and, if asked for, the gradients of x and head: each device its own tokens and words."""
+    logit_bytes = CPU_LOGIT_BYTES if platform_of(sharding) == "cpu" else ACCELERATOR_LOGIT_BYTES
+    if sharding is None:
+        return _on_device(z_loss, gradients, logit_bytes, (), x_BTD, head_VD, labels_BT, mask_BT)
+    batch, length = (sharding.fitting(a, n) for a, n in zip(("batch", "length"), labels_BT.shape, strict=True))
+    vocab, embed = (sharding.fitting(a, n) for a, n in zip(("vocab", "embed"), head_VD.shape, strict=True))
+    token_axes = sharding.mesh_axes(batch) + sharding.mesh_axes(length)
+    # The gradient of the head goes where the head is kept: summed over some axes of the mesh, spread over others.
+    embed = embed if set(sharding.mesh_axes(embed)) <= set(token_axes) else None
+    spread_axes = sharding.mesh_axes(embed)
+    summed_axes = tuple(axis for axis in token_axes if axis not in spread_axes)
+
+    def part(*arrays: Array) -> tuple:
+        sums, *found = _on_device(z_loss, gradients, logit_bytes, sharding.mesh_axes(vocab), *arrays)
+        if token_axes:
+            sums = jax.lax.psum(sums, token_axes)
+        if gradients:
+            head_gradient_VD = found[1]
+            if spread_axes:
+                head_gradient_VD = jax.lax.psum_scatter(head_gradient_VD, spread_axes, scatter_dimension=1, tiled=True)
+            found[1] = jax.lax.psum(head_gradient_VD, summed_axes) if summed_axes else head_gradient_VD
+        return sums, *found
+
+    tokens, states = sharding.spec(batch, length), sharding.spec(batch, length, None)
+    in_specs = (states, sharding.spec(vocab, None), tokens, tokens)
+    out_specs = ((sharding.spec(), sharding.spec()), *([states, sharding.spec(vocab, embed)] if gradients else []))
+    return sharding.shard_map(part, in_specs, out_specs)(x_BTD, head_VD, labels_BT, mask_BT)
+
+
+def _on_device(
+    z_loss: float,
+    gradients: bool,
+    logit_bytes: int,
+    vocab_axes: tuple[str, ...],
+    x_BTD: Array,
+    head_VD: Array,
+    labels_BT: Array,
+    mask_BT: Array,
+) -> tuple:
+    """((both sums), gradient of x, gradient of head) of these tokens; the gradients only if asked for."""
+    words, width = head_VD.shape
+    count = labels_BT.size
+    chunks = min(count, math.ceil(4 * count * words / logit_bytes))
+    size = math.ceil(count / chunks)
+
+    def split(x: Array) -> Array:
+        x = x.reshape(count, *x.shape[2:])
+        return jnp.pad(x, [(0, chunks * size - count)] + [(0, 0)] * (x.ndim - 1)).reshape(chunks, size, *x.shape[1:])
+
+    first = jax.lax.axis_index(vocab_axes) * words if vocab_axes else 0
+    multiply = functools.partial(jax.lax.dot_general, preferred_element_type=jnp.float32)
+
+    def over_words(reduce: Any, x: Array) -> Array:
+        return reduce(x, vocab_axes) if vocab_axes else x
+
+    def step(carry: Any, chunk: tuple) -> tuple:
+        x_tD, labels_t, mask_t = chunk
+        logits_tV = multiply(x_tD, head_VD, (((1,), (1,)), ((), ())))
+        said_tV = jnp.arange(words) == (labels_t - first)[:, None]
+        most_t = over_words(jax.lax.pmax, logits_tV.max(axis=1))
+        total_t = over_words(jax.lax.psum, jnp.exp(logits_tV - most_t[:, None]).sum(axis=1))
+        normalizer_t = most_t + jnp.log(total_t)
+        nll_t = normalizer_t - over_words(jax.lax.psum, jnp.where(said_tV, logits_tV, 0).sum(axis=1))
+        loss_t = nll_t + z_loss * normalizer_t**2
+        sums = tuple(old + jnp.where(mask_t, new, 0).sum() for old, new in zip(carry[0], (loss_t, nll_t), strict=True))
+        if not gradients:
+            return (sums, None), None
+        share_tV = jnp.exp(logits_tV - normalizer_t[:, None]) * (1 + 2 * z_loss * normalizer_t)[:, None]
+        gradient_tV = jnp.where(mask_t[:, None], share_tV - said_tV, 0).astype(x_tD.dtype)
+        gradient_tD = over_words(jax.lax.psum, multiply(gradient_tV, head_VD, (((1,), (0,)), ((), ()))))
+        gradient_VD = carry[1] + multiply(gradient_tV, x_tD, (((0,), (0,)), ((), ())))
+        return (sums, gradient_VD), gradient_tD.astype(x_tD.dtype)
+
+    zero = jnp.zeros((), jnp.float32)
+    start: Any = ((zero, zero), jnp.zeros((words, width), jnp.float32) if gradients else None)
+    (sums, head_gradient_VD), x_gradient_CtD = jax.lax.scan(step, start, tuple(map(split, (x_BTD, labels_BT, mask_BT))))
+    if not gradients:
+        return (sums,)
+    x_gradient_BTD = x_gradient_CtD.reshape(-1, width)[:count].reshape(x_BTD.shape)
+    return sums, x_gradient_BTD, head_gradient_VD.astype(head_VD.dtype)

@@ -1,0 +1,151 @@
+"""One training step: loss, gradients, update. Parameters and what the optimizer keeps are float32.
+
+Shapes: B rows, T tokens of a row, M micro-batches.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax import Array
+from jax.sharding import NamedSharding
+
+from sharding.rules import Sharding
+
+from ..model import SmolLM3
+from .loss import cross_entropy, next_tokens
+
+# What the backward pass finds kept, the rest it computes again; from all that matters to nothing but each
+# layer's input. (`block` in model.py gives the names.)
+_ATTENTION = ("attention", "attention_residuals")
+_NORMED = ("q", "k", "v", *_ATTENTION)
+REMAT: dict[str, Callable[..., Any] | None] = {
+    "none": None,
+    "dots": jax.checkpoint_policies.save_only_these_names(*_NORMED, "gate", "up"),
+    "qkv": jax.checkpoint_policies.save_only_these_names(*_NORMED),
+    "attention": jax.checkpoint_policies.save_only_these_names(*_ATTENTION),
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+
+# What the compiler is told, by platform. On TPU: products wait for whole gathered weights, which come ahead of
+# their use, instead of going through pieces as these arrive.
+COMPILER_OPTIONS: dict[str, dict[str, Any]] = {
+    "tpu": {"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"},
+}
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """What training carries from step to step: float32 parameters, optax's state, and the count of steps (int32)."""
+
+    model: SmolLM3
+    optimizer: Any
+    step: Any
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """Packed rows: tokens int32 [B, T]; segment_ids int32 [B, T], 0 is padding, other values name documents."""
+
+    tokens: Any
+    segment_ids: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class StepOptions:
+    """How a step computes: the dtype of its products; a key of REMAT; into how many micro-batches the
+    batch's rows are split; the weight of the z-loss."""
+
+    dtype: str = "bfloat16"
+    remat: str = "dots"
+    micro_batches: int = 1
+    z_loss: float = 0.0
+
+
+def init_state(model: Any, optimizer: optax.GradientTransformation) -> TrainState:
+    """The state before the first step. It keeps the model's arrays; the step donates them."""
+    return TrainState(model, optimizer.init(model), jnp.zeros((), jnp.int32))
+
+
+@functools.partial(jax.jit, static_argnames=("optimizer", "options", "sharding"), donate_argnames="state")
+def train_step(
+    state: TrainState,
+    batch: Batch,
+    *,
+    optimizer: optax.GradientTransformation,
+    options: StepOptions,
+    sharding: Sharding | None = None,
+) -> tuple[TrainState, dict[str, Array]]:
+    """The state after one update, and float32 metrics: loss (nats a token), grad_norm, tokens (that had a label)."""
+    model: Any = state.model  # optax's types know no modules
+    (total, (nll, count)), gradients = _gradients(model, batch, options, sharding)
+    count = jnp.maximum(count, 1)
+    gradients = jax.tree.map(lambda x: x / count, gradients)
+    if sharding is not None:
+        gradients = _constrained(gradients, sharding)
+    updates, kept = optimizer.update(gradients, state.optimizer, model)
+    model = optax.apply_updates(model, updates)
+    metrics = {"loss": nll / count, "grad_norm": optax.tree.norm(gradients), "tokens": count}
+    return TrainState(model, kept, state.step + 1), metrics | {"objective": total / count}
+
+
+def loss_sums(
+    model: SmolLM3, batch: Batch, options: StepOptions, sharding: Sharding | None = None
+) -> tuple[Array, tuple[Array, Array]]:
+    """(what is minimised, (cross-entropy, labels)), all of them sums over the batch, float32."""
+    cast = jax.tree.map(lambda x: x.astype(options.dtype), model)
+    tokens_BT, segments_BT = batch.tokens, batch.segment_ids
+    labels_BT, mask_BT = next_tokens(tokens_BT, segments_BT)
+    positions_BT = None
+    order = None if sharding is None else sharding.row_order(tokens_BT.shape[1])
+    if order is not None:
+        positions_BT = jnp.broadcast_to(jnp.array(order, jnp.int32), tokens_BT.shape)
+        tokens_BT, segments_BT, labels_BT, mask_BT = (x[:, order] for x in (tokens_BT, segments_BT, labels_BT, mask_BT))
+    x_BTD, _ = cast.hidden(tokens_BT, positions_BT, segments_BT, remat=REMAT[options.remat], sharding=sharding)
+    head = cast.embed if cast.head is None else cast.head
+    total, nll = cross_entropy(x_BTD, head[...], labels_BT, mask_BT, z_loss=options.z_loss, sharding=sharding)
+    return total, (nll, mask_BT.sum().astype(jnp.float32))
+
+
+def _gradients(
+    model: SmolLM3, batch: Batch, options: StepOptions, sharding: Sharding | None
+) -> tuple[tuple[Array, tuple[Array, Array]], Any]:
+    gradient = jax.value_and_grad(loss_sums, has_aux=True)
+    if options.micro_batches == 1:
+        return gradient(model, batch, options, sharding)
+    # Rows are dealt out, so that each micro-batch has some of every device's.
+    micro = jax.tree.map(lambda x: x.reshape(-1, options.micro_batches, *x.shape[1:]).swapaxes(0, 1), batch)
+
+    def step(carry: tuple, batch: Batch) -> tuple:
+        found = gradient(model, batch, options, sharding)
+        return jax.tree.map(jnp.add, carry, found), None
+
+    zeros = jax.tree.map(
+        lambda x: jnp.zeros(x.shape, x.dtype),
+        jax.eval_shape(lambda: gradient(model, jax.tree.map(lambda x: x[0], micro), options, sharding)),
+    )
+    return jax.lax.scan(step, zeros, micro)[0]
+
+
+def _constrained(tree: Any, sharding: Sharding) -> Any:
+    shardings = state_shardings(tree, sharding)
+    return jax.lax.with_sharding_constraint(tree, shardings)
+
+
+def state_shardings(tree: Any, sharding: Sharding) -> Any:
+    """NamedShardings for a tree of parameters or of an optimizer's state: each lies as its parameter does."""
+
+    def place(x: Any) -> Any:
+        if not isinstance(x, nnx.Variable):
+            return NamedSharding(sharding.mesh, sharding.spec())
+        axes, shape = x.get_metadata("axes"), x.get_value().shape
+        return x.replace(sharding.named("parameter", axes, shape))
+
+    return jax.tree.map(place, tree, is_leaf=lambda x: isinstance(x, nnx.Variable))

@@ -1,0 +1,109 @@
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import tiny
+from flax import nnx
+
+import smollm3_jax as s3
+from smollm3_jax.train.optimizer import adamw
+from smollm3_jax.train.step import REMAT, Batch, StepOptions, init_state, loss_sums, train_step
+
+FLOAT32 = StepOptions(dtype="float32")
+
+
+@pytest.fixture(scope="module")
+def config():
+    return s3.ModelConfig.from_hf(tiny.raw_config("plain"))
+
+
+def new_model(config):
+    return s3.SmolLM3(config, rngs=nnx.Rngs(0))
+
+
+@pytest.fixture(scope="module")
+def batch():
+    random = np.random.RandomState(0)
+    segments = np.sort(random.randint(1, 4, (4, 24)), axis=1)
+    segments[1, 20:] = 0
+    return Batch(jnp.asarray(random.randint(3, 160, (4, 24)), jnp.int32), jnp.asarray(segments, jnp.int32))
+
+
+def leaves(tree):
+    return [np.asarray(x) for x in jax.tree.leaves(tree)]
+
+
+def test_the_loss_is_the_cross_entropy_of_the_models_logits(config, batch):
+    model = new_model(config)
+    total, (nll, count) = loss_sums(model, batch, FLOAT32)
+    logits = jax.nn.log_softmax(model(batch.tokens, segment_ids=batch.segment_ids))
+    expected = [
+        -logits[row, t, batch.tokens[row, t + 1]]
+        for row in range(4)
+        for t in range(23)
+        if batch.segment_ids[row, t] == batch.segment_ids[row, t + 1] != 0
+    ]
+    assert count == len(expected)
+    np.testing.assert_allclose([total, nll], np.sum(expected), rtol=1e-5)
+
+
+def test_what_the_backward_pass_computes_again_changes_nothing(config, batch):
+    gradients = {}
+    for remat in REMAT:
+        options = dataclasses.replace(FLOAT32, remat=remat)
+        gradients[remat] = leaves(jax.grad(lambda m, o=options: loss_sums(m, batch, o)[0])(new_model(config)))
+    for remat, found in gradients.items():
+        for got, want in zip(found, gradients["none"], strict=True):
+            np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5 * np.abs(want).max(), err_msg=remat)
+
+
+def test_micro_batches_equal_the_batch(config, batch):
+    states = []
+    for micro_batches in (1, 2, 4):
+        options = dataclasses.replace(FLOAT32, micro_batches=micro_batches)
+        optimizer = optax.sgd(1.0)  # its step is the gradient
+        state, metrics = train_step(
+            init_state(new_model(config), optimizer), batch, optimizer=optimizer, options=options
+        )
+        states.append((leaves(state.model), jax.device_get(metrics)))
+    (whole, expected), *others = states
+    for params, metrics in others:
+        for name in expected:
+            np.testing.assert_allclose(metrics[name], expected[name], rtol=1e-5)
+        for got, want in zip(params, whole, strict=True):
+            np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
+
+
+def test_a_model_learns(config, batch):
+    optimizer = adamw(3e-3)
+    state, losses = init_state(new_model(config), optimizer), []
+    for _ in range(30):
+        state, metrics = train_step(state, batch, optimizer=optimizer, options=StepOptions())
+        losses.append(float(metrics["loss"]))
+    assert losses[0] > 4.9
+    assert losses[-1] < 2.5
+    assert int(state.step) == 30
+    assert {x.dtype.name for x in jax.tree.leaves(state.model)} == {"float32"}
+
+
+def test_the_embedding_does_not_decay_and_all_else_does(config, batch):
+    """Without gradients weight decay is all that there is."""
+    nothing = Batch(batch.tokens, jnp.zeros_like(batch.segment_ids))
+    optimizer = adamw(0.5, weight_decay=0.1)
+    model = new_model(config)
+    before = dict(zip(["embed", "down"], leaves((model.embed, model.layers.down)), strict=True))
+    norm = np.asarray(model.norm[...])
+    state, _ = train_step(init_state(model, optimizer), nothing, optimizer=optimizer, options=FLOAT32)
+    np.testing.assert_array_equal(state.model.embed[...], before["embed"])
+    np.testing.assert_allclose(state.model.layers.down[...], 0.95 * before["down"], rtol=1e-6)
+    np.testing.assert_allclose(state.model.norm[...], 0.95 * norm, rtol=1e-6)
+
+
+def test_the_old_state_is_donated(config, batch):
+    optimizer = adamw(1e-3)
+    state = init_state(new_model(config), optimizer)
+    train_step(state, batch, optimizer=optimizer, options=FLOAT32)
+    assert all(x.is_deleted() for x in jax.tree.leaves(state.model))
