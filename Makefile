@@ -7,7 +7,7 @@ CPU := JAX_PLATFORMS=cpu
 VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
 PINS := $(wildcard constraints/python$(VERSION).txt)
 
-.PHONY: setup run test test-light lint goldens clean
+.PHONY: setup run test test-light test-full lint goldens clean
 
 setup: $(VENV)/test.stamp
 
@@ -23,6 +23,10 @@ run: setup
 test: setup lint
 	$(CPU) $(BIN)/python -m pytest
 
+# Plans at SmolLM3's full depth, for pods too: minutes each.
+test-full: setup
+	FULL=1 $(CPU) $(BIN)/python -m pytest tests/test_plan.py
+
 # Neither torch nor transformers: parity against the stored goldens.
 test-light: $(VENV)/dev.stamp
 	$(CPU) $(BIN)/python -m pytest -m 'not torch'
@@ -34,7 +38,7 @@ lint: setup
 
 # Written by transformers, read by test-light.
 goldens: setup
-	WRITE_GOLDENS=1 $(CPU) $(BIN)/python -m pytest -m torch -k golden
+	WRITE_GOLDENS=1 $(CPU) $(BIN)/python -m pytest -k golden
 
 clean:
 	rm -rf $(VENV) .venv-light build dist *.egg-info

@@ -17,9 +17,19 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from sharding.rules import ShardingError
+from sharding.mesh import AXES, parse_axes
+from sharding.rules import STRATEGIES, ShardingError
 
-from .config import CACHE_SCHEMES, DTYPES, WEIGHT_SCHEMES, GenerationConfig, with_yarn
+from .config import (
+    CACHE_SCHEMES,
+    DTYPES,
+    RELEASE,
+    SMOLLM3_3B,
+    WEIGHT_SCHEMES,
+    GenerationConfig,
+    ModelConfig,
+    with_yarn,
+)
 from .errors import OptionError, SmolLM3Error
 from .model import SmolLM3
 from .perplexity import LENGTH, MAX_TOKENS, perplexity, read_documents
@@ -136,9 +146,52 @@ def _parser() -> argparse.ArgumentParser:
     scored.add_argument("--length", type=int, default=LENGTH, metavar="N", help=length_help)
     scored.add_argument("--json", action="store_true")
 
+    _add_plan(command("plan", None, "what hardware would give: real programs, compiled for it, without it"))
+
     doctor = command("doctor", _doctor, "versions, devices, and whether they are supported")
     doctor.add_argument("--json", action="store_true")
     return parser
+
+
+def _add_plan(parser: argparse.ArgumentParser) -> None:
+    """Four plans; see plan.py."""
+    plans = parser.add_subparsers(required=True, metavar="PLAN")
+
+    def plan(name: str, run: Any, help: str, compiles: bool) -> argparse.ArgumentParser:
+        sub = plans.add_parser(name, help=help, description=help)
+        sub.set_defaults(run=run)
+        model_help = f"a model folder, whose config.json is read; default: the shape of {RELEASE}"
+        sub.add_argument("--model", metavar="DIR", help=model_help)
+        sub.add_argument("--json", action="store_true")
+        if compiles:
+            sub.add_argument("--topology", default="v5e:4x4", metavar="CHIP:SHAPE", help="default: v5e:4x4")
+            sub.add_argument("--mesh", metavar="AXIS=N,...", help=f"of {', '.join(AXES)}; -1 fills; default: by rules")
+        return sub
+
+    train = plan("train", _plan_train, "memory, collectives and modelled time of a training step", True)
+    train.add_argument("--slices", type=int, default=1, metavar="N", help="so many of the topology (default: 1)")
+    train.add_argument("--rules", default="fsdp", choices=STRATEGIES, help="default: fsdp")
+    train.add_argument("--batch", type=int, default=16, metavar="ROWS", help="over all devices (default: 16)")
+    train.add_argument("--length", type=int, default=4096, metavar="N", help="tokens of a row (default: 4096)")
+    remat_help = "what the backward pass computes again (default: as little as fits)"
+    train.add_argument("--remat", metavar="POLICY", help=remat_help)
+    train.add_argument("--micro-batches", type=int, default=1, metavar="N", help="default: 1")
+    train.add_argument("--dump-hlo", type=Path, metavar="FILE", help="write the compiled program")
+
+    decode = plan("decode", _plan_decode, "memory and modelled time of decoding and prefill", True)
+    decode.add_argument("--rules", default="serve_tp", choices=STRATEGIES, help="default: serve_tp")
+    decode.add_argument("--batch", type=int, default=64, metavar="SLOTS", help="over all devices (default: 64)")
+    decode.add_argument("--context", type=int, default=8192, metavar="N", help="tokens of a slot (default: 8192)")
+    decode.add_argument("--weights", choices=WEIGHT_SCHEMES, help="default: bfloat16")
+    decode.add_argument("--cache", choices=("bfloat16", "int8"), default="bfloat16")
+
+    memory = plan("memory", _plan_memory, "weights by format and cache by context, exact to the byte", False)
+    memory.add_argument("--batch", type=int, default=1, metavar="ROWS", help="sequences in the cache (default: 1)")
+    memory.add_argument("--out", type=Path, metavar="FILE.png", help="draw it (needs the extra `bench`)")
+
+    scale = plan("scale", _plan_scale, "a training step on more and more devices (v5e), and SmolLM3's own run", False)
+    scale.add_argument("--devices", default="16,64,256", metavar="N,N,...", help="default: 16,64,256")
+    scale.add_argument("--length", type=int, default=4096, metavar="N", help="tokens of a row (default: 4096)")
 
 
 def _add_model(parser: argparse.ArgumentParser) -> None:
@@ -440,6 +493,72 @@ def _doctor(args: argparse.Namespace) -> int:
             print(f"{'problem':18} {problem}")
         print(f"{'verdict':18} {report['verdict']}")
     return 3 if report["problems"] else 0
+
+
+def _plan_config(args: argparse.Namespace) -> ModelConfig:
+    return ModelConfig.from_hf(_folder(args.model) if args.model else SMOLLM3_3B)
+
+
+def _plan_train(args: argparse.Namespace) -> int:
+    from .plan import plan_train
+
+    axes = parse_axes(args.mesh) if args.mesh else None
+    options = {"axes": axes, "slices": args.slices, "remat": args.remat, "micro_batches": args.micro_batches}
+    report = plan_train(
+        _plan_config(args), args.topology, args.rules, args.batch, args.length, **options, dump=args.dump_hlo
+    )
+    return _show_plan(args, report)
+
+
+def _plan_decode(args: argparse.Namespace) -> int:
+    from .plan import plan_decode
+
+    options = {"axes": parse_axes(args.mesh) if args.mesh else None, "weights": args.weights, "cache": args.cache}
+    report = plan_decode(_plan_config(args), args.topology, args.rules, args.batch, args.context, **options)
+    return _show_plan(args, report)
+
+
+def _show_plan(args: argparse.Namespace, report: dict[str, Any]) -> int:
+    if args.json:
+        _print_json(report)
+    else:
+        from .plan_tables import tables
+
+        console = _console()
+        for part in tables(report):
+            console.print(part, highlight=False)
+    return 0
+
+
+def _plan_memory(args: argparse.Namespace) -> int:
+    from .plan import plan_memory
+    from .plan_tables import draw_memory, memory_table
+
+    report = plan_memory(_plan_config(args), args.batch)
+    if args.out:
+        draw_memory(report, args.out)
+    if args.json:
+        _print_json(report)
+    else:
+        _console().print(memory_table(report))
+    return 0
+
+
+def _plan_scale(args: argparse.Namespace) -> int:
+    from .plan import plan_scale
+    from .plan_tables import scale_tables
+
+    try:
+        devices = [int(part) for part in args.devices.split(",")]
+    except ValueError:
+        raise OptionError(f"--devices {args.devices}: not numbers, with commas between them") from None
+    report = plan_scale(_plan_config(args), devices, args.length)
+    if args.json:
+        _print_json(report)
+    else:
+        for part in scale_tables(report):
+            _console().print(part, highlight=False)
+    return 0
 
 
 def _chat(args: argparse.Namespace) -> int:

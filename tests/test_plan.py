@@ -1,0 +1,200 @@
+"""Plans: exact memory, and what the TPU compiler says of small models of SmolLM3's width."""
+
+import dataclasses
+import importlib.util
+import json
+import os
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+import tiny
+
+import smollm3_jax as s3
+from smollm3_jax.cli import main
+from smollm3_jax.config import SMOLLM3_3B, ModelConfig
+from smollm3_jax.errors import SupportError
+from smollm3_jax.kv_cache import empty_cache
+from smollm3_jax.plan import plan_decode, plan_memory, plan_train, topology, weight_bytes
+
+GOLDENS = Path(__file__).parent / "goldens" / "plan"
+LAYERS = 4
+
+
+def proxy(layers: int = LAYERS) -> ModelConfig:
+    """SmolLM3 with fewer layers, whose step compiles sooner."""
+    return ModelConfig.from_hf({**SMOLLM3_3B, "num_hidden_layers": layers, "no_rope_layers": [1, 1, 1, 0][:layers]})
+
+
+SHORT = {"vocab_size": 1024, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
+
+
+def test_the_shape_of_the_release(shared):
+    ours, released = ModelConfig.from_hf(SMOLLM3_3B), ModelConfig.from_hf(shared / "smollm3-3b")
+    assert dataclasses.replace(ours, source=released.source) == released
+
+
+def test_memory_of_smollm3_is_known_to_the_byte():
+    report = plan_memory(ModelConfig.from_hf(SMOLLM3_3B), batch=2, contexts=[8192])
+    assert report["parameters"] == 3_075_098_624
+    assert report["weights"]["bfloat16"] == 6_150_197_248
+    # Keys and values of 36 layers, 4 heads of 128, 2 bytes; and one length a row.
+    assert report["cache"]["bfloat16"]["8192"] == 2 * 8192 * 73_728 + 2 * 4
+
+
+def live_bytes(tree):
+    return sum(x.nbytes for x in jax.tree.leaves(tree))
+
+
+@pytest.mark.parametrize("weights", ["float32", "bfloat16", "int8", "int4"])
+def test_memory_is_what_is_allocated(weights, tmp_path):
+    raw = tiny.raw_config("plain") | {"head_dim": 32}
+    folder = tiny.write_checkpoint(tmp_path, raw, tiny.random_tensors(raw))
+    quantized = weights.startswith("int")
+    model = s3.from_pretrained(
+        folder, dtype="bfloat16" if quantized else weights, weights=weights if quantized else None
+    )
+    assert live_bytes(model) == weight_bytes(ModelConfig.from_hf(folder), weights)
+    for dtype in ("bfloat16", "int8"):
+        cache = empty_cache(model.config, 3, 64, jnp.dtype(dtype))
+        report = plan_memory(ModelConfig.from_hf(folder), batch=3, contexts=[64])
+        assert live_bytes(cache) == report["cache"][dtype]["64"]
+
+
+def test_formats_that_a_shape_does_not_take_are_left_out():
+    assert "int4" not in plan_memory(ModelConfig.from_hf(tiny.raw_config("plain")))["weights"]
+
+
+def test_the_table_of_memory_is_printed_and_drawn(capsys, tmp_path):
+    assert main(["plan", "memory", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["weights"]["int8"] == 3_079_963_648
+    assert main(["plan", "memory"]) == 0
+    assert "6,150,197,248" in capsys.readouterr().out
+    pytest.importorskip("matplotlib")
+    picture = tmp_path / "memory.png"
+    assert main(["plan", "memory", "--out", str(picture)]) == 0
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("name", ["v5e", "v9:2x2", "v5e:", "v5e:3x5"])
+@needs_libtpu
+def test_a_topology_that_is_not_there_is_named(name, capsys):
+    assert main(["plan", "train", "--topology", name]) == 2
+    assert name in capsys.readouterr().err
+
+
+def test_without_the_compiler_an_error_says_where_to_get_it(monkeypatch, capsys):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(SupportError, match=r"smollm3-jax\[plan\]"):
+        topology("v5e:4x4")
+
+
+@needs_libtpu
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--batch", "7"], "a batch of 7 rows does not divide over 16 devices"),
+        (["--mesh", "fsdp=5"], "5 devices, but there are 16"),
+        (["--rules", "tp", "--mesh", "fsdp=16"], "has no use for the mesh's axis 'fsdp'"),
+        (["--remat", "some"], "there are none, dots"),
+    ],
+)
+def test_mistakes_are_named(arguments, words, capsys):
+    assert main(["plan", "train", *arguments]) == 2
+    assert words in capsys.readouterr().err
+
+
+# --- compiled: four pairs of a topology and a strategy, held by files -------------------------------------
+
+PAIRS = {
+    "v5e-4x4-fsdp": lambda: plan_train(proxy(), "v5e:4x4", "fsdp", 16, 4096, remat="dots"),
+    "v5p-2x2x2-fsdp_tp": lambda: plan_train(
+        proxy(), "v5p:2x2x2", "fsdp_tp", 8, 2048, axes={"fsdp": 4, "tensor": 2}, remat="qkv"
+    ),
+    "v6e-2x2-fsdp_tp_cp": lambda: plan_train(
+        proxy(), "v6e:2x2", "fsdp_tp_cp", 2, 4096, axes={"fsdp": 2, "context": 2}, remat="attention"
+    ),
+    "v5e-2x2-serve_tp": lambda: plan_decode(proxy(2), "v5e:2x2", "serve_tp", 16, 4096, prompt=1024),
+}
+
+
+def held(report):
+    """What a change of the code, and nothing else, may change."""
+    kinds = [{k: row[k] for k in ("kind", "hidden", "count", "bytes")} for row in report["collectives"]]
+    return {"collectives": kinds, "hbm": {k: v for k, v in report["hbm"].items() if k != "code"}}
+
+
+@needs_libtpu
+@pytest.mark.slow
+@pytest.mark.parametrize("pair", PAIRS)
+def test_collectives_and_memory_are_those_of_the_golden_files(pair):
+    """WRITE_GOLDENS=1 writes them anew."""
+    found, file = held(PAIRS[pair]()), GOLDENS / f"{pair}.json"
+    if os.environ.get("WRITE_GOLDENS"):
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(json.dumps(found, indent=1) + "\n")
+    golden = json.loads(file.read_text())
+    assert found["collectives"] == golden["collectives"]
+    assert found["hbm"] == pytest.approx(golden["hbm"], rel=0.02)
+
+
+@needs_libtpu
+@pytest.mark.slow
+def test_the_largest_batch_fits_and_the_next_is_refused():
+    """Two layers with a short vocabulary: compiled at the batch that the plan names, and at a little more."""
+    config = ModelConfig.from_hf({**SMOLLM3_3B, **SHORT, "num_hidden_layers": 2, "no_rope_layers": [1, 0]})
+    report = plan_decode(config, "v5e:1x1", "serve_tp", 64, 8192, axes={"data": 1}, prompt=128)
+    rows, cache_row = report["largest_batch"], report["hbm"]["cache"] // 64
+    assert rows * cache_row > 0.9 * report["hbm"]["limit"]
+    assert not plan_decode(config, "v5e:1x1", "serve_tp", rows + rows // 50, 8192, axes={"data": 1}, prompt=128)["fits"]
+    assert plan_decode(config, "v5e:1x1", "serve_tp", rows - rows // 50, 8192, axes={"data": 1}, prompt=128)["fits"]
+
+
+# --- at full depth: `make test-full` ----------------------------------------------------------------------
+
+FULL = pytest.mark.skipif(not os.environ.get("FULL"), reason="takes minutes: `make test-full`")
+RELEASED = ModelConfig.from_hf(SMOLLM3_3B)
+GB = 1e9
+
+
+@FULL
+@needs_libtpu
+def test_sixteen_v5e_train_smollm3():
+    report = plan_train(RELEASED, "v5e:4x4", "fsdp", 16, 4096, remat="dots")
+    modelled = report["modelled"]
+    assert report["fits"] and report["hbm"]["total"] <= 15 * GB
+    assert modelled["dot_seconds"] <= 0.455
+    assert modelled["exposed_collective_seconds"] <= 0.156
+
+
+@FULL
+@needs_libtpu
+def test_a_lean_setting():
+    report = plan_train(RELEASED, "v5e:4x4", "fsdp", 16, 4096, remat="full")
+    assert report["fits"] and report["hbm"]["total"] <= 4.7 * GB
+
+
+@FULL
+@needs_libtpu
+@pytest.mark.parametrize("name", ["v5p:4x4x1", "v6e:4x4"])
+def test_other_chips_compile_and_report(name):
+    assert plan_train(RELEASED, name, "fsdp", 16, 4096, remat="dots")["fits"]
+
+
+@FULL
+@needs_libtpu
+def test_long_rows_fit_where_they_are_split():
+    axes = {"fsdp": 16, "context": 4}
+    assert plan_train(RELEASED, "v5p:4x4x4", "fsdp_tp_cp", 16, 65536, axes=axes, remat="attention")["fits"]
+
+
+@FULL
+@needs_libtpu
+def test_a_pod_sends_no_more_for_each_device():
+    few, many = (
+        plan_train(RELEASED, name, "fsdp", rows, 4096, remat="dots")["collectives"]
+        for name, rows in (("v5e:4x4", 16), ("v5e:16x16", 256))
+    )
+    assert sum(row["bytes"] for row in many) <= 1.2 * sum(row["bytes"] for row in few)
