@@ -5,6 +5,8 @@ BIN := $(VENV)/bin
 # JAX looks for accelerators by itself; tests and the demo run on the CPU everywhere alike.
 CPU := JAX_PLATFORMS=cpu
 VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
+# Files of tests go to two processes: most of a test is one thread, compiling.
+TOGETHER := -n 2 --dist loadfile
 PINS := $(wildcard constraints/python$(VERSION).txt)
 
 .PHONY: setup run test test-light test-full lint goldens clean
@@ -21,7 +23,7 @@ run: setup
 	$(CPU) $(BIN)/python scripts/demo.py
 
 test: setup lint
-	$(CPU) $(BIN)/python -m pytest
+	$(CPU) $(BIN)/python -m pytest $(TOGETHER)
 
 # Plans at SmolLM3's full depth, for pods too: minutes each.
 test-full: setup
@@ -29,7 +31,7 @@ test-full: setup
 
 # Neither torch nor transformers: parity against the stored goldens.
 test-light: $(VENV)/dev.stamp
-	$(CPU) $(BIN)/python -m pytest -m 'not torch'
+	$(CPU) $(BIN)/python -m pytest $(TOGETHER) -m 'not torch'
 
 lint: setup
 	$(BIN)/ruff check .

@@ -22,6 +22,8 @@ _FREE = (
     *("while", "call", "conditional", "optimization-barrier", "copy-done", "slice-done", "async-done", "async-update"),
     *(f"{kind}-done" for kind in COLLECTIVES),
 )
+# What updates its first operand in place -> which operand is new.
+_UPDATES = {"dynamic-update-slice": 1, "scatter": -1}
 _KNOWN_TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
 _LOOP = re.compile(r"condition=%?([\w.-]+), body=%?([\w.-]+)")
 
@@ -271,8 +273,8 @@ def _traffic(op: Operation, bodies: Mapping[str, list[Operation]], by_name: Mapp
     """Bytes of main memory that an instruction reads and writes; of what is sliced or updated, that part."""
     if op.opcode in ("dynamic-slice", "slice", "gather"):
         return 2 * _main(op)
-    if op.opcode in ("dynamic-update-slice", "scatter"):
-        return 2 * _main(by_name[op.computation, op.operands[-1 if op.opcode == "scatter" else 1]])
+    if op.opcode in _UPDATES:
+        return 2 * _main(by_name[op.computation, op.operands[_UPDATES[op.opcode]]])
     if op.opcode.endswith("-start"):
         return 2 * sum(shape.bytes for shape in op.shapes[:1])
     if op.opcode != "fusion":
@@ -296,8 +298,9 @@ def _written(
         root = by_name[root.computation, root.operands[0]]
     if root.opcode == "parameter" or root.opcode in COLLECTIVES:
         return [0] * max(1, len(root.shapes))
-    if root.opcode == "dynamic-update-slice":
-        return [sum(shape.bytes for shape in by_name[root.computation, root.operands[1]].shapes)]
+    if root.opcode in _UPDATES:
+        update = by_name[root.computation, root.operands[_UPDATES[root.opcode]]]
+        return [sum(shape.bytes for shape in update.shapes)]
     if root.opcode == "fusion":
         return _written(bodies[root.calls[0]][-1], bodies, by_name)
     return [shape.bytes for shape in root.shapes]
@@ -317,7 +320,7 @@ def _read(value: Operation, size: int, bodies: Mapping[str, list[Operation]]) ->
             total += sum(_read(x, size, bodies) for x in inner if x.opcode == "parameter" and x.operands[0] in numbers)
         elif use.opcode == "tuple" or use.opcode in COLLECTIVES:
             continue  # handed on, or counted elsewhere
-        elif use.opcode != "dynamic-update-slice" or use.operands[0] != value.name:
+        elif use.opcode not in _UPDATES or use.operands[0] != value.name:
             return size
     return min(total, size)
 

@@ -412,7 +412,7 @@ class DecodeSetting:
             rows = self.batch // self.sharding.parts("batch")
             return KernelCost(4 * rows * heads * self.context * width, share(self.cache.layers[0]))
         if "splash_mha_fwd" in op.name + op.op_name:
-            length = math.prod(op.shapes[0].dims) // (heads * width)
+            length = max(math.prod(shape.dims) for shape in op.shapes) // (heads * width)
             return KernelCost(4 * heads * length * length * width / 2, 0.0, share=0.5)
         return None
 

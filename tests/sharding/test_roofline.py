@@ -74,10 +74,10 @@ PROGRAM = """HloModule jit_f, is_scheduled=true
   ROOT %cut = bf16[16,512]{1,0} dynamic-slice(%reduced, %zero, %zero), dynamic_slice_sizes={16,512}
 }
 
-%fused_start (q: bf16[16,512]) -> bf16[64,512] {
+%fused_start (q: bf16[16,512]) -> bf16[32,512] {
   %q = bf16[16,512]{1,0} parameter(0)
   %started = bf16[16,512]{1,0} custom-call(%q), custom_call_target="AsyncCollectiveStart"
-  ROOT %gathered = bf16[64,512]{1,0} all-gather(%q), channel_id=3, replica_groups=mesh['a'=2,'b'=2] {'b'}
+  ROOT %gathered = bf16[32,512]{1,0} all-gather(%q), channel_id=3, replica_groups=mesh['a'=2,'b'=2] {'b'}
 }
 
 %body (s: (s32[], bf16[8,128], bf16[4,128,128])) -> (s32[], bf16[8,128], bf16[4,128,128]) {
@@ -117,7 +117,7 @@ ENTRY %main (a: bf16[8,128], b: bf16[4,128,128], g: bf16[64,512], h: bf16[16,512
   %init = (s32[], bf16[8,128]{1,0}, bf16[4,128,128]{2,1,0}) tuple(%start, %a, %b)
   %loop = (s32[], bf16[8,128]{1,0}, bf16[4,128,128]{2,1,0}) while(%init), condition=%condition, body=%body
   %scattered = bf16[16,512]{1,0} fusion(%g), kind=kCustom, calls=%fused_scatter
-  %ahead = bf16[64,512]{1,0} fusion(%h), kind=kCustom, calls=%fused_start
+  %ahead = bf16[32,512]{1,0} fusion(%h), kind=kCustom, calls=%fused_start
   ROOT %result = bf16[8,128]{1,0} get-tuple-element(%loop), index=1
 }
 """
