@@ -188,7 +188,8 @@ _ARRAY = re.compile(r"(\w+)\[([\d,<=]*)\](?:\{([^{}]*)\})?")
 _OP_NAME = re.compile(r'op_name="([^"]*)"')
 _TARGET = re.compile(r'custom_call_target="([^"]*)"')
 _SPACE = re.compile(r"S\((\d+)\)")
-_CALL = re.compile(r"(\w+)=(?:%([\w.-]+)|\{(%[^{}]*)\})")
+# Not control-predecessors={...}, which names instructions.
+_CALL = re.compile(r"(?<![\w-])(\w+)=(?:%([\w.-]+)|\{(%[^{}]*)\})")
 # Attribute -> what the computation that it names is.
 _KINDS = {
     "body": "loop",

@@ -336,25 +336,23 @@ def _collective(
 ) -> tuple[str, int, int, bool]:
     """(kind, bytes that each device sends, devices that take part, whether they are in several slices)."""
     kind = op.opcode.removesuffix("-start")
-    # One that starts has its operands and its results in a tuple.
-    start = op.opcode.endswith("-start")
-    size = max(shape.bytes for shape in op.shapes) if start else sum(shape.bytes for shape in op.shapes)
     groups = _groups(op.attributes)
     group = groups.shape[1] if groups is not None else 2
     across = bool(
         slice_devices and groups is not None and (groups // slice_devices != groups[:, :1] // slice_devices).any()
     )
+    size = float(sum(shape.bytes for shape in op.shapes))
+    if op.opcode in ("all-gather-start", "reduce-scatter-start"):
+        size *= group / (group + 1)  # operands stand in its result too: of the two, the whole
+    elif op.opcode == "collective-permute-start":
+        size /= 2
+    elif op.opcode == "reduce-scatter":
+        size *= group
     if kind == "all-reduce" and len(inside) > 1 and any(x.opcode == "dynamic-slice" for x in inside):
         kind = "reduce-scatter"  # fused with the slice that each device keeps
     around = (group - 1) / group
-    factor = {
-        "all-gather": around,
-        "reduce-scatter": around if op.opcode == "all-reduce" else group - 1,
-        "all-reduce": 2 * around,
-        "all-to-all": around,
-        "ragged-all-to-all": around,
-    }.get(kind, 1)
-    return kind, int(size * factor), group, across
+    factor = {"all-reduce": 2 * around, "collective-permute": 1, "collective-broadcast": 1}.get(kind, around)
+    return kind, round(size * factor), group, across
 
 
 def _groups(attributes: str) -> np.ndarray | None:

@@ -89,7 +89,7 @@ ENTRY %main (a: f32[8,128]) -> f32[8,128] {
   %tuple.2 = () tuple()
   %while.1 = (s32[]{:T(128)}, f32[8,128]{1,0:T(8,128)}, bf16[256,512]{1,0:T(8,128)(2,1)}) while(%a), \
 condition=%condition, body=%body
-  ROOT %out = f32[8,128]{1,0:T(8,128)} get-tuple-element(%while.1), index=1
+  ROOT %out = f32[8,128]{1,0:T(8,128)} get-tuple-element(%while.1), index=1, control-predecessors={%a, %slice.1}
 }
 """
 
@@ -113,6 +113,7 @@ def test_every_instruction_is_read(program):
     assert found["constant.1"].bytes == 1
     assert found["s"].shapes[2] == Shape("bf16", (256, 512), 0)
     assert found["tuple.2"].shapes == ()
+    assert found["out"].calls == ()
     assert found["conditional.1"].calls == ("greedy", "drawn")
 
 

@@ -156,6 +156,25 @@ def test_what_leaves_a_slice_takes_the_slow_network():
 
 
 @pytest.mark.parametrize(
+    ("instruction", "sent"),
+    [
+        ("f32[64] all-gather(%a), replica_groups=[1,4]<=[4]", 192),
+        ("(f32[16], f32[64]) all-gather-start(%a), replica_groups=[1,4]<=[4]", 192),
+        ("f32[16] reduce-scatter(%a), replica_groups=[1,4]<=[4]", 192),
+        ("(f32[64], f32[16]) reduce-scatter-start(%a), replica_groups=[1,4]<=[4]", 192),
+        ("f32[64] all-reduce(%a), replica_groups=[1,4]<=[4]", 384),
+        ("f32[64] all-reduce-start(%a), replica_groups=[1,4]<=[4]", 384),
+        ("f32[64] all-to-all(%a), replica_groups=[1,4]<=[4]", 192),
+        ("(f32[64], f32[64]) collective-permute-start(%a), source_target_pairs={{0,1},{1,0}}", 256),
+    ],
+)
+def test_what_a_device_sends_over_a_ring(instruction, sent):
+    text = f"ENTRY %main (a: f32[16]) -> f32[16] {{\n  %a = f32[16] parameter(0)\n  ROOT %x = {instruction}\n}}\n"
+    (collective,) = roofline(hlo.operations(text), CHIP).collectives
+    assert (collective.bytes, collective.hidden) == (sent, "-start" in instruction)
+
+
+@pytest.mark.parametrize(
     ("text", "groups"),
     [
         ("replica_groups={{0,1},{2,3}}, x=1", [[0, 1], [2, 3]]),
