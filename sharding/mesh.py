@@ -1,9 +1,12 @@
 """Device meshes, and the start of a program on several hosts."""
 
+import contextlib
 import logging
 import math
 import os
 import re
+import socket
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -130,18 +133,50 @@ def start(
         return
     if jax.distributed.is_initialized():
         return
-    if jax.config.read("jax_platforms") == "cpu":
+    if jax.config.jax_platforms == "cpu":  # pyright: ignore[reportAttributeAccessIssue]
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    try:
-        jax.distributed.initialize(address, processes, index, initialization_timeout=timeout)
-    except Exception as error:
-        missing = sorted({int(task) for task in re.findall(r"task:(\d+)", str(error))} - {index})
-        who = f"process {', '.join(map(str, missing))}" if missing else "somebody"
-        raise ShardingError(
-            f"{who} of {processes or 'the job'} did not come within {timeout} s (this is {index}, the meeting point "
-            f"{address or 'found by itself'}): {str(error).splitlines()[0][:200]}"
-        ) from error
+    if address is not None and processes is not None and index is not None:
+        _meet(address, processes, index, timeout)
+    jax.distributed.initialize(address, processes, index, initialization_timeout=timeout)
     log.info("%s", "\n".join(process_map()))
+
+
+def _meet(address: str, processes: int, index: int, timeout: float) -> None:
+    """Waits until everyone has called; JAX itself ends a program that waits in vain, and does not say for whom.
+
+    Process 0 listens where JAX's own service will, and tells everyone who is missing.
+    """
+    host, _, port = address.rpartition(":")
+    end = time.monotonic() + timeout
+    missing: set[int] = set()
+    if index == 0:
+        present: dict[int, socket.socket] = {}
+        with socket.create_server((host, int(port))) as server:
+            while len(present) < processes - 1 and (left := end - time.monotonic()) > 0:
+                server.settimeout(left)
+                with contextlib.suppress(OSError):
+                    caller, _ = server.accept()
+                    caller.settimeout(5)
+                    present[int(caller.makefile().readline())] = caller
+        missing = set(range(1, processes)) - set(present)
+        for caller in present.values():
+            with contextlib.suppress(OSError), caller:
+                caller.sendall((",".join(map(str, sorted(missing))) + "\n").encode())
+    else:
+        answer = ""
+        while not answer and time.monotonic() < end:
+            with contextlib.suppress(OSError), socket.create_connection((host, int(port)), 5) as zero:
+                zero.sendall(f"{index}\n".encode())
+                zero.settimeout(max(1.0, end + 5 - time.monotonic()))
+                answer = zero.makefile().readline()
+            time.sleep(0.1)
+        missing = {int(part) for part in answer.strip().split(",") if part} if answer else {0}
+    if missing:
+        who = ", ".join(map(str, sorted(missing)))
+        raise ShardingError(
+            f"process {who} of {processes} did not come to {address} within {timeout:g} s (this is {index}): "
+            "is it running, and can it reach that address?"
+        )
 
 
 def process_map() -> list[str]:

@@ -124,7 +124,7 @@ PAIRS = {
 def held(report):
     """What a change of the code, and nothing else, may change."""
     kinds = [{k: row[k] for k in ("kind", "hidden", "count", "bytes")} for row in report["collectives"]]
-    return {"collectives": kinds, "hbm": {k: v for k, v in report["hbm"].items() if k != "code"}}
+    return {"collectives": kinds, "hbm": {k: v for k, v in report["hbm"].items() if k not in ("code", "limit")}}
 
 
 @needs_libtpu

@@ -89,7 +89,8 @@ from smollm3_jax.generate import Request, complete
 from tiny import YARN, random_tensors, raw_config, write_checkpoint
 
 raw = raw_config("plain") | {"rope_scaling": YARN}
-tensors = {name: x * 3 for name, x in random_tensors(raw).items()}  # neither all tokens alike nor one certain
+# Neither all tokens alike nor one certain.
+tensors = {name: x * 8 if "embed" in name else x for name, x in random_tensors(raw).items()}
 folder = write_checkpoint(Path(sys.argv[1]) / "model", raw, tensors)
 MESHES = {"dp": {"data": 8}, "fsdp": {"fsdp": 8}, "tp": {"tensor": 8}, "fsdp_tp": {"fsdp": 4, "tensor": 2},
           "serve_tp": {"data": 4, "tensor": 2}}
