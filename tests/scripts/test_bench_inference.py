@@ -163,7 +163,7 @@ def test_what_llama_cpp_would_compute_differently_is_refused(name, tmp_path):
 def test_end_to_end(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(bench.os, "sched_setaffinity", lambda *_: None)  # the tests go on in this process
     folder, out = tiny_checkpoint(tmp_path / "tiny", "one_layer"), tmp_path / "bench.json"
-    tiny = "--dtype float32 --rounds 1 --prefill 8 600 --batch 1 --prompt 8 --new 64 --threads 1"
+    tiny = "--dtype float32 --rounds 1 --prefill 8 600 --batch 1 --prompt 8 --new 400 --threads 1"
     assert bench.main(["--model", str(folder), *tiny.split(), "--out", str(out)]) == 0
     result = json.loads(out.read_text())
     assert [row["what"] for row in result["results"]] == ["load", "prefill 8", "decode, batch 1", "peak memory"]

@@ -134,7 +134,8 @@ def test_text_and_logits_are_those_of_one_device(tmp_path):
     found = on_eight_devices(SERVING, tmp_path)
     assert len(found) == 10
     for name, (logits, same, logprobs) in found.items():
-        assert same and logits <= 1e-5 and logprobs <= 1e-4, (name, found[name])
+        # Rounded products may round one of int8's activations to the next of 255 values.
+        assert same and logits <= 1e-5 and logprobs <= (1e-3 if "int8" in name else 1e-4), (name, found[name])
 
 
 @pytest.mark.slow
