@@ -138,6 +138,7 @@ def start(
     if address is not None and processes is not None and index is not None:
         _meet(address, processes, index, timeout)
     jax.distributed.initialize(address, processes, index, initialization_timeout=timeout)
+    refuse_alone()
     log.info("%s", "\n".join(process_map()))
 
 
@@ -203,7 +204,9 @@ def refuse_alone() -> None:
 
 def _in_a_job() -> bool:
     """Whether the environment says that there are other processes."""
-    counts = ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "JAX_NUM_PROCESSES", "JOB_COMPLETIONS")
+    counts = ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE")
     if any(os.environ.get(name, "1").isdecimal() and int(os.environ.get(name, "1")) > 1 for name in counts):
         return True
-    return "," in os.environ.get("TPU_WORKER_HOSTNAMES", "") or bool(os.environ.get("MEGASCALE_COORDINATOR_ADDRESS"))
+    # The first is of an indexed job of Kubernetes, the last of Cloud TPU's slices.
+    named = ("JOB_COMPLETION_INDEX", "MEGASCALE_COORDINATOR_ADDRESS")
+    return "," in os.environ.get("TPU_WORKER_HOSTNAMES", "") or any(os.environ.get(name) for name in named)

@@ -211,7 +211,6 @@ def plan_train(
     slices: int = 1,
     remat: str | None = None,
     micro_batches: int = 1,
-    dtype: str = "bfloat16",
     dump: Path | None = None,
 ) -> dict[str, Any]:
     """Compiles the train step for a topology and reports memory, collectives and the modelled time.
@@ -232,7 +231,7 @@ def plan_train(
     refused: list[dict[str, Any]] = []
 
     def attempt(remat: str, micro_batches: int) -> dict[str, Any] | None:
-        options = StepOptions(dtype, remat, micro_batches)
+        options = StepOptions(remat=remat, micro_batches=micro_batches)
         setting = TrainSetting(config, chip, sharding, batch, length, options)
         try:
             compiled = setting.compile()

@@ -23,11 +23,11 @@ from .loss import cross_entropy, next_tokens
 # What the backward pass finds kept, the rest it computes again; from all that matters to nothing but each
 # layer's input. (`block` in model.py gives the names.)
 _ATTENTION = ("attention", "attention_residuals")
-_NORMED = ("q", "k", "v", *_ATTENTION)
+_QKV = ("q", "k", "v", *_ATTENTION)
 REMAT: dict[str, Callable[..., Any] | None] = {
     "none": None,
-    "dots": jax.checkpoint_policies.save_only_these_names(*_NORMED, "gate", "up"),
-    "qkv": jax.checkpoint_policies.save_only_these_names(*_NORMED),
+    "dots": jax.checkpoint_policies.save_only_these_names(*_QKV, "gate", "up"),
+    "qkv": jax.checkpoint_policies.save_only_these_names(*_QKV),
     "attention": jax.checkpoint_policies.save_only_these_names(*_ATTENTION),
     "full": jax.checkpoint_policies.nothing_saveable,
 }
@@ -83,13 +83,14 @@ def train_step(
     options: StepOptions,
     sharding: Sharding | None = None,
 ) -> tuple[TrainState, dict[str, Array]]:
-    """The state after one update, and float32 metrics: loss (nats a token), grad_norm, tokens (that had a label)."""
+    """The state after one update, and float32 metrics: loss (nats a token), objective (loss and z-loss),
+    grad_norm, tokens (that had a label)."""
     model: Any = state.model  # optax's types know no modules
     (total, (nll, count)), gradients = _gradients(model, batch, options, sharding)
     count = jnp.maximum(count, 1)
     gradients = jax.tree.map(lambda x: x / count, gradients)
     if sharding is not None:
-        gradients = _constrained(gradients, sharding)
+        gradients = jax.lax.with_sharding_constraint(gradients, state_shardings(gradients, sharding))
     updates, kept = optimizer.update(gradients, state.optimizer, model)
     model = optax.apply_updates(model, updates)
     metrics = {"loss": nll / count, "grad_norm": optax.tree.norm(gradients), "tokens": count}
@@ -132,11 +133,6 @@ def _gradients(
         jax.eval_shape(lambda: gradient(model, jax.tree.map(lambda x: x[0], micro), options, sharding)),
     )
     return jax.lax.scan(step, zeros, micro)[0]
-
-
-def _constrained(tree: Any, sharding: Sharding) -> Any:
-    shardings = state_shardings(tree, sharding)
-    return jax.lax.with_sharding_constraint(tree, shardings)
 
 
 def state_shardings(tree: Any, sharding: Sharding) -> Any:
