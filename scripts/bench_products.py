@@ -48,8 +48,8 @@ def main() -> None:
     for model, (rows, columns, count) in SHAPES.items():
         for kind in ("float32", "bfloat16", "int8", "int8-g64", "int4"):
             dtype = "float32" if kind == "float32" else "bfloat16"
-            plain = [nnx.Param(jnp.asarray(random.normal(size=(rows, columns)), dtype), axes=("mlp", "embed"))] * count
-            plain = [param.replace(jnp.array(param[...])) for param in plain]
+            values = jnp.asarray(random.normal(size=(rows, columns)), dtype)
+            plain = [nnx.Param(jnp.array(values), axes=("mlp", "embed")) for _ in range(count)]
             weights = plain if kind == dtype else [quantized(param, kind, 1) for param in plain]
             size = sum(x.nbytes for x in jax.tree.leaves(weights)) / count
             taken = seconds(weights, jnp.asarray(random.normal(size=(1, columns)), dtype))
