@@ -255,7 +255,7 @@ def plan_train(
         "mesh": dict(sharding.mesh.shape),
         "batch": batch,
         "length": length,
-        "parameters": _count(config),
+        "parameters": count_parameters(config),
         "refused": refused,
     }
     if report is not None:
@@ -283,7 +283,7 @@ def _train_report(setting: TrainSetting, compiled: Compiled) -> dict[str, Any]:
         hlo.operations(compiled), setting.chip, setting.kernel_cost, slice_devices=_slice_devices(setting.sharding)
     )
     tokens = setting.batch * setting.length
-    useful = 6 * _count(setting.config) * tokens / setting.sharding.mesh.size
+    useful = 6 * count_parameters(setting.config) * tokens / setting.sharding.mesh.size
     return {
         "remat": setting.options.remat,
         "micro_batches": setting.options.micro_batches,
@@ -347,7 +347,7 @@ def _slice_devices(sharding: Sharding) -> int | None:
 
 
 @functools.cache
-def _count(config: ModelConfig) -> int:
+def count_parameters(config: ModelConfig) -> int:
     return sum(math.prod(x.shape) for x in jax.tree.leaves(abstract_model(config, "float32")))
 
 
@@ -532,7 +532,7 @@ def plan_memory(config: ModelConfig, batch: int = 1, contexts: Iterable[int] = C
         for name in ("bfloat16", "int8")
     }
     return {
-        "parameters": _count(config),
+        "parameters": count_parameters(config),
         "batch": batch,
         "weights": weights,
         "cache": caches,
@@ -578,12 +578,12 @@ def h100_run(config: ModelConfig) -> dict[str, Any]:
     groups = run["gpus"] // run["tensor"]
     tokens = run["rows"] * run["length"] / groups  # of a group of two
     attention = 6 * config.num_hidden_layers * tokens * run["length"] * config.num_attention_heads * config.head_dim
-    flops = (6 * _count(config) * tokens + attention) / run["tensor"]
+    flops = (6 * count_parameters(config) * tokens + attention) / run["tensor"]
     # Four all-reduces of the activations a layer, forward and backward; the gradients once, in bfloat16.
     activations = (
         4 * config.num_hidden_layers * tokens * config.hidden_size * 2 * (run["tensor"] - 1) / run["tensor"] * 2
     )
-    gradients = 2 * 2 * _count(config) / run["tensor"] * (groups - 1) / groups
+    gradients = 2 * 2 * count_parameters(config) / run["tensor"] * (groups - 1) / groups
     seconds = {
         "dot_seconds": flops / chip.peak,
         "tensor_parallel_seconds": activations / chip.link,

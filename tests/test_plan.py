@@ -136,7 +136,9 @@ def test_collectives_and_memory_are_those_of_the_golden_files(pair):
         file.parent.mkdir(exist_ok=True)
         file.write_text(json.dumps(found, indent=1) + "\n")
     golden = json.loads(file.read_text())
-    assert found["collectives"] == golden["collectives"]
+    assert len(found["collectives"]) == len(golden["collectives"])
+    for row, wanted in zip(found["collectives"], golden["collectives"], strict=True):
+        assert row == {**wanted, "bytes": pytest.approx(wanted["bytes"], rel=0.01)}
     assert found["hbm"] == pytest.approx(golden["hbm"], rel=0.02)
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+import tiny
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -115,34 +116,31 @@ def free_port():
 
 TOGETHER = """
 import json, sys
-index, port, count = map(int, sys.argv[1:])
+index, port, count = map(int, sys.argv[1:4])
 import jax
 jax.config.update("jax_num_cpu_devices", 8 // count)
 from sharding.mesh import DEFAULT_AXES, make_mesh, process_map, start
 start(f"127.0.0.1:{port}", count, index, timeout=120)
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
-from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding
 import smollm3_jax as s3
 from sharding.rules import Sharding
 from smollm3_jax.train.optimizer import adamw
 from smollm3_jax.train.step import Batch, StepOptions, init_state, state_shardings, train_step
-from tiny import raw_config
 
-config = s3.ModelConfig.from_hf(raw_config("plain"))
 optimizer, options = adamw(1e-3), StepOptions(dtype="float32")
 random = np.random.RandomState(0)
 tokens = random.randint(3, 160, (8, 32)).astype(np.int32)
-sharding = Sharding.of(make_mesh({"fsdp": 4, "tensor": 2}), "fsdp_tp").fitted(config.axis_sizes)
-state = init_state(s3.SmolLM3(config, rngs=nnx.Rngs(0)), optimizer)
+mesh = make_mesh({"fsdp": 4, "tensor": 2})
+model = s3.from_pretrained(sys.argv[4], mesh=mesh, rules="fsdp_tp")
+sharding = Sharding.of(mesh, "fsdp_tp").fitted(model.config.axis_sizes)
+shapes = jax.eval_shape(lambda: init_state(model, optimizer))
+state = jax.jit(lambda model: init_state(model, optimizer), out_shardings=state_shardings(shapes, sharding))(model)
 
 def put(x, at):
-    x = np.asarray(x)
     return jax.make_array_from_callback(x.shape, at, lambda index: x[index])
 
-state = jax.tree.map(put, state, state_shardings(state, sharding))
 at = NamedSharding(sharding.mesh, sharding.spec("batch", None))
 batch = Batch(put(tokens, at), put(np.ones_like(tokens), at))
 losses = []
@@ -153,12 +151,12 @@ print(json.dumps({"losses": losses, "processes": len(process_map())}))
 """
 
 
-def run_together(code, count, timeout=300):
+def run_together(code, count, *arguments, timeout=300):
     port = free_port()
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "JAX_PLATFORMS": "cpu"}
     processes = [
         subprocess.Popen(
-            [sys.executable, "-c", code, str(index), str(port), str(count)],
+            [sys.executable, "-c", code, str(index), str(port), str(count), *map(str, arguments)],
             env=environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -172,10 +170,12 @@ def run_together(code, count, timeout=300):
 
 
 @pytest.mark.slow
-def test_two_and_four_processes_train_as_one():
-    (one,) = run_together(TOGETHER.replace("start(f", "False and start(f"), 1)
+def test_two_and_four_processes_train_as_one(tmp_path):
+    """From one checkpoint, of which each process reads its own parts."""
+    folder = tiny.tiny_checkpoint(tmp_path)
+    (one,) = run_together(TOGETHER.replace("start(f", "False and start(f"), 1, folder)
     for count in (2, 4):
-        for result in run_together(TOGETHER, count):
+        for result in run_together(TOGETHER, count, folder):
             assert result["processes"] == count
             np.testing.assert_allclose(result["losses"], one["losses"], rtol=1e-5)
 

@@ -655,3 +655,46 @@ def test_on_a_mesh(tmp_path):
     assert "OptionError: rules 'fsdp' need a mesh" in no_mesh
     saved, original = open_checkpoint(tmp_path / "out").tensors, open_checkpoint(folder).tensors
     assert {k: t.read().tobytes() for k, t in saved.items()} == {k: t.read().tobytes() for k, t in original.items()}
+
+
+PEAK = """
+import json, re, sys, threading, time
+import jax
+jax.config.update("jax_num_cpu_devices", 8)
+import smollm3_jax
+from sharding.mesh import make_mesh
+
+def anonymous():
+    return 1024 * int(re.search(r"RssAnon:\\s+(\\d+)", open("/proc/self/status").read())[1])
+
+peak, done = 0, threading.Event()
+
+def watch():
+    global peak
+    while not done.is_set():
+        peak = max(peak, anonymous())
+        time.sleep(0.001)
+
+jax.device_put(0.0).block_until_ready()
+before = anonymous()
+watcher = threading.Thread(target=watch)
+watcher.start()
+model = smollm3_jax.from_pretrained(sys.argv[1], mesh=make_mesh({"fsdp": 8}), rules="fsdp")
+jax.block_until_ready(model)
+done.set()
+watcher.join()
+sizes = [x.nbytes for x in jax.tree.leaves(model)]
+print(json.dumps({"held": anonymous() - before, "peak": peak - before, "all": sum(sizes), "largest": max(sizes)}))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_loading_onto_a_mesh_holds_one_whole_tensor_at_most(tmp_path):
+    raw = raw_config("plain") | {"hidden_size": 512, "intermediate_size": 4096, "head_dim": 64, "vocab_size": 16384}
+    folder = write_checkpoint(tmp_path, raw, random_tensors(raw))
+    run = python(PEAK, folder)
+    assert run.returncode == 0, run.stderr
+    found = json.loads(run.stdout.splitlines()[-1])
+    assert found["all"] > 4 * found["largest"]
+    assert found["peak"] <= found["all"] + found["largest"] + 2**24, found
