@@ -276,7 +276,9 @@ def _traffic(op: Operation, bodies: Mapping[str, list[Operation]], by_name: Mapp
     if op.opcode in _UPDATES:
         return 2 * _main(by_name[op.computation, op.operands[_UPDATES[op.opcode]]])
     if op.opcode.endswith("-start"):
-        return 2 * sum(shape.bytes for shape in op.shapes[:1])
+        # From one memory to another, often the host's or a TPU's VMEM: what is sliced or updated, at each end in HBM.
+        ends = [shape for shape in op.shapes if shape.dims][:2]
+        return min(shape.bytes for shape in ends) * sum(shape.space == 0 for shape in ends) if ends else 0
     if op.opcode != "fusion":
         return _main(op) + sum(_main(by_name[op.computation, x]) for x in op.operands if (op.computation, x) in by_name)
     (body,) = (bodies[name] for name in op.calls)

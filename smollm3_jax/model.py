@@ -295,6 +295,7 @@ def block(
         return x_BTD if sharding is None else sharding.constrain(x_BTD, "batch", "length", "residual")
 
     multiply = functools.partial(_linear, platform=platform_of(sharding))
+    x_BTD = checkpoint_name(x_BTD, "input")
     h_BTD = _rms_norm(x_BTD, p.attn_norm[...], config.rms_norm_eps)
     q_BTHE = checkpoint_name(multiply(h_BTD, p.q, p.q_bias), "q")
     k_BTKE = checkpoint_name(multiply(h_BTD, p.k, p.k_bias), "k")

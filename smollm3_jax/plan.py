@@ -45,6 +45,7 @@ ASSUMPTIONS = (
     "products at the chip's peak, everything else at its memory's bandwidth",
     "attention kernels at half of the peak",
     "collectives over rings at the links' bandwidth; those that the compiler made asynchronous are hidden",
+    "what goes to the host's memory and back is hidden",
 )
 
 

@@ -2,14 +2,15 @@
 
 It goes through the tokens a chunk at a time. Where gradients are wanted, each chunk's are computed at once,
 while its logits are there: three products with the embedding, none of them twice. The embedding's gradient is
-added up on every device for itself and put together once, behind the loop.
+added up on every device for itself and put together once, behind the loop. (Or, for the least memory, `by_words`.)
 
 Shapes: B rows, T tokens of a row, N tokens of a device, C chunks of t tokens, D model width, V vocabulary
-(a device's part of it).
+(a device's part of it), pieces of v words.
 """
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -38,6 +39,7 @@ def cross_entropy(
     mask_BT: Array,
     *,
     z_loss: float = 0.0,
+    by_words: bool = False,
     sharding: Sharding | None = None,
 ) -> tuple[Array, Array]:
     """Sums over the tokens where the mask holds.
@@ -48,6 +50,8 @@ def cross_entropy(
       labels_BT: int32.
       mask_BT: bool.
       z_loss: weight of the squared log-normalizers that keep logits near zero (PaLM, arXiv 2204.02311, section 5).
+      by_words: compute the gradients a part of the vocabulary at a time, from logits computed again: a fourth
+        product, for no gradient of the whole embedding on any device.
       sharding: where the arrays lie; None on one device.
 
     Returns:
@@ -55,20 +59,20 @@ def cross_entropy(
       cross-entropy alone, which cannot. Logits and sums are float32; the logits' gradient is rounded to x's
       dtype for its two products.
     """
-    return _loss(z_loss, sharding, x_BTD, head_VD, labels_BT, mask_BT)
+    return _loss(z_loss, by_words, sharding, x_BTD, head_VD, labels_BT, mask_BT)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _loss(z_loss: float, sharding: Sharding | None, *arrays: Array) -> tuple[Array, Array]:
-    return _everywhere(z_loss, sharding, False, *arrays)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _loss(z_loss: float, by_words: bool, sharding: Sharding | None, *arrays: Array) -> tuple[Array, Array]:
+    return _everywhere(z_loss, by_words, sharding, False, *arrays)[0]
 
 
-def _forward(z_loss: float, sharding: Sharding | None, *arrays: Array) -> tuple[tuple[Array, Array], tuple]:
-    sums, *gradients = _everywhere(z_loss, sharding, True, *arrays)
+def _forward(z_loss: float, by_words: bool, sharding: Sharding | None, *arrays: Array) -> tuple[Any, tuple]:
+    sums, *gradients = _everywhere(z_loss, by_words, sharding, True, *arrays)
     return sums, tuple(gradients)
 
 
-def _backward(z_loss: float, sharding: Sharding | None, gradients: tuple, cotangents: tuple) -> tuple:
+def _backward(z_loss: float, by_words: bool, sharding: Sharding | None, gradients: tuple, cotangents: tuple) -> tuple:
     return *((cotangents[0] * x.astype(jnp.float32)).astype(x.dtype) for x in gradients), None, None
 
 
@@ -77,6 +81,7 @@ _loss.defvjp(_forward, _backward)
 
 def _everywhere(
     z_loss: float,
+    by_words: bool,
     sharding: Sharding | None,
     gradients: bool,
     x_BTD: Array,
@@ -86,8 +91,10 @@ def _everywhere(
 ) -> tuple:
     """The sums and, if asked for, the gradients of x and head: each device its own tokens and words."""
     logit_bytes = CPU_LOGIT_BYTES if platform_of(sharding) == "cpu" else ACCELERATOR_LOGIT_BYTES
+    logit_bytes = logit_bytes // 4 if by_words else logit_bytes
     if sharding is None:
-        return _on_device(z_loss, gradients, logit_bytes, (), x_BTD, head_VD, labels_BT, mask_BT)
+        arrays = (x_BTD, head_VD, labels_BT, mask_BT)
+        return _on_device(z_loss, gradients, by_words, logit_bytes, (), lambda x: x, *arrays)
     batch, length = (sharding.fitting(a, n) for a, n in zip(("batch", "length"), labels_BT.shape, strict=True))
     vocab, embed = (sharding.fitting(a, n) for a, n in zip(("vocab", "embed"), head_VD.shape, strict=True))
     token_axes = sharding.mesh_axes(batch) + sharding.mesh_axes(length)
@@ -96,16 +103,15 @@ def _everywhere(
     spread_axes = sharding.mesh_axes(embed)
     summed_axes = tuple(axis for axis in token_axes if axis not in spread_axes)
 
+    def settle(gradient_VD: Array) -> Array:
+        if spread_axes:
+            gradient_VD = jax.lax.psum_scatter(gradient_VD, spread_axes, scatter_dimension=1, tiled=True)
+        return jax.lax.psum(gradient_VD, summed_axes) if summed_axes else gradient_VD
+
     def part(*arrays: Array) -> tuple:
-        sums, *found = _on_device(z_loss, gradients, logit_bytes, sharding.mesh_axes(vocab), *arrays)
-        if token_axes:
-            sums = jax.lax.psum(sums, token_axes)
-        if gradients:
-            head_gradient_VD = found[1]
-            if spread_axes:
-                head_gradient_VD = jax.lax.psum_scatter(head_gradient_VD, spread_axes, scatter_dimension=1, tiled=True)
-            found[1] = jax.lax.psum(head_gradient_VD, summed_axes) if summed_axes else head_gradient_VD
-        return sums, *found
+        vocab_axes = sharding.mesh_axes(vocab)
+        sums, *found = _on_device(z_loss, gradients, by_words, logit_bytes, vocab_axes, settle, *arrays)
+        return jax.lax.psum(sums, token_axes) if token_axes else sums, *found
 
     tokens, states = sharding.spec(batch, length), sharding.spec(batch, length, None)
     in_specs = (states, sharding.spec(vocab, None), tokens, tokens)
@@ -116,14 +122,19 @@ def _everywhere(
 def _on_device(
     z_loss: float,
     gradients: bool,
+    by_words: bool,
     logit_bytes: int,
     vocab_axes: tuple[str, ...],
+    settle: Callable[[Array], Array],
     x_BTD: Array,
     head_VD: Array,
     labels_BT: Array,
     mask_BT: Array,
 ) -> tuple:
-    """((both sums), gradient of x, gradient of head) of these tokens; the gradients only if asked for."""
+    """((both sums), gradient of x, gradient of head) of these tokens; the gradients only if asked for.
+
+    settle puts the parts of the head's gradient together that the devices have.
+    """
     words, width = head_VD.shape
     count = labels_BT.size
     chunks = min(count, math.ceil(4 * count * words / logit_bytes))
@@ -139,6 +150,11 @@ def _on_device(
     def over_words(reduce: Any, x: Array) -> Array:
         return reduce(x, vocab_axes) if vocab_axes else x
 
+    def logit_gradient(logits_tV: Array, first: Any, normalizer_t: Array, labels_t: Array, mask_t: Array) -> Array:
+        said_tV = jnp.arange(logits_tV.shape[1]) == (labels_t - first)[:, None]
+        share_tV = jnp.exp(logits_tV - normalizer_t[:, None]) * (1 + 2 * z_loss * normalizer_t)[:, None]
+        return jnp.where(mask_t[:, None], share_tV - said_tV, 0).astype(x_BTD.dtype)
+
     def step(carry: Any, chunk: tuple) -> tuple:
         x_tD, labels_t, mask_t = chunk
         logits_tV = multiply(x_tD, head_VD, (((1,), (1,)), ((), ())))
@@ -149,18 +165,36 @@ def _on_device(
         nll_t = normalizer_t - over_words(jax.lax.psum, jnp.where(said_tV, logits_tV, 0).sum(axis=1))
         loss_t = nll_t + z_loss * normalizer_t**2
         sums = tuple(old + jnp.where(mask_t, new, 0).sum() for old, new in zip(carry[0], (loss_t, nll_t), strict=True))
-        if not gradients:
-            return (sums, None), None
-        share_tV = jnp.exp(logits_tV - normalizer_t[:, None]) * (1 + 2 * z_loss * normalizer_t)[:, None]
-        gradient_tV = jnp.where(mask_t[:, None], share_tV - said_tV, 0).astype(x_tD.dtype)
+        if not gradients or by_words:
+            return (sums, None), normalizer_t
+        gradient_tV = logit_gradient(logits_tV, first, normalizer_t, labels_t, mask_t)
         gradient_tD = over_words(jax.lax.psum, multiply(gradient_tV, head_VD, (((1,), (0,)), ((), ()))))
         gradient_VD = carry[1] + multiply(gradient_tV, x_tD, (((0,), (0,)), ((), ())))
         return (sums, gradient_VD), gradient_tD.astype(x_tD.dtype)
 
     zero = jnp.zeros((), jnp.float32)
-    start: Any = ((zero, zero), jnp.zeros((words, width), jnp.float32) if gradients else None)
-    (sums, head_gradient_VD), x_gradient_CtD = jax.lax.scan(step, start, tuple(map(split, (x_BTD, labels_BT, mask_BT))))
+    start: Any = ((zero, zero), jnp.zeros((words, width), jnp.float32) if gradients and not by_words else None)
+    (sums, gradient_VD), found_Ct = jax.lax.scan(step, start, tuple(map(split, (x_BTD, labels_BT, mask_BT))))
     if not gradients:
         return (sums,)
-    x_gradient_BTD = x_gradient_CtD.reshape(-1, width)[:count].reshape(x_BTD.shape)
-    return sums, x_gradient_BTD, head_gradient_VD.astype(head_VD.dtype)
+    if not by_words:
+        x_gradient_BTD = found_Ct.reshape(-1, width)[:count].reshape(x_BTD.shape)
+        return sums, x_gradient_BTD, settle(gradient_VD.astype(head_VD.dtype))
+
+    x_ND, labels_N, mask_N = x_BTD.reshape(count, width), labels_BT.reshape(count), mask_BT.reshape(count)
+    normalizer_N = found_Ct.reshape(-1)[:count]
+    pieces = next(n for n in range(min(words, chunks), words + 1) if words % n == 0)
+
+    def piece_step(gradient_ND: Array, piece: tuple) -> tuple:
+        head_vD, first = piece
+        logits_Nv = multiply(x_ND, head_vD, (((1,), (1,)), ((), ())))
+        gradient_Nv = logit_gradient(logits_Nv, first, normalizer_N, labels_N, mask_N)
+        head_gradient_vD = multiply(gradient_Nv, x_ND, (((0,), (0,)), ((), ()))).astype(head_vD.dtype)
+        return gradient_ND + multiply(gradient_Nv, head_vD, (((1,), (0,)), ((), ()))), settle(head_gradient_vD)
+
+    firsts = first + jnp.arange(pieces) * (words // pieces)
+    gradient_ND, settled = jax.lax.scan(
+        piece_step, jnp.zeros((count, width), jnp.float32), (head_VD.reshape(pieces, -1, width), firsts)
+    )
+    gradient_ND = over_words(jax.lax.psum, gradient_ND).astype(x_BTD.dtype)
+    return sums, gradient_ND.reshape(x_BTD.shape), settled.reshape(words, -1)

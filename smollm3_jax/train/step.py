@@ -20,8 +20,9 @@ from sharding.rules import Sharding
 from ..model import SmolLM3
 from .loss import cross_entropy, next_tokens
 
-# What the backward pass finds kept, the rest it computes again; from all that matters to nothing but each
-# layer's input. (`block` in model.py gives the names.)
+# What the backward pass finds kept, the rest it computes again; from all that matters to nothing but each layer's
+# input, on the device or in the host's memory, where the loss computes its logits twice as well. (`block` in model.py
+# gives the names.)
 _ATTENTION = ("attention", "attention_residuals")
 _QKV = ("q", "k", "v", *_ATTENTION)
 REMAT: dict[str, Callable[..., Any] | None] = {
@@ -30,6 +31,12 @@ REMAT: dict[str, Callable[..., Any] | None] = {
     "qkv": jax.checkpoint_policies.save_only_these_names(*_QKV),
     "attention": jax.checkpoint_policies.save_only_these_names(*_ATTENTION),
     "full": jax.checkpoint_policies.nothing_saveable,
+    "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[],
+        names_which_can_be_offloaded=["input"],
+        offload_src="device",
+        offload_dst="pinned_host",
+    ),
 }
 
 # What the compiler is told, by platform. On TPU: products wait for whole gathered weights, which come ahead of
@@ -84,17 +91,26 @@ def train_step(
     sharding: Sharding | None = None,
 ) -> tuple[TrainState, dict[str, Array]]:
     """The state after one update, and float32 metrics: loss (nats a token), objective (loss and z-loss),
-    grad_norm, tokens (that had a label)."""
+    grad_norm, tokens (that had a label), updates (before this one), and bad (how many micro-batches had a loss
+    or gradient that was not finite: they are left out, and if all are, the state stays as it was)."""
     model: Any = state.model  # optax's types know no modules
-    (total, (nll, count)), gradients = _gradients(model, batch, options, sharding)
+    ((total, (nll, count)), gradients), bad = _gradients(model, batch, options, sharding)
     count = jnp.maximum(count, 1)
     gradients = jax.tree.map(lambda x: x / count, gradients)
     if sharding is not None:
         gradients = jax.lax.with_sharding_constraint(gradients, state_shardings(gradients, sharding))
     updates, kept = optimizer.update(gradients, state.optimizer, model)
-    model = optax.apply_updates(model, updates)
-    metrics = {"loss": nll / count, "grad_norm": optax.tree.norm(gradients), "tokens": count}
-    return TrainState(model, kept, state.step + 1), metrics | {"objective": total / count}
+    new = TrainState(optax.apply_updates(model, updates), kept, state.step + 1)
+    old = dataclasses.replace(state, step=new.step)
+    metrics = {"loss": nll / count, "grad_norm": optax.tree.norm(gradients), "tokens": count, "bad": bad}
+    metrics |= {"objective": total / count, "updates": updates_of(state)}
+    return jax.tree.map(functools.partial(jnp.where, bad < options.micro_batches), new, old), metrics
+
+
+def updates_of(state: TrainState) -> Array:
+    """How many updates the optimizer has made since its moments were fresh; 0 if it does not count."""
+    counts = optax.tree.get_all_with_path(state.optimizer, "count")
+    return counts[0][1] if counts else jnp.zeros((), jnp.int32)
 
 
 def loss_sums(
@@ -111,28 +127,39 @@ def loss_sums(
         tokens_BT, segments_BT, labels_BT, mask_BT = (x[:, order] for x in (tokens_BT, segments_BT, labels_BT, mask_BT))
     x_BTD, _ = cast.hidden(tokens_BT, positions_BT, segments_BT, remat=REMAT[options.remat], sharding=sharding)
     head = cast.embed if cast.head is None else cast.head
-    total, nll = cross_entropy(x_BTD, head[...], labels_BT, mask_BT, z_loss=options.z_loss, sharding=sharding)
+    lean = options.remat in ("full", "offload")
+    total, nll = cross_entropy(
+        x_BTD, head[...], labels_BT, mask_BT, z_loss=options.z_loss, by_words=lean, sharding=sharding
+    )
     return total, (nll, mask_BT.sum().astype(jnp.float32))
 
 
 def _gradients(
     model: SmolLM3, batch: Batch, options: StepOptions, sharding: Sharding | None
-) -> tuple[tuple[Array, tuple[Array, Array]], Any]:
+) -> tuple[tuple[tuple[Array, tuple[Array, Array]], Any], Array]:
+    """((sums, gradients), how many micro-batches were not finite)."""
     gradient = jax.value_and_grad(loss_sums, has_aux=True)
+
+    def is_bad(found: Any) -> Array:
+        return ~jnp.isfinite(found[0][0] + optax.tree.norm(found[1]))
+
     if options.micro_batches == 1:
-        return gradient(model, batch, options, sharding)
+        found = gradient(model, batch, options, sharding)
+        return found, is_bad(found).astype(jnp.float32)
     # Rows are dealt out, so that each micro-batch has some of every device's.
     micro = jax.tree.map(lambda x: x.reshape(-1, options.micro_batches, *x.shape[1:]).swapaxes(0, 1), batch)
 
     def step(carry: tuple, batch: Batch) -> tuple:
         found = gradient(model, batch, options, sharding)
-        return jax.tree.map(jnp.add, carry, found), None
+        bad = is_bad(found)
+        added = jax.tree.map(lambda old, new: old + jnp.where(bad, 0, new), carry[0], found)
+        return (added, carry[1] + bad), None
 
     zeros = jax.tree.map(
         lambda x: jnp.zeros(x.shape, x.dtype),
         jax.eval_shape(lambda: gradient(model, jax.tree.map(lambda x: x[0], micro), options, sharding)),
     )
-    return jax.lax.scan(step, zeros, micro)[0]
+    return jax.lax.scan(step, (zeros, jnp.zeros((), jnp.float32)), micro)[0]
 
 
 def state_shardings(tree: Any, sharding: Sharding) -> Any:

@@ -175,6 +175,20 @@ def test_what_a_device_sends_over_a_ring(instruction, sent):
 
 
 @pytest.mark.parametrize(
+    ("instruction", "moved"),
+    [
+        ("(f32[64]{0:S(1)}, f32[64], u32[]) copy-start(%a)", 256),  # into VMEM: read once
+        ("(f32[64], f32[64], u32[]) copy-start(%a)", 512),
+        ("((f32[64]), f32[16]{0:S(1)}, s32[]) slice-start(%a), slice={[0:16]}", 64),
+        ("((f32[64]{0:S(5)}, f32[16], s32[]), f32[64]{0:S(5)}, u32[]) dynamic-update-slice-start(%a)", 64),  # to the host
+    ],
+)
+def test_what_a_transfer_costs_main_memory(instruction, moved):
+    text = f"ENTRY %main (a: f32[64]) -> f32[64] {{\n  %a = f32[64] parameter(0)\n  ROOT %x = {instruction}\n}}\n"
+    assert roofline(hlo.operations(text), CHIP).bytes == moved
+
+
+@pytest.mark.parametrize(
     ("text", "groups"),
     [
         ("replica_groups={{0,1},{2,3}}, x=1", [[0, 1], [2, 3]]),

@@ -11,7 +11,7 @@ import pytest
 from sharding.rules import STRATEGIES
 
 TRAINING = """
-import json, sys
+import dataclasses, json, sys
 import jax
 jax.config.update("jax_num_cpu_devices", 8)
 import jax.numpy as jnp
@@ -39,7 +39,7 @@ def worst(got, want):
     pairs = zip(jax.tree.leaves(jax.device_get(got)), jax.tree.leaves(jax.device_get(want)), strict=True)
     return max(float(np.abs(x - y).max() / max(np.abs(y).max(), 1e-12)) for x, y in pairs)
 
-def run(sharding):
+def run(sharding, options=options):
     model = s3.SmolLM3(config, rngs=nnx.Rngs(0))
     batch = Batch(*(jnp.asarray(x, jnp.int32) for x in (tokens, segments)))
     state = init_state(model, optimizer)
@@ -67,7 +67,8 @@ for name in DEFAULT_AXES:
     devices = jax.devices()[:1] if name == "single" else jax.devices()
     axes = AXES.get(name, DEFAULT_AXES[name])
     sharding = Sharding.of(make_mesh(axes, devices), name).fitted(config.axis_sizes)
-    logits, total, gradients, model, metrics = run(sharding)
+    remat = "full" if name == "fsdp_tp" else "dots"
+    logits, total, gradients, model, metrics = run(sharding, dataclasses.replace(options, remat=remat))
     found[name] = {"loss": abs(total / one[1] - 1), "gradients": worst(gradients, one[2]), "step": worst(model, one[3]),
                    "metrics": worst(metrics, one[4])}
     if logits is not None:

@@ -29,12 +29,13 @@ def plain(x, head, labels, mask, z_loss):
 
 @pytest.mark.parametrize("z_loss", [0.0, 1e-2])
 @pytest.mark.parametrize("tokens", [1, 7, 111, 1000])
-def test_sums_and_gradients_are_those_of_the_definition(arrays, z_loss, tokens, monkeypatch):
+@pytest.mark.parametrize("by_words", [False, True])
+def test_sums_and_gradients_are_those_of_the_definition(arrays, z_loss, tokens, by_words, monkeypatch):
     monkeypatch.setattr(loss_module, "CPU_LOGIT_BYTES", 4 * WORDS * tokens)
     x, head, labels, mask = arrays
 
     def chunked(x, head):
-        return cross_entropy(x, head, labels, mask, z_loss=z_loss)
+        return cross_entropy(x, head, labels, mask, z_loss=z_loss, by_words=by_words)
 
     (total, nll), gradients = jax.value_and_grad(chunked, argnums=(0, 1), has_aux=True)(x, head)
     (expected, expected_nll), wanted = jax.value_and_grad(
@@ -52,13 +53,18 @@ def test_gradients_scale_with_what_comes_from_above(arrays):
     np.testing.assert_allclose(3 * one, three, rtol=1e-6)
 
 
-def test_logits_of_a_whole_batch_are_never_there():
+@pytest.mark.parametrize("by_words", [False, True])
+def test_logits_of_a_whole_batch_are_never_there(by_words):
     """Four rows of 512 tokens and 49,152 words: temporaries are at most a quarter of the logits' bytes."""
     rows, length, width, words = 4, 512, 64, 49152
     shapes = ((rows, length, width), jnp.float32), ((words, width), jnp.float32)
     arrays = [jax.ShapeDtypeStruct(*shape) for shape in shapes]
     labels, mask = (jax.ShapeDtypeStruct((rows, length), dtype) for dtype in (jnp.int32, jnp.bool_))
-    gradient = jax.jit(jax.grad(lambda x, head, labels, mask: cross_entropy(x, head, labels, mask)[0], argnums=(0, 1)))
+
+    def loss(*arrays):
+        return cross_entropy(*arrays, by_words=by_words)[0]
+
+    gradient = jax.jit(jax.grad(loss, argnums=(0, 1)))
     memory = gradient.lower(*arrays, labels, mask).compile().memory_analysis()
     assert memory.temp_size_in_bytes <= rows * length * words * 4 / 4
 

@@ -77,6 +77,35 @@ def test_micro_batches_equal_the_batch(config, batch):
             np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
 
 
+def test_a_micro_batch_that_is_not_finite_is_left_out(batch):
+    """Token 7, whose embedding is infinite, stands in one of two micro-batches' rows, then in all."""
+    config = s3.ModelConfig.from_hf(tiny.raw_config("untied"))
+    optimizer, two = adamw(1e-2), dataclasses.replace(FLOAT32, micro_batches=2)
+    tokens = jnp.where(batch.tokens == 7, 8, batch.tokens)
+
+    def step(tokens, segments, options):
+        model = new_model(config)
+        model.embed.set_value(model.embed[...].at[7].set(jnp.inf))
+        state, metrics = train_step(
+            init_state(model, optimizer), Batch(tokens, segments), optimizer=optimizer, options=options
+        )
+        return leaves(state), metrics
+
+    got, metrics = step(tokens.at[1, 3].set(7), batch.segment_ids, two)
+    want, alone = step(tokens[::2], batch.segment_ids[::2], FLOAT32)  # the rows of the other micro-batch
+    assert (metrics["bad"], alone["bad"]) == (1, 0)
+    np.testing.assert_allclose(metrics["loss"], alone["loss"], rtol=1e-6)
+    for a, b in zip(got, want, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+    before = leaves(init_state(new_model(config), optimizer))
+    for options, bad in ((FLOAT32, 1), (two, 2)):
+        after, metrics = step(tokens.at[:, 3].set(7), batch.segment_ids, options)
+        assert metrics["bad"] == bad
+        assert after[-1] == 1  # a step all the same
+        for a, b in zip(after[:-1], before[:-1], strict=True):
+            np.testing.assert_array_equal(np.where(np.isinf(a), 0, a), np.where(np.isinf(a), 0, b))
+
+
 def test_a_model_learns(config, batch):
     optimizer = adamw(3e-3)
     state, losses = init_state(new_model(config), optimizer), []
