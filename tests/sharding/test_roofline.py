@@ -180,7 +180,10 @@ def test_what_a_device_sends_over_a_ring(instruction, sent):
         ("(f32[64]{0:S(1)}, f32[64], u32[]) copy-start(%a)", 256),  # into VMEM: read once
         ("(f32[64], f32[64], u32[]) copy-start(%a)", 512),
         ("((f32[64]), f32[16]{0:S(1)}, s32[]) slice-start(%a), slice={[0:16]}", 64),
-        ("((f32[64]{0:S(5)}, f32[16], s32[]), f32[64]{0:S(5)}, u32[]) dynamic-update-slice-start(%a)", 64),  # to the host
+        (
+            "((f32[64]{0:S(5)}, f32[16], s32[]), f32[64]{0:S(5)}, u32[]) dynamic-update-slice-start(%a)",
+            64,
+        ),  # to the host
     ],
 )
 def test_what_a_transfer_costs_main_memory(instruction, moved):
