@@ -14,12 +14,11 @@ GIB = 2**30
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """peak, peak_int8: operations/s of dense bfloat16 and int8 products; hbm: bytes; the rest bytes/s of one chip:
+    """peak: operations/s of dense bfloat16 products; hbm: bytes; the rest bytes/s of one chip:
     to its memory, to its neighbours in a collective over one mesh axis (`link`), and to other slices (`network`)."""
 
     name: str
     peak: float
-    peak_int8: float
     hbm: int
     hbm_bandwidth: float
     link: float
@@ -29,12 +28,12 @@ class Chip:
 CHIPS = {
     chip.name: chip
     for chip in (
-        Chip("v5e", 197e12, 394e12, int(15.75 * GIB), 819e9, 90e9, 3.1e9),
-        Chip("v5p", 459e12, 918e12, int(95.74 * GIB), 2765e9, 180e9, 6.25e9),
-        Chip("v6e", 918e12, 1836e12, int(31.25 * GIB), 1638e9, 180e9, 12.5e9),
+        Chip("v5e", 197e12, int(15.75 * GIB), 819e9, 90e9, 3.1e9),
+        Chip("v5p", 459e12, int(95.74 * GIB), 2765e9, 180e9, 6.25e9),
+        Chip("v6e", 918e12, int(31.25 * GIB), 1638e9, 180e9, 12.5e9),
         # A chip of TPU7x is two devices to JAX; this is one of them.
-        Chip("tpu7x", 2307e12 / 2, 4614e12 / 2, int(94.75 * GIB), 7380e9 / 2, 90e9, 6.25e9),
-        Chip("h100", 989e12, 1979e12, 80 * 10**9, 3350e9, 450e9, 50e9),
+        Chip("tpu7x", 2307e12 / 2, int(94.75 * GIB), 7380e9 / 2, 90e9, 6.25e9),
+        Chip("h100", 989e12, 80 * 10**9, 3350e9, 450e9, 50e9),
     )
 }
 

@@ -104,9 +104,8 @@ class Sharding:
         """
         whole = [axis for axis in MAY_STAY_WHOLE if axis in sizes and self.fitting(axis, sizes[axis]) is None]
         for axis in whole:
-            _say_once(
-                f"{sizes[axis]} {axis} do not divide over {self.parts(axis)} devices: each device has all of them"
-            )
+            parts = f"{sizes[axis]} {axis} do not divide over {self.parts(axis)} devices"
+            say_once(log, logging.WARNING, f"{parts}: each device has all of them")
         return dataclasses.replace(self, rules=tuple(rule for rule in self.rules if rule[0] not in whole))
 
     @property
@@ -214,5 +213,6 @@ def _mesh_axes(target: str | tuple[str, ...] | None, mesh: Mesh) -> tuple[str, .
 
 
 @functools.cache
-def _say_once(message: str) -> None:
-    log.warning("%s", message)
+def say_once(log: logging.Logger, level: int, message: str) -> None:
+    """Logs what would otherwise be said for every layer and every program."""
+    log.log(level, "%s", message)

@@ -17,7 +17,7 @@ import numpy as np
 from jax import Array
 from jax.sharding import NamedSharding
 
-from sharding.rules import Sharding, balanced_order, platform_of
+from sharding.rules import Sharding, balanced_order, platform_of, say_once
 
 from .kv_cache import AXES, LayerCache
 
@@ -67,17 +67,13 @@ def attention(
     past = k_BSKE.shape[1] - length
     order = None if sharding is None else sharding.row_order(length)
     shards = 1 if order is None or sharding is None else sharding.parts("length")
-    if order is not None:
-        assert past == 0
-        # A device looks at all keys, which a few heads make small: gathered, and put in order again.
-        k_BSKE, v_BSKE = (x[:, np.argsort(order)] for x in (k_BSKE, v_BSKE))
-        segments = (*segments[:1], *(x[:, np.argsort(order)] for x in segments[1:]))
+    assert order is None or past == 0
     kv_axis = "kv_heads"
     if sharding is not None and sharding.parts("heads") > 1 == sharding.parts("kv_heads"):
         # Each device has the keys of all heads, and takes those of its own queries.
-        kv_axis = "heads"
+        kv_axis, kv_length = "heads", None if order is None else "length"
         k_BSKE, v_BSKE = (
-            sharding.constrain(jnp.repeat(x, heads // x.shape[2], axis=2), "batch", None, "heads", None)
+            sharding.constrain(jnp.repeat(x, heads // x.shape[2], axis=2), "batch", kv_length, "heads", None)
             for x in (k_BSKE, v_BSKE)
         )
     obstacles = {
@@ -112,6 +108,9 @@ def attention(
         ):
             kernel = _cudnn
         case _:
+            if order is not None:
+                k_BSKE, v_BSKE = (x[:, np.argsort(order)] for x in (k_BSKE, v_BSKE))
+                segments = (*segments[:1], *(x[:, np.argsort(order)] for x in segments[1:]))
             return _dense(q_BTHE, k_BSKE, v_BSKE, segments, gap_B, window, order)
     if sharding is None:
         return kernel(q_BTHE, k_BSKE, v_BSKE, *segments)
@@ -168,13 +167,9 @@ def _takes(kernel: str, obstacles: dict[str, bool]) -> bool:
     """Whether a kernel takes a call that has these obstacles; if not, says so, once."""
     found = tuple(what for what, there in obstacles.items() if there)
     if found:
-        _say_once(f"{kernel} does not take {' or '.join(found)}: plain XLA computes attention, which is slower")
+        instead = "plain XLA computes attention, which is slower"
+        say_once(log, logging.INFO, f"{kernel} does not take {' or '.join(found)}: {instead}")
     return not found
-
-
-@functools.cache
-def _say_once(message: str) -> None:
-    log.info("%s", message)
 
 
 def _together(sharding: Sharding | None, heads: str, kv_heads: str) -> bool:
@@ -217,13 +212,24 @@ def _splash_over_length(
     kv_axis: str,
     sharding: Sharding,
 ) -> Array:
-    """Each device its own part of the queries, against all keys: the kernel's tables are split as the queries are."""
+    """Each device its own part of the queries, against all keys: the kernel's tables are split as the queries are.
+
+    The keys, which a few heads make small, are gathered and put in order again; their gradients are scattered.
+    """
     batch = sharding.fitting("batch", q_BTHE.shape[0])
+    order = sharding.row_order(q_BTHE.shape[1])
+    assert order is not None
+
+    def whole(x: Array) -> Array:
+        return jax.lax.all_gather(x, sharding.mesh_axes("length"), axis=1, tiled=True)[:, np.argsort(order)]
+
+    def part(kernel: Any, q_BTHE: Array, k_BSKE: Array, v_BSKE: Array, *segments: Array) -> Array:
+        return _splash(kernel, q_BTHE, whole(k_BSKE), whole(v_BSKE), *segments[:1], *map(whole, segments[1:]))
+
     tables = kernel.manual_sharding_spec(NamedSharding(sharding.mesh, sharding.spec(None, "length")))
-    q_spec, kv_spec = sharding.spec(batch, "length", "heads", None), sharding.spec(batch, None, kv_axis, None)
-    segment_specs = (sharding.spec(batch, "length"), sharding.spec(batch, None))[: len(segments)]
-    specs = (tables, q_spec, kv_spec, kv_spec, *segment_specs)
-    return sharding.shard_map(_splash, specs, q_spec)(kernel, q_BTHE, k_BSKE, v_BSKE, *segments)
+    q_spec, kv_spec = (sharding.spec(batch, "length", axis, None) for axis in ("heads", kv_axis))
+    specs = (tables, q_spec, kv_spec, kv_spec, *[sharding.spec(batch, "length")] * len(segments))
+    return sharding.shard_map(part, specs, q_spec)(kernel, q_BTHE, k_BSKE, v_BSKE, *segments)
 
 
 def _padding(length: int, past: int) -> tuple[int, int]:

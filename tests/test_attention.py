@@ -226,7 +226,7 @@ def test_the_paged_kernel_equals_the_definition(group, as_on_tpu):
 
 
 def test_what_a_kernel_does_not_take_is_said_once(as_on_tpu, caplog):
-    module._say_once.cache_clear()
+    module.say_once.cache_clear()
     x = jnp.ones((1, 3, 2, 4), jnp.float16)
     cache = LayerCache(x.transpose(2, 0, 1, 3), x.transpose(2, 0, 1, 3))
     with caplog.at_level(logging.INFO):
@@ -242,7 +242,7 @@ def test_what_a_kernel_does_not_take_is_said_once(as_on_tpu, caplog):
 
 
 def test_no_kernel_no_word(caplog):
-    module._say_once.cache_clear()
+    module.say_once.cache_clear()
     x = jnp.ones((1, 3, 2, 4), jnp.float16)
     with caplog.at_level(logging.INFO):
         attention(x, x, x, window=scalar(2))

@@ -11,7 +11,7 @@ from sharding import hlo
 from sharding.hardware import CHIPS, Chip
 from sharding.roofline import KernelCost, _groups, _meeting, roofline
 
-CHIP = Chip("toy", peak=1e12, peak_int8=2e12, hbm=2**30, hbm_bandwidth=1e12, link=1e9, network=1e8)
+CHIP = Chip("toy", peak=1e12, hbm=2**30, hbm_bandwidth=1e12, link=1e9, network=1e8)
 
 
 def model_of(function, *shapes):
