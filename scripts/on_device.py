@@ -22,7 +22,7 @@ import numpy as np
 
 import smollm3_jax as s3
 from sharding import hlo
-from sharding.hardware import CHIPS, Chip
+from sharding.hardware import chip_of
 from sharding.mesh import make_mesh
 from sharding.roofline import roofline
 from sharding.rules import Sharding
@@ -34,23 +34,7 @@ from smollm3_jax.train.optimizer import adamw
 from smollm3_jax.train.step import COMPILER_OPTIONS, Batch, StepOptions, init_state, state_shardings, train_step
 from smollm3_jax.weights.demo import pull_demo
 
-# What JAX calls a device -> its chip.
-KINDS = {
-    "v4": "v4",
-    "v5 lite": "v5e",
-    "v5e": "v5e",
-    "v5p": "v5p",
-    "v5": "v5p",
-    "v6": "v6e",
-    "7x": "tpu7x",
-    "h100": "h100",
-}
 ROUNDS = 5
-
-
-def this_chip() -> Chip | None:
-    kind = jax.devices()[0].device_kind.lower()
-    return next((CHIPS[name] for word, name in KINDS.items() if word in kind), None)
 
 
 def seconds(run: Callable[[], Any]) -> float:
@@ -114,7 +98,7 @@ def training(folder: Path, length: int) -> dict[str, Any]:
         box[0], metrics = compiled(box[0], batch)
         return metrics
 
-    measured, chip = seconds(run), this_chip()
+    measured, chip = seconds(run), chip_of(jax.devices()[0])
     result: dict[str, Any] = {"rows": rows, "length": length, "seconds": measured}
     result["memory_bytes"] = hlo.memory(compiled).total
     if chip is not None:
@@ -140,7 +124,7 @@ def main() -> int:
         report: dict[str, Any] = {
             "accelerator": accelerator,
             "device": f"{jax.device_count()} x {device.device_kind}",
-            "chip": getattr(this_chip(), "name", None),
+            "chip": getattr(chip_of(jax.devices()[0]), "name", None),
             "host": platform.platform(),
             "versions": {name: version(name) for name in ("jax", "jaxlib", "flax", "libtpu")},
             "model": folder.name,

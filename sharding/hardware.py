@@ -8,6 +8,7 @@ and DGX H100 user guide (one 400 Gb/s adapter a GPU). TPU7x's figures between ch
 """
 
 import dataclasses
+from typing import Any
 
 GIB = 2**30
 
@@ -64,3 +65,19 @@ gpu_device_info {
   l2_cache_size: 52428800
 }
 """
+
+# What JAX calls a device, in part -> its chip.
+_KINDS = {
+    "v5 lite": "v5e",
+    "v5e": "v5e",
+    "v5": "v5p",
+    "v6": "v6e",
+    "7x": "tpu7x",
+    "h100": "h100",
+}
+
+
+def chip_of(device: Any) -> Chip | None:
+    """The chip of a JAX device; None if it is not known."""
+    kind = device.device_kind.lower()
+    return next((CHIPS[name] for word, name in _KINDS.items() if word in kind), None)

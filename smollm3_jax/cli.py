@@ -146,6 +146,38 @@ def _parser() -> argparse.ArgumentParser:
     scored.add_argument("--length", type=int, default=LENGTH, metavar="N", help=length_help)
     scored.add_argument("--json", action="store_true")
 
+    train = command("train", _train, "continue pretraining, in a run folder that a restart goes on from")
+    train.add_argument(
+        "--config", required=True, metavar="FILE.toml|RECIPE", help="settings; see smollm3_jax/train/recipes"
+    )
+    train.add_argument("settings", nargs="*", metavar="section.key=value", help="over those of the file")
+    train.add_argument("--resume", choices=("auto",), help="go on from the newest sound checkpoint, if there is one")
+    train.add_argument("--allow-restart", action="store_true", help="begin anew if all checkpoints are damaged")
+    train.add_argument("--allow-changes", action="store_true", help="go on with settings or data that have changed")
+    train.add_argument("--dry-run", action="store_true", help="print steps, tokens, stages, mixture and memory")
+    train.add_argument("--json", action="store_true", help="print the result as one JSON object")
+    job = train.add_argument_group("a job of several processes (found by itself on TPU pods, Slurm, Kubernetes)")
+    job.add_argument("--coordinator", metavar="HOST:PORT", help="of process 0")
+    job.add_argument("--processes", type=int, metavar="N")
+    job.add_argument("--process", type=int, metavar="I", help="which this is, from 0")
+
+    export = command("export", _export, "write a run's checkpoint as a Hugging Face folder")
+    export.add_argument("run_folder", metavar="RUN")
+    export.add_argument("folder", metavar="DIR", help="the folder to write")
+    export.add_argument("--step", type=int, metavar="N", help="default: the newest that is sound")
+    export.add_argument("--average", type=int, default=1, metavar="N", help="the mean of the last N checkpoints")
+    export.add_argument("--dtype", choices=DTYPES, default="float32")
+
+    tokenize = command("tokenize", _tokenize, "write a corpus as shards of tokens, once")
+    tokenize.add_argument("source", metavar="SRC", help="a file or folder of documents")
+    tokenize.add_argument("folder", metavar="DST", help="the folder to write; a run that was stopped goes on")
+    tokenize.add_argument("--model", required=True, metavar="DIR", help="whose tokenizer: a model folder or hub id")
+    tokenize.add_argument("--field", default="text", help="of JSON lines and columns (default: text)")
+    tokenize.add_argument("--workers", type=int, metavar="N", help="processes (default: one a core)")
+    tokenize.add_argument("--shard-documents", type=int, default=10_000, metavar="N", help="default: 10000")
+    tokenize.add_argument("--bad-records", type=int, default=100, metavar="N", help="how many may be skipped")
+    tokenize.add_argument("--json", action="store_true")
+
     _add_plan(command("plan", None, "what hardware would give: real programs, compiled for it, without it"))
 
     doctor = command("doctor", _doctor, "versions, devices, and whether they are supported")
@@ -493,6 +525,66 @@ def _doctor(args: argparse.Namespace) -> int:
             print(f"{'problem':18} {problem}")
         print(f"{'verdict':18} {report['verdict']}")
     return 3 if report["problems"] else 0
+
+
+def _train(args: argparse.Namespace) -> int:
+    from sharding.mesh import start
+
+    from .train.settings import read_settings
+
+    settings = read_settings(args.config, args.settings)
+    if args.dry_run:
+        from .train.dry_run import describe, tables
+
+        report = describe(settings)
+        if args.json:
+            _print_json(report)
+        else:
+            for part in tables(report):
+                _console().print(part, highlight=False)
+        return 0
+    start(args.coordinator, args.processes, args.process)
+    from .train.loop import STOPPED, train
+
+    result = train(
+        settings,
+        resume=args.resume == "auto",
+        allow_restart=args.allow_restart,
+        allow_changes=args.allow_changes,
+    )
+    if args.json:
+        _print_json(result)
+    else:
+        how = "stopped" if result["stopped"] else "done"
+        print(f"{how} at step {result['step']}, loss {result['loss']:.4f}, checkpoint {result['checkpoint']}")
+    return STOPPED if result["stopped"] else 0
+
+
+def _export(args: argparse.Namespace) -> int:
+    from .train.export import export
+
+    steps = export(Path(args.run_folder), Path(args.folder), args.step, args.average, args.dtype)
+    print(f"{args.folder}: step {', '.join(map(str, steps))}")
+    return 0
+
+
+def _tokenize(args: argparse.Namespace) -> int:
+    from .train.tokenize import tokenize
+
+    report = tokenize(
+        args.source,
+        Path(args.folder),
+        _folder(args.model),
+        field=args.field,
+        workers=args.workers or os.cpu_count() or 1,
+        shard_documents=args.shard_documents,
+        bad_records=args.bad_records,
+    )
+    if args.json:
+        _print_json(report)
+    else:
+        print(f"{report['documents']:,} documents, {report['tokens']:,} tokens, {report['shards']} shards")
+    return 0
 
 
 def _plan_config(args: argparse.Namespace) -> ModelConfig:

@@ -35,3 +35,11 @@ class SaveError(SmolLM3Error, OSError):
 
 class SupportError(SmolLM3Error, RuntimeError):
     """An installation that this package does not support, or an optional part that is missing."""
+
+
+class DataError(SmolLM3Error, ValueError):
+    """Training data that is missing, damaged, or not what the run began with."""
+
+
+class TrainingError(SmolLM3Error, RuntimeError):
+    """A training run that cannot go on; its last checkpoint stands."""

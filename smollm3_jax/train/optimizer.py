@@ -27,3 +27,29 @@ def _decayed(params: SmolLM3) -> SmolLM3:
     decayed = jax.tree.map(lambda _: True, params)
     decayed.embed.set_value(False)
     return decayed
+
+
+def schedule(
+    kind: str, peak: float, steps: int, warmup_steps: int = 0, decay_steps: int = 0, end: float = 0.0
+) -> optax.Schedule:
+    """The learning rate by the number of updates before: linear warm-up from 0, then one of four.
+
+    Args:
+      kind: "constant"; "wsd", which stays at the peak and falls linearly over the last `decay_steps`; "cosine" and
+        "linear", which fall from the warm-up on.
+      steps: updates in all.
+      end: the rate at the end, as a share of the peak.
+    """
+    warm = optax.linear_schedule(0.0, peak, warmup_steps)
+    left = max(1, steps - warmup_steps)
+    if kind == "wsd":
+        return optax.join_schedules(
+            [warm, optax.constant_schedule(peak), optax.linear_schedule(peak, end * peak, max(1, decay_steps))],
+            [warmup_steps, max(warmup_steps, steps - decay_steps)],
+        )
+    after = {
+        "constant": optax.constant_schedule(peak),
+        "cosine": optax.cosine_decay_schedule(peak, left, end),
+        "linear": optax.linear_schedule(peak, end * peak, left),
+    }[kind]
+    return optax.join_schedules([warm, after], [warmup_steps])

@@ -49,10 +49,11 @@ def save_pretrained(
     """
     dtype = model.dtype.name
     config = model.config if model.config.dtype == dtype else dataclasses.replace(model.config, dtype=dtype)
-    write_folder(Path(folder), config, model.generation_config, _tensors(model), {}, max_shard_size, format)
+    write_folder(Path(folder), config, model.generation_config, tensors_of(model), {}, max_shard_size, format)
 
 
-def _tensors(model: SmolLM3) -> list[StoredTensor]:
+def tensors_of(model: SmolLM3) -> list[StoredTensor]:
+    """A model's parameters under Hugging Face's names, in its order."""
     params = parameters(model)
     tensors = []
     for name, slot in slots(model.config).items():
@@ -90,7 +91,7 @@ def convert(
         if config.quantization is not None:
             config, plain = dequantized(config, checkpoint.tensors)
             tensors = list(plain.values())
-        tensors = [_cast(tensor, dtype) for tensor in tensors]
+        tensors = [cast(tensor, dtype) for tensor in tensors]
         if config.dtype != dtype:
             config = dataclasses.replace(config, dtype=dtype)
     generation = checkpoint.generation_config
@@ -123,7 +124,9 @@ def quantize(
     write_folder(Path(folder), config, generation, list(tensors.values()), checkpoint.files, max_shard_size)
 
 
-def _cast(tensor: StoredTensor, dtype: str) -> StoredTensor:
+def cast(tensor: StoredTensor, dtype: str) -> StoredTensor:
+    """The tensor in another dtype. Reading raises OptionError where float16 would overflow."""
+
     def read() -> np.ndarray:
         array = tensor.read()
         with np.errstate(over="ignore"):

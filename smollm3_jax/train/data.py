@@ -1,0 +1,241 @@
+"""Batches of a run: corpora mixed row by row, the same on every host, and restartable from a few numbers.
+
+Mixing, shuffling and packing go by global indices on every host; each then takes its own rows of the finished batch.
+"""
+
+import queue
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import grain
+import jax
+import numpy as np
+from jax.sharding import NamedSharding
+
+from sharding.rules import Sharding
+
+from ..errors import DataError
+from .packing import EndOfData, Rows
+from .settings import Settings, Source, stage_at
+from .sources import BadRecord, Documents, open_documents
+from .step import Batch
+
+Encode = Callable[[Any], np.ndarray]
+
+
+class Batches:
+    """The batches of a run in their order; `state` and `restore` for its checkpoints."""
+
+    def __init__(self, settings: Settings, encode: Encode):
+        """
+        Args:
+          encode: a document's text or token ids -> int32 ids, with the end of text.
+
+        Raises:
+          DataError: a corpus is missing or cannot be read.
+        """
+        data = settings.data
+        self._settings = settings
+        self._corpora = {
+            name: open_documents(name, source, data.max_document_bytes) for name, source in sources(settings).items()
+        }
+        self._rows = {
+            name: training_rows(name, documents, encode, settings) for name, documents in self._corpora.items()
+        }
+        self._stage, self._mixed = -1, dict.fromkeys(self._rows, 0)
+
+    @property
+    def corpora(self) -> Mapping[str, Documents]:
+        return self._corpora
+
+    @property
+    def skipped(self) -> int:
+        """Bad records so far, of all corpora."""
+        return sum(rows.skipped for rows in self._rows.values())
+
+    def state(self) -> dict[str, Any]:
+        """Where the next batch begins, ready for JSON."""
+        return {
+            "files": {name: [list(file) for file in corpus.files] for name, corpus in self._corpora.items()},
+            "seed": self._settings.run.seed,
+            "stage": self._stage,
+            "mixed": dict(self._mixed),
+            "rows": {name: rows.state() for name, rows in self._rows.items()},
+        }
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Goes to where a state was taken.
+
+        Raises:
+          DataError: these are not the corpora that it was taken of.
+        """
+        for name, files in self.state()["files"].items():
+            before = state["files"].get(name)
+            if before != files:
+                raise DataError(_changed(name, before, files))
+        self._stage, self._mixed = state["stage"], dict(state["mixed"])
+        for name, rows in self._rows.items():
+            rows.restore(state["rows"][name])
+
+    def next(self, step: int) -> Batch:
+        """The batch of a step, numpy int32 [rows, length].
+
+        Raises:
+          EndOfData: a corpus has been read as often as data.epochs says.
+          DataError: too many bad records.
+        """
+        number, stage = stage_at(self._settings, step)
+        if number != self._stage:
+            self._stage, self._mixed = number, dict.fromkeys(self._rows, 0)
+        rows = [self._rows[self._draw(stage.weights)].next(stage.length) for _ in range(stage.rows)]
+        return Batch(*(np.stack(part) for part in zip(*rows, strict=True)))
+
+    def _draw(self, weights: Mapping[str, float]) -> str:
+        """The corpus that is furthest behind its share, by rows."""
+        total = sum(self._mixed.values()) + 1
+        behind = {name: weight * total - self._mixed[name] for name, weight in weights.items() if weight}
+        name = max(behind, key=lambda name: behind[name])
+        self._mixed[name] += 1
+        return name
+
+
+def sources(settings: Settings) -> dict[str, Source]:
+    """The corpora of a run by name; the only one is called "data"."""
+    data = settings.data
+    return data.sources or {"data": Source(path=data.path, field=data.field)}
+
+
+def training_rows(name: str, documents: Documents, encode: Encode, settings: Settings) -> Rows:
+    """Endless rows of the documents that are not held out, shuffled anew in each epoch."""
+    nth = 0 if settings.data.eval_path else settings.data.eval_every_nth
+    numbers = _Kept(len(documents), nth)
+    if not len(numbers):
+        raise DataError(f"source {name}: nothing is left beside what is held out")
+    order: Any = grain.MapDataset.source(numbers).seed(settings.run.seed)
+    order = (order.shuffle() if settings.data.shuffle else order).repeat()
+    options = {"epochs": settings.data.epochs, "bad_records": settings.data.bad_records}
+    return Rows(name, documents, encode, order=order, epoch=len(numbers), **options)
+
+
+def held_out_rows(settings: Settings, batches: Batches, encode: Encode) -> dict[str, Rows]:
+    """The documents held out, by name, in their order and once; each call begins anew."""
+    data = settings.data
+    if data.eval_path:
+        whole = Source(path=data.eval_path, field=data.field)
+        corpora = {"held out": open_documents("held out", whole, data.max_document_bytes)}
+        orders: dict[str, Any] = {name: range(len(corpus)) for name, corpus in corpora.items()}
+    elif data.eval_every_nth:
+        corpora = dict(batches.corpora)
+        orders = {name: range(0, len(corpus), data.eval_every_nth) for name, corpus in corpora.items()}
+    else:
+        return {}
+    return {
+        name: Rows(
+            name,
+            corpus,
+            encode,
+            order=orders[name],
+            epoch=len(orders[name]),
+            epochs=1,
+            bad_records=data.bad_records,
+        )
+        for name, corpus in corpora.items()
+    }
+
+
+class _Kept:
+    """The numbers below `count`, but for every n-th (0: none is left out), as grain's source."""
+
+    def __init__(self, count: int, nth: int):
+        self._nth = nth
+        self._count = count - (-(-count // nth) if nth else 0)
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, index: int) -> int:
+        return index + index // (self._nth - 1) + 1 if self._nth else index
+
+    def __repr__(self) -> str:
+        return f"_Kept({self._count}, {self._nth})"
+
+
+def ahead(
+    batches: Batches, start: int, stop: int, timeout: float, depth: int = 2
+) -> Iterator[tuple[int, Batch, dict[str, Any]]]:
+    """(step, batch, the state behind it) of each step, made by a thread while the device works.
+
+    Raises:
+      DataError: the thread failed, or a batch did not come within `timeout` seconds.
+    """
+    made: queue.Queue[Any] = queue.Queue(depth)
+    left = threading.Event()
+
+    def put(item: Any) -> None:
+        while not left.is_set():
+            try:
+                return made.put(item, timeout=0.2)
+            except queue.Full:
+                continue
+
+    def work() -> None:
+        try:
+            for step in range(start, stop):
+                if left.is_set():
+                    return
+                batch = batches.next(step)
+                put((step, batch, batches.state()))
+            put(None)
+        except BaseException as error:
+            put(error)
+
+    threading.Thread(target=work, name="batches", daemon=True).start()
+    try:
+        while True:
+            try:
+                item = made.get(timeout=timeout)
+            except queue.Empty:
+                raise DataError(f"no batch came within data.timeout={timeout:g} seconds") from None
+            if item is None or isinstance(item, EndOfData):
+                return
+            if isinstance(item, BaseException):
+                raise item
+            yield item
+    finally:
+        left.set()
+
+
+def on_mesh(batch: Batch, sharding: Sharding | None) -> Batch:
+    """The batch on the devices: each host hands over its own rows alone."""
+    if sharding is None:
+        return jax.tree.map(jax.numpy.asarray, batch)
+    at = NamedSharding(sharding.mesh, sharding.spec("batch", None))
+    return jax.tree.map(lambda x: jax.make_array_from_callback(x.shape, at, lambda index: x[index]), batch)
+
+
+def encoder(tokenizer: Any, vocab_size: int, eos: int) -> Encode:
+    """What turns a document into token ids: texts through the tokenizer, tokens as they are, checked."""
+
+    def encode(document: Any) -> np.ndarray:
+        if isinstance(document, str):
+            return np.asarray([*tokenizer.encode(document), eos], np.int32)
+        if not document.size:
+            raise BadRecord("a document without tokens")
+        if document.min() < 0 or document.max() >= vocab_size:
+            raise DataError(
+                f"tokens up to {document.max()}, but the model has {vocab_size}: another tokenizer's shards"
+            )
+        return document
+
+    return encode
+
+
+def _changed(name: str, before: Any, now: Any) -> str:
+    if before is None:
+        return f"source {name} is not in the checkpoint: the run began with others"
+    old, new = dict(map(tuple, before)), dict(map(tuple, now))
+    lines = [f"{file} is gone" for file in old if file not in new]
+    lines += [f"{file} is new" for file in new if file not in old]
+    lines += [f"{file} has changed" for file in old if file in new and old[file] != new[file]]
+    return f"source {name} is not what the run began with: {', '.join(lines[:10]) or 'another order of files'}"

@@ -1,0 +1,60 @@
+"""What a run would do, without its data."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from sharding.hardware import GIB
+
+from ..config import ModelConfig
+from ..weights import demo, hub
+from .settings import Settings, as_table, stage_at
+
+
+def describe(settings: Settings) -> dict[str, Any]:
+    """Steps, tokens, stages with their mixtures, and the memory of parameters and optimizer: no data is read."""
+    from ..plan import count_parameters
+
+    starts = [0, *(stage.start for stage in settings.stages)]
+    stages = []
+    for number, start in enumerate(starts):
+        end = starts[number + 1] if number + 1 < len(starts) else settings.run.steps
+        _, stage = stage_at(settings, start)
+        tokens = (end - start) * stage.rows * stage.length
+        stages.append({**as_table(stage), "steps": end - start, "tokens": tokens})
+    parameters = count_parameters(model_config(settings))
+    return {
+        "steps": settings.run.steps,
+        "tokens": sum(stage["tokens"] for stage in stages),
+        "stages": stages,
+        "parameters": parameters,
+        "memory": {"parameters": 4 * parameters, "optimizer": 8 * parameters},
+        "settings": as_table(settings),
+    }
+
+
+def model_config(settings: Settings) -> ModelConfig:
+    """Of the model that would be trained; its weights are not read."""
+    m = settings.model
+    folder = Path(m.config) if m.config else demo.pull_demo() if m.path == "demo" else hub.resolve(m.path)
+    return ModelConfig.from_hf(folder)
+
+
+def tables(report: dict[str, Any]) -> Iterator[Any]:
+    """The same for people."""
+    memory = report["memory"]
+    yield (
+        f"{report['steps']:,} steps, {report['tokens']:,} tokens; {report['parameters']:,} parameters, with their "
+        f"optimizer {(memory['parameters'] + memory['optimizer']) / GIB:.2f} GiB in float32 over all devices"
+    )
+    for number, stage in enumerate(report["stages"]):
+        table = Table(f"stage {number}: step {stage['start']:,} on", f"{stage['steps']:,} steps")
+        table.add_row("tokens", f"{stage['tokens']:,}")
+        table.add_row("a step", f"{stage['rows']:,} rows of {stage['length']:,}")
+        if stage["rope_theta"]:
+            table.add_row("rope theta", f"{stage['rope_theta']:,.0f}")
+        for name, weight in stage["weights"].items():
+            table.add_row(name, f"{100 * weight:.4g} %")
+        yield table

@@ -1,0 +1,69 @@
+"""From a run's checkpoints to a Hugging Face folder."""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from ..config import GenerationConfig, ModelConfig
+from ..errors import OptionError, TrainingError
+from ..weights.key_map import abstract_model
+from ..weights.save import cast, tensors_of, write_folder
+from . import checkpoint as checkpoints
+from .checkpoint import Damaged
+
+TOKENIZER = "tokenizer"  # the run folder's copy of the model's text files
+
+
+def export(run: Path, folder: Path, step: int | None = None, average: int = 1, dtype: str = "float32") -> list[int]:
+    """Writes a checkpoint of a run as a model folder; returns the steps that went into it.
+
+    Args:
+      step: None is the newest that is sound.
+      average: write the mean of so many checkpoints, that one and those before it.
+
+    Raises:
+      OptionError: there is no such checkpoint, or not so many.
+      TrainingError: it is damaged.
+      SaveError: the folder cannot be written.
+    """
+    place = (run / "checkpoints").absolute()
+    there = checkpoints.steps(place)
+    if not there:
+        raise OptionError(f"{run} holds no checkpoint")
+    if step is not None and step not in there:
+        raise OptionError(f"--step {step}: {run} has checkpoints of {', '.join(map(str, there))}")
+    found: dict[int, Any] = {}
+    damage = ""
+    for candidate in reversed([x for x in there if step is None or x <= step]):
+        try:
+            found[candidate] = _model(place, candidate)
+        except Damaged as reason:
+            if candidate == step:
+                raise TrainingError(str(reason)) from None
+            damage += f"; {reason}"
+        if len(found) == average:
+            break
+    if len(found) < average:
+        raise TrainingError(f"{run} has {len(found)} sound checkpoints up to there, not {average}{damage}")
+    newest, model = next(iter(found.items()))
+    if average > 1:
+        model = jax.tree.map(lambda *xs: np.mean([np.asarray(x, np.float64) for x in xs], axis=0), *found.values())
+        model = jax.tree.map(lambda x: x.astype(np.float32), model)
+    files = {file.name: file.read_bytes() for file in sorted((run / TOKENIZER).glob("*"))}
+    config = ModelConfig.from_hf({**checkpoints.read_about(place, newest)["config"], "torch_dtype": dtype})
+    tensors = [cast(tensor, dtype) for tensor in tensors_of(model)]
+    write_folder(folder, config, model.generation_config, tensors, files)
+    return list(found)
+
+
+def _model(place: Path, step: int) -> Any:
+    """The model of a checkpoint, on the default device."""
+    about = checkpoints.read_about(place, step)
+    config = ModelConfig.from_hf(about["config"])
+    generation = GenerationConfig.from_hf(about["generation_config"], config)
+    like = abstract_model(config, "float32", generation)
+    at = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), like)
+    return checkpoints.restore(place, step, like, under="model")

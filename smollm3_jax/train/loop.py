@@ -1,0 +1,562 @@
+"""The training loop: batches in, checkpoints and metrics out, and an end that a restart goes on from.
+
+All that a run needs to go on is in its folder:
+
+    settings.json, environment.json   what it was told, and what it runs on
+    metrics.jsonl                     a line a step; held-out losses among them
+    skipped.jsonl                     steps without an update, and where their data stood
+    checkpoints/00000500/             see checkpoint.py
+    report.html, report.png           the curves
+"""
+
+import contextlib
+import copy
+import dataclasses
+import fcntl
+import functools
+import json
+import logging
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from jax import Array
+
+from sharding.hardware import GIB, chip_of
+from sharding.mesh import DEFAULT_AXES, make_mesh, parse_axes
+from sharding.rules import Sharding
+
+from .. import compile_cache
+from ..config import ModelConfig
+from ..errors import OptionError, TrainingError
+from ..model import SmolLM3
+from ..support import SHOWN, version
+from ..tokenizer import load_tokenizer
+from ..weights import demo, hub
+from ..weights.load import TEXT_FILES, load, open_checkpoint
+from . import checkpoint as checkpoints
+from .checkpoint import Checkpoints, Damaged
+from .data import Batches, ahead, encoder, held_out_rows, on_mesh
+from .export import TOKENIZER
+from .monitor import Monitor
+from .optimizer import adamw, schedule
+from .packing import EndOfData
+from .settings import Settings, Stage, as_table, stage_at
+from .step import COMPILER_OPTIONS, Batch, StepOptions, TrainState, init_state, loss_sums, state_shardings, train_step
+
+log = logging.getLogger(__name__)
+
+STOPPED = 75  # the exit code of a run that was told to stop, and can go on: EX_TEMPFAIL
+# What may differ from what a checkpoint was made with: none of it changes what a step computes.
+FREE = ("run.dir", "run.steps", "run.name", "mesh", "checkpoint", "eval", "guard", "log", "step.remat")
+FREE += ("data.timeout", "data.bad_records", "data.eval_path")
+
+
+@dataclasses.dataclass
+class Progress:
+    """Where a run stands: step counts updates and skipped ones."""
+
+    state: TrainState
+    step: int
+    stage: int
+    skips: int = 0
+    retries: int = 0
+
+
+class Stop:
+    """Whether a signal has asked for the end. A second one ends the process at once."""
+
+    def __init__(self) -> None:
+        self.asked = False
+
+    def __call__(self, number: int, frame: Any) -> None:
+        if self.asked:
+            os._exit(128 + number)
+        self.asked = True
+        log.warning("%s: stopping behind this step; once more to stop at once", signal.Signals(number).name)
+
+    def agreed(self) -> bool:
+        """Whether any process was asked."""
+        if jax.process_count() == 1:
+            return self.asked
+        from jax.experimental import multihost_utils
+
+        return bool(multihost_utils.process_allgather(np.array(self.asked)).any())
+
+    @contextlib.contextmanager
+    def listening(self) -> Iterator[None]:
+        kinds = (signal.SIGTERM, signal.SIGINT)
+        before = [signal.signal(kind, self) for kind in kinds]
+        try:
+            yield
+        finally:
+            for kind, handler in zip(kinds, before, strict=True):
+                signal.signal(kind, handler)
+
+
+def train(
+    settings: Settings,
+    *,
+    resume: bool = False,
+    allow_restart: bool = False,
+    allow_changes: bool = False,
+    show: Callable[[Mapping[str, Any]], None] | None = None,
+) -> dict[str, Any]:
+    """Trains until the settings' last step, the end of the data, or a signal.
+
+    Args:
+      resume: go on from the newest sound checkpoint of the run folder; from the beginning if it has none.
+      allow_restart: begin anew even where all checkpoints are damaged.
+      allow_changes: go on though settings or data are not those that the checkpoint was made with.
+      show: called with each line of metrics.
+
+    Returns:
+      "step", "stopped" (by a signal), "loss" of the last step, "tokens", "seconds", "checkpoint" (the last step's).
+
+    Raises:
+      SmolLM3Error, ShardingError: what is wrong, and the way out.
+    """
+    compile_cache.enable()
+    folder = Path(settings.run.dir)
+    stop = Stop()
+    with stop.listening(), _only_one(folder):
+        if not resume and (folder / "checkpoints").is_dir() and checkpoints.steps(folder / "checkpoints"):
+            raise OptionError(f"{folder} holds a run: --resume auto goes on with it, run.dir=FOLDER begins another")
+        return _Run(settings, stop, allow_restart, allow_changes, show).train()
+
+
+@contextlib.contextmanager
+def _only_one(folder: Path) -> Iterator[None]:
+    """Keeps a second run out of the folder."""
+    if jax.process_index() != 0:
+        yield
+        return
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / "lock").open("w")
+    except OSError as error:
+        raise OptionError(f"run.dir={folder}: {error.strerror}") from None
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise OptionError(f"another process trains in {folder}") from None
+        yield
+
+
+class _Run:
+    """One call of `train`: what it sets up once, and the loop."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        stop: Stop,
+        allow_restart: bool,
+        allow_changes: bool,
+        show: Callable[[Mapping[str, Any]], None] | None,
+    ):
+        self.settings, self.stop = settings, stop
+        self.allow_restart, self.allow_changes = allow_restart, allow_changes
+        self.folder = Path(settings.run.dir).absolute()
+        _agree(settings)
+        source, model, self.sharding = load_model(settings)
+        self.config = model.config
+        tokenizer = load_tokenizer(source, model.config)
+        if jax.process_index() == 0:
+            _keep_tokenizer(source, self.folder / TOKENIZER)
+        eos = model.config.eos_token_id
+        eos = eos[0] if isinstance(eos, tuple) else eos
+        if eos is None:
+            raise OptionError("model: config.json has no eos_token_id, which training puts between documents")
+        self.encode = encoder(tokenizer, model.config.vocab_size, eos)
+        self.batches = Batches(settings, self.encode)
+        self.optimizers: dict[int, tuple[optax.GradientTransformation, optax.Schedule]] = {}
+        self.compiled: dict[Any, Any] = {}
+        optimizer, _ = self.optimizer(0)
+        self.progress = Progress(_placed(init_state(model, optimizer), self.sharding), 0, 0)
+        self.checkpoints = Checkpoints(
+            self.folder / "checkpoints", settings.checkpoint.keep, settings.checkpoint.keep_every
+        )
+        self.monitor = Monitor(self.folder, settings, environment(), show)
+        self.saved = -1
+
+    # --- parts --------------------------------------------------------------------------------------------
+
+    def optimizer(self, stage: int) -> tuple[optax.GradientTransformation, optax.Schedule]:
+        """(AdamW, its learning rate) of a stage: where one begins with fresh moments, its schedule begins too."""
+        if stage not in self.optimizers:
+            starts = [0, *(s.start for s in self.settings.stages)]
+            fresh = [0, *(s.start for s in self.settings.stages if s.reset_optimizer)]
+            begin = max(x for x in fresh if x <= starts[stage])
+            end = min([x for x in fresh if x > begin], default=self.settings.run.steps)
+            o = self.settings.optimizer
+            rate = schedule(o.schedule, o.learning_rate, end - begin, o.warmup_steps, o.decay_steps, o.end)
+            rule = adamw(rate, b1=o.b1, b2=o.b2, eps=o.eps, weight_decay=o.weight_decay, clip_norm=o.clip_norm)
+            self.optimizers[stage] = (rule, rate)
+        return self.optimizers[stage]
+
+    def enter(self, number: int, stage: Stage) -> None:
+        """Makes the state that of a stage: its theta, perhaps fresh moments."""
+        progress = self.progress
+        theta = stage.rope_theta or self.config.rope_theta
+        if theta != progress.state.model.config.rope_theta:
+            progress.state = with_config(progress.state, dataclasses.replace(self.config, rope_theta=theta))
+        if number != progress.stage and stage.reset_optimizer:
+            fresh = init_state(progress.state.model, self.optimizer(number)[0])
+            fresh = dataclasses.replace(fresh, step=progress.state.step)
+            progress.state = _placed(fresh, self.sharding)
+        if number != progress.stage:
+            log.info("stage %d begins at step %d", number, progress.step)
+        progress.stage = number
+
+    def step_for(self, number: int, stage: Stage, batch: Any) -> Any:
+        """The compiled step of a stage."""
+        key = (number, batch.tokens.shape)
+        if key not in self.compiled:
+            s = self.settings
+            options = StepOptions(s.model.dtype, s.step.remat, stage.micro_batches, s.step.z_loss)
+            lowered = train_step.lower(
+                self.progress.state,
+                batch,
+                optimizer=self.optimizer(number)[0],
+                options=options,
+                sharding=self.sharding,
+            )
+            platform = self.sharding.platform if self.sharding else jax.default_backend()
+            with self.monitor.busy("compiling the step"):
+                try:
+                    self.compiled[key] = lowered.compile(compiler_options=COMPILER_OPTIONS.get(platform))
+                except Exception as error:
+                    if "RESOURCE_EXHAUSTED" not in str(error) and "out of memory" not in str(error).lower():
+                        raise
+                    raise TrainingError(_too_large(self.progress.state, batch, error)) from None
+        return self.compiled[key]
+
+    # --- checkpoints --------------------------------------------------------------------------------------
+
+    def save(self, data: Mapping[str, Any]) -> None:
+        step = self.progress.step
+        if step == self.saved:
+            return
+        about = {
+            "settings": as_table(self.settings),
+            "stage": self.progress.stage,
+            "data": data,
+            "config": self.progress.state.model.config.to_hf(),
+            "generation_config": self.progress.state.model.generation_config.to_hf(),
+        }
+        with self.monitor.busy("saving"):
+            self.checkpoints.save(step, self.progress.state, about)
+        self.saved = step
+
+    def restore(self) -> bool:
+        """From the newest sound checkpoint; False if there is none at all."""
+        folder = self.folder / "checkpoints"
+        damaged = []
+        for step in checkpoints.newest_first(folder):
+            try:
+                about = checkpoints.read_about(folder, step)
+                self.compare(about)
+                number, stage = about["stage"], stage_at(self.settings, max(0, step - 1))[1]
+                self.progress.step, self.progress.stage = step, number
+                self.enter(number, stage)
+                self.progress.state = checkpoints.restore(folder, step, self.progress.state)
+            except Damaged as reason:
+                log.warning("%s; trying the one before", reason)
+                self.monitor.event({"event": "damaged checkpoint", "step": step, "reason": str(reason)})
+                damaged.append(step)
+                continue
+            self.batches.restore(about["data"]) if not self.allow_changes else self._restore_data(about["data"])
+            self.saved = step
+            log.info("going on from step %d", step)
+            return True
+        if damaged and not self.allow_restart:
+            raise TrainingError(
+                f"all {len(damaged)} checkpoints of {folder} are damaged; --allow-restart begins from the start"
+            )
+        return False
+
+    def _restore_data(self, state: Mapping[str, Any]) -> None:
+        try:
+            self.batches.restore(state)
+        except Exception as error:
+            log.warning("%s: the data begins from the start", error)
+
+    def compare(self, about: Mapping[str, Any]) -> None:
+        """Raises TrainingError where settings differ that change what a step computes."""
+        before, now = _flat(about["settings"]), _flat(json.loads(json.dumps(as_table(self.settings))))
+        differ = [
+            f"{key}: {before.get(key)!r} then, {now.get(key)!r} now"
+            for key in sorted({*before, *now})
+            if before.get(key) != now.get(key) and not any(key == f or key.startswith(f + ".") for f in FREE)
+        ]
+        if not differ:
+            return
+        if not self.allow_changes:
+            raise TrainingError(
+                f"the checkpoint was made with other settings: {'; '.join(differ[:10])}; --allow-changes goes on anyway"
+            )
+        log.warning("going on with other settings: %s", "; ".join(differ))
+
+    # --- the loop -----------------------------------------------------------------------------------------
+
+    def train(self) -> dict[str, Any]:
+        s, progress = self.settings, self.progress
+        resumed = self.restore()
+        data = self.batches.state()
+        self.monitor.begin(progress.step, resumed, self.describe())
+        stopped = False
+        if not resumed:
+            self.evaluate()
+        try:
+            while progress.step < s.run.steps and not stopped:
+                data, stopped = self.stretch(data)
+                if progress.step < s.run.steps and not stopped and data is None:
+                    break
+            if data is not None and progress.step > 0:
+                self.save(data)
+            self.checkpoints.wait()
+        finally:
+            self.checkpoints.close()
+            self.monitor.close()
+        return {**self.monitor.summary(), "step": progress.step, "stopped": stopped, "checkpoint": self.saved}
+
+    def stretch(self, data: Mapping[str, Any]) -> tuple[Any, bool]:
+        """Steps until the end, a signal or a rollback: (state of the data behind the last step, whether stopped)."""
+        s, progress = self.settings, self.progress
+        came = ahead(self.batches, progress.step, s.run.steps, s.data.timeout)
+        with contextlib.closing(came):
+            for step, host_batch, behind in came:
+                if self.stop.agreed():
+                    return data, True
+                number, stage = stage_at(s, step)
+                self.enter(number, stage)
+                batch = on_mesh(host_batch, self.sharding)
+                compiled = self.step_for(number, stage, batch)
+                begin = time.monotonic()
+                with self.monitor.profiled(step):
+                    progress.state, metrics = compiled(progress.state, batch)
+                    metrics = {name: float(x) for name, x in jax.device_get(metrics).items()}
+                progress.step = step + 1
+                line = self.line(number, metrics, time.monotonic() - begin, host_batch.tokens.size)
+                trouble = self.monitor.step(line)
+                if line["bad"]:
+                    self.monitor.skipped({"step": progress.step, "bad": line["bad"], "data": data})
+                data = behind
+                self.checkpoints.check()
+                if trouble and s.guard.policy != "ignore":
+                    return self.give_up(trouble, data), False
+                if s.checkpoint.every and progress.step % s.checkpoint.every == 0:
+                    self.save(data)
+                if s.eval.every and progress.step % s.eval.every == 0:
+                    self.evaluate()
+        if progress.step < s.run.steps:
+            log.warning("the data ends at step %d of %d", progress.step, s.run.steps)
+            self.save(data)
+            return None, False
+        return data, self.stop.agreed()
+
+    def give_up(self, trouble: str, data: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Goes back to the last checkpoint and on with the data behind the trouble, if the policy says so."""
+        s, progress = self.settings, self.progress
+        progress.retries += 1
+        if s.guard.policy == "stop" or progress.retries > s.guard.retries:
+            raise TrainingError(
+                f"step {progress.step}: {trouble}; the last checkpoint is of step {self.saved}. "
+                "guard.policy=rollback goes back to it and passes over the data since"
+            )
+        self.checkpoints.wait()
+        before = progress.step
+        if not self.restore():
+            raise TrainingError(f"step {before}: {trouble}; there is no checkpoint to go back to")
+        self.batches.restore(data)  # past what made the trouble
+        log.warning("step %d: %s: back to step %d, without the data since", before, trouble, progress.step)
+        self.monitor.event({"event": "rollback", "step": before, "to": progress.step, "reason": trouble})
+        self.monitor.back_to(progress.step)
+        return data
+
+    def line(self, stage: int, metrics: dict[str, float], seconds: float, tokens: int) -> dict[str, Any]:
+        progress = self.progress
+        rate = float(self.optimizer(stage)[1](int(metrics.pop("updates"))))
+        line = {"step": progress.step, "stage": stage, **metrics, "learning_rate": rate, "seconds": seconds}
+        line["bad"] = int(line["bad"])
+        line["tokens_per_second"] = tokens / seconds
+        chip = chip_of(jax.devices()[0])
+        if chip is not None:
+            useful = 6 * sum(x.size for x in jax.tree.leaves(progress.state.model)) * tokens
+            line["mfu"] = useful / seconds / (chip.peak * jax.device_count())
+        return line
+
+    # --- held-out text ------------------------------------------------------------------------------------
+
+    def evaluate(self) -> None:
+        """Nats a token of the held-out documents, by source, to metrics.jsonl."""
+        s = self.settings
+        if not s.eval.every:
+            return
+        _, stage = stage_at(s, max(0, self.progress.step - 1))
+        found = {}
+        for name, rows in held_out_rows(s, self.batches, self.encode).items():
+            nats = count = 0.0
+            with self.monitor.busy(f"held-out text of {name}"):
+                while count < s.eval.tokens and not self.stop.asked:
+                    pairs = []
+                    with contextlib.suppress(EndOfData):
+                        for _ in range(stage.rows):
+                            pairs.append(rows.next(stage.length))
+                    if not pairs:
+                        break
+                    blank = np.zeros(stage.length, np.int32)
+                    pairs += [(blank, blank)] * (stage.rows - len(pairs))
+                    arrays = (np.stack(part) for part in zip(*pairs, strict=True))
+                    batch = on_mesh(Batch(*arrays), self.sharding)
+                    sums = _held_out(self.progress.state.model, batch, dtype=s.model.dtype, sharding=self.sharding)
+                    nats, count = nats + float(sums[0]), count + float(sums[1])
+            if count:
+                found[name] = {"nats_per_token": nats / count, "tokens": int(count)}
+        if found and not self.stop.asked:
+            self.monitor.held_out(self.progress.step, found)
+
+    def describe(self) -> dict[str, Any]:
+        """What is about to run, for people."""
+        s = self.settings
+        _, stage = stage_at(s, self.progress.step)
+        return {
+            "parameters": sum(x.size for x in jax.tree.leaves(self.progress.state.model)),
+            "devices": jax.device_count(),
+            "mesh": dict(self.sharding.mesh.shape) if self.sharding else None,
+            "tokens_per_step": stage.rows * stage.length,
+            "steps": s.run.steps,
+            "weights": dict(stage.weights),
+            "documents": {name: len(corpus) for name, corpus in self.batches.corpora.items()},
+        }
+
+
+@functools.partial(jax.jit, static_argnames=("dtype", "sharding"))
+def _held_out(model: SmolLM3, batch: Batch, *, dtype: str, sharding: Sharding | None) -> tuple[Array, Array]:
+    """(nats, tokens) of a batch."""
+    return loss_sums(model, batch, StepOptions(dtype=dtype), sharding)[1]
+
+
+def load_model(settings: Settings) -> tuple[Path, SmolLM3, Sharding | None]:
+    """(the checkpoint's folder, the model in float32, its sharding) as the settings have them."""
+    m = settings.model
+    sharding_of = _sharding_for(settings)
+    if m.path:
+        path = demo.pull_demo() if m.path == "demo" else hub.resolve(m.path, None, None)
+        opened = open_checkpoint(path)
+        opened = dataclasses.replace(opened, config=adapted(opened.config, settings))
+        sharding = sharding_of(opened.config)
+        mesh, rules = (sharding.mesh, settings.mesh.rules or "fsdp") if sharding else (None, None)
+        return path, load(opened, "float32", mesh, rules, stacked=True), sharding
+    config = adapted(ModelConfig.from_hf(Path(m.config)), settings)
+    sharding = sharding_of(config)
+    model = SmolLM3(config, rngs=nnx.Rngs(settings.run.seed))
+    if sharding is not None:
+        model = jax.device_put(model, state_shardings(model, sharding))
+    folder = Path(m.config) if Path(m.config).is_dir() else Path(m.config).parent
+    return folder, model, sharding
+
+
+def _keep_tokenizer(source: Path, folder: Path) -> None:
+    """The text files of the model, for exports."""
+    folder.mkdir(exist_ok=True)
+    for name in TEXT_FILES:
+        if (source / name).is_file():
+            (folder / name).write_bytes((source / name).read_bytes())
+
+
+def adapted(config: ModelConfig, settings: Settings) -> ModelConfig:
+    """The config with the NoPE interval and theta of the settings."""
+    m = settings.model
+    if m.nope_interval >= 0:
+        layers = range(1, config.num_hidden_layers + 1)
+        pattern = tuple(not m.nope_interval or i % m.nope_interval != 0 for i in layers)
+        config = dataclasses.replace(config, model_type="smollm3", rope_layers=pattern, layer_types=None)
+    if m.rope_theta:
+        config = dataclasses.replace(config, rope_theta=m.rope_theta)
+    return config
+
+
+def _sharding_for(settings: Settings) -> Callable[[ModelConfig], Sharding | None]:
+    mesh = settings.mesh
+
+    def sharding(config: ModelConfig) -> Sharding | None:
+        if jax.device_count() == 1 and not mesh.rules:
+            return None
+        rules = mesh.rules or "fsdp"
+        axes = parse_axes(mesh.axes) if mesh.axes else DEFAULT_AXES.get(rules, {"data": -1})
+        return Sharding.of(make_mesh(axes), rules).fitted(config.axis_sizes)
+
+    return sharding
+
+
+def with_config(tree: Any, config: ModelConfig) -> Any:
+    """The same arrays, in models of another config: of a state those of the optimizer too."""
+
+    def swapped(x: Any) -> Any:
+        if not isinstance(x, SmolLM3):
+            return x
+        out = copy.copy(x)
+        out.config = config
+        return out
+
+    return jax.tree.map(swapped, tree, is_leaf=lambda x: isinstance(x, SmolLM3))
+
+
+def _placed(state: TrainState, sharding: Sharding | None) -> TrainState:
+    if sharding is None:
+        return jax.tree.map(jnp.asarray, state)
+    return jax.jit(lambda x: x, out_shardings=state_shardings(state, sharding), donate_argnums=0)(state)
+
+
+def _agree(settings: Settings) -> None:
+    """Raises TrainingError where processes of a job were told different things, and names them."""
+    if jax.process_count() == 1:
+        return
+    import hashlib
+
+    from jax.experimental import multihost_utils
+
+    text = json.dumps([as_table(settings), version("smollm3-jax"), version("jax")], sort_keys=True)
+    own = np.frombuffer(hashlib.sha256(text.encode()).digest()[:8], np.uint32)
+    all_of_them = multihost_utils.process_allgather(own)
+    odd = [i for i, words in enumerate(all_of_them) if (words != all_of_them[0]).any()]
+    if odd:
+        raise TrainingError(f"processes {odd} have other settings or versions than process 0")
+
+
+def _too_large(state: TrainState, batch: Any, error: Exception) -> str:
+    """What does not fit, by part, and three ways out."""
+
+    def share(tree: Any) -> str:
+        return f"{sum(x.nbytes / len(x.sharding.device_set) for x in jax.tree.leaves(tree)) / GIB:.2f} GiB"
+
+    return (
+        f"the step does not fit: {str(error).splitlines()[0][:200]}; on a device: parameters {share(state.model)}, "
+        f"optimizer {share(state.optimizer)}, batch {share(batch)}, the rest activations. "
+        "Ways out: step.remat=full; step.micro_batches=2 or more; mesh.rules=fsdp on more devices"
+    )
+
+
+def environment() -> dict[str, Any]:
+    """What a run runs on."""
+    return {
+        "versions": {name: version(name) for name in ("python", "smollm3-jax", *SHOWN)},
+        "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+        "processes": jax.process_count(),
+    }
+
+
+def _flat(table: Any, path: str = "") -> dict[str, Any]:
+    if not isinstance(table, dict) or not table:
+        return {path: table}
+    return {k: v for key, x in table.items() for k, v in _flat(x, f"{path}.{key}" if path else key).items()}

@@ -1,0 +1,322 @@
+"""What a training run is told: dataclasses, filled from TOML files and `section.key=value` words.
+
+A run folder keeps the resolved settings, so every default is written down there.
+"""
+
+import dataclasses
+import difflib
+import tomllib
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any, TypeVar
+
+from ..config import DTYPES
+from ..errors import OptionError
+from .step import REMAT
+
+SCHEDULES = ("constant", "wsd", "cosine", "linear")
+POLICIES = ("stop", "rollback", "ignore")
+SOURCE_FORMATS = ("jsonl", "parquet", "arrayrecord", "text", "tokens", "hf")
+
+T = TypeVar("T")
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """dir: the run folder. steps: updates in all. seed: of the data's order. name: for displays."""
+
+    dir: str = ""
+    steps: int = 0
+    seed: int = 0
+    name: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """path: a folder, a hub id, "demo", or "" for a new model of `config`'s shape, drawn from the seed.
+
+    dtype: of products. nope_interval: RoPE off on every n-th layer (SmolLM3: 4); 0 leaves the checkpoint's own.
+    rope_theta: 0 leaves the checkpoint's own. config: a config.json, where path is "".
+    """
+
+    path: str = ""
+    config: str = ""
+    dtype: str = "bfloat16"
+    nope_interval: int = -1
+    rope_theta: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """One corpus: path of a file or folder (local, or gs:// and s3:// with the extra `remote`), its weight in the
+    mixture, its format (guessed from the names of its files if ""), and the field or column that holds the text."""
+
+    path: str = ""
+    weight: float = 1.0
+    format: str = ""
+    field: str = "text"
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    """path: of the only source, or sources: by name. length: tokens of a row. rows: of a step, over all devices.
+
+    eval_path: documents held out, a folder of JSON lines or one file; or eval_every_nth: every n-th document of each
+    source is held out (0: none). bad_records: how many unreadable documents of a source are skipped before the run
+    stops. max_document_bytes: longer ones count as unreadable. timeout: seconds that a batch may take.
+    """
+
+    path: str = ""
+    sources: dict[str, Source] = dataclasses.field(default_factory=dict)
+    field: str = "text"
+    length: int = 4096
+    rows: int = 16
+    shuffle: bool = True
+    epochs: int = 0
+    eval_path: str = ""
+    eval_every_nth: int = 0
+    bad_records: int = 100
+    max_document_bytes: int = 10_000_000
+    timeout: float = 300.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Optimizer:
+    """AdamW and its learning rate. schedule: constant, wsd (linear decay over the last `decay_steps`), cosine or
+    linear, each after a linear warm-up from 0. end: the final learning rate as a share of the peak."""
+
+    learning_rate: float = 2e-4
+    schedule: str = "wsd"
+    warmup_steps: int = 2000
+    decay_steps: int = 0
+    end: float = 0.0
+    b1: float = 0.9
+    b2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    clip_norm: float = 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """remat: a key of step.REMAT. micro_batches: a step's rows are computed in so many goes. z_loss: its weight."""
+
+    remat: str = "dots"
+    micro_batches: int = 1
+    z_loss: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Mesh:
+    """rules: a strategy of sharding.rules. axes: like "fsdp=8,tensor=2"; "" is the strategy's usual mesh."""
+
+    rules: str = ""
+    axes: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """every: steps between checkpoints (0: only the last). keep: newest ones that stay, at least 2. keep_every: of
+    older ones each multiple of it stays too (0: none)."""
+
+    every: int = 500
+    keep: int = 3
+    keep_every: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """every: steps between evaluations (0: none). tokens: how many of each source."""
+
+    every: int = 0
+    tokens: int = 20_000
+
+
+@dataclasses.dataclass(frozen=True)
+class Guard:
+    """When to give up. skips: so many steps in a row without a finite gradient. spike: a loss so many standard
+    deviations above the mean of the last `window` steps (0: none). policy: stop, rollback (to the last good
+    checkpoint, past the batches since) or ignore; retries: how many rollbacks."""
+
+    skips: int = 10
+    spike: float = 6.0
+    window: int = 100
+    policy: str = "stop"
+    retries: int = 3
+
+
+@dataclasses.dataclass(frozen=True)
+class Log:
+    """every: steps between lines of metrics.jsonl. tensorboard, wandb: write there too (extras of those names).
+    profile: "10-12" profiles these steps."""
+
+    every: int = 1
+    tensorboard: bool = False
+    wandb: str = ""
+    profile: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """From step `start` on: other weights of sources (by name; those not named get none), length, rows,
+    micro-batches, theta; 0 or empty leaves what was. reset_optimizer: begin with fresh moments."""
+
+    start: int = 0
+    weights: dict[str, float] = dataclasses.field(default_factory=dict)
+    length: int = 0
+    rows: int = 0
+    micro_batches: int = 0
+    rope_theta: float = 0.0
+    reset_optimizer: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """One training run."""
+
+    run: Run = dataclasses.field(default_factory=Run)
+    model: Model = dataclasses.field(default_factory=Model)
+    data: Data = dataclasses.field(default_factory=Data)
+    optimizer: Optimizer = dataclasses.field(default_factory=Optimizer)
+    step: Step = dataclasses.field(default_factory=Step)
+    mesh: Mesh = dataclasses.field(default_factory=Mesh)
+    checkpoint: Checkpoint = dataclasses.field(default_factory=Checkpoint)
+    eval: Evaluation = dataclasses.field(default_factory=Evaluation)
+    guard: Guard = dataclasses.field(default_factory=Guard)
+    log: Log = dataclasses.field(default_factory=Log)
+    stages: tuple[Stage, ...] = ()
+
+
+def recipes() -> dict[str, Path]:
+    """Name -> file of every recipe that the package ships."""
+    folder = Path(str(resources.files(__package__))) / "recipes"
+    return {file.stem: file for file in sorted(folder.glob("*.toml"))}
+
+
+def read_settings(config: str, words: Sequence[str] = ()) -> Settings:
+    """The settings of a TOML file or of a recipe by name, with `section.key=value` words over them.
+
+    Raises:
+      OptionError: no such file or recipe; an unknown section or key; a value of another type or out of range.
+    """
+    file = recipes().get(config, Path(config))
+    try:
+        table = tomllib.loads(file.read_text(encoding="utf-8"))
+    except OSError:
+        raise OptionError(f"--config {config}: neither a file nor a recipe; recipes: {', '.join(recipes())}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise OptionError(f"{file}: not TOML: {error}") from None
+    for word in words:
+        _override(table, word)
+    settings = parse(table, str(file))
+    check(settings)
+    return settings
+
+
+def parse(table: Mapping[str, Any], where: str = "settings") -> Settings:
+    """Settings from what TOML or `as_table` gives."""
+    return _fill(Settings, table, where, "")
+
+
+def as_table(settings: Any) -> Any:
+    """Dictionaries, lists and plain values, ready for JSON and for `parse`."""
+    return dataclasses.asdict(settings)
+
+
+def check(settings: Settings) -> None:
+    """Raises OptionError for values that cannot be meant."""
+    s = settings
+
+    def need(what: str, holds: bool, out: str) -> None:
+        if not holds:
+            raise OptionError(f"{what}: {out}")
+
+    need("run.dir", s.run.dir != "", "say where the run is to live: run.dir=FOLDER")
+    need("run.steps", s.run.steps > 0, "say how many updates: run.steps=N")
+    need("model.dtype", s.model.dtype in DTYPES, f"{s.model.dtype!r}: there are {', '.join(DTYPES)}")
+    need("model.path", bool(s.model.path) != bool(s.model.config), "give either model.path or model.config")
+    need("data", bool(s.data.path) != bool(s.data.sources), "give either data.path or [data.sources.NAME] tables")
+    need("data.length", s.data.length >= 2, "at least 2")
+    need("data.rows", s.data.rows >= 1, "at least 1")
+    need("optimizer.schedule", s.optimizer.schedule in SCHEDULES, f"there are {', '.join(SCHEDULES)}")
+    need("step.remat", s.step.remat in REMAT, f"there are {', '.join(REMAT)}")
+    need("checkpoint.keep", s.checkpoint.keep >= 2, "at least 2: the newest may turn out to be damaged")
+    need("guard.policy", s.guard.policy in POLICIES, f"there are {', '.join(POLICIES)}")
+    starts = [stage.start for stage in s.stages]
+    need("stages", starts == sorted(set(starts)), "their starts must increase")
+    for name, source in s.data.sources.items():
+        formats = ("", *SOURCE_FORMATS)
+        need(f"data.sources.{name}.format", source.format in formats, f"there are {', '.join(SOURCE_FORMATS)}")
+        need(f"data.sources.{name}.weight", source.weight >= 0, "not negative")
+    for stage in s.stages:
+        for name in stage.weights:
+            need("stages.weights", name in s.data.sources, f"there is no source {name!r} in data.sources")
+
+
+def stage_at(settings: Settings, step: int) -> tuple[int, Stage]:
+    """(number, stage) of a step: 0 is before the first of `stages`; with everything filled in, weights normalised."""
+    data = settings.data
+    weights = {name: source.weight for name, source in data.sources.items()} or {"data": 1.0}
+    current = Stage(0, weights, data.length, data.rows, settings.step.micro_batches, settings.model.rope_theta)
+    number = 0
+    for stage in settings.stages:
+        if stage.start > step:
+            break
+        number += 1
+        given = {field.name: getattr(stage, field.name) for field in dataclasses.fields(stage)}
+        current = dataclasses.replace(current, **{key: value for key, value in given.items() if value})
+        current = dataclasses.replace(current, start=stage.start, reset_optimizer=stage.reset_optimizer)
+    total = sum(current.weights.values())
+    return number, dataclasses.replace(current, weights={name: w / total for name, w in current.weights.items()})
+
+
+def _override(table: dict[str, Any], word: str) -> None:
+    path, equals, text = word.partition("=")
+    keys = path.split(".")
+    if not equals:
+        raise OptionError(f"{word!r}: say section.key=value")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text  # a bare word is a string
+    for key in keys[:-1]:
+        table = table.setdefault(key, {})
+        if not isinstance(table, dict):
+            raise OptionError(f"{word!r}: {key} is no section")
+    table[keys[-1]] = value
+
+
+def _fill(kind: type[T], table: Any, where: str, path: str) -> T:
+    """A dataclass from a table of its fields."""
+    if not isinstance(table, Mapping):
+        raise OptionError(f"{where}: {path or 'the file'} must be a table")
+    hints = typing.get_type_hints(kind)
+    for key in table:
+        if key not in hints:
+            near = difflib.get_close_matches(key, hints, 1)
+            meant = f"did you mean {near[0]}?" if near else f"there are {', '.join(hints)}"
+            raise OptionError(f"{where}: unknown {'key' if path else 'section'} {_join(path, key)}; {meant}")
+    return kind(**{key: _value(hints[key], value, where, _join(path, key)) for key, value in table.items()})
+
+
+def _value(hint: Any, value: Any, where: str, path: str) -> Any:
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if dataclasses.is_dataclass(hint):
+        return _fill(typing.cast(type, hint), value, where, path)
+    if origin is dict and isinstance(value, Mapping):
+        return {key: _value(arguments[1], x, where, _join(path, key)) for key, x in value.items()}
+    if origin is tuple and isinstance(value, (list, tuple)):
+        return tuple(_value(arguments[0], x, where, f"{path}[{i}]") for i, x in enumerate(value))
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if type(value) is hint:
+        return value
+    wanted = hint.__name__ if isinstance(hint, type) and not isinstance(hint, types.GenericAlias) else str(hint)
+    raise OptionError(f"{where}: {path} = {value!r} must be of type {wanted}")
+
+
+def _join(path: str, key: str) -> str:
+    return f"{path}.{key}" if path else key

@@ -1,0 +1,117 @@
+import json
+import time
+
+import numpy as np
+import pytest
+
+from smollm3_jax.errors import DataError
+from smollm3_jax.train.data import Batches, _Kept, ahead, held_out_rows
+from smollm3_jax.train.packing import EndOfData
+from smollm3_jax.train.settings import parse
+
+
+def encode(document):
+    """A token a character, and 1 at the end."""
+    return np.array([ord(c) for c in document] + [1], np.int32)
+
+
+@pytest.fixture
+def corpora(tmp_path):
+    for name, letter in (("a", "a"), ("b", "b")):
+        lines = [json.dumps({"text": letter * (3 + i % 5)}) for i in range(20)]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
+    return tmp_path
+
+
+def settings_for(folder, **data):
+    sources = {name: {"path": str(folder / f"{name}.jsonl"), "weight": w} for name, w in (("a", 3.0), ("b", 1.0))}
+    stages = data.pop("stages", [])
+    table = {"sources": sources, "length": 8, "rows": 4, **data}
+    return parse({"data": table, "stages": stages, "run": {"seed": 5}})
+
+
+def batches_of(folder, **data):
+    return Batches(settings_for(folder, **data), encode)
+
+
+def test_mixtures_keep_their_weights_by_rows(corpora):
+    batches = batches_of(corpora)
+    letters = [chr(row.max()) for step in range(10) for row in batches.next(step).tokens]
+    assert letters.count("a") == 30 and letters.count("b") == 10
+
+
+def test_the_same_batches_from_a_state(corpora):
+    one, other = batches_of(corpora), batches_of(corpora)
+    for step in range(7):
+        one.next(step)
+    other.restore(json.loads(json.dumps(one.state())))
+    for step in range(7, 30):  # over the end of an epoch
+        a, b = one.next(step), other.next(step)
+        np.testing.assert_array_equal(a.tokens, b.tokens)
+        np.testing.assert_array_equal(a.segment_ids, b.segment_ids)
+
+
+def test_epochs_are_shuffled_each_anew(corpora):
+    settings = settings_for(corpora, sources={}, path=str(corpora / "a.jsonl"))
+    batches = Batches(settings, encode)
+    order = [int(batches._rows["data"]._order[k]) for k in range(40)]
+    assert sorted(order[:20]) == sorted(order[20:]) == list(range(20))
+    assert order[:20] != order[20:]
+
+
+def test_stages_switch_mixture_and_length(corpora):
+    batches = batches_of(corpora, stages=[{"start": 2, "length": 16, "rows": 2, "weights": {"b": 1.0}}])
+    assert batches.next(1).tokens.shape == (4, 8)
+    batch = batches.next(2)
+    assert batch.tokens.shape == (2, 16) and batch.tokens.max() == ord("b")
+
+
+def test_changed_files_are_refused(corpora):
+    state = batches_of(corpora).state()
+    with (corpora / "a.jsonl").open("a") as file:
+        file.write('{"text": "more"}\n')
+    with pytest.raises(DataError, match=r"source a is not what the run began with: a.jsonl has changed"):
+        batches_of(corpora).restore(state)
+
+
+def test_what_is_held_out_is_not_trained_on(corpora):
+    kept = _Kept(20, 6)
+    numbers = [kept[i] for i in range(len(kept))]
+    assert sorted({*numbers, *range(0, 20, 6)}) == list(range(20)) and len(numbers) == 16
+    batches = batches_of(corpora, eval_every_nth=6)
+    rows = held_out_rows(settings_for(corpora, eval_every_nth=6), batches, encode)["a"]
+    tokens, _ = rows.next(100)
+    assert (tokens == 1).sum() == 4
+    with pytest.raises(EndOfData):
+        rows.next(100)
+
+
+def test_batches_come_ahead_and_end_with_the_data(corpora):
+    batches = batches_of(corpora, epochs=1)
+    steps = [step for step, _, _ in ahead(batches, 0, 100, 10)]
+    assert steps == list(range(len(steps))) and 0 < len(steps) < 100
+    again = batches_of(corpora)
+    came = list(ahead(again, 0, 5, 10))
+    assert [step for step, _, _ in came] == [0, 1, 2, 3, 4]
+    fresh = batches_of(corpora)
+    for step, batch, state in came:
+        np.testing.assert_array_equal(batch.tokens, fresh.next(step).tokens)
+        assert state == fresh.state()
+
+
+def test_a_thread_that_fails_or_hangs_is_told_of(corpora, monkeypatch):
+    batches = batches_of(corpora)
+    monkeypatch.setattr(batches, "next", lambda step: time.sleep(5))
+    begin = time.monotonic()
+    with pytest.raises(DataError, match=r"no batch came within data.timeout=0.2 seconds"):
+        list(ahead(batches, 0, 3, 0.2))
+    assert time.monotonic() - begin < 2
+
+    def fail(step):
+        raise DataError("broken")
+
+    monkeypatch.setattr(batches, "next", fail)
+    with pytest.raises(DataError, match="broken"):
+        list(ahead(batches, 0, 3, 5))
+
+

@@ -1,0 +1,98 @@
+import dataclasses
+import json
+
+import pytest
+
+from smollm3_jax.errors import OptionError
+from smollm3_jax.train.settings import Settings, as_table, parse, read_settings, recipes, stage_at
+
+MINIMAL = """
+[run]
+dir = "out"
+steps = 10
+[model]
+path = "demo"
+[data]
+path = "texts.jsonl"
+"""
+
+
+@pytest.fixture
+def file(tmp_path):
+    path = tmp_path / "run.toml"
+    path.write_text(MINIMAL)
+    return str(path)
+
+
+def test_words_go_over_the_file(file):
+    words = ["run.steps=20", "optimizer.learning_rate=1e-3", "data.path=other", 'model.dtype="float32"']
+    settings = read_settings(file, words)
+    assert (settings.run.steps, settings.optimizer.learning_rate, settings.data.path) == (20, 1e-3, "other")
+    assert settings.model.dtype == "float32" and settings.run.dir == "out"
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["run.stepz=3"], "unknown key run.stepz; did you mean steps"),
+        (["runs.steps=3"], "unknown section runs; did you mean run"),
+        (["run.steps=many"], "run.steps = 'many' must be of type int"),
+        (["run.steps=1.5"], "must be of type int"),
+        (["data.shuffle=1"], "must be of type bool"),
+        (["run.steps"], "say section.key=value"),
+        (["steps=3"], "unknown section steps"),
+        (["run.dir.x=3"], "dir is no section"),
+        (["run.steps=0"], "say how many updates"),
+        (["model.dtype=float8"], "'float8': there are float32"),
+        (["checkpoint.keep=1"], "at least 2"),
+        (["data.sources.a.path=x"], "either data.path or"),
+        (["data.sources=3"], "data.sources = 3 must be"),
+        (["step.remat=some"], "there are none, dots"),
+        (["stages=[{start = 5}, {start = 5}]"], "must increase"),
+        (["stages=[{start = 5, weights = {a = 1}}]"], "no source 'a'"),
+    ],
+)
+def test_mistakes_are_named(file, words, said):
+    with pytest.raises(OptionError, match=said.replace("[", r"\[")):
+        read_settings(file, words)
+
+
+def test_files_that_are_none(tmp_path):
+    with pytest.raises(OptionError, match="neither a file nor a recipe"):
+        read_settings(str(tmp_path / "gone.toml"))
+    (tmp_path / "bad.toml").write_text("run = [")
+    with pytest.raises(OptionError, match="not TOML"):
+        read_settings(str(tmp_path / "bad.toml"))
+
+
+def test_settings_survive_json(file):
+    settings = read_settings(file, ["stages=[{start = 5, length = 64}]"])
+    assert parse(json.loads(json.dumps(as_table(settings)))) == settings
+
+
+def test_stages_add_up():
+    stages = [
+        {"start": 5, "length": 64, "rope_theta": 1e6},
+        {"start": 8, "weights": {"b": 3.0}, "reset_optimizer": True},
+    ]
+    sources = {"a": {"path": "a", "weight": 1.0}, "b": {"path": "b", "weight": 3.0}}
+    settings = parse({"data": {"sources": sources, "length": 32, "rows": 2}, "stages": stages})
+    first, second, third = (stage_at(settings, step) for step in (4, 5, 100))
+    assert first[0] == 0 and first[1].weights == {"a": 0.25, "b": 0.75} and first[1].length == 32
+    assert second[0] == 1 and (second[1].length, second[1].rope_theta, second[1].rows) == (64, 1e6, 2)
+    assert third[0] == 2 and third[1].weights == {"b": 1.0} and third[1].length == 64 and third[1].reset_optimizer
+    assert not second[1].reset_optimizer
+
+
+@pytest.mark.parametrize("name", recipes())
+def test_recipes_are_sound(name, tmp_path):
+    settings = read_settings(
+        name, [f"run.dir={tmp_path}", "data.path=x"] if not _own_data(name) else [f"run.dir={tmp_path}"]
+    )
+    assert settings.run.name == name
+    assert dataclasses.replace(settings) == settings != Settings()
+
+
+def _own_data(name):
+    text = recipes()[name].read_text()
+    return "[data.sources" in text or "\npath = " in text.partition("[data]")[2].partition("[optimizer]")[0]
