@@ -129,10 +129,11 @@ def _open_jsonl(file: epath.Path, field: str, max_bytes: int) -> tuple[int, Call
         size = int((starts[index + 1] if index + 1 < len(starts) else end) - start)
         if size > max_bytes:
             raise BadRecord(f"{file.name}: a line of {size} bytes")
-        stream = _stream(str(file))
-        stream.seek(int(start))
+        with file.open("rb") as stream:
+            stream.seek(int(start))
+            line = stream.read(size)
         try:
-            text = json.loads(stream.read(size).decode())[field]
+            text = json.loads(line.decode())[field]
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise BadRecord(f"{file.name}, byte {start}: {error!r}"[:200]) from None
         return _text(text, file.name)
@@ -152,11 +153,6 @@ def _line_starts(file: epath.Path) -> tuple[np.ndarray, int]:
     after = np.concatenate([[-1], *ends]).astype(np.int64)
     filled = np.diff(after) > 1
     return after[:-1][filled] + 1, position
-
-
-@functools.lru_cache(maxsize=64)
-def _stream(path: str) -> Any:
-    return epath.Path(path).open("rb")
 
 
 def _open_text(file: epath.Path, field: str, max_bytes: int) -> tuple[int, Callable[[int], str]]:
@@ -181,7 +177,7 @@ def _open_parquet(file: epath.Path, field: str, max_bytes: int) -> tuple[int, Ca
     except ImportError:
         raise SupportError("Parquet needs pyarrow: pip install 'smollm3-jax[parquet]'") from None
     try:
-        table = pyarrow.parquet.ParquetFile(file.open("rb"))
+        table = pyarrow.parquet.ParquetFile(file.open("rb") if "://" in str(file) else str(file))
     except pyarrow.ArrowInvalid as error:
         raise DataError(f"{file} is no Parquet file: {str(error).splitlines()[0]}") from None
     if field not in table.schema_arrow.names:
