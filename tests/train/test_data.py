@@ -113,5 +113,3 @@ def test_a_thread_that_fails_or_hangs_is_told_of(corpora, monkeypatch):
     monkeypatch.setattr(batches, "next", fail)
     with pytest.raises(DataError, match="broken"):
         list(ahead(batches, 0, 3, 5))
-
-

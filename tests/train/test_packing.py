@@ -71,7 +71,7 @@ def test_bad_records_are_passed_over_and_counted():
     tokens, _ = rows.next(12)
     assert tokens.tolist() == [100, 101, 102, 300, 301, 302] * 2
     assert rows.skipped == 1  # of the first epoch alone
-    with pytest.raises(DataError, match="1 bad records, more than data.bad_records=0; the last: document 1"):
+    with pytest.raises(DataError, match=r"1 bad records, more than data\.bad_records=0; the last: document 1"):
         rows_of(documents, 3).next(12)
     with pytest.raises(DataError, match="none of its 3 documents can be read"):
         rows_of(Corpus(), 3, bad_records=9).next(12)

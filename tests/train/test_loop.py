@@ -1,0 +1,285 @@
+"""`smollm3 train` as a process of its own, with faults from outside."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+
+from smollm3_jax.weights.load import open_checkpoint
+
+ROOT = Path(__file__).parents[2]
+pytestmark = pytest.mark.slow
+TOML = """
+[run]
+steps = 8
+[model]
+dtype = "float32"
+[data]
+length = 16
+rows = 4
+[optimizer]
+learning_rate = 1e-3
+warmup_steps = 2
+[checkpoint]
+every = 2
+"""
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A model of 160 words, a corpus, and settings."""
+    folder = tmp_path_factory.mktemp("train")
+    tiny.talking_checkpoint(folder / "model")
+    (folder / "run.toml").write_text(TOML)
+    write_corpus(folder / "corpus.jsonl")
+    return folder
+
+
+def write_corpus(path, documents=50, seed=0):
+    draw = random.Random(seed)
+    texts = [" ".join(f"w{draw.randint(3, 30)}" for _ in range(draw.randint(3, 30))) for _ in range(documents)]
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+
+
+def command(place, run, *words, corpus="corpus.jsonl"):
+    settings = [f"run.dir={run}", f"model.path={place / 'model'}", f"data.path={place / corpus}"]
+    return [sys.executable, "-m", "smollm3_jax.cli", "train", "--config", place / "run.toml", *settings, *words]
+
+
+def environment(**more):
+    return {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", **more}
+
+
+def train(place, run, *words, code=0, env=None, **options):
+    done = subprocess.run(
+        command(place, run, *words, "--json", **options), env=env or environment(), capture_output=True, text=True
+    )
+    assert done.returncode == code, done.stderr
+    return json.loads(done.stdout) if code in (0, 75) else done.stderr
+
+
+def losses(run):
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return {line["step"]: line["loss"] for line in lines if "loss" in line}
+
+
+def checkpoint_digests(run, step):
+    about = json.loads((run / "checkpoints" / f"{step:08d}" / "about" / "metadata").read_text())
+    return about["arrays"], about["data"]
+
+
+@pytest.fixture(scope="module")
+def whole(place):
+    """A run that nothing disturbs."""
+    train(place, place / "whole")
+    return place / "whole"
+
+
+def same_end(run, whole, step=8):
+    assert losses(run) == losses(whole)
+    assert checkpoint_digests(run, step) == checkpoint_digests(whole, step)
+
+
+def test_a_run_leaves_what_it_promises(whole, place):
+    assert list(losses(whole)) == list(range(1, 9))
+    assert {"settings.json", "environment.json", "report.html"} <= {file.name for file in whole.iterdir()}
+    assert sorted(file.name for file in (whole / "checkpoints").iterdir()) == ["00000004", "00000006", "00000008"]
+    assert train(place, whole, "--resume", "auto")["step"] == 8  # done: nothing is left to do
+
+
+def test_stopping_and_going_on_changes_no_bit(whole, place):
+    run = place / "two"
+    train(place, run, "run.steps=4")
+    assert train(place, run, "--resume", "auto")["step"] == 8
+    same_end(run, whole)
+
+
+def wait_for(what, seconds=120):
+    end = time.monotonic() + seconds
+    while not what():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+def test_a_termination_saves_and_says_so(whole, place):
+    run = place / "terminated"
+    process = subprocess.Popen(
+        command(place, run, "run.steps=100000", "checkpoint.every=0"),
+        env=environment(),
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    wait_for(lambda: (run / "metrics.jsonl").exists() and len(losses(run)) >= 3)
+    process.send_signal(signal.SIGTERM)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 75, said
+    (saved,) = (run / "checkpoints").iterdir()
+    assert int(saved.name) == max(losses(run))
+
+
+def test_a_termination_before_the_first_step_is_one_too(place):
+    run = place / "early"
+    process = subprocess.Popen(command(place, run), env=environment(), stderr=subprocess.PIPE, text=True)
+    wait_for(lambda: (run / "lock").exists())
+    process.send_signal(signal.SIGTERM)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 75, said
+    assert train(place, run, "--resume", "auto")["step"] == 8
+
+
+def test_a_second_signal_ends_at_once_and_breaks_nothing(place):
+    run = place / "twice"
+    process = subprocess.Popen(command(place, run, "run.steps=100000"), env=environment(), stderr=subprocess.DEVNULL)
+    wait_for(lambda: (run / "metrics.jsonl").exists() and len(losses(run)) >= 3)
+    process.send_signal(signal.SIGTERM)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=60) in (75, 130, 143)
+    train(place, run, "--resume", "auto", "run.steps=100", "checkpoint.every=50")
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_kills_at_random_points(whole, place, seed):
+    """Five kills in each of four runs, saves among them; then the end is that of the run that nothing disturbs."""
+    run, draw = place / f"killed{seed}", random.Random(seed)
+    for _ in range(5):
+        process = subprocess.Popen(
+            command(place, run, "--resume", "auto", "checkpoint.every=1"), env=environment(), stderr=subprocess.DEVNULL
+        )
+        time.sleep(draw.uniform(4, 9))
+        process.kill()
+        process.wait()
+    train(place, run, "--resume", "auto", "checkpoint.every=1")
+    same_end(run, whole)
+
+
+def damage(path, how):
+    data = bytearray(path.read_bytes())
+    if how == "flip":
+        data[len(data) // 2] ^= 4
+        path.write_bytes(data)
+    elif how == "truncate":
+        path.write_bytes(data[: len(data) // 2])
+    else:
+        path.unlink()
+
+
+@pytest.mark.parametrize("how", ["flip", "truncate", "delete"])
+def test_damage_is_found_and_the_checkpoint_before_is_taken(whole, place, how):
+    """In every file of the newest checkpoint, in turn."""
+    files = sorted(x.relative_to(whole) for x in (whole / "checkpoints" / "00000008").rglob("*") if x.is_file())
+    largest = max(files, key=lambda x: (whole / x).stat().st_size)
+    about = next(x for x in files if "about" in x.parts and x.name == "metadata")
+    for file in (largest, about):
+        run = place / f"damaged-{how}-{file.name}"
+        shutil.copytree(whole, run)
+        damage(run / file, how)
+        result = train(place, run, "--resume", "auto")
+        events = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
+        assert [(e["event"], e["step"]) for e in events] == [("damaged checkpoint", 8)], file
+        assert result["step"] == 8
+        same_end(run, whole)
+
+
+def test_nothing_begins_anew_where_all_is_damaged(whole, place):
+    run = place / "all-damaged"
+    shutil.copytree(whole, run)
+    for checkpoint in (run / "checkpoints").iterdir():
+        damage(checkpoint / "about" / "metadata", "truncate")
+    said = train(place, run, "--resume", "auto", code=3)
+    assert "all 3 checkpoints" in said and "--allow-restart" in said
+    train(place, run, "--resume", "auto", "--allow-restart")
+    assert losses(run) == losses(whole)
+
+
+def test_what_is_no_checkpoint_is_passed_over(whole, place):
+    run = place / "litter"
+    shutil.copytree(whole, run)
+    (run / "checkpoints" / "00000009").mkdir()
+    (run / "checkpoints" / "00000010.orbax-checkpoint-tmp").mkdir()
+    (run / "checkpoints" / "garbage").write_text("")
+    assert train(place, run, "--resume", "auto")["step"] == 8
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["optimizer.learning_rate=1e-4"], "optimizer.learning_rate: 0.001 then, 0.0001 now"),
+        (["data.length=32"], "data.length: 16 then, 32 now"),
+        (["run.seed=1"], "run.seed: 0 then, 1 now"),
+    ],
+)
+def test_changed_settings_are_refused(whole, place, words, said):
+    assert said in train(place, whole, "--resume", "auto", *words, code=3)
+
+
+def test_changed_data_is_refused(whole, place):
+    write_corpus(place / "other.jsonl", seed=1)
+    run = place / "changed"
+    shutil.copytree(whole, run)
+    said = train(place, run, "--resume", "auto", "run.steps=9", corpus="other.jsonl", code=3)
+    assert "data.path" in said
+    assert train(place, run, "--resume", "auto", "run.steps=9", "--allow-changes", corpus="other.jsonl")["step"] == 9
+
+
+def test_a_run_is_not_overwritten(whole, place):
+    assert "--resume auto" in train(place, whole, code=2)
+
+
+def test_a_full_disk_ends_the_run(place):
+    """A file where the folder of checkpoints should be."""
+    run = place / "full"
+    run.mkdir()
+    (run / "checkpoints").write_text("")
+    assert "a checkpoint could not be written" in train(place, run, code=3)
+
+
+def test_bad_records_are_skipped_up_to_the_limit(place):
+    lines = (place / "corpus.jsonl").read_text().splitlines()
+    (place / "bad.jsonl").write_text("\n".join([*lines[:10], "{", '{"text": ""}', *lines[10:]]))
+    assert train(place, place / "bad1", corpus="bad.jsonl")["step"] == 8
+    said = train(place, place / "bad2", "data.bad_records=0", "run.steps=100", corpus="bad.jsonl", code=3)
+    assert "more than data.bad_records=0" in said
+
+
+def test_the_data_may_end_before_the_steps(place):
+    result = train(place, place / "short", "data.epochs=1", "run.steps=1000")
+    assert 3 < result["step"] < 1000 and result["checkpoint"] == result["step"]
+
+
+def test_the_folder_that_comes_out_loads(whole, place):
+    out = place / "exported"
+    export = [sys.executable, "-m", "smollm3_jax.cli", "export", whole, out]
+    subprocess.run([*export, "--average", "3"], env=environment(), check=True)
+    assert {"tokenizer.json", "config.json"} <= {file.name for file in out.iterdir()}
+    average = open_checkpoint(out).tensors["model.embed_tokens.weight"].read()
+    parts = []
+    for step in (4, 6, 8):
+        subprocess.run([*export, "--step", str(step)], env=environment(), check=True)
+        parts.append(open_checkpoint(out).tensors["model.embed_tokens.weight"].read())
+    np.testing.assert_allclose(average, np.mean(parts, axis=0), rtol=1e-6, atol=1e-8)
+
+
+def test_checkpoints_move_between_meshes(whole, place):
+    """One device -> eight, split two ways -> another way -> one: the losses are those of one device."""
+    run = place / "meshes"
+    train(place, run, "run.steps=2")
+    for steps, rules, axes in (
+        (4, "fsdp", "fsdp=8"),
+        (6, "fsdp_tp", "fsdp=2,tensor=4"),
+        (7, "fsdp_tp", "fsdp=4,tensor=2"),
+    ):
+        env = environment(XLA_FLAGS="--xla_force_host_platform_device_count=8")
+        words = [f"run.steps={steps}", f"mesh.rules={rules}", f"mesh.axes='{axes}'", "data.rows=8"]
+        train(place, run, "--resume", "auto", *words[:3], "data.rows=4" if steps else "", env=env)
+    train(place, run, "--resume", "auto")
+    wanted = losses(whole)
+    np.testing.assert_allclose(list(losses(run).values()), list(wanted.values()), rtol=1e-4)
