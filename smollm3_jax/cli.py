@@ -45,7 +45,12 @@ VERIFICATION_FAILED = 4
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code: 0, 2 (usage), 3 (bad input), 4 (verification failed)."""
-    args = _parser().parse_args(argv)
+    parser = _parser()
+    args, rest = parser.parse_known_args(argv)
+    if hasattr(args, "settings") and not any(word.startswith("-") for word in rest):
+        args.settings += rest  # argparse takes only those before the first option
+    elif rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
     logging.basicConfig(format="smollm3: %(levelname)s: %(message)s", level=logging.WARNING)
     for package in ("smollm3_jax", "sharding"):
         logging.getLogger(package).setLevel(logging.INFO)
@@ -556,7 +561,8 @@ def _train(args: argparse.Namespace) -> int:
         _print_json(result)
     else:
         how = "stopped" if result["stopped"] else "done"
-        print(f"{how} at step {result['step']}, loss {result['loss']:.4f}, checkpoint {result['checkpoint']}")
+        loss = "none yet" if result["loss"] is None else f"{result['loss']:.4f}"
+        print(f"{how} at step {result['step']}, loss {loss}, checkpoints in {settings.run.dir}/checkpoints")
     return STOPPED if result["stopped"] else 0
 
 
