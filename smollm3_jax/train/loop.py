@@ -169,6 +169,9 @@ class _Run:
         _agree(settings)
         source, model, self.sharding = load_model(settings)
         self.config = model.config
+        _, finite = checkpoints.digest(checkpoints.named_arrays({"model": model}))
+        if bad := [name for name, good in finite.items() if not good]:
+            raise TrainingError(f"{settings.model.path}: not all is finite in {', '.join(bad[:10])}")
         tokenizer = load_tokenizer(source, model.config)
         if jax.process_index() == 0:
             _keep_tokenizer(source, self.folder / TOKENIZER)

@@ -5,6 +5,7 @@ import os
 import random
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -269,7 +270,7 @@ def test_the_folder_that_comes_out_loads(whole, place):
 
 
 def test_checkpoints_move_between_meshes(whole, place):
-    """One device -> eight, split two ways -> another way -> one: the losses are those of one device."""
+    """One device -> four, split one way -> two ways -> another -> one: the losses are those of one device."""
     run = place / "meshes"
     train(place, run, "run.steps=2")
     for steps, rules, axes in (
@@ -277,9 +278,94 @@ def test_checkpoints_move_between_meshes(whole, place):
         (6, "fsdp_tp", "fsdp=2,tensor=4"),
         (7, "fsdp_tp", "fsdp=4,tensor=2"),
     ):
-        env = environment(XLA_FLAGS="--xla_force_host_platform_device_count=8")
-        words = [f"run.steps={steps}", f"mesh.rules={rules}", f"mesh.axes='{axes}'", "data.rows=8"]
-        train(place, run, "--resume", "auto", *words[:3], "data.rows=4" if steps else "", env=env)
+        env = environment(XLA_FLAGS="--xla_force_host_platform_device_count=4")
+        train(place, run, "--resume", "auto", f"run.steps={steps}", f"mesh.rules={rules}", f"mesh.axes={axes}", env=env)
     train(place, run, "--resume", "auto")
     wanted = losses(whole)
     np.testing.assert_allclose(list(losses(run).values()), list(wanted.values()), rtol=1e-4)
+
+
+def start_job(place, run, count, *words):
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    env = environment(XLA_FLAGS=f"--xla_force_host_platform_device_count={4 // count}")
+    job = ["--coordinator", f"127.0.0.1:{port}", "--processes", str(count)]
+    return [
+        subprocess.Popen(
+            command(place, run, *words, *job, "--process", str(i)), env=env, stderr=subprocess.PIPE, text=True
+        )
+        for i in range(count)
+    ]
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_several_processes_train_as_one(whole, place, count):
+    run = place / f"job{count}"
+    for process in start_job(place, run, count, "--resume", "auto"):
+        _, said = process.communicate(timeout=300)
+        assert process.returncode == 0, said
+    wanted = losses(whole)
+    np.testing.assert_allclose(list(losses(run).values()), list(wanted.values()), rtol=1e-5)
+
+
+def test_a_lost_process_ends_the_job_and_a_restart_goes_on(place):
+    run = place / "lost"
+    first, second = start_job(place, run, 2, "--resume", "auto", "run.steps=100000")
+    wait_for(lambda: (run / "metrics.jsonl").exists() and len(losses(run)) >= 5, 200)
+    second.kill()
+    _, said = first.communicate(timeout=150)
+    assert first.returncode not in (0, 75), said
+    reached = max(losses(run))
+    again = start_job(place, run, 2, "--resume", "auto", f"run.steps={reached + 4}", "checkpoint.every=0")
+    for process in again:
+        _, said = process.communicate(timeout=300)
+        assert process.returncode == 0, said
+        assert "going on from step" in said
+    assert max(losses(run)) == reached + 4
+    second.communicate()
+
+
+def test_steps_that_are_not_finite_are_skipped_then_end_the_run(place):
+    """A learning rate that no model survives."""
+    run = place / "nan"
+    words = ["optimizer.learning_rate=1e30", "optimizer.clip_norm=0.0", "optimizer.warmup_steps=0"]
+    said = train(place, run, *words, "run.steps=50", "guard.skips=3", "checkpoint.every=0", code=3)
+    assert "3 steps in a row were not finite" in said
+    assert len((run / "skipped.jsonl").read_text().splitlines()) >= 3
+
+
+def test_weights_that_are_not_finite_are_refused(place):
+    tensors = {name: t.read().copy() for name, t in open_checkpoint(place / "model").tensors.items()}
+    tensors["model.norm.weight"][0] = np.nan
+    shutil.copytree(place / "model", place / "broken")
+    tiny.write_checkpoint(place / "broken", tiny.raw_config("plain"), tensors)
+    said = train(place, place / "from-broken", f"model.path={place / 'broken'}", code=3)
+    assert "not all is finite in model.norm" in said
+
+
+def test_a_rollback_goes_on_behind_the_trouble(place):
+    """A document of other words in the middle: the loss jumps, and the run goes back and passes over it."""
+    lines = (place / "corpus.jsonl").read_text().splitlines()
+    odd = json.dumps({"text": " ".join("w150" if i % 2 else "w151" for i in range(100))})
+    (place / "spike.jsonl").write_text("\n".join([*lines * 8, odd, *lines * 2]))
+    run = place / "rollback"
+    words = ["run.steps=150", "data.shuffle=false", "guard.policy=rollback", "guard.spike=4.0", "guard.window=40"]
+    result = train(place, run, *words, "checkpoint.every=10", corpus="spike.jsonl")
+    events = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
+    assert result["step"] == 150 and any(e["event"] == "rollback" for e in events)
+
+
+def test_logs_that_cannot_be_written_stop_nothing(place):
+    run = place / "nologs"
+    (run / "metrics.jsonl").mkdir(parents=True)
+    assert train(place, run)["step"] == 8
+
+
+def test_tokens_made_beforehand_train_the_same(whole, place):
+    out = place / "tokens"
+    tokenize = [sys.executable, "-m", "smollm3_jax.cli", "tokenize", place / "corpus.jsonl", out]
+    subprocess.run([*tokenize, "--model", place / "model", "--workers", "2"], env=environment(), check=True)
+    run = place / "from-tokens"
+    train(place, run, f"data.path={out}")
+    assert losses(run) == losses(whole)
