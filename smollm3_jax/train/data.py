@@ -3,6 +3,7 @@
 Mixing, shuffling and packing go by global indices on every host; each then takes its own rows of the finished batch.
 """
 
+import dataclasses
 import queue
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -18,7 +19,7 @@ from sharding.rules import Sharding
 from ..errors import DataError
 from .packing import EndOfData, Rows
 from .settings import Settings, Source, stage_at
-from .sources import BadRecord, Documents, open_documents
+from .sources import BadRecord, Documents, find_files, open_documents
 from .step import Batch
 
 Encode = Callable[[Any], np.ndarray]
@@ -98,6 +99,16 @@ class Batches:
         name = max(behind, key=lambda name: behind[name])
         self._mixed[name] += 1
         return name
+
+
+def expanded(settings: Settings) -> Settings:
+    """The settings with the sources that data.per_file makes of a folder."""
+    data = settings.data
+    if not data.per_file or data.sources:
+        return settings
+    files = find_files("data", Source(path=data.path, field=data.field))
+    found = {file.stem: Source(path=str(file), field=data.field) for file in files}
+    return dataclasses.replace(settings, data=dataclasses.replace(data, path="", sources=found))
 
 
 def sources(settings: Settings) -> dict[str, Source]:

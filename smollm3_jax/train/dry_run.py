@@ -1,14 +1,13 @@
 """What a run would do, without its data."""
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 from rich.table import Table
 
 from sharding.hardware import GIB
 
-from ..config import ModelConfig
+from ..config import RELEASE, SMOLLM3_3B, ModelConfig
 from ..weights import demo, hub
 from .settings import Settings, as_table, stage_at
 
@@ -37,9 +36,10 @@ def describe(settings: Settings) -> dict[str, Any]:
 
 def model_config(settings: Settings) -> ModelConfig:
     """Of the model that would be trained; its weights are not read."""
-    m = settings.model
-    folder = Path(m.config) if m.config else demo.pull_demo() if m.path == "demo" else hub.resolve(m.path)
-    return ModelConfig.from_hf(folder)
+    name = settings.model.config or settings.model.path
+    if name == RELEASE:
+        return ModelConfig.from_hf(SMOLLM3_3B)
+    return ModelConfig.from_hf(demo.pull_demo() if name == "demo" else hub.resolve(name))
 
 
 def tables(report: dict[str, Any]) -> Iterator[Any]:

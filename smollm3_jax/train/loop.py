@@ -44,7 +44,7 @@ from ..weights import demo, hub
 from ..weights.load import TEXT_FILES, load, open_checkpoint
 from . import checkpoint as checkpoints
 from .checkpoint import Checkpoints, Damaged
-from .data import Batches, ahead, encoder, held_out_rows, on_mesh
+from .data import Batches, ahead, encoder, expanded, held_out_rows, on_mesh
 from .export import TOKENIZER
 from .monitor import Monitor
 from .optimizer import adamw, schedule
@@ -125,6 +125,7 @@ def train(
       SmolLM3Error, ShardingError: what is wrong, and the way out.
     """
     compile_cache.enable()
+    settings = expanded(settings)
     folder = Path(settings.run.dir)
     stop = Stop()
     with stop.listening(), _only_one(folder):
@@ -454,18 +455,18 @@ def load_model(settings: Settings) -> tuple[Path, SmolLM3, Sharding | None]:
     m = settings.model
     sharding_of = _sharding_for(settings)
     if m.path:
-        path = demo.pull_demo() if m.path == "demo" else hub.resolve(m.path, None, None)
+        path = demo.pull_demo() if m.path == "demo" else hub.resolve(m.path)
         opened = open_checkpoint(path)
         opened = dataclasses.replace(opened, config=adapted(opened.config, settings))
         sharding = sharding_of(opened.config)
         mesh, rules = (sharding.mesh, settings.mesh.rules or "fsdp") if sharding else (None, None)
         return path, load(opened, "float32", mesh, rules, stacked=True), sharding
-    config = adapted(ModelConfig.from_hf(Path(m.config)), settings)
+    folder = hub.resolve(m.config)
+    config = adapted(ModelConfig.from_hf(folder), settings)
     sharding = sharding_of(config)
     model = SmolLM3(config, rngs=nnx.Rngs(settings.run.seed))
     if sharding is not None:
         model = jax.device_put(model, state_shardings(model, sharding))
-    folder = Path(m.config) if Path(m.config).is_dir() else Path(m.config).parent
     return folder, model, sharding
 
 

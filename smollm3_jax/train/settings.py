@@ -39,7 +39,8 @@ class Model:
     """path: a folder, a hub id, "demo", or "" for a new model of `config`'s shape, drawn from the seed.
 
     dtype: of products. nope_interval: RoPE off on every n-th layer (SmolLM3: 4); 0 leaves the checkpoint's own.
-    rope_theta: 0 leaves the checkpoint's own. config: a config.json, where path is "".
+    rope_theta: 0 leaves the checkpoint's own. config: a model whose config.json and tokenizer are taken, and no weights,
+    where path is "".
     """
 
     path: str = ""
@@ -62,7 +63,7 @@ class Source:
 
 @dataclasses.dataclass(frozen=True)
 class Data:
-    """path: of the only source, or sources: by name. length: tokens of a row. rows: of a step, over all devices.
+    """path: of the only source, or sources: by name; per_file makes a source of each file of path. length: tokens of a row. rows: of a step, over all devices.
 
     eval_path: documents held out, a folder of JSON lines or one file; or eval_every_nth: every n-th document of each
     source is held out (0: none). bad_records: how many unreadable documents of a source are skipped before the run
@@ -71,6 +72,7 @@ class Data:
 
     path: str = ""
     sources: dict[str, Source] = dataclasses.field(default_factory=dict)
+    per_file: bool = False
     field: str = "text"
     length: int = 4096
     rows: int = 16

@@ -21,7 +21,6 @@ from .settings import Source
 # How file names end -> the format.
 ENDINGS = {
     ".jsonl": "jsonl",
-    ".json": "jsonl",
     ".parquet": "parquet",
     ".arrayrecord": "arrayrecord",
     ".array_record": "arrayrecord",
