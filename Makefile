@@ -7,6 +7,7 @@ CPU := JAX_PLATFORMS=cpu
 VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
 # Files of tests go to two processes: most of a test is one thread, compiling.
 TOGETHER := -n 2 --dist loadfile
+MARKS := not torch
 PINS := $(wildcard constraints/python$(VERSION).txt)
 
 .PHONY: setup run test test-light test-full lint goldens clean
@@ -29,9 +30,9 @@ test: setup lint
 test-full: setup
 	FULL=1 $(CPU) $(BIN)/python -m pytest tests/test_plan.py
 
-# Neither torch nor transformers: parity against the stored goldens.
+# Neither torch nor transformers: parity against the stored goldens. MARKS='not torch and not slow' takes minutes.
 test-light: $(VENV)/dev.stamp
-	$(CPU) $(BIN)/python -m pytest $(TOGETHER) -m 'not torch'
+	$(CPU) $(BIN)/python -m pytest $(TOGETHER) -m '$(MARKS)'
 
 lint: setup
 	$(BIN)/ruff check .

@@ -34,7 +34,7 @@ SETTINGS: dict[str, Any] = {
     "MaxText, default": ("remat_policy=full",),
     "MaxText, whole gathered weights": ("remat_policy=full", WHOLE),
     "MaxText, whole gathered weights, dots saved": ("remat_policy=minimal", WHOLE),
-    "ours, --remat full": StepOptions(remat="full"),
+    "ours, --remat offload": StepOptions(remat="offload"),
     "ours, --remat dots": StepOptions(remat="dots"),
 }
 

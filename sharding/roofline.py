@@ -2,8 +2,8 @@
 
 A model, not a measurement: products run at the chip's peak, everything else at its memory's bandwidth, and the
 two overlap inside of one instruction but not between instructions; collectives run at the bandwidth of the links,
-and cost time only where the compiler did not make them asynchronous. The compiler's own totals count the body of a
-loop once; these count it as often as it runs.
+and cost time only where the compiler did not make them asynchronous; what leaves a slice always does. The compiler's
+own totals count the body of a loop once; these count it as often as it runs.
 """
 
 import dataclasses
@@ -21,6 +21,7 @@ _FREE = (
     *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id", "replica-id"),
     *("while", "call", "conditional", "optimization-barrier", "copy-done", "slice-done", "async-done", "async-update"),
     *(f"{kind}-done" for kind in COLLECTIVES),
+    *("send-done", "recv", "recv-done"),
 )
 # What updates its first operand in place -> which operand is new.
 _UPDATES = {"dynamic-update-slice": 1, "scatter": -1}
@@ -104,6 +105,12 @@ def roofline(
     for op in program:
         times = runs.get(op.computation, 0)
         if not times or op.in_fusion or op.opcode in _FREE or (op.in_branch and not branches):
+            continue
+        if op.opcode == "send":
+            # What XLA for TPU makes of a collective across slices, beside one inside of each: through the hosts.
+            key = ("send", op.shapes[0].bytes, 2, False, True, _short(op.op_name))
+            found[key] = found.get(key, 0) + times
+            exposed += times * op.shapes[0].bytes / chip.network
             continue
         inside = _inside(op, bodies)
         collective = next((x for x in inside if x.opcode.removesuffix("-start") in COLLECTIVES), None)

@@ -44,7 +44,8 @@ ASSUMPTIONS = (
     "modelled, not measured: compiled for this topology, run nowhere",
     "products at the chip's peak, everything else at its memory's bandwidth",
     "attention kernels at half of the peak",
-    "collectives over rings at the links' bandwidth; those that the compiler made asynchronous are hidden",
+    "collectives over rings at the links' bandwidth; those that the compiler made asynchronous are hidden, "
+    "what leaves a slice is not",
     "what goes to the host's memory and back is hidden",
 )
 

@@ -100,7 +100,8 @@ def train_step(
     if sharding is not None:
         gradients = jax.lax.with_sharding_constraint(gradients, state_shardings(gradients, sharding))
     updates, kept = optimizer.update(gradients, state.optimizer, model)
-    new = TrainState(optax.apply_updates(model, updates), kept, state.step + 1)
+    updated: Any = optax.apply_updates(model, updates)
+    new = TrainState(updated, kept, state.step + 1)
     old = dataclasses.replace(state, step=new.step)
     metrics = {"loss": nll / count, "grad_norm": optax.tree.norm(gradients), "tokens": count, "bad": bad}
     metrics |= {"objective": total / count, "updates": updates_of(state)}

@@ -155,6 +155,15 @@ def test_what_leaves_a_slice_takes_the_slow_network():
     assert model.exposed_seconds == pytest.approx(by_kind["reduce-scatter"].bytes / CHIP.network)
 
 
+def test_what_goes_through_the_hosts_leaves_the_slice():
+    send = "(f32[64], u32[], token[]) send(%a, %t), channel_id=6, is_host_transfer=true"
+    text = f"ENTRY %main (a: f32[64]) -> f32[64] {{\n  %a = f32[64] parameter(0)\n  %x = {send}\n}}\n"
+    model = roofline(hlo.operations(text), CHIP, slice_devices=2)
+    (sent,) = model.collectives
+    assert (sent.kind, sent.bytes, sent.across_slices, sent.hidden) == ("send", 256, True, False)
+    assert model.exposed_seconds == 256 / CHIP.network
+
+
 @pytest.mark.parametrize(
     ("instruction", "sent"),
     [
