@@ -19,6 +19,7 @@ from .step import REMAT
 
 SCHEDULES = ("constant", "wsd", "cosine", "linear")
 POLICIES = ("stop", "rollback", "ignore")
+BESIDE = "recipe:"  # begins a path of a file that the package ships beside its recipes
 SOURCE_FORMATS = ("jsonl", "parquet", "arrayrecord", "text", "tokens", "hf")
 
 T = TypeVar("T")
@@ -39,8 +40,8 @@ class Model:
     """path: a folder, a hub id, "demo", or "" for a new model of `config`'s shape, drawn from the seed.
 
     dtype: of products. nope_interval: RoPE off on every n-th layer (SmolLM3: 4); 0 leaves the checkpoint's own.
-    rope_theta: 0 leaves the checkpoint's own. config: a model whose config.json and tokenizer are taken, and no weights,
-    where path is "".
+    rope_theta: 0 leaves the checkpoint's own. config: where path is "", a model whose config.json and tokenizer are
+    taken, and no weights.
     """
 
     path: str = ""
@@ -63,11 +64,12 @@ class Source:
 
 @dataclasses.dataclass(frozen=True)
 class Data:
-    """path: of the only source, or sources: by name; per_file makes a source of each file of path. length: tokens of a row. rows: of a step, over all devices.
+    """path: of the only source, or sources: by name; per_file makes a source of each file of path.
 
-    eval_path: documents held out, a folder of JSON lines or one file; or eval_every_nth: every n-th document of each
-    source is held out (0: none). bad_records: how many unreadable documents of a source are skipped before the run
-    stops. max_document_bytes: longer ones count as unreadable. timeout: seconds that a batch may take.
+    length: tokens of a row. rows: of a step, over all devices. epochs: how often the documents are read (0: no end).
+    eval_path: documents held out, a folder or a file; or eval_every_nth: every n-th document of each source is held out
+    (0: none). bad_records: how many unreadable documents of a source are skipped before the run stops.
+    max_document_bytes: longer ones count as unreadable. timeout: seconds that a batch may take.
     """
 
     path: str = ""
@@ -192,10 +194,13 @@ class Settings:
     stages: tuple[Stage, ...] = ()
 
 
+def recipes_folder() -> Path:
+    return Path(str(resources.files(__package__))) / "recipes"
+
+
 def recipes() -> dict[str, Path]:
     """Name -> file of every recipe that the package ships."""
-    folder = Path(str(resources.files(__package__))) / "recipes"
-    return {file.stem: file for file in sorted(folder.glob("*.toml"))}
+    return {file.stem: file for file in sorted(recipes_folder().glob("*.toml"))}
 
 
 def read_settings(config: str, words: Sequence[str] = ()) -> Settings:
@@ -215,6 +220,9 @@ def read_settings(config: str, words: Sequence[str] = ()) -> Settings:
         _override(table, word)
     settings = parse(table, str(file))
     check(settings)
+    if settings.data.path.startswith(BESIDE):
+        own = str(recipes_folder() / settings.data.path.removeprefix(BESIDE))
+        settings = dataclasses.replace(settings, data=dataclasses.replace(settings.data, path=own))
     return settings
 
 
