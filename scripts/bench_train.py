@@ -1,0 +1,170 @@
+"""A training step beside PyTorch's on this machine: seconds, tokens/s and peak memory, in one run.
+
+    python scripts/bench_train.py [--model demo|DIR] [--peer transformers] [--dtype float32|bfloat16] [--json]
+
+Each engine is a process of its own that loads once and then takes steps in turn with the other: AdamW, clipping by the
+global norm, rows of random tokens. In bfloat16 PyTorch runs its eager autocast over float32 weights, we cast the weights
+once a step. The loss of the first step is printed beside the times: both compute the same one.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+HERE = Path(__file__).resolve()
+ENGINES = ("smollm3_jax", "transformers")
+
+
+def serve(engine: str, settings: dict[str, Any]) -> None:
+    """Answers every line of standard input with one step's seconds, loss and the peak of memory so far."""
+    import numpy as np
+
+    tokens = np.random.RandomState(0).randint(0, 40_000, (settings["rows"], settings["length"])).astype(np.int64)
+    step = {"smollm3_jax": _ours, "transformers": _torch}[engine](settings, tokens)
+    for _ in sys.stdin:
+        begin = time.perf_counter()
+        loss = step()
+        seconds = time.perf_counter() - begin
+        print(json.dumps({"seconds": seconds, "loss": loss, "peak_bytes": _peak_bytes()}), flush=True)
+
+
+def _ours(settings: dict[str, Any], tokens: Any) -> Any:
+    import jax.numpy as jnp
+
+    import smollm3_jax as s3
+    from smollm3_jax.train.optimizer import adamw
+    from smollm3_jax.train.step import Batch, StepOptions, init_state, train_step
+
+    model = s3.from_pretrained(settings["folder"], dtype="float32", stacked=True)
+    optimizer = adamw(1e-5, weight_decay=0.1)
+    options = StepOptions(dtype=settings["dtype"], remat=settings["remat"])
+    batch = Batch(jnp.asarray(tokens, jnp.int32), jnp.ones(tokens.shape, jnp.int32))
+    box = [init_state(model, optimizer)]
+    del model
+
+    def step() -> float:
+        box[0], metrics = train_step(box[0], batch, optimizer=optimizer, options=options)
+        return float(metrics["loss"])
+
+    return step
+
+
+def _torch(settings: dict[str, Any], tokens: Any) -> Any:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    torch.set_num_threads(os.cpu_count() or 1)
+    model: Any = AutoModelForCausalLM.from_pretrained(settings["folder"], dtype=torch.float32).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, betas=(0.9, 0.95), weight_decay=0.1)
+    ids = torch.tensor(tokens)
+
+    def step() -> float:
+        with torch.autocast("cpu", torch.bfloat16, enabled=settings["dtype"] == "bfloat16"):
+            loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        return float(loss)
+
+    return step
+
+
+def _peak_bytes() -> int:
+    """Of this process, as the kernel counts it."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmHWM"):
+            return 1024 * int(line.split()[1])
+    return 0
+
+
+def measure(engines: list[str], settings: dict[str, Any], rounds: int) -> dict[str, list[dict[str, Any]]]:
+    """Steps of each engine, in turn; the first of each warms up and is left out of the times."""
+    processes = {
+        engine: subprocess.Popen(
+            [sys.executable, HERE, "--serve", engine, json.dumps(settings)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for engine in engines
+    }
+    found: dict[str, list[dict[str, Any]]] = {engine: [] for engine in engines}
+    for number in range(rounds + 1):
+        for engine, process in processes.items():
+            assert process.stdin is not None and process.stdout is not None
+            process.stdin.write("step\n")
+            process.stdin.flush()
+            answer = process.stdout.readline()
+            if not answer:
+                raise SystemExit(f"bench_train: {engine} died")
+            found[engine].append(json.loads(answer))
+            print(f"{engine}, step {number}: {found[engine][-1]['seconds']:.2f} s", file=sys.stderr)
+    for process in processes.values():
+        assert process.stdin is not None
+        process.stdin.close()
+        process.wait()
+    return found
+
+
+def main() -> int:
+    if sys.argv[1:2] == ["--serve"]:
+        serve(sys.argv[2], json.loads(sys.argv[3]))
+        return 0
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="demo", metavar="DIR", help="a model folder (default: demo)")
+    parser.add_argument("--peer", action="append", default=[], choices=ENGINES[1:])
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
+    parser.add_argument("--remat", default="none", help="what ours computes again (default: nothing, as PyTorch)")
+    parser.add_argument("--rows", type=int, default=4)
+    parser.add_argument("--length", type=int, default=512)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--json", action="store_true")
+    args = parser.parse_args()
+    from smollm3_jax.weights.demo import pull_demo
+
+    folder = str(pull_demo() if args.model == "demo" else Path(args.model))
+    settings = {key: getattr(args, key) for key in ("dtype", "remat", "rows", "length")} | {"folder": folder}
+    found = measure([ENGINES[0], *args.peer], settings, args.rounds)
+    rows = {}
+    for engine, steps in found.items():
+        seconds = statistics.median(step["seconds"] for step in steps[1:])
+        rows[engine] = {
+            "seconds": seconds,
+            "tokens_per_second": args.rows * args.length / seconds,
+            "peak_bytes": max(step["peak_bytes"] for step in steps),
+            "first_loss": steps[0]["loss"],
+        }
+    ours = rows[ENGINES[0]]
+    ratios = {
+        peer: {
+            "tokens_per_second": ours["tokens_per_second"] / rows[peer]["tokens_per_second"],
+            "peak_bytes": ours["peak_bytes"] / rows[peer]["peak_bytes"],
+        }
+        for peer in args.peer
+    }
+    if args.json:
+        print(json.dumps({**settings, "engines": rows, "ratios": ratios}, indent=2))
+        return 0
+    table = Table(f"{args.dtype}, {args.rows} x {args.length} tokens", "s", "tokens/s", "peak GiB", "first loss")
+    for engine, row in rows.items():
+        figures = (f"{row['seconds']:.2f}", f"{row['tokens_per_second']:.0f}", f"{row['peak_bytes'] / 2**30:.2f}")
+        table.add_row(engine, *figures, f"{row['first_loss']:.4f}")
+    Console().print(table)
+    for peer, ratio in ratios.items():
+        speed, memory = ratio["tokens_per_second"], ratio["peak_bytes"]
+        print(f"ours / {peer}: {speed:.2f} x tokens/s, {memory:.2f} x memory")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
