@@ -3,7 +3,7 @@
     python scripts/bench_train.py [--model demo|DIR] [--peer transformers] [--dtype float32|bfloat16] [--json]
 
 Each engine is a process of its own that loads once and then takes steps in turn with the other: AdamW, clipping by the
-global norm, rows of random tokens. In bfloat16 PyTorch runs its eager autocast over float32 weights, we cast the weights
+global norm, rows of random tokens. In bfloat16 PyTorch runs eager autocast over float32 weights; we cast the weights
 once a step. The loss of the first step is printed beside the times: both compute the same one.
 """
 

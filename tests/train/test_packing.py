@@ -75,3 +75,30 @@ def test_bad_records_are_passed_over_and_counted():
         rows_of(documents, 3).next(12)
     with pytest.raises(DataError, match="none of its 3 documents can be read"):
         rows_of(Corpus(), 3, bad_records=9).next(12)
+
+
+def test_documents_do_not_see_each_other():
+    """Other documents in front of and behind one, of the same lengths: its loss stays the same to the bit."""
+    import jax.numpy as jnp
+    import tiny
+    from flax import nnx
+
+    import smollm3_jax as s3
+    from smollm3_jax.train.step import Batch, StepOptions, loss_sums
+
+    config = s3.ModelConfig.from_hf(tiny.raw_config("plain"))
+    model = s3.SmolLM3(config, rngs=nnx.Rngs(0))
+    random = np.random.RandomState(0)
+    first, own, last, another = (random.randint(3, 160, 9).astype(np.int32) for _ in range(4))
+
+    def loss_of_own(*documents):
+        row, segments = rows_of(Corpus(enumerate(documents)), len(documents)).next(27)
+        (place,) = {int(segments[i]) for i in range(27) if (row[i : i + 9] == own).all() and i <= 18}
+        batch = Batch(jnp.asarray(row)[None], jnp.asarray(segments)[None])
+        # Only its labels count: those of the others are masked by giving them a document each.
+        alone = np.where(segments == place, 1, 100 + np.arange(27))
+        batch = Batch(batch.tokens, jnp.asarray(alone, jnp.int32)[None])
+        return float(loss_sums(model, batch, StepOptions(dtype="float32"))[0])
+
+    wanted = loss_of_own(first, own, last)
+    assert loss_of_own(last, own, first) == loss_of_own(another, own, last) == wanted

@@ -1,0 +1,50 @@
+"""Twenty steps of AdamW beside torch.optim.AdamW on transformers' model."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+
+import smollm3_jax as s3
+from smollm3_jax.train.optimizer import adamw, schedule
+from smollm3_jax.train.step import Batch, StepOptions, init_state, train_step
+from smollm3_jax.weights.save import tensors_of
+
+STEPS = 20
+
+
+@pytest.mark.slow
+@pytest.mark.torch
+def test_twenty_steps_are_those_of_torch(tmp_path):
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    folder = tiny.tiny_checkpoint(tmp_path)
+    tokens = np.random.RandomState(0).randint(3, 160, (STEPS, 4, 24))
+    rate = schedule("cosine", 1e-3, STEPS, warmup_steps=4)
+
+    reference = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+    embeds = [p for name, p in reference.named_parameters() if "embed" in name]
+    others = [p for name, p in reference.named_parameters() if "embed" not in name]
+    groups = [{"params": others, "weight_decay": 0.1}, {"params": embeds, "weight_decay": 0.0}]
+    torch_adamw = torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.95), eps=1e-8)
+
+    optimizer = adamw(rate)
+    state = init_state(s3.from_pretrained(folder, dtype="float32", stacked=True), optimizer)
+    for step in range(STEPS):
+        ids = torch.tensor(tokens[step])
+        for group in torch_adamw.param_groups:
+            group["lr"] = float(rate(step))
+        wanted = reference(input_ids=ids, labels=ids).loss
+        wanted.backward()
+        torch.nn.utils.clip_grad_norm_(reference.parameters(), 1.0)
+        torch_adamw.step()
+        torch_adamw.zero_grad()
+        batch = Batch(jnp.asarray(tokens[step], jnp.int32), jnp.ones((4, 24), jnp.int32))
+        state, metrics = train_step(state, batch, optimizer=optimizer, options=StepOptions(dtype="float32"))
+        np.testing.assert_allclose(float(metrics["loss"]), float(wanted), atol=1e-5)
+    trained = {name: x.detach().numpy() for name, x in reference.named_parameters()}
+    for tensor in tensors_of(jax.device_get(state.model)):
+        want = trained[tensor.name]
+        assert np.abs(tensor.read() - want).max() <= 1e-4 * np.abs(want).max(), tensor.name
