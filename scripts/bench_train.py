@@ -74,7 +74,7 @@ def _torch(settings: dict[str, Any], tokens: Any) -> Any:
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        return float(loss)
+        return float(loss.detach())
 
     return step
 

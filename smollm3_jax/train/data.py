@@ -201,7 +201,8 @@ def ahead(
         except BaseException as error:
             put(error)
 
-    threading.Thread(target=work, name="batches", daemon=True).start()
+    thread = threading.Thread(target=work, name="batches", daemon=True)
+    thread.start()
     try:
         while True:
             try:
@@ -215,6 +216,7 @@ def ahead(
             yield item
     finally:
         left.set()
+        thread.join(timeout=min(timeout, 10))  # it must not go on with what the caller restores
 
 
 def on_mesh(batch: Batch, sharding: Sharding | None) -> Batch:

@@ -36,11 +36,12 @@ from sharding.rules import Sharding
 
 from .. import compile_cache
 from ..config import ModelConfig
-from ..errors import OptionError, TrainingError
+from ..errors import DataError, OptionError, TrainingError
 from ..model import SmolLM3
 from ..support import SHOWN, version
 from ..tokenizer import load_tokenizer
 from ..weights import demo, hub
+from ..weights.key_map import abstract_model
 from ..weights.load import TEXT_FILES, load, open_checkpoint
 from . import checkpoint as checkpoints
 from .checkpoint import Checkpoints, Damaged
@@ -64,7 +65,7 @@ FREE += ("data.timeout", "data.bad_records", "data.eval_path")
 class Progress:
     """Where a run stands: step counts updates and skipped ones."""
 
-    state: TrainState
+    state: Any  # a TrainState, once there is one
     step: int
     stage: int
     skips: int = 0
@@ -168,24 +169,20 @@ class _Run:
         self.allow_restart, self.allow_changes = allow_restart, allow_changes
         self.folder = Path(settings.run.dir).absolute()
         _agree(settings)
-        source, model, self.sharding = load_model(settings)
-        self.config = model.config
-        _, finite = checkpoints.digest(checkpoints.named_arrays({"model": model}))
-        if bad := [name for name, good in finite.items() if not good]:
-            raise TrainingError(f"{settings.model.path}: not all is finite in {', '.join(bad[:10])}")
-        tokenizer = load_tokenizer(source, model.config)
+        source, self.shapes, self.load, self.sharding = open_model(settings)
+        self.config = self.shapes.config
+        tokenizer = load_tokenizer(source, self.config)
         if jax.process_index() == 0:
             _keep_tokenizer(source, self.folder / TOKENIZER)
-        eos = model.config.eos_token_id
+        eos = self.config.eos_token_id
         eos = eos[0] if isinstance(eos, tuple) else eos
         if eos is None:
             raise OptionError("model: config.json has no eos_token_id, which training puts between documents")
-        self.encode = encoder(tokenizer, model.config.vocab_size, eos)
+        self.encode = encoder(tokenizer, self.config.vocab_size, eos)
         self.batches = Batches(settings, self.encode)
         self.optimizers: dict[int, tuple[optax.GradientTransformation, optax.Schedule]] = {}
         self.compiled: dict[Any, Any] = {}
-        optimizer, _ = self.optimizer(0)
-        self.progress = Progress(_placed(init_state(model, optimizer), self.sharding), 0, 0)
+        self.progress = Progress(None, 0, 0)
         self.checkpoints = Checkpoints(
             self.folder / "checkpoints", settings.checkpoint.keep, settings.checkpoint.keep_every
         )
@@ -193,6 +190,27 @@ class _Run:
         self.saved = -1
 
     # --- parts --------------------------------------------------------------------------------------------
+
+    def first_state(self) -> TrainState:
+        """Of the model as it is loaded. Raises TrainingError where it is not finite."""
+        model = self.load()
+        _, finite = checkpoints.digest(checkpoints.named_arrays({"model": model}))
+        if bad := [name for name, good in finite.items() if not good]:
+            raise TrainingError(f"{self.settings.model.path}: not all is finite in {', '.join(bad[:10])}")
+        return _placed(init_state(model, self.optimizer(0)[0]), self.sharding)
+
+    def state_like(self, stage: Stage) -> TrainState:
+        """The shapes of a state in a stage, each at its place."""
+        state = jax.eval_shape(lambda model: init_state(model, self.optimizer(0)[0]), self.shapes)
+        state = with_config(state, self.config_in(stage))
+        if self.sharding is not None:
+            places = state_shardings(state, self.sharding)
+        else:
+            places = jax.tree.map(lambda _: jax.sharding.SingleDeviceSharding(jax.local_devices()[0]), state)
+        return jax.tree.map(lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), state, places)
+
+    def config_in(self, stage: Stage) -> ModelConfig:
+        return dataclasses.replace(self.config, rope_theta=stage.rope_theta or self.config.rope_theta)
 
     def optimizer(self, stage: int) -> tuple[optax.GradientTransformation, optax.Schedule]:
         """(AdamW, its learning rate) of a stage: where one begins with fresh moments, its schedule begins too."""
@@ -210,9 +228,8 @@ class _Run:
     def enter(self, number: int, stage: Stage) -> None:
         """Makes the state that of a stage: its theta, perhaps fresh moments."""
         progress = self.progress
-        theta = stage.rope_theta or self.config.rope_theta
-        if theta != progress.state.model.config.rope_theta:
-            progress.state = with_config(progress.state, dataclasses.replace(self.config, rope_theta=theta))
+        if progress.state.model.config != self.config_in(stage):
+            progress.state = with_config(progress.state, self.config_in(stage))
         if number != progress.stage and stage.reset_optimizer:
             fresh = init_state(progress.state.model, self.optimizer(number)[0])
             fresh = dataclasses.replace(fresh, step=progress.state.step)
@@ -269,16 +286,21 @@ class _Run:
             try:
                 about = checkpoints.read_about(folder, step)
                 self.compare(about)
-                number, stage = about["stage"], stage_at(self.settings, max(0, step - 1))[1]
-                self.progress.step, self.progress.stage = step, number
-                self.enter(number, stage)
-                self.progress.state = checkpoints.restore(folder, step, self.progress.state)
+                self.progress.state = None  # what is to be replaced need not take memory
+                like = self.state_like(stage_at(self.settings, max(0, step - 1))[1])
+                self.progress.state = checkpoints.restore(folder, step, like)
+                self.progress.step, self.progress.stage = step, about["stage"]
             except Damaged as reason:
                 log.warning("%s; trying the one before", reason)
                 self.monitor.event({"event": "damaged checkpoint", "step": step, "reason": str(reason)})
                 damaged.append(step)
                 continue
-            self.batches.restore(about["data"]) if not self.allow_changes else self._restore_data(about["data"])
+            try:
+                self.batches.restore(about["data"])
+            except DataError as error:
+                if not self.allow_changes:
+                    raise
+                log.warning("%s: the data begins from the start", error)
             self.saved = step
             log.info("going on from step %d", step)
             return True
@@ -287,12 +309,6 @@ class _Run:
                 f"all {len(damaged)} checkpoints of {folder} are damaged; --allow-restart begins from the start"
             )
         return False
-
-    def _restore_data(self, state: Mapping[str, Any]) -> None:
-        try:
-            self.batches.restore(state)
-        except Exception as error:
-            log.warning("%s: the data begins from the start", error)
 
     def compare(self, about: Mapping[str, Any]) -> None:
         """Raises TrainingError where settings differ that change what a step computes."""
@@ -315,6 +331,8 @@ class _Run:
     def train(self) -> dict[str, Any]:
         s, progress = self.settings, self.progress
         resumed = self.restore()
+        if not resumed:
+            progress.state = self.first_state()
         data = self.batches.state()
         self.monitor.begin(progress.step, resumed, self.describe())
         stopped = False
@@ -336,8 +354,8 @@ class _Run:
     def stretch(self, data: Mapping[str, Any]) -> tuple[Any, bool]:
         """Steps until the end, a signal or a rollback: (state of the data behind the last step, whether stopped)."""
         s, progress = self.settings, self.progress
-        came = ahead(self.batches, progress.step, s.run.steps, s.data.timeout)
-        with contextlib.closing(came):
+        trouble = None
+        with contextlib.closing(ahead(self.batches, progress.step, s.run.steps, s.data.timeout)) as came:
             for step, host_batch, behind in came:
                 if self.stop.agreed():
                     return data, True
@@ -357,11 +375,13 @@ class _Run:
                 data = behind
                 self.checkpoints.check()
                 if trouble and s.guard.policy != "ignore":
-                    return self.give_up(trouble, data), False
+                    break
                 if s.checkpoint.every and progress.step % s.checkpoint.every == 0:
                     self.save(data)
                 if s.eval.every and progress.step % s.eval.every == 0:
                     self.evaluate()
+        if trouble and s.guard.policy != "ignore":
+            return self.give_up(trouble, data), False
         if progress.step < s.run.steps:
             log.warning("the data ends at step %d of %d", progress.step, s.run.steps)
             self.save(data)
@@ -450,24 +470,23 @@ def _held_out(model: SmolLM3, batch: Batch, *, dtype: str, sharding: Sharding | 
     return loss_sums(model, batch, StepOptions(dtype=dtype), sharding)[1]
 
 
-def load_model(settings: Settings) -> tuple[Path, SmolLM3, Sharding | None]:
-    """(the checkpoint's folder, the model in float32, its sharding) as the settings have them."""
+def open_model(settings: Settings) -> tuple[Path, SmolLM3, Callable[[], SmolLM3], Sharding | None]:
+    """(the folder of its text files, the shapes of the float32 model, what loads it, its sharding)."""
     m = settings.model
-    sharding_of = _sharding_for(settings)
-    if m.path:
-        path = demo.pull_demo() if m.path == "demo" else hub.resolve(m.path)
-        opened = open_checkpoint(path)
-        opened = dataclasses.replace(opened, config=adapted(opened.config, settings))
-        sharding = sharding_of(opened.config)
-        mesh, rules = (sharding.mesh, settings.mesh.rules or "fsdp") if sharding else (None, None)
-        return path, load(opened, "float32", mesh, rules, stacked=True), sharding
-    folder = hub.resolve(m.config)
-    config = adapted(ModelConfig.from_hf(folder), settings)
-    sharding = sharding_of(config)
-    model = SmolLM3(config, rngs=nnx.Rngs(settings.run.seed))
-    if sharding is not None:
-        model = jax.device_put(model, state_shardings(model, sharding))
-    return folder, model, sharding
+    path = demo.pull_demo() if m.path == "demo" else hub.resolve(m.path or m.config)
+    opened = open_checkpoint(path) if m.path else None
+    found = opened.config if opened else ModelConfig.from_hf(path)
+    config, generation = adapted(found, settings), opened.generation_config if opened else None
+    sharding = _sharding(settings, config)
+
+    def load_it() -> SmolLM3:
+        if opened is not None:
+            mesh, rules = (sharding.mesh, settings.mesh.rules or "fsdp") if sharding else (None, None)
+            return load(dataclasses.replace(opened, config=config), "float32", mesh, rules, stacked=True)
+        model = SmolLM3(config, rngs=nnx.Rngs(settings.run.seed))
+        return jax.device_put(model, state_shardings(model, sharding)) if sharding else model
+
+    return path, abstract_model(config, "float32", generation), load_it, sharding
 
 
 def _keep_tokenizer(source: Path, folder: Path) -> None:
@@ -490,17 +509,13 @@ def adapted(config: ModelConfig, settings: Settings) -> ModelConfig:
     return config
 
 
-def _sharding_for(settings: Settings) -> Callable[[ModelConfig], Sharding | None]:
+def _sharding(settings: Settings, config: ModelConfig) -> Sharding | None:
     mesh = settings.mesh
-
-    def sharding(config: ModelConfig) -> Sharding | None:
-        if jax.device_count() == 1 and not mesh.rules:
-            return None
-        rules = mesh.rules or "fsdp"
-        axes = parse_axes(mesh.axes) if mesh.axes else DEFAULT_AXES.get(rules, {"data": -1})
-        return Sharding.of(make_mesh(axes), rules).fitted(config.axis_sizes)
-
-    return sharding
+    if jax.device_count() == 1 and not mesh.rules:
+        return None
+    rules = mesh.rules or "fsdp"
+    axes = parse_axes(mesh.axes) if mesh.axes else DEFAULT_AXES.get(rules, {"data": -1})
+    return Sharding.of(make_mesh(axes), rules).fitted(config.axis_sizes)
 
 
 def with_config(tree: Any, config: ModelConfig) -> Any:
