@@ -16,6 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
+from etils import epath
 from jax import Array
 
 from ..errors import TrainingError
@@ -160,7 +161,7 @@ def restore(folder: Path, step: int, like: Any, under: str = "") -> Any:
     places = jax.tree.map(lambda x: ocp.ArrayRestoreArgs(sharding=x.sharding, strict=True), shapes)
     arguments = ocp.args.PyTreeRestore(shapes, restore_args=places, partial_restore=bool(under))
     try:
-        found = ocp.PyTreeCheckpointHandler().restore(folder / f"{step:08d}" / "state", args=arguments)
+        found = ocp.PyTreeCheckpointHandler().restore(epath.Path(folder / f"{step:08d}" / "state"), args=arguments)
     except Exception as error:
         raise Damaged(f"checkpoint {step} cannot be read: {str(error).splitlines()[0][:300]}") from None
     digests, finite = digest(found)

@@ -6,7 +6,7 @@ Mixing, shuffling and packing go by global indices on every host; each then take
 import dataclasses
 import queue
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from typing import Any
 
 import grain
@@ -174,7 +174,7 @@ class _Kept:
 
 def ahead(
     batches: Batches, start: int, stop: int, timeout: float, depth: int = 2
-) -> Iterator[tuple[int, Batch, dict[str, Any]]]:
+) -> Generator[tuple[int, Batch, dict[str, Any]], None, None]:
     """(step, batch, the state behind it) of each step, made by a thread while the device works.
 
     Raises:

@@ -409,8 +409,8 @@ class _Run:
 
     def line(self, stage: int, metrics: dict[str, float], seconds: float, tokens: int) -> dict[str, Any]:
         progress = self.progress
-        rate = float(self.optimizer(stage)[1](int(metrics.pop("updates"))))
-        line = {"step": progress.step, "stage": stage, **metrics, "learning_rate": rate, "seconds": seconds}
+        rate: Any = self.optimizer(stage)[1](int(metrics.pop("updates")))
+        line = {"step": progress.step, "stage": stage, **metrics, "learning_rate": float(rate), "seconds": seconds}
         line["bad"] = int(line["bad"])
         line["tokens_per_second"] = tokens / seconds
         chip = chip_of(jax.devices()[0])

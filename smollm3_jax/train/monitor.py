@@ -242,7 +242,7 @@ def _tensorboard(folder: Path, settings: Settings) -> Callable[[int, Mapping[str
     if not settings.log.tensorboard:
         return None
     try:
-        from tensorboardX import SummaryWriter
+        from tensorboardX import SummaryWriter  # pyright: ignore[reportMissingImports]
     except ImportError:
         log.warning("log.tensorboard: pip install 'smollm3-jax[tensorboard]'; metrics.jsonl has it all")
         return None
@@ -254,7 +254,7 @@ def _wandb(settings: Settings) -> Callable[[int, Mapping[str, float]], None] | N
     if not settings.log.wandb:
         return None
     try:
-        import wandb
+        import wandb  # pyright: ignore[reportMissingImports]
 
         run = wandb.init(project=settings.log.wandb, name=settings.run.name or None, config=as_table(settings))
     except Exception as error:

@@ -84,7 +84,7 @@ def _svg(lines: dict[str, Curve]) -> str:
 
 
 def _draw(charts: dict[str, dict[str, Curve]], path: Path) -> None:
-    from matplotlib.figure import Figure
+    from matplotlib.figure import Figure  # pyright: ignore[reportMissingImports]
 
     shown: dict[str, Any] = {title: lines for title, lines in charts.items() if any(lines.values())}
     figure = Figure(figsize=(9, 3 * max(1, len(shown))), layout="constrained")

@@ -9,7 +9,6 @@ import tomllib
 import types
 import typing
 from collections.abc import Mapping, Sequence
-from importlib import resources
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -195,7 +194,7 @@ class Settings:
 
 
 def recipes_folder() -> Path:
-    return Path(str(resources.files(__package__))) / "recipes"
+    return Path(__file__).parent / "recipes"
 
 
 def recipes() -> dict[str, Path]:

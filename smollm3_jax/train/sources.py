@@ -244,7 +244,7 @@ def _open_hf(name: str, source: Source) -> Documents:
     """path: "repository", "repository:configuration" or "repository:configuration:split" of the hub, or a folder
     that `datasets` saved."""
     try:
-        import datasets
+        import datasets  # pyright: ignore[reportMissingImports]
     except ImportError:
         raise SupportError("datasets of the hub need the datasets library: pip install 'smollm3-jax[hf]'") from None
     repository, _, rest = source.path.partition(":")
