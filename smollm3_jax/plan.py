@@ -262,7 +262,7 @@ def plan_train(
     }
     if report is not None:
         return {**head, "fits": True, **report}
-    # What would: the leanest policy, with the rows in several goes; or else fewer of them.
+    # What would: the leanest policy that leaves the host alone, with the rows in several goes; or else fewer of them.
     rows = batch // sharding.parts("batch")
     for micro in (n for n in (2, 4, 8, 16) if rows % n == 0 and n > micro_batches):
         if attempt("full", micro):

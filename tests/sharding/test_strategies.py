@@ -28,7 +28,8 @@ from tiny import YARN, raw_config
 AXES = {"fsdp_tp": {"data": 2, "fsdp": 2, "tensor": 2}, "fsdp_tp_cp": {"fsdp": 2, "context": 2, "tensor": 2},
         "serve_tp": {"data": 4, "tensor": 2}, "tp": {"data": 1, "tensor": 8}, "serve_tp_long": {"tensor": 2, "data": 4}}
 config = s3.ModelConfig.from_hf(raw_config("plain") | {"rope_scaling": YARN})
-optimizer = adamw(1e-3)
+# With its own epsilon AdamW's first step divides a gradient by itself: where one is near zero, rounding shows.
+optimizer = adamw(1e-3, eps=1e-3)
 options = StepOptions(dtype="float32")
 random = np.random.RandomState(0)
 segments = np.sort(random.randint(1, 4, (8, 32)), axis=1)
@@ -144,8 +145,4 @@ def test_a_training_step_is_that_of_one_device():
     found = on_eight_devices(TRAINING)
     assert set(found) == set(STRATEGIES)
     for name, differences in found.items():
-        # AdamW's first step divides a gradient by itself: where one is near zero, rounding shows.
-        assert all(value <= (1e-3 if what == "step" else 1e-5) for what, value in differences.items()), (
-            name,
-            differences,
-        )
+        assert all(value <= 1e-5 for value in differences.values()), (name, differences)
