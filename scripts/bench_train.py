@@ -124,7 +124,7 @@ def main() -> int:
     parser.add_argument("--model", default="demo", metavar="DIR", help="a model folder (default: demo)")
     parser.add_argument("--peer", action="append", default=[], choices=ENGINES[1:])
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
-    parser.add_argument("--remat", default="none", help="what ours computes again (default: nothing, as PyTorch)")
+    parser.add_argument("--remat", default="dots", help="what ours computes again in the backward pass")
     parser.add_argument("--rows", type=int, default=4)
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--rounds", type=int, default=3)

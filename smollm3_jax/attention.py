@@ -25,6 +25,9 @@ log = logging.getLogger(__name__)
 
 # What the float32 scores of one call may take; longer sequences go through a few queries at a time.
 SCORE_BYTES = 2**28
+# Rows are cut in so many pieces, of at least so many queries, of which each looks at no key behind its end.
+PIECES = 8
+PIECE_QUERIES = 64
 # A TPU's vectors are so wide: splash wants lengths that they divide.
 LANES = 128
 # Splash goes through queries and keys in tiles of the largest of these that divides the length.
@@ -375,46 +378,62 @@ def _dense(
     order: np.ndarray | None,
 ) -> Array:
     """Plain XLA; `attention` without its kernels. order: which token of the row each query is."""
-    batch, length, heads, _ = q_BTHE.shape
-    keys = k_BSKE.shape[1]
-    past = keys - length
-    kv_index_S = jnp.arange(keys)
+    batch, length, heads, width = q_BTHE.shape
+    kv_heads = k_BSKE.shape[2]
+    past = k_BSKE.shape[1] - length
+    q_BKGTE = q_BTHE.reshape(batch, length, kv_heads, -1, width).transpose(0, 2, 3, 1, 4)
+    k_BKSE, v_BKSE = (x.swapaxes(1, 2) for x in (k_BSKE, v_BSKE))
 
-    def some(q_BtHE: Array, index_t: Array, *q_segments_Bt: Array) -> Array:
+    def some(q_BKGtE: Array, index_t: Array, keys: int, *q_segments_Bt: Array) -> Array:
+        kv_index_S = jnp.arange(keys)
         seen_BtS = (kv_index_S <= index_t[:, None])[None]
         for segments_Bt in q_segments_Bt:
-            own_BtS = segments_Bt[:, :, None] == segments[1][:, None, :]
+            own_BtS = segments_Bt[:, :, None] == segments[1][:, None, :keys]
             seen_BtS &= own_BtS & (segments_Bt != 0)[:, :, None]
         if window is not None:
             distance_BtS = (index_t[:, None] - kv_index_S)[None]
             if gap_B is not None:
                 distance_BtS = distance_BtS - jnp.where(kv_index_S < past, gap_B[:, None, None], 0)
             seen_BtS &= distance_BtS < window
-        return _softmax_mix(q_BtHE, k_BSKE, v_BSKE, seen_BtS)
+        return _softmax_mix(q_BKGtE, k_BKSE[:, :, :keys], v_BKSE[:, :, :keys], seen_BtS)
 
-    index_T = past + jnp.arange(length) if order is None else jnp.array(order)
-    step = max(1, SCORE_BYTES // (4 * batch * heads * keys))
-    if length <= step:
-        return some(q_BTHE, index_T, *segments[:1])
-    step = 1 << (step.bit_length() - 1)
-    pad = -length % step
+    def piece(first: int, end: int) -> Array:
+        """Of the queries of a piece of the row: as few at a time as their scores allow."""
+        # What comes behind a piece's end is hidden from it. Where queries lie in another order, they see any key.
+        keys = past + (end if order is None else length)
+        index_T = past + (jnp.arange(first, end) if order is None else jnp.array(order[first:end]))
+        parts = (q_BKGTE[:, :, :, first:end], index_T, *(x[:, first:end] for x in segments[:1]))
+        axes = (3, 0, 1)[: len(parts)]
+        count = end - first
+        step = max(1, SCORE_BYTES // (4 * batch * heads * keys))
+        if count <= step:
+            return some(parts[0], parts[1], keys, *parts[2:])
+        step = 1 << (step.bit_length() - 1)
+        pad = -count % step
 
-    def split(x: Array, axis: int) -> Array:
-        x = jnp.pad(x, [(0, pad if i == axis else 0) for i in range(x.ndim)])
-        return jnp.moveaxis(x.reshape(*x.shape[:axis], -1, step, *x.shape[axis + 1 :]), axis, 0)
+        def split(x: Array, axis: int) -> Array:
+            x = jnp.pad(x, [(0, pad if i == axis else 0) for i in range(x.ndim)])
+            return jnp.moveaxis(x.reshape(*x.shape[:axis], -1, step, *x.shape[axis + 1 :]), axis, 0)
 
-    split_up = (split(q_BTHE, 1), split(index_T, 0), *(split(x, 1) for x in segments[:1]))
-    pieces = jax.lax.map(lambda piece: some(*piece), split_up)
-    return jnp.moveaxis(pieces, 0, 1).reshape(batch, -1, *q_BTHE.shape[2:])[:, :length]
+        split_up = tuple(split(x, axis) for x, axis in zip(parts, axes, strict=True))
+        out = jax.lax.map(lambda x: some(x[0], x[1], keys, *x[2:]), split_up)
+        return jnp.moveaxis(out, 0, 3).reshape(batch, kv_heads, -1, count + pad, width)[:, :, :, :count]
+
+    ends = np.linspace(0, length, max(1, min(PIECES, length // PIECE_QUERIES)) + 1).astype(int).tolist()
+    pieces = [piece(first, end) for first, end in zip(ends, ends[1:], strict=False)]
+    return jnp.concatenate(pieces, axis=3).transpose(0, 3, 1, 2, 4).reshape(q_BTHE.shape)
 
 
-def _softmax_mix(q_BTHE: Array, k_BSKE: Array, v_BSKE: Array, mask_BTS: Array) -> Array:
+def _softmax_mix(q_BKGTE: Array, k_BKSE: Array, v_BKSE: Array, mask_BTS: Array) -> Array:
     """Scores and softmax in float32, probabilities cast back, as transformers' eager path."""
-    batch, length, heads, width = q_BTHE.shape
-    q_BTKGE = q_BTHE.reshape(batch, length, k_BSKE.shape[2], -1, width)
-    scores = jnp.einsum("BTKGE,BSKE->BKGTS", q_BTKGE, k_BSKE, preferred_element_type=jnp.float32) * width**-0.5
+    batch, kv_heads, group, length, width = q_BKGTE.shape
+    # All query heads of a key head are rows of one product: nothing of the scores' size is transposed.
+    multiply = functools.partial(jax.lax.dot_general, preferred_element_type=jnp.float32)
+    q_BKXE = q_BKGTE.reshape(batch, kv_heads, group * length, width)
+    scores = multiply(q_BKXE, k_BKSE, (((3,), (3,)), ((0, 1), (0, 1)))) * width**-0.5
+    scores = scores.reshape(batch, kv_heads, group, length, -1)
     # The lowest finite number, not -inf: a row that sees nothing must not become NaN.
     scores = jnp.where(mask_BTS[:, None, None], scores, jnp.finfo(jnp.float32).min)
-    weights = jax.nn.softmax(scores, axis=-1).astype(v_BSKE.dtype)
-    out = jnp.einsum("BKGTS,BSKE->BTKGE", weights, v_BSKE, preferred_element_type=jnp.float32)
-    return out.reshape(batch, length, heads, width).astype(q_BTHE.dtype)
+    weights = jax.nn.softmax(scores, axis=-1).astype(v_BKSE.dtype).reshape(batch, kv_heads, group * length, -1)
+    out = multiply(weights, v_BKSE, (((3,), (2,)), ((0, 1), (0, 1))))
+    return out.reshape(q_BKGTE.shape).astype(q_BKGTE.dtype)
