@@ -8,6 +8,7 @@ Shapes: B batch, T query length, S key length, H query heads, K key-value heads,
 """
 
 import functools
+import itertools
 import logging
 from typing import Any
 
@@ -420,7 +421,7 @@ def _dense(
         return jnp.moveaxis(out, 0, 3).reshape(batch, kv_heads, -1, count + pad, width)[:, :, :, :count]
 
     ends = np.linspace(0, length, max(1, min(PIECES, length // PIECE_QUERIES)) + 1).astype(int).tolist()
-    pieces = [piece(first, end) for first, end in zip(ends, ends[1:], strict=False)]
+    pieces = [piece(first, end) for first, end in itertools.pairwise(ends)]
     return jnp.concatenate(pieces, axis=3).transpose(0, 3, 1, 2, 4).reshape(q_BTHE.shape)
 
 

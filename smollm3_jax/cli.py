@@ -30,7 +30,7 @@ from .config import (
     ModelConfig,
     with_yarn,
 )
-from .errors import OptionError, SmolLM3Error
+from .errors import DataHang, OptionError, SmolLM3Error
 from .model import SmolLM3
 from .perplexity import LENGTH, MAX_TOKENS, perplexity, read_documents
 from .progress import busy
@@ -59,6 +59,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return args.run(args)
     except (SmolLM3Error, ShardingError) as error:
         print(f"smollm3: {error}", file=sys.stderr)
+        if isinstance(error, DataHang):  # a normal exit would wait for the thread, or abort
+            sys.stderr.flush()
+            os._exit(error.exit_code)
         return error.exit_code
     except KeyboardInterrupt as interrupt:
         print("; ".join(["smollm3: interrupted", *map(str, interrupt.args)]), file=sys.stderr)
@@ -159,12 +162,14 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--resume", choices=("auto",), help="go on from the newest sound checkpoint, if there is one")
     train.add_argument("--allow-restart", action="store_true", help="begin anew if all checkpoints are damaged")
     train.add_argument("--allow-changes", action="store_true", help="go on with settings or data that have changed")
+    train.add_argument("--clean", action="store_true", help="remove what broken-off saves left in the run folder")
     train.add_argument("--dry-run", action="store_true", help="print steps, tokens, stages, mixture and memory")
     train.add_argument("--json", action="store_true", help="print the result as one JSON object")
     job = train.add_argument_group("a job of several processes (found by itself on TPU pods, Slurm, Kubernetes)")
     job.add_argument("--coordinator", metavar="HOST:PORT", help="of process 0")
     job.add_argument("--processes", type=int, metavar="N")
     job.add_argument("--process", type=int, metavar="I", help="which this is, from 0")
+    job.add_argument("--wait", type=int, default=300, metavar="SECONDS", help="for the others (default: 300)")
 
     export = command("export", _export, "write a run's checkpoint as a Hugging Face folder")
     export.add_argument("run_folder", metavar="RUN")
@@ -548,7 +553,7 @@ def _train(args: argparse.Namespace) -> int:
             for part in tables(report):
                 _console().print(part, highlight=False)
         return 0
-    start(args.coordinator, args.processes, args.process)
+    start(args.coordinator, args.processes, args.process, args.wait)
     from .train.loop import STOPPED, train
 
     result = train(
@@ -556,6 +561,7 @@ def _train(args: argparse.Namespace) -> int:
         resume=args.resume == "auto",
         allow_restart=args.allow_restart,
         allow_changes=args.allow_changes,
+        clean=args.clean,
     )
     if args.json:
         _print_json(result)
@@ -567,9 +573,11 @@ def _train(args: argparse.Namespace) -> int:
 
 
 def _export(args: argparse.Namespace) -> int:
+    from etils import epath
+
     from .train.export import export
 
-    steps = export(Path(args.run_folder), Path(args.folder), args.step, args.average, args.dtype)
+    steps = export(epath.Path(args.run_folder).expanduser(), Path(args.folder), args.step, args.average, args.dtype)
     print(f"{args.folder}: step {', '.join(map(str, steps))}")
     return 0
 

@@ -5,12 +5,11 @@ only its global index determines, modulo 2**32: any mesh computes the same one, 
 element leaves it as it was.
 """
 
+import contextlib
 import hashlib
 import json
 import logging
-import shutil
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -34,7 +33,7 @@ class Damaged(Exception):
 class Checkpoints:
     """The checkpoints of a run folder: one folder a step, whole or not there."""
 
-    def __init__(self, folder: Path, keep: int = 3, keep_every: int = 0):
+    def __init__(self, folder: epath.Path, keep: int = 3, keep_every: int = 0):
         """
         Args:
           keep: how many of the newest stay; keep_every: of the older ones those whose step it divides (0: none).
@@ -91,7 +90,8 @@ class Checkpoints:
         old = self.steps()[: -self._keep]
         for step in old:
             if jax.process_index() == 0 and not (self._keep_every and step % self._keep_every == 0):
-                shutil.rmtree(self.folder / f"{step:08d}", ignore_errors=True)
+                with contextlib.suppress(OSError):
+                    (self.folder / f"{step:08d}").rmtree()
 
     def close(self) -> None:
         self._writer.close()
@@ -101,21 +101,24 @@ def _failed(error: Exception) -> TrainingError:
     return TrainingError(f"a checkpoint could not be written: {str(error).splitlines()[0][:300]}")
 
 
-def steps(folder: Path) -> list[int]:
+def steps(folder: epath.Path) -> list[int]:
     """The steps of the whole checkpoints of a folder, in order; what was begun and not finished is passed over."""
     if not folder.is_dir():
         return []
-    whole = [x for x in folder.iterdir() if x.name.isdigit() and (x / "state").is_dir() and (x / "about").is_dir()]
-    return sorted(int(x.name) for x in whole)
+    return sorted(int(x.name) for x in folder.iterdir() if x.name.isdigit() and _is_whole(x))
 
 
-def left_overs(folder: Path) -> list[Path]:
-    """What saves left behind that were broken off, and folders that are no checkpoint."""
+def _is_whole(step: epath.Path) -> bool:
+    return all((step / part).is_dir() for part in ("state", "about")) and ocp.utils.is_checkpoint_finalized(step)
+
+
+def left_overs(folder: epath.Path) -> list[epath.Path]:
+    """What saves left behind that were broken off, and whatever else is no checkpoint."""
     whole = {f"{step:08d}" for step in steps(folder)}
-    return sorted(x for x in folder.iterdir() if x.is_dir() and x.name not in whole) if folder.is_dir() else []
+    return sorted(x for x in folder.iterdir() if x.name not in whole) if folder.is_dir() else []
 
 
-def read_about(folder: Path, step: int) -> dict[str, Any]:
+def read_about(folder: epath.Path, step: int) -> dict[str, Any]:
     """What a checkpoint says of itself. Raises Damaged."""
     file = folder / f"{step:08d}" / "about" / "metadata"
     try:
@@ -134,7 +137,7 @@ def read_about(folder: Path, step: int) -> dict[str, Any]:
     return content
 
 
-def restore(folder: Path, step: int, like: Any, under: str = "") -> Any:
+def restore(folder: epath.Path, step: int, like: Any, under: str = "") -> Any:
     """The arrays of a checkpoint, verified.
 
     Args:
@@ -161,7 +164,7 @@ def restore(folder: Path, step: int, like: Any, under: str = "") -> Any:
     places = jax.tree.map(lambda x: ocp.ArrayRestoreArgs(sharding=x.sharding, strict=True), shapes)
     arguments = ocp.args.PyTreeRestore(shapes, restore_args=places, partial_restore=bool(under))
     try:
-        found = ocp.PyTreeCheckpointHandler().restore(epath.Path(folder / f"{step:08d}" / "state"), args=arguments)
+        found = ocp.PyTreeCheckpointHandler().restore(folder / f"{step:08d}" / "state", args=arguments)
     except Exception as error:
         raise Damaged(f"checkpoint {step} cannot be read: {str(error).splitlines()[0][:300]}") from None
     digests, finite = digest(found)
@@ -174,7 +177,7 @@ def restore(folder: Path, step: int, like: Any, under: str = "") -> Any:
     return jax.tree.unflatten(jax.tree.structure(like), [found[name] for name in wanted])
 
 
-def newest_first(folder: Path) -> Iterator[int]:
+def newest_first(folder: epath.Path) -> Iterator[int]:
     """The steps of a folder's checkpoints, from the newest on."""
     yield from reversed(steps(folder))
 

@@ -16,7 +16,7 @@ from jax.sharding import NamedSharding
 
 from sharding.rules import Sharding
 
-from ..errors import DataError
+from ..errors import DataError, DataHang
 from .packing import EndOfData, Rows
 from .settings import Settings, Source, stage_at
 from .sources import BadRecord, Documents, find_files, open_documents
@@ -178,7 +178,8 @@ def ahead(
     """(step, batch, the state behind it) of each step, made by a thread while the device works.
 
     Raises:
-      DataError: the thread failed, or a batch did not come within `timeout` seconds.
+      DataError: the thread failed.
+      DataHang: a batch did not come within `timeout` seconds; the thread is left behind.
     """
     made: queue.Queue[Any] = queue.Queue(depth)
     left = threading.Event()
@@ -208,7 +209,7 @@ def ahead(
             try:
                 item = made.get(timeout=timeout)
             except queue.Empty:
-                raise DataError(f"no batch came within data.timeout={timeout:g} seconds") from None
+                raise DataHang(f"no batch came within data.timeout={timeout:g} seconds") from None
             if item is None or isinstance(item, EndOfData):
                 return
             if isinstance(item, BaseException):

@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from etils import epath
 
 from ..config import GenerationConfig, ModelConfig
 from ..errors import OptionError, TrainingError
@@ -16,7 +17,9 @@ from .checkpoint import Damaged
 TOKENIZER = "tokenizer"  # the run folder's copy of the model's text files
 
 
-def export(run: Path, folder: Path, step: int | None = None, average: int = 1, dtype: str = "float32") -> list[int]:
+def export(
+    run: epath.Path, folder: Path, step: int | None = None, average: int = 1, dtype: str = "float32"
+) -> list[int]:
     """Writes a checkpoint of a run as a model folder; returns the steps that went into it.
 
     Args:
@@ -28,7 +31,7 @@ def export(run: Path, folder: Path, step: int | None = None, average: int = 1, d
       TrainingError: it is damaged.
       SaveError: the folder cannot be written.
     """
-    place = (run / "checkpoints").absolute()
+    place = run / "checkpoints"
     there = checkpoints.steps(place)
     if not there:
         raise OptionError(f"{run} holds no checkpoint")
@@ -51,14 +54,14 @@ def export(run: Path, folder: Path, step: int | None = None, average: int = 1, d
     if average > 1:
         model = jax.tree.map(lambda *xs: np.mean([np.asarray(x, np.float64) for x in xs], axis=0), *found.values())
         model = jax.tree.map(lambda x: x.astype(np.float32), model)
-    files = {file.name: file.read_bytes() for file in sorted((run / TOKENIZER).glob("*"))}
+    files = {file.name: file.read_bytes() for file in sorted((run / TOKENIZER).iterdir())}
     config = ModelConfig.from_hf({**checkpoints.read_about(place, newest)["config"], "torch_dtype": dtype})
     tensors = [cast(tensor, dtype) for tensor in tensors_of(model)]
     write_folder(folder, config, model.generation_config, tensors, files)
     return list(found)
 
 
-def _model(place: Path, step: int) -> Any:
+def _model(place: epath.Path, step: int) -> Any:
     """The model of a checkpoint, on the default device."""
     about = checkpoints.read_about(place, step)
     config = ModelConfig.from_hf(about["config"])

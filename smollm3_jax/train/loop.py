@@ -14,9 +14,11 @@ import copy
 import dataclasses
 import fcntl
 import functools
+import hashlib
 import json
 import logging
 import os
+import re
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -27,6 +29,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from etils import epath
 from flax import nnx
 from jax import Array
 
@@ -51,6 +54,7 @@ from .monitor import Monitor
 from .optimizer import adamw, schedule
 from .packing import EndOfData
 from .settings import Settings, Stage, as_table, stage_at
+from .sources import is_remote
 from .step import COMPILER_OPTIONS, Batch, StepOptions, TrainState, init_state, loss_sums, state_shardings, train_step
 
 log = logging.getLogger(__name__)
@@ -59,6 +63,8 @@ STOPPED = 75  # the exit code of a run that was told to stop, and can go on: EX_
 # What may differ from what a checkpoint was made with: none of it changes what a step computes.
 FREE = ("run.dir", "run.steps", "run.name", "mesh", "checkpoint", "eval", "guard", "log", "step.remat")
 FREE += ("data.timeout", "data.bad_records", "data.eval_path")
+# Nor where files lie: what is in them is compared by digests.
+FREE += ("model.path", "model.config", "data.path")
 
 
 @dataclasses.dataclass
@@ -109,6 +115,7 @@ def train(
     resume: bool = False,
     allow_restart: bool = False,
     allow_changes: bool = False,
+    clean: bool = False,
     show: Callable[[Mapping[str, Any]], None] | None = None,
 ) -> dict[str, Any]:
     """Trains until the settings' last step, the end of the data, or a signal.
@@ -117,6 +124,7 @@ def train(
       resume: go on from the newest sound checkpoint of the run folder; from the beginning if it has none.
       allow_restart: begin anew even where all checkpoints are damaged.
       allow_changes: go on though settings or data are not those that the checkpoint was made with.
+      clean: first remove what saves left behind that were broken off, and whatever else is no checkpoint there.
       show: called with each line of metrics.
 
     Returns:
@@ -127,18 +135,27 @@ def train(
     """
     compile_cache.enable()
     settings = expanded(settings)
-    folder = Path(settings.run.dir)
+    folder = run_folder(settings)
     stop = Stop()
     with stop.listening(), _only_one(folder):
         if not resume and (folder / "checkpoints").is_dir() and checkpoints.steps(folder / "checkpoints"):
             raise OptionError(f"{folder} holds a run: --resume auto goes on with it, run.dir=FOLDER begins another")
+        if clean and jax.process_index() == 0:
+            for left in checkpoints.left_overs(folder / "checkpoints"):
+                log.warning("removing %s", left)
+                left.rmtree() if left.is_dir() else left.unlink()
         return _Run(settings, stop, allow_restart, allow_changes, show).train()
 
 
+def run_folder(settings: Settings) -> epath.Path:
+    path = settings.run.dir
+    return epath.Path(path) if is_remote(path) else epath.Path(os.path.abspath(os.path.expanduser(path)))
+
+
 @contextlib.contextmanager
-def _only_one(folder: Path) -> Iterator[None]:
-    """Keeps a second run out of the folder."""
-    if jax.process_index() != 0:
+def _only_one(folder: epath.Path) -> Iterator[None]:
+    """Keeps a second run out of the folder; object stores know no locks."""
+    if jax.process_index() != 0 or is_remote(folder):
         yield
         return
     try:
@@ -167,11 +184,12 @@ class _Run:
     ):
         self.settings, self.stop = settings, stop
         self.allow_restart, self.allow_changes = allow_restart, allow_changes
-        self.folder = Path(settings.run.dir).absolute()
+        self.folder = run_folder(settings)
         _agree(settings)
         source, self.shapes, self.load, self.sharding = open_model(settings)
         self.config = self.shapes.config
         tokenizer = load_tokenizer(source, self.config)
+        self.tokenizer = hashlib.sha256((source / "tokenizer.json").read_bytes()).hexdigest()
         if jax.process_index() == 0:
             _keep_tokenizer(source, self.folder / TOKENIZER)
         eos = self.config.eos_token_id
@@ -252,13 +270,8 @@ class _Run:
                 sharding=self.sharding,
             )
             platform = self.sharding.platform if self.sharding else jax.default_backend()
-            with self.monitor.busy("compiling the step"):
-                try:
-                    self.compiled[key] = lowered.compile(compiler_options=COMPILER_OPTIONS.get(platform))
-                except Exception as error:
-                    if "RESOURCE_EXHAUSTED" not in str(error) and "out of memory" not in str(error).lower():
-                        raise
-                    raise TrainingError(_too_large(self.progress.state, batch, error)) from None
+            with self.monitor.busy("compiling the step"), _room(self.progress.state, batch):
+                self.compiled[key] = lowered.compile(compiler_options=COMPILER_OPTIONS.get(platform))
         return self.compiled[key]
 
     # --- checkpoints --------------------------------------------------------------------------------------
@@ -271,11 +284,13 @@ class _Run:
             "settings": as_table(self.settings),
             "stage": self.progress.stage,
             "data": data,
+            "tokenizer": self.tokenizer,
             "config": self.progress.state.model.config.to_hf(),
             "generation_config": self.progress.state.model.generation_config.to_hf(),
         }
         with self.monitor.busy("saving"):
             self.checkpoints.save(step, self.progress.state, about)
+        self.monitor.flush()
         self.saved = step
 
     def restore(self) -> bool:
@@ -311,12 +326,16 @@ class _Run:
         return False
 
     def compare(self, about: Mapping[str, Any]) -> None:
-        """Raises TrainingError where settings differ that change what a step computes."""
-        before, now = _flat(about["settings"]), _flat(json.loads(json.dumps(as_table(self.settings))))
+        """Raises TrainingError where settings, architecture or tokenizer differ: what changes what a step computes."""
+
+        config = self.config_in(stage_at(self.settings, max(0, about["step"] - 1))[1]).to_hf()
+        own = {**as_table(self.settings), "config.json": config, "tokenizer.json": self.tokenizer}
+        then = {**about["settings"], "config.json": about["config"], "tokenizer.json": about["tokenizer"]}
+        before, now = _flat(then), _flat(json.loads(json.dumps(own)))
         differ = [
             f"{key}: {before.get(key)!r} then, {now.get(key)!r} now"
             for key in sorted({*before, *now})
-            if before.get(key) != now.get(key) and not any(key == f or key.startswith(f + ".") for f in FREE)
+            if before.get(key) != now.get(key) and not _is_free(key)
         ]
         if not differ:
             return
@@ -364,7 +383,7 @@ class _Run:
                 batch = on_mesh(host_batch, self.sharding)
                 compiled = self.step_for(number, stage, batch)
                 begin = time.monotonic()
-                with self.monitor.profiled(step):
+                with self.monitor.profiled(step), _room(progress.state, batch):
                     progress.state, metrics = compiled(progress.state, batch)
                     metrics = {name: float(x) for name, x in jax.device_get(metrics).items()}
                 progress.step = step + 1
@@ -489,9 +508,9 @@ def open_model(settings: Settings) -> tuple[Path, SmolLM3, Callable[[], SmolLM3]
     return path, abstract_model(config, "float32", generation), load_it, sharding
 
 
-def _keep_tokenizer(source: Path, folder: Path) -> None:
+def _keep_tokenizer(source: Path, folder: epath.Path) -> None:
     """The text files of the model, for exports."""
-    folder.mkdir(exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     for name in TEXT_FILES:
         if (source / name).is_file():
             (folder / name).write_bytes((source / name).read_bytes())
@@ -541,8 +560,6 @@ def _agree(settings: Settings) -> None:
     """Raises TrainingError where processes of a job were told different things, and names them."""
     if jax.process_count() == 1:
         return
-    import hashlib
-
     from jax.experimental import multihost_utils
 
     text = json.dumps([as_table(settings), version("smollm3-jax"), version("jax")], sort_keys=True)
@@ -553,17 +570,23 @@ def _agree(settings: Settings) -> None:
         raise TrainingError(f"processes {odd} have other settings or versions than process 0")
 
 
-def _too_large(state: TrainState, batch: Any, error: Exception) -> str:
-    """What does not fit, by part, and three ways out."""
+@contextlib.contextmanager
+def _room(state: TrainState, batch: Any) -> Iterator[None]:
+    """Turns a want of memory into TrainingError: what takes it, and three ways out."""
 
     def share(tree: Any) -> str:
         return f"{sum(x.nbytes / len(x.sharding.device_set) for x in jax.tree.leaves(tree)) / GIB:.2f} GiB"
 
-    return (
-        f"the step does not fit: {str(error).splitlines()[0][:200]}; on a device: parameters {share(state.model)}, "
-        f"optimizer {share(state.optimizer)}, batch {share(batch)}, the rest activations. "
-        "Ways out: step.remat=full; step.micro_batches=2 or more; mesh.rules=fsdp on more devices"
-    )
+    parts = f"parameters {share(state.model)}, optimizer {share(state.optimizer)}, batch {share(batch)}"
+    try:
+        yield
+    except Exception as error:
+        if "RESOURCE_EXHAUSTED" not in str(error) and "out of memory" not in str(error).lower():
+            raise
+        raise TrainingError(
+            f"the step does not fit: {str(error).splitlines()[0][:200]}; on a device: {parts}, the rest activations. "
+            "Ways out: step.remat=full; step.micro_batches=2 or more; mesh.rules=fsdp on more devices"
+        ) from None
 
 
 def environment() -> dict[str, Any]:
@@ -573,6 +596,12 @@ def environment() -> dict[str, Any]:
         "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
         "processes": jax.process_count(),
     }
+
+
+def _is_free(key: str) -> bool:
+    return any(key == free or key.startswith(free + ".") for free in FREE) or bool(
+        re.fullmatch(r"data\.sources\..*\.path", key)
+    )
 
 
 def _flat(table: Any, path: str = "") -> dict[str, Any]:

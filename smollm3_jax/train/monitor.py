@@ -4,17 +4,17 @@ import contextlib
 import json
 import logging
 import math
-import os
 import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import jax
+from etils import epath
 
 from .settings import Settings, as_table
+from .sources import is_remote
 
 log = logging.getLogger(__name__)
 
@@ -28,7 +28,7 @@ class Monitor:
 
     def __init__(
         self,
-        folder: Path,
+        folder: epath.Path,
         settings: Settings,
         environment: Mapping[str, Any],
         show: Callable[[Mapping[str, Any]], None] | None = None,
@@ -44,6 +44,7 @@ class Monitor:
         self._bar: Any = None
         self._backends: list[Callable[[int, Mapping[str, float]], None]] = []
         self._profiling = False
+        self._behind: dict[str, str] = {}
 
     # --- beginning and end --------------------------------------------------------------------------------
 
@@ -68,6 +69,7 @@ class Monitor:
             self._bar = None
         if not self._first:
             return
+        self.flush()
         with self._surviving("report.html"):
             from .report import write_report
 
@@ -203,12 +205,25 @@ class Monitor:
         with self._surviving(name):
             temporary = self._folder / f".{name}.new"
             temporary.write_text(text)
-            os.replace(temporary, self._folder / name)
+            temporary.replace(self._folder / name)
+            self._behind.pop(name, None)
 
     def _append(self, name: str, line: Mapping[str, Any]) -> None:
-        if self._first:
-            with self._surviving(name), (self._folder / name).open("a") as file:
-                file.write(json.dumps(line) + "\n")
+        if not self._first:
+            return
+        text = json.dumps(line) + "\n"
+        if is_remote(self._folder):
+            self._behind[name] = self._behind.get(name, "") + text
+            return
+        with self._surviving(name), (self._folder / name).open("a") as file:
+            file.write(text)
+
+    def flush(self) -> None:
+        """Object stores know no appending: there, logs are written again whole, and so less often."""
+        for name, text in list(self._behind.items()):
+            file = self._folder / name
+            with self._surviving(name):
+                self._write(name, (file.read_text() if file.exists() else "") + text)
 
     @contextlib.contextmanager
     def _surviving(self, what: str) -> Iterator[None]:
@@ -219,7 +234,7 @@ class Monitor:
             log.warning("%s could not be written: %s", what, error)
 
 
-def read_lines(path: Path) -> list[dict[str, Any]]:
+def read_lines(path: epath.Path) -> list[dict[str, Any]]:
     """Of a file of JSON lines; one that a kill cut short is passed over."""
     lines = []
     if path.exists():
@@ -238,7 +253,7 @@ def _headline(about: Mapping[str, Any]) -> str:
     )
 
 
-def _tensorboard(folder: Path, settings: Settings) -> Callable[[int, Mapping[str, float]], None] | None:
+def _tensorboard(folder: epath.Path, settings: Settings) -> Callable[[int, Mapping[str, float]], None] | None:
     if not settings.log.tensorboard:
         return None
     try:

@@ -118,7 +118,6 @@ class Rows:
 
     def _advance(self) -> None:
         self.document, self.token = self.document + 1, 0
-        if self.document % self._epoch == 0 and self._epochs != 1:
-            log.info(
-                "source %s: epoch %d of its %d documents ends", self.name, self.document // self._epoch, self._epoch
-            )
+        epoch, inside = divmod(self.document, self._epoch)
+        if inside == 0 and self._epochs != 1 and epoch & (epoch - 1) == 0:  # the 1st, 2nd, 4th, ...
+            log.info("source %s: epoch %d of its %d documents ends", self.name, epoch, self._epoch)

@@ -5,8 +5,9 @@ import importlib.util
 import json
 import math
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
+
+from etils import epath
 
 from .monitor import read_lines
 
@@ -15,7 +16,7 @@ COLORS = ("#2a6fbb", "#c8553d", "#3a8f5c", "#8a5fb0", "#b8860b", "#4a4a4a", "#d1
 Curve = Sequence[tuple[float, float]]
 
 
-def write_report(folder: Path) -> None:
+def write_report(folder: epath.Path) -> None:
     """report.html and, where matplotlib is installed, report.png, from metrics.jsonl."""
     charts = curves(folder)
     settings = json.loads((folder / "settings.json").read_text())
@@ -36,7 +37,7 @@ def write_report(folder: Path) -> None:
         _draw(charts, folder / "report.png")
 
 
-def curves(folder: Path) -> dict[str, dict[str, Curve]]:
+def curves(folder: epath.Path) -> dict[str, dict[str, Curve]]:
     """Title -> name of a line -> (step, value) of each point."""
     lines = read_lines(folder / "metrics.jsonl")
     steps = [line for line in lines if "loss" in line]
@@ -83,7 +84,7 @@ def _svg(lines: dict[str, Curve]) -> str:
     return f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" width="100%">{"".join(drawn)}</svg>'
 
 
-def _draw(charts: dict[str, dict[str, Curve]], path: Path) -> None:
+def _draw(charts: dict[str, dict[str, Curve]], path: epath.Path) -> None:
     from matplotlib.figure import Figure  # pyright: ignore[reportMissingImports]
 
     shown: dict[str, Any] = {title: lines for title, lines in charts.items() if any(lines.values())}
@@ -95,4 +96,5 @@ def _draw(charts: dict[str, dict[str, Curve]], path: Path) -> None:
         axes.set_title(title)
         if len(lines) > 1:
             axes.legend()
-    figure.savefig(path, dpi=110)
+    with path.open("wb") as file:
+        figure.savefig(file, dpi=110, format="png")

@@ -9,6 +9,7 @@ import functools
 import hashlib
 import itertools
 import json
+import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -30,6 +31,11 @@ ENDINGS = {
 }
 # What is hashed of a long file: its length, and so many bytes at its beginning, middle and end.
 HASHED = 2**20
+
+
+def is_remote(path: Any) -> bool:
+    """Whether a path is of an object store: gs://, s3://."""
+    return "://" in os.fspath(path)
 
 
 class BadRecord(Exception):
@@ -54,7 +60,10 @@ class Documents:
         if not 0 <= index < len(self):
             raise IndexError(index)
         part = bisect.bisect_right(self._ends, index)
-        return self._reads[part](index - (self._ends[part - 1] if part else 0))
+        try:
+            return self._reads[part](index - (self._ends[part - 1] if part else 0))
+        except OSError as error:
+            raise DataError(f"{self.files[part][0]} can no longer be read: {error}") from error
 
 
 def open_documents(name: str, source: Source, max_bytes: int) -> Documents:
@@ -95,6 +104,8 @@ def find_files(name: str, source: Source) -> list[epath.Path]:
                 found = [file for file in found if ENDINGS[file.suffix] == source.format]
         else:
             found = [path] if path.exists() else []
+            if found and not is_remote(path) and not os.path.isfile(path):
+                raise DataError(f"source {name}: {path} is not a plain file")
     except ImportError as error:
         raise SupportError(f"{source.path}: {error}; pip install 'smollm3-jax[remote]'") from error
     if not found:
@@ -176,7 +187,7 @@ def _open_parquet(file: epath.Path, field: str, max_bytes: int) -> tuple[int, Ca
     except ImportError:
         raise SupportError("Parquet needs pyarrow: pip install 'smollm3-jax[parquet]'") from None
     try:
-        table = pyarrow.parquet.ParquetFile(file.open("rb") if "://" in str(file) else str(file))
+        table = pyarrow.parquet.ParquetFile(file.open("rb") if is_remote(file) else str(file))
     except pyarrow.ArrowInvalid as error:
         raise DataError(f"{file} is no Parquet file: {str(error).splitlines()[0]}") from None
     if field not in table.schema_arrow.names:
@@ -250,8 +261,10 @@ def _open_hf(name: str, source: Source) -> Documents:
     repository, _, rest = source.path.partition(":")
     configuration, _, split = rest.partition(":")
     try:
+        table: Any
         if epath.Path(repository).is_dir():
             table = datasets.load_from_disk(repository)
+            table = table[split or "train"] if isinstance(table, dict) else table
         else:
             table = datasets.load_dataset(repository, configuration or None, split=split or "train")
     except Exception as error:

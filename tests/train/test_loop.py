@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import resource
 import shutil
 import signal
 import socket
@@ -15,9 +16,11 @@ import numpy as np
 import pytest
 import tiny
 
+from smollm3_jax.train import checkpoint
 from smollm3_jax.weights.load import open_checkpoint
 
 ROOT = Path(__file__).parents[2]
+GOLDEN = Path(__file__).parents[1] / "goldens" / "run"
 pytestmark = pytest.mark.slow
 TOML = """
 [run]
@@ -42,7 +45,11 @@ def place(tmp_path_factory):
     tiny.talking_checkpoint(folder / "model")
     (folder / "run.toml").write_text(TOML)
     write_corpus(folder / "corpus.jsonl")
-    return folder
+    with pytest.MonkeyPatch.context() as patch:  # the runs share what they compile
+        patch.setenv("JAX_ENABLE_COMPILATION_CACHE", "true")
+        patch.setenv("JAX_COMPILATION_CACHE_DIR", str(folder / "compiled"))
+        patch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
+        yield folder
 
 
 def write_corpus(path, documents=50, seed=0):
@@ -60,9 +67,14 @@ def environment(**more):
     return {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", **more}
 
 
-def train(place, run, *words, code=0, env=None, **options):
+def train(place, run, *words, code=0, env=None, limit=None, **options):
+    """limit: a (resource, bytes) that the process may not pass."""
     done = subprocess.run(
-        command(place, run, *words, "--json", **options), env=env or environment(), capture_output=True, text=True
+        command(place, run, *words, "--json", **options),
+        env=env or environment(),
+        capture_output=True,
+        text=True,
+        preexec_fn=limit and (lambda: resource.setrlimit(limit[0], (limit[1], limit[1]))),
     )
     assert done.returncode == code, done.stderr
     return json.loads(done.stdout) if code in (0, 75) else done.stderr
@@ -137,6 +149,44 @@ def test_a_termination_before_the_first_step_is_one_too(place):
     assert train(place, run, "--resume", "auto")["step"] == 8
 
 
+def test_terminations_at_random_points(whole, place):
+    """In compilation, steps, evaluations and saves: nothing is lost, and the end is that of the whole run."""
+    run, draw = place / "terminations", random.Random(0)
+    words = ["--resume", "auto", "checkpoint.every=1", "eval.every=1", "eval.tokens=500"]
+    words.append(f"data.eval_path={place / 'corpus.jsonl'}")
+    for _ in range(5):
+        (run / "lock").unlink(missing_ok=True)
+        process = subprocess.Popen(command(place, run, *words), env=environment(), stderr=subprocess.DEVNULL)
+        wait_for(lambda: (run / "lock").exists())
+        time.sleep(draw.uniform(0, 5))
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=60) in (0, 75)
+        saved = [int(step.name) for step in (run / "checkpoints").iterdir()] if (run / "checkpoints").is_dir() else []
+        assert max(saved, default=0) == max(losses(run), default=0)
+    train(place, run, *words)
+    same_end(run, whole)
+
+
+def test_a_process_that_is_frozen_for_a_while_says_so_and_goes_on(whole, place):
+    run = place / "frozen"
+    process = subprocess.Popen(
+        command(place, run, "run.steps=100000", "checkpoint.every=0"),
+        env=environment(),
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    wait_for(lambda: (run / "metrics.jsonl").exists() and len(losses(run)) >= 20)
+    process.send_signal(signal.SIGSTOP)
+    time.sleep(2)
+    process.send_signal(signal.SIGCONT)
+    frozen = max(losses(run))
+    wait_for(lambda: max(losses(run)) > frozen + 5)
+    process.send_signal(signal.SIGTERM)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 75 and " s, others " in said
+    assert [losses(run)[step] for step in range(1, 9)] == list(losses(whole).values())
+
+
 def test_a_second_signal_ends_at_once_and_breaks_nothing(place):
     run = place / "twice"
     process = subprocess.Popen(command(place, run, "run.steps=100000"), env=environment(), stderr=subprocess.DEVNULL)
@@ -193,8 +243,8 @@ def test_damage_is_found_and_the_checkpoint_before_is_taken(whole, place, how):
 def test_nothing_begins_anew_where_all_is_damaged(whole, place):
     run = place / "all-damaged"
     shutil.copytree(whole, run)
-    for checkpoint in (run / "checkpoints").iterdir():
-        damage(checkpoint / "about" / "metadata", "truncate")
+    for step in (run / "checkpoints").iterdir():
+        damage(step / "about" / "metadata", "truncate")
     said = train(place, run, "--resume", "auto", code=3)
     assert "all 3 checkpoints" in said and "--allow-restart" in said
     train(place, run, "--resume", "auto", "--allow-restart")
@@ -207,7 +257,8 @@ def test_what_is_no_checkpoint_is_passed_over(whole, place):
     (run / "checkpoints" / "00000009").mkdir()
     (run / "checkpoints" / "00000010.orbax-checkpoint-tmp").mkdir()
     (run / "checkpoints" / "garbage").write_text("")
-    assert train(place, run, "--resume", "auto")["step"] == 8
+    assert train(place, run, "--resume", "auto", "--clean")["step"] == 8
+    assert {file.name for file in (run / "checkpoints").iterdir()} == {"00000004", "00000006", "00000008"}
 
 
 @pytest.mark.parametrize(
@@ -215,7 +266,8 @@ def test_what_is_no_checkpoint_is_passed_over(whole, place):
     [
         (["optimizer.learning_rate=1e-4"], "optimizer.learning_rate: 0.001 then, 0.0001 now"),
         (["data.length=32"], "data.length: 16 then, 32 now"),
-        (["run.seed=1"], "run.seed: 0 then, 1 now"),
+        (["run.seed=1", "model.dtype=bfloat16"], "model.dtype: 'float32' then, 'bfloat16' now; run.seed: 0 then"),
+        (["model.nope_interval=2"], "config.json.no_rope_layers"),
     ],
 )
 def test_changed_settings_are_refused(whole, place, words, said):
@@ -227,8 +279,30 @@ def test_changed_data_is_refused(whole, place):
     run = place / "changed"
     shutil.copytree(whole, run)
     said = train(place, run, "--resume", "auto", "run.steps=9", corpus="other.jsonl", code=3)
-    assert "data.path" in said
+    assert "corpus.jsonl is gone, other.jsonl is new" in said
     assert train(place, run, "--resume", "auto", "run.steps=9", "--allow-changes", corpus="other.jsonl")["step"] == 9
+
+
+def test_another_tokenizer_is_refused(whole, place):
+    other = place / "retokenized"
+    shutil.copytree(place / "model", other)
+    text = (other / "tokenizer.json").read_text()
+    (other / "tokenizer.json").write_text(text.replace('"w7":', '"seven":'))
+    assert "tokenizer.json: " in train(place, whole, "--resume", "auto", f"model.path={other}", code=3)
+
+
+def test_checkpoints_of_older_versions_are_read(place):
+    """A run folder that an earlier commit wrote, of two steps; its model's config and tokenizer are in it."""
+    old = place / "old"
+    shutil.copytree(GOLDEN, old)
+    words = ["--resume", "auto", "run.steps=3", "model.path=", f"model.config={old / 'model'}"]
+    assert train(place, old, *words)["step"] == 3
+    assert sorted(losses(old)) == [1, 2, 3]
+    about = old / "checkpoints" / "00000003" / "about" / "metadata"
+    content = json.loads(about.read_text()) | {"format": 99}
+    del content["seal"]
+    about.write_text(json.dumps(checkpoint._sealed(content)))
+    assert "is of format 99; this version reads 1" in train(place, old, *words, code=3)
 
 
 def test_a_run_is_not_overwritten(whole, place):
@@ -241,6 +315,98 @@ def test_a_full_disk_ends_the_run(place):
     run.mkdir()
     (run / "checkpoints").write_text("")
     assert "a checkpoint could not be written" in train(place, run, code=3)
+
+
+def test_a_save_that_fails_in_the_background_ends_the_run(place):
+    """No file may become longer than the limit, which a checkpoint's arrays need."""
+    run = place / "no-room"
+    said = train(place, run, "run.steps=100000", limit=(resource.RLIMIT_FSIZE, 100_000), code=3)
+    assert "a checkpoint could not be written" in said
+    assert max(losses(run)) <= 4  # the next save at the latest
+
+
+def test_many_saves_take_no_more_memory(place):
+    run = place / "many"
+    words = [f"model.config={place / 'large'}", "model.path=", "run.steps=50", "checkpoint.every=1"]
+    shutil.copytree(place / "model", place / "large")
+    config = json.loads((place / "large" / "config.json").read_text())
+    (place / "large" / "config.json").write_text(json.dumps({**config, "intermediate_size": 8192}))
+    process = subprocess.Popen(command(place, run, *words), env=environment(), stderr=subprocess.DEVNULL)
+    memory = {}
+    while process.poll() is None:
+        found = [line for line in Path(f"/proc/{process.pid}/status").read_text().splitlines() if "VmRSS" in line]
+        step = max(losses(run), default=0) if (run / "metrics.jsonl").exists() else 0
+        if found and step:
+            memory.setdefault(step, []).append(int(found[0].split()[1]) * 1024)
+        time.sleep(0.02)
+    assert process.returncode == 0
+    state = sum(x.stat().st_size for x in (run / "checkpoints" / "00000050").rglob("*") if x.is_file())
+    early = max(max(x) for step, x in memory.items() if 5 <= step <= 20)
+    late = max(max(x) for step, x in memory.items() if step > 35)
+    assert state > 20e6 and late < early + state  # 30 saves between them
+    assert len(list((run / "checkpoints").iterdir())) == 3
+
+
+def test_what_needs_more_memory_than_there_is_says_what_takes_it(place):
+    (place / "long.jsonl").write_text(json.dumps({"text": "w5 " * 1_000_000}))
+    words = ["data.length=4096", "data.rows=256", "step.remat=none", "checkpoint.every=0"]
+    said = train(place, place / "large-run", *words, corpus="long.jsonl", limit=(resource.RLIMIT_AS, 12 << 30), code=3)
+    assert "the step does not fit" in said and "optimizer" in said and "step.remat=full" in said
+
+
+def test_nothing_is_wanted_of_temporary_folders(place):
+    assert train(place, place / "no-tmp", env=environment(TMPDIR="/nowhere"))["step"] == 8
+
+
+def start_reading(place, name):
+    """A run on a corpus of its own, up to its first steps: the process and the corpus."""
+    write_corpus(place / f"{name}.jsonl")
+    run = place / name
+    words = ["run.steps=100000", "checkpoint.every=0", "data.timeout=3.0"]
+    process = subprocess.Popen(
+        command(place, run, *words, corpus=f"{name}.jsonl"), env=environment(), stderr=subprocess.PIPE, text=True
+    )
+    wait_for(lambda: (run / "metrics.jsonl").exists() and len(losses(run)) >= 3)
+    return process, place / f"{name}.jsonl"
+
+
+def test_data_that_hangs_ends_the_run(place):
+    """The file becomes a pipe that nobody writes to."""
+    process, corpus = start_reading(place, "hangs")
+    os.mkfifo(place / "pipe")
+    os.replace(place / "pipe", corpus)
+    _, said = process.communicate(timeout=30)
+    assert process.returncode == 3 and "no batch came within data.timeout=3 seconds" in said
+    assert "is not a plain file" in train(place, place / "pipes", corpus="hangs.jsonl", code=3)
+
+
+def test_data_that_goes_away_ends_the_run(place):
+    process, corpus = start_reading(place, "goes")
+    corpus.unlink()
+    _, said = process.communicate(timeout=30)
+    assert process.returncode == 3 and "goes.jsonl can no longer be read" in said
+
+
+@pytest.mark.parametrize("kind", ["parquet", "arrayrecord"])
+def test_bad_rows_and_records_are_skipped(place, kind):
+    texts = [json.loads(line)["text"] for line in (place / "corpus.jsonl").read_text().splitlines()]
+    path = place / f"bad.{kind}"
+    if kind == "parquet":
+        parquet = pytest.importorskip("pyarrow.parquet")
+        parquet.write_table(parquet.pa.table({"text": [*texts[:10], None, "", *texts[10:]]}), path)
+    else:
+        module = pytest.importorskip("array_record.python.array_record_module")
+        writer = module.ArrayRecordWriter(str(path), "group_size:1")
+        for record in [*(text.encode() for text in texts), b"\xff\xfe", b"{"]:
+            writer.write(record)
+        writer.close()
+    process = subprocess.run(
+        command(place, place / kind, "run.steps=30", corpus=path.name),
+        env=environment(),
+        capture_output=True,
+        text=True,
+    )
+    assert process.returncode == 0 and "skipped a bad record (2 so far)" in process.stderr
 
 
 def test_bad_records_are_skipped_up_to_the_limit(place):
@@ -285,15 +451,23 @@ def test_checkpoints_move_between_meshes(whole, place):
     np.testing.assert_allclose(list(losses(run).values()), list(wanted.values()), rtol=1e-4)
 
 
-def start_job(place, run, count, *words):
+def start_job(place, run, count, *words, of_last=()):
+    """The processes of a job; of_last: words for the last alone."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    env = environment(XLA_FLAGS=f"--xla_force_host_platform_device_count={4 // count}")
+    env = environment(
+        XLA_FLAGS=f"--xla_force_host_platform_device_count={4 // count}",
+        JAX_ENABLE_COMPILATION_CACHE="false",
+        JAX_DISABLE_MOST_OPTIMIZATIONS="true",
+    )
     job = ["--coordinator", f"127.0.0.1:{port}", "--processes", str(count)]
     return [
         subprocess.Popen(
-            command(place, run, *words, *job, "--process", str(i)), env=env, stderr=subprocess.PIPE, text=True
+            command(place, run, *words, *(of_last if i == count - 1 else ()), *job, "--process", str(i)),
+            env=env,
+            stderr=subprocess.PIPE,
+            text=True,
         )
         for i in range(count)
     ]
@@ -307,6 +481,22 @@ def test_several_processes_train_as_one(whole, place, count):
         assert process.returncode == 0, said
     wanted = losses(whole)
     np.testing.assert_allclose(list(losses(run).values()), list(wanted.values()), rtol=1e-5)
+    assert checkpoint_digests(run, 8)[1] == checkpoint_digests(whole, 8)[1]  # the data stand where they would for one
+
+
+def test_processes_that_were_told_different_things_do_not_begin(place):
+    first, second = start_job(place, place / "odd", 2, of_last=["optimizer.learning_rate=1e-4"])
+    for process in (first, second):
+        _, said = process.communicate(timeout=100)
+        assert process.returncode == 3 and "processes [1] have other settings" in said
+
+
+def test_a_process_that_never_comes_is_named(place):
+    first, second = start_job(place, place / "missing", 2, "--wait", "8")
+    second.kill()
+    _, said = first.communicate(timeout=100)
+    second.communicate()
+    assert first.returncode == 3 and "1" in said and "8" in said, said
 
 
 def test_a_lost_process_ends_the_job_and_a_restart_goes_on(place):
@@ -359,7 +549,8 @@ def test_a_rollback_goes_on_behind_the_trouble(place):
 def test_logs_that_cannot_be_written_stop_nothing(place):
     run = place / "nologs"
     (run / "metrics.jsonl").mkdir(parents=True)
-    assert train(place, run)["step"] == 8
+    assert train(place, run, "log.profile=3-4")["step"] == 8
+    assert list((run / "profile").rglob("*.xplane.pb"))
 
 
 def test_tokens_made_beforehand_train_the_same(whole, place):
