@@ -44,6 +44,7 @@ from ..model import SmolLM3
 from ..support import SHOWN, version
 from ..tokenizer import load_tokenizer
 from ..weights import demo, hub
+from ..weights.bucket import is_remote
 from ..weights.key_map import abstract_model
 from ..weights.load import TEXT_FILES, load, open_checkpoint
 from . import checkpoint as checkpoints
@@ -54,7 +55,6 @@ from .monitor import Monitor
 from .optimizer import adamw, schedule
 from .packing import EndOfData
 from .settings import Settings, Stage, as_table, stage_at
-from .sources import is_remote
 from .step import COMPILER_OPTIONS, Batch, StepOptions, TrainState, init_state, loss_sums, state_shardings, train_step
 
 log = logging.getLogger(__name__)
@@ -149,6 +149,8 @@ def train(
 
 def run_folder(settings: Settings) -> epath.Path:
     path = settings.run.dir
+    if path.startswith("s3://"):
+        raise OptionError(f"run.dir={path}: Orbax writes to gs:// and to file systems, not to s3://; mount the bucket")
     return epath.Path(path) if is_remote(path) else epath.Path(os.path.abspath(os.path.expanduser(path)))
 
 
@@ -510,10 +512,13 @@ def open_model(settings: Settings) -> tuple[Path, SmolLM3, Callable[[], SmolLM3]
 
 def _keep_tokenizer(source: Path, folder: epath.Path) -> None:
     """The text files of the model, for exports."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for name in TEXT_FILES:
-        if (source / name).is_file():
-            (folder / name).write_bytes((source / name).read_bytes())
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in TEXT_FILES:
+            if (source / name).is_file():
+                (folder / name).write_bytes((source / name).read_bytes())
+    except OSError as error:
+        raise OptionError(f"run.dir: {folder} cannot be written: {error}") from None
 
 
 def adapted(config: ModelConfig, settings: Settings) -> ModelConfig:

@@ -13,8 +13,8 @@ from typing import Any
 import jax
 from etils import epath
 
+from ..weights.bucket import is_remote
 from .settings import Settings, as_table
-from .sources import is_remote
 
 log = logging.getLogger(__name__)
 

@@ -17,6 +17,7 @@ import numpy as np
 from etils import epath
 
 from ..errors import DataError, SupportError
+from ..weights.bucket import is_remote
 from .settings import Source
 
 # How file names end -> the format.
@@ -31,11 +32,6 @@ ENDINGS = {
 }
 # What is hashed of a long file: its length, and so many bytes at its beginning, middle and end.
 HASHED = 2**20
-
-
-def is_remote(path: Any) -> bool:
-    """Whether a path is of an object store: gs://, s3://."""
-    return "://" in os.fspath(path)
 
 
 class BadRecord(Exception):

@@ -49,14 +49,18 @@ def resolve(model: str | Path, revision: str | None = None, token: str | None = 
     """The folder or .gguf file that `model` stands for, fetched if need be.
 
     Args:
-      model: a folder, a .gguf file, a hub id such as "HuggingFaceTB/SmolLM3-3B".
+      model: a folder (gs:// and s3:// too), a .gguf file, a hub id such as "HuggingFaceTB/SmolLM3-3B".
       revision: branch, tag or commit on the hub.
       token: for gated and private models; without it HF_TOKEN or the stored login.
 
     Raises:
       HubError: nothing of that name is here, or it could not be fetched.
     """
-    name, path = str(model), Path(os.path.expanduser(model))
+    if "://" in (name := str(model)):
+        from .bucket import copy_of
+
+        return copy_of(name)
+    path = Path(os.path.expanduser(model))
     if (name and path.is_dir()) or (path.is_file() and path.suffix == ".gguf"):
         return path
     if path.is_file():
