@@ -1,10 +1,12 @@
 """A training step beside PyTorch's on this machine: seconds, tokens/s and peak memory, in one run.
 
-    python scripts/bench_train.py [--model demo|DIR] [--peer transformers] [--dtype float32|bfloat16] [--json]
+    python scripts/bench_train.py [--model demo|DIR] [--peer transformers] [--dtype float32|bfloat16]
+        [--plan v5e:4x4] [--json]
 
 Each engine is a process of its own that loads once and then takes steps in turn with the other: AdamW, clipping by the
 global norm, rows of random tokens. In bfloat16 PyTorch runs eager autocast over float32 weights; we cast the weights
-once a step. The loss of the first step is printed beside the times: both compute the same one.
+once a step. The loss of the first step is printed beside the times: both compute the same one. `--plan` adds what
+`smollm3 plan train` models of SmolLM3-3B's step on that topology; it runs nowhere.
 """
 
 import argparse
@@ -128,6 +130,7 @@ def main() -> int:
     parser.add_argument("--rows", type=int, default=4)
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--plan", metavar="TOPOLOGY", help="add the modelled step of SmolLM3-3B there, like v5e:4x4")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
     from smollm3_jax.weights.demo import pull_demo
@@ -152,8 +155,12 @@ def main() -> int:
         }
         for peer in args.peer
     }
+    plan = None
+    if args.plan:
+        command = [sys.executable, "-m", "smollm3_jax.cli", "plan", "train", "--topology", args.plan, "--json"]
+        plan = json.loads(subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout)
     if args.json:
-        print(json.dumps({**settings, "engines": rows, "ratios": ratios}, indent=2))
+        print(json.dumps({**settings, "engines": rows, "ratios": ratios, "plan": plan}, indent=2))
         return 0
     table = Table(f"{args.dtype}, {args.rows} x {args.length} tokens", "s", "tokens/s", "peak GiB", "first loss")
     for engine, row in rows.items():
@@ -163,6 +170,9 @@ def main() -> int:
     for peer, ratio in ratios.items():
         speed, memory = ratio["tokens_per_second"], ratio["peak_bytes"]
         print(f"ours / {peer}: {speed:.2f} x tokens/s, {memory:.2f} x memory")
+    if plan is not None:
+        modelled = plan["modelled"]
+        print(f"SmolLM3-3B on {args.plan}, modelled: {modelled['step_seconds']:.3f} s a step, MFU {modelled['mfu']:.3f}")
     return 0
 
 
