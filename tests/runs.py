@@ -1,0 +1,62 @@
+"""`smollm3 train` as a process of its own."""
+
+import json
+import os
+import random
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+
+
+def write_corpus(path, documents=50, seed=0):
+    draw = random.Random(seed)
+    texts = [" ".join(f"w{draw.randint(3, 30)}" for _ in range(draw.randint(3, 30))) for _ in range(documents)]
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+
+
+def command(place, run, *words, corpus="corpus.jsonl"):
+    settings = [f"run.dir={run}", f"model.path={place / 'model'}", f"data.path={place / corpus}"]
+    return [sys.executable, "-m", "smollm3_jax.cli", "train", "--config", place / "run.toml", *settings, *words]
+
+
+def environment(**more):
+    return {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", **more}
+
+
+def train(place, run, *words, code=0, env=None, limit=None, **options):
+    """limit: a (resource, bytes) that the process may not pass."""
+    done = subprocess.run(
+        command(place, run, *words, "--json", **options),
+        env=env or environment(),
+        capture_output=True,
+        text=True,
+        preexec_fn=limit and (lambda: resource.setrlimit(limit[0], (limit[1], limit[1]))),
+    )
+    assert done.returncode == code, done.stderr
+    return json.loads(done.stdout) if code in (0, 75) else done.stderr
+
+
+def losses(run):
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return {line["step"]: line["loss"] for line in lines if "loss" in line}
+
+
+def checkpoint_digests(run, step):
+    about = json.loads((run / "checkpoints" / f"{step:08d}" / "about" / "metadata").read_text())
+    return about["arrays"], about["data"]
+
+
+def same_end(run, whole, step=8):
+    assert losses(run) == losses(whole)
+    assert checkpoint_digests(run, step) == checkpoint_digests(whole, step)
+
+
+def wait_for(what, seconds=120):
+    end = time.monotonic() + seconds
+    while not what():
+        assert time.monotonic() < end
+        time.sleep(0.01)

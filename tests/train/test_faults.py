@@ -1,0 +1,252 @@
+"""Damage, bad input and want, done to `smollm3 train` from outside."""
+
+import json
+import os
+import resource
+import shutil
+import subprocess
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+from runs import command, environment, losses, same_end, train, wait_for, write_corpus
+
+from smollm3_jax.train import checkpoint
+from smollm3_jax.weights.load import open_checkpoint
+
+pytestmark = pytest.mark.slow
+GOLDEN = Path(__file__).parents[1] / "goldens" / "run"
+
+
+def damage(path, how):
+    data = bytearray(path.read_bytes())
+    if how == "flip":
+        data[len(data) // 2] ^= 4
+        path.write_bytes(data)
+    elif how == "truncate":
+        path.write_bytes(data[: len(data) // 2])
+    else:
+        path.unlink()
+
+
+@pytest.mark.parametrize("how", ["flip", "truncate", "delete"])
+def test_damage_is_found_and_the_checkpoint_before_is_taken(whole, place, how):
+    """In every file of the newest checkpoint, in turn."""
+    files = sorted(x.relative_to(whole) for x in (whole / "checkpoints" / "00000008").rglob("*") if x.is_file())
+    largest = max(files, key=lambda x: (whole / x).stat().st_size)
+    about = next(x for x in files if "about" in x.parts and x.name == "metadata")
+    for file in (largest, about):
+        run = place / f"damaged-{how}-{file.name}"
+        shutil.copytree(whole, run)
+        damage(run / file, how)
+        result = train(place, run, "--resume", "auto")
+        events = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
+        assert [(e["event"], e["step"]) for e in events] == [("damaged checkpoint", 8)], file
+        assert result["step"] == 8
+        same_end(run, whole)
+
+
+def test_nothing_begins_anew_where_all_is_damaged(whole, place):
+    run = place / "all-damaged"
+    shutil.copytree(whole, run)
+    for step in (run / "checkpoints").iterdir():
+        damage(step / "about" / "metadata", "truncate")
+    said = train(place, run, "--resume", "auto", code=3)
+    assert "all 3 checkpoints" in said and "--allow-restart" in said
+    train(place, run, "--resume", "auto", "--allow-restart")
+    assert losses(run) == losses(whole)
+
+
+def test_what_is_no_checkpoint_is_passed_over(whole, place):
+    run = place / "litter"
+    shutil.copytree(whole, run)
+    (run / "checkpoints" / "00000009").mkdir()
+    (run / "checkpoints" / "00000010.orbax-checkpoint-tmp").mkdir()
+    (run / "checkpoints" / "garbage").write_text("")
+    assert train(place, run, "--resume", "auto", "--clean")["step"] == 8
+    assert {file.name for file in (run / "checkpoints").iterdir()} == {"00000004", "00000006", "00000008"}
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["optimizer.learning_rate=1e-4"], "optimizer.learning_rate: 0.001 then, 0.0001 now"),
+        (["data.length=32"], "data.length: 16 then, 32 now"),
+        (["run.seed=1", "model.dtype=bfloat16"], "model.dtype: 'float32' then, 'bfloat16' now; run.seed: 0 then"),
+        (["model.nope_interval=2"], "config.json.no_rope_layers"),
+    ],
+)
+def test_changed_settings_are_refused(whole, place, words, said):
+    assert said in train(place, whole, "--resume", "auto", *words, code=3)
+
+
+def test_changed_data_is_refused(whole, place):
+    write_corpus(place / "other.jsonl", seed=1)
+    run = place / "changed"
+    shutil.copytree(whole, run)
+    said = train(place, run, "--resume", "auto", "run.steps=9", corpus="other.jsonl", code=3)
+    assert "corpus.jsonl is gone, other.jsonl is new" in said
+    assert train(place, run, "--resume", "auto", "run.steps=9", "--allow-changes", corpus="other.jsonl")["step"] == 9
+
+
+def test_another_tokenizer_is_refused(whole, place):
+    other = place / "retokenized"
+    shutil.copytree(place / "model", other)
+    text = (other / "tokenizer.json").read_text()
+    (other / "tokenizer.json").write_text(text.replace('"w7":', '"seven":'))
+    assert "tokenizer.json: " in train(place, whole, "--resume", "auto", f"model.path={other}", code=3)
+
+
+def test_checkpoints_of_older_versions_are_read(place):
+    """A run folder that an earlier commit wrote, of two steps; its model's config and tokenizer are in it."""
+    old = place / "old"
+    shutil.copytree(GOLDEN, old)
+    words = ["--resume", "auto", "run.steps=3", "model.path=", f"model.config={old / 'model'}"]
+    assert train(place, old, *words)["step"] == 3
+    assert sorted(losses(old)) == [1, 2, 3]
+    about = old / "checkpoints" / "00000003" / "about" / "metadata"
+    content = json.loads(about.read_text()) | {"format": 99}
+    del content["seal"]
+    about.write_text(json.dumps(checkpoint._sealed(content)))
+    assert "is of format 99; this version reads 1" in train(place, old, *words, code=3)
+
+
+def test_a_full_disk_ends_the_run(place):
+    """A file where the folder of checkpoints should be."""
+    run = place / "full"
+    run.mkdir()
+    (run / "checkpoints").write_text("")
+    assert "a checkpoint could not be written" in train(place, run, code=3)
+
+
+def test_a_save_that_fails_in_the_background_ends_the_run(place):
+    """No file may become longer than the limit, which a checkpoint's arrays need."""
+    run = place / "no-room"
+    said = train(place, run, "run.steps=100000", limit=(resource.RLIMIT_FSIZE, 100_000), code=3)
+    assert "a checkpoint could not be written" in said
+    assert max(losses(run)) <= 4  # the next save at the latest
+
+
+def test_many_saves_take_no_more_memory(place):
+    run = place / "many"
+    words = [f"model.config={place / 'large'}", "model.path=", "run.steps=50", "checkpoint.every=1"]
+    shutil.copytree(place / "model", place / "large")
+    config = json.loads((place / "large" / "config.json").read_text())
+    (place / "large" / "config.json").write_text(json.dumps({**config, "intermediate_size": 3000}))
+    process = subprocess.Popen(command(place, run, *words), env=environment(), stderr=subprocess.DEVNULL)
+    memory = {}
+    while process.poll() is None:
+        found = [line for line in Path(f"/proc/{process.pid}/status").read_text().splitlines() if "VmRSS" in line]
+        step = max(losses(run), default=0) if (run / "metrics.jsonl").exists() else 0
+        if found and step:
+            memory.setdefault(step, []).append(int(found[0].split()[1]) * 1024)
+        time.sleep(0.02)
+    assert process.returncode == 0
+    state = sum(x.stat().st_size for x in (run / "checkpoints" / "00000050").rglob("*") if x.is_file())
+    early = max(max(x) for step, x in memory.items() if 5 <= step <= 20)
+    late = max(max(x) for step, x in memory.items() if step > 35)
+    assert state > 20e6 and late < early + state  # 30 saves between them
+    assert len(list((run / "checkpoints").iterdir())) == 3
+
+
+def test_what_needs_more_memory_than_there_is_says_what_takes_it(place):
+    (place / "long.jsonl").write_text(json.dumps({"text": "w5 " * 1_000_000}))
+    words = ["data.length=4096", "data.rows=256", "step.remat=none", "checkpoint.every=0"]
+    said = train(place, place / "large-run", *words, corpus="long.jsonl", limit=(resource.RLIMIT_AS, 12 << 30), code=3)
+    assert "the step does not fit" in said and "optimizer" in said and "step.remat=full" in said
+
+
+def test_nothing_is_wanted_of_temporary_folders(place):
+    assert train(place, place / "no-tmp", env=environment(TMPDIR="/nowhere"))["step"] == 8
+
+
+def start_reading(place, name):
+    """A run on a corpus of its own, up to its first steps: the process and the corpus."""
+    write_corpus(place / f"{name}.jsonl")
+    run = place / name
+    words = ["run.steps=100000", "checkpoint.every=0", "data.timeout=3.0"]
+    process = subprocess.Popen(
+        command(place, run, *words, corpus=f"{name}.jsonl"), env=environment(), stderr=subprocess.PIPE, text=True
+    )
+    wait_for(lambda: (run / "metrics.jsonl").exists() and len(losses(run)) >= 3)
+    return process, place / f"{name}.jsonl"
+
+
+def test_data_that_hangs_ends_the_run(place):
+    """The file becomes a pipe that nobody writes to."""
+    process, corpus = start_reading(place, "hangs")
+    os.mkfifo(place / "pipe")
+    os.replace(place / "pipe", corpus)
+    _, said = process.communicate(timeout=30)
+    assert process.returncode == 3 and "no batch came within data.timeout=3 seconds" in said
+    assert "is not a plain file" in train(place, place / "pipes", corpus="hangs.jsonl", code=3)
+
+
+def test_data_that_goes_away_ends_the_run(place):
+    process, corpus = start_reading(place, "goes")
+    corpus.unlink()
+    _, said = process.communicate(timeout=30)
+    assert process.returncode == 3 and "goes.jsonl can no longer be read" in said
+
+
+@pytest.mark.parametrize("kind", ["parquet", "arrayrecord"])
+def test_bad_rows_and_records_are_skipped(place, kind):
+    texts = [json.loads(line)["text"] for line in (place / "corpus.jsonl").read_text().splitlines()]
+    path = place / f"bad.{kind}"
+    if kind == "parquet":
+        pyarrow = pytest.importorskip("pyarrow")
+        parquet = pytest.importorskip("pyarrow.parquet")
+        parquet.write_table(pyarrow.table({"text": [*texts[:10], None, "", *texts[10:]]}), path)
+    else:
+        module = pytest.importorskip("array_record.python.array_record_module")
+        writer = module.ArrayRecordWriter(str(path), "group_size:1")
+        for record in [*(text.encode() for text in texts), b"\xff\xfe", b"{"]:
+            writer.write(record)
+        writer.close()
+    process = subprocess.run(
+        command(place, place / kind, "run.steps=30", corpus=path.name),
+        env=environment(),
+        capture_output=True,
+        text=True,
+    )
+    assert process.returncode == 0 and "skipped a bad record (2 so far)" in process.stderr
+
+
+def test_bad_records_are_skipped_up_to_the_limit(place):
+    lines = (place / "corpus.jsonl").read_text().splitlines()
+    (place / "bad.jsonl").write_text("\n".join([*lines[:10], "{", '{"text": ""}', *lines[10:]]))
+    assert train(place, place / "bad1", corpus="bad.jsonl")["step"] == 8
+    said = train(place, place / "bad2", "data.bad_records=0", "run.steps=100", corpus="bad.jsonl", code=3)
+    assert "more than data.bad_records=0" in said
+
+
+def test_steps_that_are_not_finite_are_skipped_then_end_the_run(place):
+    """A learning rate that no model survives."""
+    run = place / "nan"
+    words = ["optimizer.learning_rate=1e39", "optimizer.clip_norm=0.0", "optimizer.warmup_steps=0"]
+    said = train(place, run, *words, "run.steps=50", "guard.skips=3", "checkpoint.every=0", code=3)
+    assert "3 steps in a row were not finite" in said
+    assert len((run / "skipped.jsonl").read_text().splitlines()) >= 3
+
+
+def test_weights_that_are_not_finite_are_refused(place):
+    tensors = {name: t.read().copy() for name, t in open_checkpoint(place / "model").tensors.items()}
+    tensors["model.norm.weight"][0] = np.nan
+    shutil.copytree(place / "model", place / "broken")
+    tiny.write_checkpoint(place / "broken", tiny.raw_config("plain"), tensors)
+    said = train(place, place / "from-broken", f"model.path={place / 'broken'}", code=3)
+    assert "not all is finite in model.norm" in said
+
+
+def test_a_rollback_goes_on_behind_the_trouble(place):
+    """A document of other words in the middle: the loss jumps, and the run goes back and passes over it."""
+    lines = (place / "corpus.jsonl").read_text().splitlines()
+    odd = json.dumps({"text": " ".join("w150" if i % 2 else "w151" for i in range(100))})
+    (place / "spike.jsonl").write_text("\n".join([*lines * 8, odd, *lines * 2]))
+    run = place / "rollback"
+    words = ["run.steps=150", "data.shuffle=false", "guard.policy=rollback", "guard.spike=4.0", "guard.window=40"]
+    result = train(place, run, *words, "checkpoint.every=10", corpus="spike.jsonl")
+    events = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
+    assert result["step"] == 150 and any(e["event"] == "rollback" for e in events)
