@@ -58,7 +58,7 @@ class Monitor:
         self._write("settings.json", json.dumps(as_table(self._settings), indent=2) + "\n")
         self._write("environment.json", json.dumps(self._environment, indent=2) + "\n")
         # What was logged behind the checkpoint is computed again.
-        self._write("metrics.jsonl", "".join(json.dumps(line) + "\n" for line in self._lines))
+        self._write("metrics.jsonl", "".join(_text(line) for line in self._lines))
         self._backends = [b for b in (_tensorboard(self._folder, self._settings), _wandb(self._settings)) if b]
         self._say(_headline(about))
         self._open_bar(step)
@@ -122,7 +122,7 @@ class Monitor:
         self._losses = [x["loss"] for x in self._lines if "loss" in x and math.isfinite(x["loss"])]
         self._skips = 0
         if self._first:
-            self._write("metrics.jsonl", "".join(json.dumps(line) + "\n" for line in self._lines))
+            self._write("metrics.jsonl", "".join(_text(line) for line in self._lines))
 
     def held_out(self, step: int, found: Mapping[str, Any]) -> None:
         line = {"step": step, "held_out": dict(found)}
@@ -211,7 +211,7 @@ class Monitor:
     def _append(self, name: str, line: Mapping[str, Any]) -> None:
         if not self._first:
             return
-        text = json.dumps(line) + "\n"
+        text = _text(line)
         if is_remote(self._folder):
             self._behind[name] = self._behind.get(name, "") + text
             return
@@ -234,13 +234,19 @@ class Monitor:
             log.warning("%s could not be written: %s", what, error)
 
 
+def _text(line: Mapping[str, Any]) -> str:
+    """A line of JSON, which knows no NaN: numbers that are not finite are null there."""
+    plain = {key: None if isinstance(x, float) and not math.isfinite(x) else x for key, x in line.items()}
+    return json.dumps(plain) + "\n"
+
+
 def read_lines(path: epath.Path) -> list[dict[str, Any]]:
-    """Of a file of JSON lines; one that a kill cut short is passed over."""
+    """Of a file of JSON lines, null read as NaN; one that a kill cut short is passed over."""
     lines = []
     if path.exists():
         for text in path.read_text().splitlines():
             with contextlib.suppress(ValueError):
-                lines.append(json.loads(text))
+                lines.append({key: math.nan if x is None else x for key, x in json.loads(text).items()})
     return lines
 
 

@@ -3,6 +3,8 @@ import time
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from smollm3_jax.errors import DataError
 from smollm3_jax.train.data import Batches, _Kept, ahead, held_out_rows
@@ -15,12 +17,21 @@ def encode(document):
     return np.array([ord(c) for c in document] + [1], np.int32)
 
 
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return write_corpora(tmp_path_factory.mktemp("corpora"))
+
+
 @pytest.fixture
 def corpora(tmp_path):
+    return write_corpora(tmp_path)
+
+
+def write_corpora(folder):
     for name, letter in (("a", "a"), ("b", "b")):
         lines = [json.dumps({"text": letter * (3 + i % 5)}) for i in range(20)]
-        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
-    return tmp_path
+        (folder / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
+    return folder
 
 
 def settings_for(folder, **data):
@@ -49,6 +60,27 @@ def test_the_same_batches_from_a_state(corpora):
         a, b = one.next(step), other.next(step)
         np.testing.assert_array_equal(a.tokens, b.tokens)
         np.testing.assert_array_equal(a.segment_ids, b.segment_ids)
+
+
+@given(st.integers(0, 6), st.integers(1, 4), st.sampled_from([1, 2, 4]), st.sampled_from([1, 2, 4]), st.integers(2, 20))
+@settings(max_examples=25, deadline=None)
+def test_batches_do_not_depend_on_the_number_of_hosts(folder, before, after, hosts, later_hosts, length):
+    """Some steps on so many hosts, then others on so many: together their rows are those of one host."""
+
+    def rows_of(host, count, batch):
+        size = len(batch.tokens) // count
+        return batch.tokens[host * size : (host + 1) * size]
+
+    alone = batches_of(folder, length=length)
+    jobs = [batches_of(folder, length=length) for _ in range(hosts)]
+    for step in range(before + after):
+        if step == before:
+            state = json.loads(json.dumps(jobs[0].state()))
+            jobs = [batches_of(folder, length=length) for _ in range(later_hosts)]
+            for job in jobs:
+                job.restore(state)
+        parts = [rows_of(host, len(jobs), job.next(step)) for host, job in enumerate(jobs)]
+        np.testing.assert_array_equal(np.concatenate(parts), alone.next(step).tokens)
 
 
 def test_epochs_are_shuffled_each_anew(corpora):

@@ -229,6 +229,7 @@ def test_steps_that_are_not_finite_are_skipped_then_end_the_run(place):
     said = train(place, run, *words, "run.steps=50", "guard.skips=3", "checkpoint.every=0", code=3)
     assert "3 steps in a row were not finite" in said
     assert len((run / "skipped.jsonl").read_text().splitlines()) >= 3
+    assert "NaN" not in (run / "metrics.jsonl").read_text()  # which JSON does not know
 
 
 def test_weights_that_are_not_finite_are_refused(place):
