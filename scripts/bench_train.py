@@ -24,6 +24,7 @@ from rich.table import Table
 
 HERE = Path(__file__).resolve()
 ENGINES = ("smollm3_jax", "transformers")
+WARM_UP = 2  # steps that compile, and touch memory for the first time
 
 
 def serve(engine: str, settings: dict[str, Any]) -> None:
@@ -90,7 +91,7 @@ def _peak_bytes() -> int:
 
 
 def measure(engines: list[str], settings: dict[str, Any], rounds: int) -> dict[str, list[dict[str, Any]]]:
-    """Steps of each engine, in turn; the first of each warms up and is left out of the times."""
+    """Steps of each engine, in turn, those that warm up first."""
     processes = {
         engine: subprocess.Popen(
             [sys.executable, HERE, "--serve", engine, json.dumps(settings)],
@@ -101,7 +102,7 @@ def measure(engines: list[str], settings: dict[str, Any], rounds: int) -> dict[s
         for engine in engines
     }
     found: dict[str, list[dict[str, Any]]] = {engine: [] for engine in engines}
-    for number in range(rounds + 1):
+    for number in range(WARM_UP + rounds):
         for engine, process in processes.items():
             assert process.stdin is not None and process.stdout is not None
             process.stdin.write("step\n")
@@ -140,7 +141,7 @@ def main() -> int:
     found = measure([ENGINES[0], *args.peer], settings, args.rounds)
     rows = {}
     for engine, steps in found.items():
-        seconds = statistics.median(step["seconds"] for step in steps[1:])
+        seconds = statistics.median(step["seconds"] for step in steps[WARM_UP:])
         rows[engine] = {
             "seconds": seconds,
             "tokens_per_second": args.rows * args.length / seconds,
