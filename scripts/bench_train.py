@@ -173,7 +173,9 @@ def main() -> int:
         print(f"ours / {peer}: {speed:.2f} x tokens/s, {memory:.2f} x memory")
     if plan is not None:
         modelled = plan["modelled"]
-        print(f"SmolLM3-3B on {args.plan}, modelled: {modelled['step_seconds']:.3f} s a step, MFU {modelled['mfu']:.3f}")
+        print(
+            f"SmolLM3-3B on {args.plan}, modelled: {modelled['step_seconds']:.3f} s a step, MFU {modelled['mfu']:.3f}"
+        )
     return 0
 
 

@@ -573,11 +573,10 @@ def _train(args: argparse.Namespace) -> int:
 
 
 def _export(args: argparse.Namespace) -> int:
-    from etils import epath
-
+    from .train.checkpoint import run_folder
     from .train.export import export
 
-    steps = export(epath.Path(args.run_folder).expanduser(), Path(args.folder), args.step, args.average, args.dtype)
+    steps = export(run_folder(args.run_folder), Path(args.folder), args.step, args.average, args.dtype)
     print(f"{args.folder}: step {', '.join(map(str, steps))}")
     return 0
 

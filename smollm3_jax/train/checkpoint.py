@@ -9,6 +9,7 @@ import contextlib
 import hashlib
 import json
 import logging
+import os
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -18,7 +19,8 @@ import orbax.checkpoint as ocp
 from etils import epath
 from jax import Array
 
-from ..errors import TrainingError
+from ..errors import OptionError, TrainingError
+from ..weights.bucket import is_remote
 
 log = logging.getLogger(__name__)
 
@@ -28,6 +30,13 @@ _MULTIPLIERS = (0x9E3779B1, 0x85EBCA77)  # odd, of xxHash
 
 class Damaged(Exception):
     """A checkpoint that cannot be used; the reason."""
+
+
+def run_folder(path: str) -> epath.Path:
+    """A run's folder by the name that a user gives it; Orbax wants it absolute. Raises OptionError for s3://."""
+    if path.startswith("s3://"):
+        raise OptionError(f"{path}: Orbax writes to gs:// and to file systems, not to s3://; mount the bucket")
+    return epath.Path(path) if is_remote(path) else epath.Path(os.path.abspath(os.path.expanduser(path)))
 
 
 class Checkpoints:

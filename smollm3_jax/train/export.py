@@ -1,5 +1,6 @@
 """From a run's checkpoints to a Hugging Face folder."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,8 @@ def export(
         model = jax.tree.map(lambda *xs: np.mean([np.asarray(x, np.float64) for x in xs], axis=0), *found.values())
         model = jax.tree.map(lambda x: x.astype(np.float32), model)
     files = {file.name: file.read_bytes() for file in sorted((run / TOKENIZER).iterdir())}
-    config = ModelConfig.from_hf({**checkpoints.read_about(place, newest)["config"], "torch_dtype": dtype})
+    config = ModelConfig.from_hf(checkpoints.read_about(place, newest)["config"])
+    config = dataclasses.replace(config, dtype=dtype)
     tensors = [cast(tensor, dtype) for tensor in tensors_of(model)]
     write_folder(folder, config, model.generation_config, tensors, files)
     return list(found)

@@ -48,7 +48,7 @@ from ..weights.bucket import is_remote
 from ..weights.key_map import abstract_model
 from ..weights.load import TEXT_FILES, load, open_checkpoint
 from . import checkpoint as checkpoints
-from .checkpoint import Checkpoints, Damaged
+from .checkpoint import Checkpoints, Damaged, run_folder
 from .data import Batches, ahead, encoder, expanded, held_out_rows, on_mesh
 from .export import TOKENIZER
 from .monitor import Monitor
@@ -135,7 +135,7 @@ def train(
     """
     compile_cache.enable()
     settings = expanded(settings)
-    folder = run_folder(settings)
+    folder = run_folder(settings.run.dir)
     stop = Stop()
     with stop.listening(), _only_one(folder):
         if not resume and (folder / "checkpoints").is_dir() and checkpoints.steps(folder / "checkpoints"):
@@ -145,13 +145,6 @@ def train(
                 log.warning("removing %s", left)
                 left.rmtree() if left.is_dir() else left.unlink()
         return _Run(settings, stop, allow_restart, allow_changes, show).train()
-
-
-def run_folder(settings: Settings) -> epath.Path:
-    path = settings.run.dir
-    if path.startswith("s3://"):
-        raise OptionError(f"run.dir={path}: Orbax writes to gs:// and to file systems, not to s3://; mount the bucket")
-    return epath.Path(path) if is_remote(path) else epath.Path(os.path.abspath(os.path.expanduser(path)))
 
 
 @contextlib.contextmanager
@@ -186,7 +179,7 @@ class _Run:
     ):
         self.settings, self.stop = settings, stop
         self.allow_restart, self.allow_changes = allow_restart, allow_changes
-        self.folder = run_folder(settings)
+        self.folder = run_folder(settings.run.dir)
         _agree(settings)
         source, self.shapes, self.load, self.sharding = open_model(settings)
         self.config = self.shapes.config

@@ -129,15 +129,17 @@ def test_the_data_may_end_before_the_steps(place):
 
 def test_the_folder_that_comes_out_loads(whole, place):
     out = place / "exported"
-    export = [sys.executable, "-m", "smollm3_jax.cli", "export", whole, out]
-    subprocess.run([*export, "--average", "3"], env=environment(), check=True)
+    export = [sys.executable, "-m", "smollm3_jax.cli", "export", whole.name, out]
+    subprocess.run([*export, "--average", "3"], env=environment(), check=True, cwd=place)
     assert {"tokenizer.json", "config.json"} <= {file.name for file in out.iterdir()}
     average = open_checkpoint(out).tensors["model.embed_tokens.weight"].read()
     parts = []
     for step in (4, 6, 8):
-        subprocess.run([*export, "--step", str(step)], env=environment(), check=True)
+        subprocess.run([*export, "--step", str(step)], env=environment(), check=True, cwd=place)
         parts.append(open_checkpoint(out).tensors["model.embed_tokens.weight"].read())
     np.testing.assert_allclose(average, np.mean(parts, axis=0), rtol=1e-6, atol=1e-8)
+    subprocess.run([*export, "--dtype", "bfloat16"], env=environment(), check=True, cwd=place)
+    assert open_checkpoint(out).config.dtype == "bfloat16"
 
 
 def test_checkpoints_move_between_meshes(whole, place):
