@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from etils import epath
 from rich.console import Console
 from rich.table import Table
 
@@ -20,7 +21,7 @@ from smollm3_jax.train.monitor import read_lines
 
 def held_out(run: str) -> dict[int, dict[str, float]]:
     """Step -> source -> nats a token."""
-    lines = [line for line in read_lines(Path(run) / "metrics.jsonl") if "held_out" in line]
+    lines = [line for line in read_lines(epath.Path(run) / "metrics.jsonl") if "held_out" in line]
     return {line["step"]: {name: x["nats_per_token"] for name, x in line["held_out"].items()} for line in lines}
 
 
