@@ -3,7 +3,6 @@
 import json
 import os
 import random
-import resource
 import subprocess
 import sys
 import time
@@ -27,14 +26,21 @@ def environment(**more):
     return {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", **more}
 
 
+def limited(limit):
+    """What to put before a command that may not pass a (resource, bytes)."""
+    if limit is None:
+        return []
+    code = "import os, resource, sys; resource.setrlimit({0}, ({1}, {1})); os.execv(sys.argv[1], sys.argv[1:])"
+    return [sys.executable, "-c", code.format(*limit)]
+
+
 def train(place, run, *words, code=0, env=None, limit=None, **options):
     """limit: a (resource, bytes) that the process may not pass."""
     done = subprocess.run(
-        command(place, run, *words, "--json", **options),
+        [*limited(limit), *command(place, run, *words, "--json", **options)],
         env=env or environment(),
         capture_output=True,
         text=True,
-        preexec_fn=limit and (lambda: resource.setrlimit(limit[0], (limit[1], limit[1]))),
     )
     assert done.returncode == code, done.stderr
     return json.loads(done.stdout) if code in (0, 75) else done.stderr
