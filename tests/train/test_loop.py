@@ -69,7 +69,7 @@ def test_terminations_at_random_points(whole, place):
         code = process.wait(timeout=60)
         saved = [int(step.name) for step in (run / "checkpoints").iterdir()] if (run / "checkpoints").is_dir() else []
         assert max(saved, default=0) == max(losses(run), default=0)
-        assert code in (0, 75) or saved and max(saved) == 8  # done, and on its way out
+        assert code in (0, 75) or (saved and max(saved) == 8)  # done, and on its way out
     train(place, run, *words)
     same_end(run, whole)
 
