@@ -134,9 +134,9 @@ def main() -> int:
     parser.add_argument("--plan", metavar="TOPOLOGY", help="add the modelled step of SmolLM3-3B there, like v5e:4x4")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
-    from smollm3_jax.weights.demo import pull_demo
+    from smollm3_jax.weights.demo import model_folder
 
-    folder = str(pull_demo() if args.model == "demo" else Path(args.model))
+    folder = str(model_folder(args.model))
     settings = {key: getattr(args, key) for key in ("dtype", "remat", "rows", "length")} | {"folder": folder}
     found = measure([ENGINES[0], *args.peer], settings, args.rounds)
     rows = {}

@@ -43,8 +43,8 @@ def draw(found: dict[str, Any], path: Path) -> None:
 
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     losses, shares = figure.subplots(1, 2)
-    names = list(found["run"][0])
-    for name, color in zip(names, [f"C{i}" for i in range(len(names))], strict=True):
+    for i, name in enumerate(found["run"][0]):
+        color = f"C{i}"
         losses.plot(found["steps"], [found["run"][step][name] for step in found["steps"]], color=color, label=name)
         losses.plot(found["steps"], [found["control"][step][name] for step in found["steps"]], color=color, ls=":")
         shares.plot(found["steps"], [100 * found["closed"][step][name] for step in found["steps"]], color=color)

@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 
 # What the float32 scores of one call may take; longer sequences go through a few queries at a time.
 SCORE_BYTES = 2**28
-# Rows are cut in so many pieces, of at least so many queries, of which each looks at no key behind its end.
+# A row is cut into so many pieces, of at least so many queries; a piece looks at no key behind its end.
 PIECES = 8
 PIECE_QUERIES = 64
 # A TPU's vectors are so wide: splash wants lengths that they divide.
@@ -385,7 +385,7 @@ def _dense(
     q_BKGTE = q_BTHE.reshape(batch, length, kv_heads, -1, width).transpose(0, 2, 3, 1, 4)
     k_BKSE, v_BKSE = (x.swapaxes(1, 2) for x in (k_BSKE, v_BSKE))
 
-    def some(q_BKGtE: Array, index_t: Array, keys: int, *q_segments_Bt: Array) -> Array:
+    def some(keys: int, q_BKGtE: Array, index_t: Array, *q_segments_Bt: Array) -> Array:
         kv_index_S = jnp.arange(keys)
         seen_BtS = (kv_index_S <= index_t[:, None])[None]
         for segments_Bt in q_segments_Bt:
@@ -408,7 +408,7 @@ def _dense(
         count = end - first
         step = max(1, SCORE_BYTES // (4 * batch * heads * keys))
         if count <= step:
-            return some(parts[0], parts[1], keys, *parts[2:])
+            return some(keys, *parts)
         step = 1 << (step.bit_length() - 1)
         pad = -count % step
 
@@ -417,7 +417,7 @@ def _dense(
             return jnp.moveaxis(x.reshape(*x.shape[:axis], -1, step, *x.shape[axis + 1 :]), axis, 0)
 
         split_up = tuple(split(x, axis) for x, axis in zip(parts, axes, strict=True))
-        out = jax.lax.map(lambda x: some(x[0], x[1], keys, *x[2:]), split_up)
+        out = jax.lax.map(lambda x: some(keys, *x), split_up)
         return jnp.moveaxis(out, 0, 3).reshape(batch, kv_heads, -1, count + pad, width)[:, :, :, :count]
 
     ends = np.linspace(0, length, max(1, min(PIECES, length // PIECE_QUERIES)) + 1).astype(int).tolist()

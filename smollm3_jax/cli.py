@@ -318,11 +318,9 @@ def _print_json(content: Any) -> None:
 
 
 def _folder(model: str, revision: str | None = None, token: str | None = None) -> Path:
-    from .weights import demo, hub
+    from .weights.demo import model_folder
 
-    if model == "demo" and not Path(model).exists():
-        return demo.pull_demo()
-    return hub.resolve(model, revision, token)
+    return model_folder(model, revision, token)
 
 
 def _pull(args: argparse.Namespace) -> int:
@@ -555,6 +553,7 @@ def _train(args: argparse.Namespace) -> int:
         return 0
     start(args.coordinator, args.processes, args.process, args.wait)
     from .train.loop import STOPPED, train
+    from .train.monitor import plain
 
     result = train(
         settings,
@@ -564,7 +563,7 @@ def _train(args: argparse.Namespace) -> int:
         clean=args.clean,
     )
     if args.json:
-        _print_json(result)
+        _print_json(plain(result))
     else:
         how = "stopped" if result["stopped"] else "done"
         loss = "none yet" if result["loss"] is None else f"{result['loss']:.4f}"

@@ -15,7 +15,7 @@ import pytest
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Tiny models take longer to compile than to run: leave out what only makes programs fast. (LLVM's passes;
-# XLA's own stay, and so do the subprocesses' programs and those of test_real_weights.py.)
+# XLA's own stay, and so do the programs of test_real_weights.py.)
 jax.config.update("jax_disable_most_optimizations", True)
 
 SHARED = Path(__file__).resolve().parents[1].parent / "shared" / "fixtures"

@@ -23,7 +23,9 @@ def command(place, run, *words, corpus="corpus.jsonl"):
 
 
 def environment(**more):
-    return {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", **more}
+    # Tiny models take longer to compile than to run.
+    quick = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "true"}
+    return {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", **quick, **more}
 
 
 def limited(limit):
@@ -46,6 +48,18 @@ def train(place, run, *words, code=0, env=None, limit=None, **options):
     return json.loads(done.stdout) if code in (0, 75) else done.stderr
 
 
+def start(place, run, *words, steps=3, **options):
+    """A run that has taken so many steps, and goes on."""
+    process = subprocess.Popen(
+        command(place, run, "run.steps=100000", *words, **options),
+        env=environment(),
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    wait_for_step(run, steps)
+    return process
+
+
 def losses(run):
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return {line["step"]: line["loss"] for line in lines if "loss" in line}
@@ -59,6 +73,10 @@ def checkpoint_digests(run, step):
 def same_end(run, whole, step=8):
     assert losses(run) == losses(whole)
     assert checkpoint_digests(run, step) == checkpoint_digests(whole, step)
+
+
+def wait_for_step(run, step, seconds=120):
+    wait_for(lambda: (run / "metrics.jsonl").exists() and max(losses(run), default=0) >= step, seconds)
 
 
 def wait_for(what, seconds=120):

@@ -10,7 +10,7 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -19,8 +19,9 @@ import orbax.checkpoint as ocp
 from etils import epath
 from jax import Array
 
-from ..errors import OptionError, TrainingError
+from ..errors import OptionError, SmolLM3Error, TrainingError
 from ..weights.bucket import is_remote
+from .job import together
 
 log = logging.getLogger(__name__)
 
@@ -28,7 +29,11 @@ FORMAT = 1
 _MULTIPLIERS = (0x9E3779B1, 0x85EBCA77)  # odd, of xxHash
 
 
-class Damaged(Exception):
+# Status codes of what hinders reading, but says nothing of what is there.
+_NO_DAMAGE = ("RESOURCE_EXHAUSTED", "PERMISSION_DENIED", "UNAUTHENTICATED", "UNAVAILABLE", "DEADLINE_EXCEEDED")
+
+
+class Damaged(SmolLM3Error):
     """A checkpoint that cannot be used; the reason."""
 
 
@@ -48,12 +53,9 @@ class Checkpoints:
           keep: how many of the newest stay; keep_every: of the older ones those whose step it divides (0: none).
         """
         self.folder, self._keep, self._keep_every = folder, keep, keep_every
+        self.damaged: set[int] = set()  # steps that restoring found to be so: retention does not count them
         handlers = {"state": ocp.StandardCheckpointHandler(), "about": ocp.JsonCheckpointHandler()}
         self._writer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler(**handlers))
-
-    def steps(self) -> list[int]:
-        """Of all that are whole, in order."""
-        return steps(self.folder)
 
     def save(self, step: int, state: Any, about: Mapping[str, Any]) -> None:
         """Begins to write; returns when the arrays are on the host.
@@ -78,6 +80,7 @@ class Checkpoints:
             **about,
         }
         items = {"state": ocp.args.StandardSave(arrays), "about": ocp.args.JsonSave(_sealed(content))}
+        self.damaged.discard(step)
         try:
             self._writer.save(self.folder / f"{step:08d}", args=ocp.args.Composite(**items), force=True)
         except Exception as error:
@@ -96,14 +99,17 @@ class Checkpoints:
             self._writer.wait_until_finished()
         except Exception as error:
             raise _failed(error) from error
-        old = self.steps()[: -self._keep]
-        for step in old:
+        old = [step for step in steps(self.folder) if step not in self.damaged]
+        for step in old[: -self._keep]:
             if jax.process_index() == 0 and not (self._keep_every and step % self._keep_every == 0):
                 with contextlib.suppress(OSError):
                     (self.folder / f"{step:08d}").rmtree()
 
     def close(self) -> None:
-        self._writer.close()
+        try:
+            self._writer.close()
+        except Exception as error:
+            raise _failed(error) from error
 
 
 def _failed(error: Exception) -> TrainingError:
@@ -154,8 +160,8 @@ def restore(folder: epath.Path, step: int, like: Any, under: str = "") -> Any:
       under: restore only what lies under this name in the state.
 
     Raises:
-      Damaged: something is missing, or has changed since it was written.
-      TrainingError: they are other arrays than `like`'s, or not all is finite.
+      Damaged: something is missing, or has changed since it was written; in a job, for one process at least.
+      TrainingError: they are other arrays than `like`'s, not all is finite, or there is no memory or permission.
     """
     about = read_about(folder, step)
     prefix = under and under + "."
@@ -172,10 +178,14 @@ def restore(folder: epath.Path, step: int, like: Any, under: str = "") -> Any:
     shapes = {name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding) for name, x in wanted.items()}
     places = jax.tree.map(lambda x: ocp.ArrayRestoreArgs(sharding=x.sharding, strict=True), shapes)
     arguments = ocp.args.PyTreeRestore(shapes, restore_args=places, partial_restore=bool(under))
-    try:
-        found = ocp.PyTreeCheckpointHandler().restore(folder / f"{step:08d}" / "state", args=arguments)
-    except Exception as error:
-        raise Damaged(f"checkpoint {step} cannot be read: {str(error).splitlines()[0][:300]}") from None
+    with together():
+        try:
+            found = ocp.PyTreeCheckpointHandler().restore(folder / f"{step:08d}" / "state", args=arguments)
+        except Exception as error:
+            reason = f"checkpoint {step} cannot be read: {(str(error) or repr(error)).splitlines()[0][:300]}"
+            if isinstance(error, (MemoryError, PermissionError)) or any(word in reason for word in _NO_DAMAGE):
+                raise TrainingError(reason) from None
+            raise Damaged(reason) from None
     digests, finite = digest(found)
     changed = [name for name, value in digests.items() if value != entries[name][2]]
     if changed:
@@ -184,11 +194,6 @@ def restore(folder: epath.Path, step: int, like: Any, under: str = "") -> Any:
     if bad:
         raise TrainingError(f"checkpoint {step}: not all is finite in {', '.join(bad[:10])}")
     return jax.tree.unflatten(jax.tree.structure(like), [found[name] for name in wanted])
-
-
-def newest_first(folder: epath.Path) -> Iterator[int]:
-    """The steps of a folder's checkpoints, from the newest on."""
-    yield from reversed(steps(folder))
 
 
 def named_arrays(tree: Any) -> dict[str, Any]:

@@ -4,8 +4,10 @@ Mixing, shuffling and packing go by global indices on every host; each then take
 """
 
 import dataclasses
+import logging
 import queue
 import threading
+import time
 from collections.abc import Callable, Generator, Mapping
 from typing import Any
 
@@ -16,11 +18,14 @@ from jax.sharding import NamedSharding
 
 from sharding.rules import Sharding
 
-from ..errors import DataError, DataHang
+from ..config import ModelConfig
+from ..errors import DataError, DataHang, OptionError
 from .packing import EndOfData, Rows
 from .settings import Settings, Source, stage_at
 from .sources import BadRecord, Documents, find_files, open_documents
 from .step import Batch
+
+log = logging.getLogger(__name__)
 
 Encode = Callable[[Any], np.ndarray]
 
@@ -50,11 +55,6 @@ class Batches:
     def corpora(self) -> Mapping[str, Documents]:
         return self._corpora
 
-    @property
-    def skipped(self) -> int:
-        """Bad records so far, of all corpora."""
-        return sum(rows.skipped for rows in self._rows.values())
-
     def state(self) -> dict[str, Any]:
         """Where the next batch begins, ready for JSON."""
         return {
@@ -65,19 +65,25 @@ class Batches:
             "rows": {name: rows.state() for name, rows in self._rows.items()},
         }
 
-    def restore(self, state: Mapping[str, Any]) -> None:
+    def restore(self, state: Mapping[str, Any], allow_changes: bool = False) -> None:
         """Goes to where a state was taken.
+
+        Args:
+          allow_changes: a corpus that it was not taken of begins from its start; the others go on.
 
         Raises:
           DataError: these are not the corpora that it was taken of.
         """
+        self._stage, self._mixed = state["stage"], {name: state["mixed"].get(name, 0) for name in self._rows}
         for name, files in self.state()["files"].items():
             before = state["files"].get(name)
-            if before != files:
-                raise DataError(_changed(name, before, files))
-        self._stage, self._mixed = state["stage"], dict(state["mixed"])
-        for name, rows in self._rows.items():
-            rows.restore(state["rows"][name])
+            if before == files:
+                self._rows[name].restore(state["rows"][name])
+                continue
+            changed = _changed(name, before, files)
+            if not allow_changes:
+                raise DataError(changed)
+            log.warning("%s: it is read from its start", changed)
 
     def next(self, step: int) -> Batch:
         """The batch of a step, numpy int32 [rows, length].
@@ -108,6 +114,8 @@ def expanded(settings: Settings) -> Settings:
         return settings
     files = find_files("data", Source(path=data.path, field=data.field))
     found = {file.stem: Source(path=str(file), field=data.field) for file in files}
+    if len(found) < len(files):
+        raise DataError(f"data.per_file: {data.path} holds files that differ in their endings alone")
     return dataclasses.replace(settings, data=dataclasses.replace(data, path="", sources=found))
 
 
@@ -119,8 +127,7 @@ def sources(settings: Settings) -> dict[str, Source]:
 
 def training_rows(name: str, documents: Documents, encode: Encode, settings: Settings) -> Rows:
     """Endless rows of the documents that are not held out, shuffled anew in each epoch."""
-    nth = 0 if settings.data.eval_path else settings.data.eval_every_nth
-    numbers = _Kept(len(documents), nth)
+    numbers = _Kept(len(documents), settings.data.eval_every_nth)
     if not len(numbers):
         raise DataError(f"source {name}: nothing is left beside what is held out")
     order: Any = grain.MapDataset.source(numbers).seed(settings.run.seed)
@@ -173,9 +180,11 @@ class _Kept:
 
 
 def ahead(
-    batches: Batches, start: int, stop: int, timeout: float, depth: int = 2
-) -> Generator[tuple[int, Batch, dict[str, Any]], None, None]:
+    batches: Batches, start: int, stop: int, timeout: float, asked: Callable[[], bool], depth: int = 2
+) -> Generator[tuple[int, Batch, dict[str, Any]] | None, None, None]:
     """(step, batch, the state behind it) of each step, made by a thread while the device works.
+
+    Where it has to wait and `asked()` says so, None comes instead.
 
     Raises:
       DataError: the thread failed.
@@ -205,19 +214,24 @@ def ahead(
     thread = threading.Thread(target=work, name="batches", daemon=True)
     thread.start()
     try:
+        begin = time.monotonic()
         while True:
             try:
-                item = made.get(timeout=timeout)
+                item = made.get(timeout=min(timeout, 0.5))
             except queue.Empty:
-                raise DataHang(f"no batch came within data.timeout={timeout:g} seconds") from None
+                if asked():
+                    yield None
+                if time.monotonic() - begin > timeout:
+                    raise DataHang(f"no batch came within data.timeout={timeout:g} seconds") from None
+                continue
             if item is None or isinstance(item, EndOfData):
                 return
             if isinstance(item, BaseException):
                 raise item
             yield item
+            begin = time.monotonic()
     finally:
         left.set()
-        thread.join(timeout=min(timeout, 10))  # it must not go on with what the caller restores
 
 
 def on_mesh(batch: Batch, sharding: Sharding | None) -> Batch:
@@ -228,17 +242,25 @@ def on_mesh(batch: Batch, sharding: Sharding | None) -> Batch:
     return jax.tree.map(lambda x: jax.make_array_from_callback(x.shape, at, lambda index: x[index]), batch)
 
 
-def encoder(tokenizer: Any, vocab_size: int, eos: int) -> Encode:
-    """What turns a document into token ids: texts through the tokenizer, tokens as they are, checked."""
+def encoder(tokenizer: Any, config: ModelConfig) -> Encode:
+    """What turns a document into token ids: texts through the tokenizer, tokens as they are, checked.
+
+    Raises:
+      OptionError: there is no token to put behind a text.
+    """
+    eos = config.eos_token_id
+    eos = eos[0] if isinstance(eos, tuple) else eos
+    if eos is None:
+        raise OptionError("config.json has no eos_token_id, which training puts behind each document")
 
     def encode(document: Any) -> np.ndarray:
         if isinstance(document, str):
             return np.asarray([*tokenizer.encode(document), eos], np.int32)
         if not document.size:
             raise BadRecord("a document without tokens")
-        if document.min() < 0 or document.max() >= vocab_size:
+        if document.min() < 0 or document.max() >= config.vocab_size:
             raise DataError(
-                f"tokens up to {document.max()}, but the model has {vocab_size}: another tokenizer's shards"
+                f"tokens up to {document.max()}, but the model has {config.vocab_size}: another tokenizer's shards"
             )
         return document
 

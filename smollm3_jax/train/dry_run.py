@@ -8,7 +8,7 @@ from rich.table import Table
 from sharding.hardware import GIB
 
 from ..config import RELEASE, SMOLLM3_3B, ModelConfig
-from ..weights import demo, hub
+from ..weights import demo
 from .settings import Settings, as_table, stage_at
 
 
@@ -39,7 +39,7 @@ def model_config(settings: Settings) -> ModelConfig:
     name = settings.model.config or settings.model.path
     if name == RELEASE:
         return ModelConfig.from_hf(SMOLLM3_3B)
-    return ModelConfig.from_hf(demo.pull_demo() if name == "demo" else hub.resolve(name))
+    return ModelConfig.from_hf(demo.model_folder(name))
 
 
 def tables(report: dict[str, Any]) -> Iterator[Any]:

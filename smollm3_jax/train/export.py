@@ -1,11 +1,11 @@
 """From a run's checkpoints to a Hugging Face folder."""
 
 import dataclasses
+import functools
 from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 from etils import epath
 
 from ..config import GenerationConfig, ModelConfig
@@ -38,37 +38,46 @@ def export(
         raise OptionError(f"{run} holds no checkpoint")
     if step is not None and step not in there:
         raise OptionError(f"--step {step}: {run} has checkpoints of {', '.join(map(str, there))}")
-    found: dict[int, Any] = {}
-    damage = ""
+    found: list[int] = []
+    damage, model = "", None
     for candidate in reversed([x for x in there if step is None or x <= step]):
         try:
-            found[candidate] = _model(place, candidate)
+            one = _model(place, candidate)
         except Damaged as reason:
             if candidate == step:
                 raise TrainingError(str(reason)) from None
             damage += f"; {reason}"
+            continue
+        found.append(candidate)
+        model = one if model is None else _running_mean(model, one, len(found))
         if len(found) == average:
             break
-    if len(found) < average:
+    if model is None or len(found) < average:
         raise TrainingError(f"{run} has {len(found)} sound checkpoints up to there, not {average}{damage}")
-    newest, model = next(iter(found.items()))
-    if average > 1:
-        model = jax.tree.map(lambda *xs: np.mean([np.asarray(x, np.float64) for x in xs], axis=0), *found.values())
-        model = jax.tree.map(lambda x: x.astype(np.float32), model)
     files = {file.name: file.read_bytes() for file in sorted((run / TOKENIZER).iterdir())}
-    config = ModelConfig.from_hf(checkpoints.read_about(place, newest)["config"])
+    config = ModelConfig.from_hf(checkpoints.read_about(place, found[0])["config"])
     config = dataclasses.replace(config, dtype=dtype)
     tensors = [cast(tensor, dtype) for tensor in tensors_of(model)]
     write_folder(folder, config, model.generation_config, tensors, files)
-    return list(found)
+    return found
+
+
+@functools.partial(jax.jit, donate_argnums=(0, 1))
+def _running_mean(mean: Any, model: Any, count: Any) -> Any:
+    """Of `count` models, float32; `mean` is that of those before."""
+    return jax.tree.map(lambda old, new: old + (new - old) / count, mean, model)
 
 
 def _model(place: epath.Path, step: int) -> Any:
-    """The model of a checkpoint, on the default device."""
+    """The model of a checkpoint, in the host's memory where JAX was not kept from CPUs."""
     about = checkpoints.read_about(place, step)
     config = ModelConfig.from_hf(about["config"])
     generation = GenerationConfig.from_hf(about["generation_config"], config)
     like = abstract_model(config, "float32", generation)
-    at = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    try:
+        device = jax.local_devices(backend="cpu")[0]
+    except RuntimeError:
+        device = jax.local_devices()[0]
+    at = jax.sharding.SingleDeviceSharding(device)
     like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), like)
     return checkpoints.restore(place, step, like, under="model")

@@ -4,9 +4,13 @@ All that a run needs to go on is in its folder:
 
     settings.json, environment.json   what it was told, and what it runs on
     metrics.jsonl                     a line a step; held-out losses among them
-    skipped.jsonl                     steps without an update, and where their data stood
+    skipped.jsonl                     steps of which something was left out, and where their data stood
+    events.jsonl                      damaged checkpoints, rollbacks
     checkpoints/00000500/             see checkpoint.py
+    tokenizer/                        the text files of the model, for exports
     report.html, report.png           the curves
+    profile/                          of the steps that log.profile names
+    lock                              held by the process that trains here
 """
 
 import contextlib
@@ -17,6 +21,7 @@ import functools
 import hashlib
 import json
 import logging
+import math
 import os
 import re
 import signal
@@ -43,7 +48,7 @@ from ..errors import DataError, OptionError, TrainingError
 from ..model import SmolLM3
 from ..support import SHOWN, version
 from ..tokenizer import load_tokenizer
-from ..weights import demo, hub
+from ..weights import demo
 from ..weights.bucket import is_remote
 from ..weights.key_map import abstract_model
 from ..weights.load import TEXT_FILES, load, open_checkpoint
@@ -51,10 +56,11 @@ from . import checkpoint as checkpoints
 from .checkpoint import Checkpoints, Damaged, run_folder
 from .data import Batches, ahead, encoder, expanded, held_out_rows, on_mesh
 from .export import TOKENIZER
+from .job import agree, gathered, together
 from .monitor import Monitor
 from .optimizer import adamw, schedule
 from .packing import EndOfData
-from .settings import Settings, Stage, as_table, stage_at
+from .settings import Settings, Stage, as_table, parse, stage_at
 from .step import COMPILER_OPTIONS, Batch, StepOptions, TrainState, init_state, loss_sums, state_shardings, train_step
 
 log = logging.getLogger(__name__)
@@ -69,12 +75,12 @@ FREE += ("model.path", "model.config", "data.path")
 
 @dataclasses.dataclass
 class Progress:
-    """Where a run stands: step counts updates and skipped ones."""
+    """Where a run stands: step counts updates and skipped ones; data is the place behind it."""
 
-    state: Any  # a TrainState, once there is one
-    step: int
-    stage: int
-    skips: int = 0
+    state: Any = None  # a TrainState, once there is one
+    step: int = 0
+    stage: int = 0
+    data: Any = None
     retries: int = 0
 
 
@@ -92,11 +98,7 @@ class Stop:
 
     def agreed(self) -> bool:
         """Whether any process was asked."""
-        if jax.process_count() == 1:
-            return self.asked
-        from jax.experimental import multihost_utils
-
-        return bool(multihost_utils.process_allgather(np.array(self.asked)).any())
+        return bool(gathered(self.asked).any())
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
@@ -116,7 +118,6 @@ def train(
     allow_restart: bool = False,
     allow_changes: bool = False,
     clean: bool = False,
-    show: Callable[[Mapping[str, Any]], None] | None = None,
 ) -> dict[str, Any]:
     """Trains until the settings' last step, the end of the data, or a signal.
 
@@ -125,26 +126,29 @@ def train(
       allow_restart: begin anew even where all checkpoints are damaged.
       allow_changes: go on though settings or data are not those that the checkpoint was made with.
       clean: first remove what saves left behind that were broken off, and whatever else is no checkpoint there.
-      show: called with each line of metrics.
 
     Returns:
-      "step", "stopped" (by a signal), "loss" of the last step, "tokens", "seconds", "checkpoint" (the last step's).
+      "step", "stopped" (by a signal), "loss" of the last step, "skipped" and "held_out", "tokens" and "seconds" of this
+      call, "checkpoint" (the last step's).
 
     Raises:
       SmolLM3Error, ShardingError: what is wrong, and the way out.
     """
     compile_cache.enable()
-    settings = expanded(settings)
-    folder = run_folder(settings.run.dir)
+    agree("settings or versions", [as_table(settings), version("smollm3-jax"), version("jax")])
     stop = Stop()
-    with stop.listening(), _only_one(folder):
+    with stop.listening(), contextlib.ExitStack() as stack:
+        with together():
+            settings = expanded(settings)
+            folder = run_folder(settings.run.dir)
+            stack.enter_context(_only_one(folder))
         if not resume and (folder / "checkpoints").is_dir() and checkpoints.steps(folder / "checkpoints"):
             raise OptionError(f"{folder} holds a run: --resume auto goes on with it, run.dir=FOLDER begins another")
         if clean and jax.process_index() == 0:
             for left in checkpoints.left_overs(folder / "checkpoints"):
                 log.warning("removing %s", left)
                 left.rmtree() if left.is_dir() else left.unlink()
-        return _Run(settings, stop, allow_restart, allow_changes, show).train()
+        return _Run(settings, stop, allow_restart, allow_changes).train()
 
 
 @contextlib.contextmanager
@@ -169,44 +173,36 @@ def _only_one(folder: epath.Path) -> Iterator[None]:
 class _Run:
     """One call of `train`: what it sets up once, and the loop."""
 
-    def __init__(
-        self,
-        settings: Settings,
-        stop: Stop,
-        allow_restart: bool,
-        allow_changes: bool,
-        show: Callable[[Mapping[str, Any]], None] | None,
-    ):
+    def __init__(self, settings: Settings, stop: Stop, allow_restart: bool, allow_changes: bool):
         self.settings, self.stop = settings, stop
         self.allow_restart, self.allow_changes = allow_restart, allow_changes
         self.folder = run_folder(settings.run.dir)
-        _agree(settings)
-        source, self.shapes, self.load, self.sharding = open_model(settings)
-        self.config = self.shapes.config
-        tokenizer = load_tokenizer(source, self.config)
-        self.tokenizer = hashlib.sha256((source / "tokenizer.json").read_bytes()).hexdigest()
-        if jax.process_index() == 0:
-            _keep_tokenizer(source, self.folder / TOKENIZER)
-        eos = self.config.eos_token_id
-        eos = eos[0] if isinstance(eos, tuple) else eos
-        if eos is None:
-            raise OptionError("model: config.json has no eos_token_id, which training puts between documents")
-        self.encode = encoder(tokenizer, self.config.vocab_size, eos)
-        self.batches = Batches(settings, self.encode)
+        with together():
+            source, self.shapes, self.load, self.sharding = open_model(settings)
+            self.config = self.shapes.config
+            tokenizer = load_tokenizer(source, self.config)
+            self.tokenizer_digest = hashlib.sha256((source / "tokenizer.json").read_bytes()).hexdigest()
+            if jax.process_index() == 0:
+                _keep_tokenizer(source, self.folder / TOKENIZER)
+            self.encode = encoder(tokenizer, self.config)
+            self.batches = Batches(settings, self.encode)
+        agree("models", [self.config.to_hf(), self.tokenizer_digest])
+        agree("data", self.batches.state())
         self.optimizers: dict[int, tuple[optax.GradientTransformation, optax.Schedule]] = {}
         self.compiled: dict[Any, Any] = {}
-        self.progress = Progress(None, 0, 0)
+        self.progress = Progress(data=self.batches.state())
         self.checkpoints = Checkpoints(
             self.folder / "checkpoints", settings.checkpoint.keep, settings.checkpoint.keep_every
         )
-        self.monitor = Monitor(self.folder, settings, environment(), show)
-        self.saved = -1
+        self.monitor = Monitor(self.folder, settings, environment())
+        self.saved, self.saved_data = -1, None
 
     # --- parts --------------------------------------------------------------------------------------------
 
     def first_state(self) -> TrainState:
         """Of the model as it is loaded. Raises TrainingError where it is not finite."""
-        model = self.load()
+        with together():
+            model = self.load()
         _, finite = checkpoints.digest(checkpoints.named_arrays({"model": model}))
         if bad := [name for name, good in finite.items() if not good]:
             raise TrainingError(f"{self.settings.model.path}: not all is finite in {', '.join(bad[:10])}")
@@ -228,12 +224,7 @@ class _Run:
     def optimizer(self, stage: int) -> tuple[optax.GradientTransformation, optax.Schedule]:
         """(AdamW, its learning rate) of a stage: where one begins with fresh moments, its schedule begins too."""
         if stage not in self.optimizers:
-            starts = [0, *(s.start for s in self.settings.stages)]
-            fresh = [0, *(s.start for s in self.settings.stages if s.reset_optimizer)]
-            begin = max(x for x in fresh if x <= starts[stage])
-            end = min([x for x in fresh if x > begin], default=self.settings.run.steps)
-            o = self.settings.optimizer
-            rate = schedule(o.schedule, o.learning_rate, end - begin, o.warmup_steps, o.decay_steps, o.end)
+            o, rate = self.settings.optimizer, rate_of(self.settings, stage)
             rule = adamw(rate, b1=o.b1, b2=o.b2, eps=o.eps, weight_decay=o.weight_decay, clip_norm=o.clip_norm)
             self.optimizers[stage] = (rule, rate)
         return self.optimizers[stage]
@@ -271,47 +262,46 @@ class _Run:
 
     # --- checkpoints --------------------------------------------------------------------------------------
 
-    def save(self, data: Mapping[str, Any]) -> None:
+    def save(self) -> None:
         step = self.progress.step
-        if step == self.saved:
+        if step == self.saved and self.progress.data is self.saved_data:
             return
         about = {
             "settings": as_table(self.settings),
             "stage": self.progress.stage,
-            "data": data,
-            "tokenizer": self.tokenizer,
+            "data": self.progress.data,
+            "retries": self.progress.retries,
+            "tokenizer": self.tokenizer_digest,
             "config": self.progress.state.model.config.to_hf(),
             "generation_config": self.progress.state.model.generation_config.to_hf(),
         }
         with self.monitor.busy("saving"):
             self.checkpoints.save(step, self.progress.state, about)
         self.monitor.flush()
-        self.saved = step
+        self.saved, self.saved_data = step, self.progress.data
 
     def restore(self) -> bool:
         """From the newest sound checkpoint; False if there is none at all."""
         folder = self.folder / "checkpoints"
         damaged = []
-        for step in checkpoints.newest_first(folder):
+        for step in reversed(checkpoints.steps(folder)):
             try:
-                about = checkpoints.read_about(folder, step)
-                self.compare(about)
+                with together():
+                    about = checkpoints.read_about(folder, step)
+                    self.compare(about)
                 self.progress.state = None  # what is to be replaced need not take memory
                 like = self.state_like(stage_at(self.settings, max(0, step - 1))[1])
                 self.progress.state = checkpoints.restore(folder, step, like)
-                self.progress.step, self.progress.stage = step, about["stage"]
             except Damaged as reason:
                 log.warning("%s; trying the one before", reason)
                 self.monitor.event({"event": "damaged checkpoint", "step": step, "reason": str(reason)})
                 damaged.append(step)
+                self.checkpoints.damaged.add(step)
                 continue
-            try:
-                self.batches.restore(about["data"])
-            except DataError as error:
-                if not self.allow_changes:
-                    raise
-                log.warning("%s: the data begins from the start", error)
-            self.saved = step
+            self.batches.restore(about["data"], self.allow_changes)
+            self.progress.step, self.progress.stage, self.progress.data = step, about["stage"], self.batches.state()
+            self.progress.retries = max(self.progress.retries, about.get("retries", 0))
+            self.saved, self.saved_data = step, self.progress.data
             log.info("going on from step %d", step)
             return True
         if damaged and not self.allow_restart:
@@ -323,15 +313,21 @@ class _Run:
     def compare(self, about: Mapping[str, Any]) -> None:
         """Raises TrainingError where settings, architecture or tokenizer differ: what changes what a step computes."""
 
-        config = self.config_in(stage_at(self.settings, max(0, about["step"] - 1))[1]).to_hf()
-        own = {**as_table(self.settings), "config.json": config, "tokenizer.json": self.tokenizer}
-        then = {**about["settings"], "config.json": about["config"], "tokenizer.json": about["tokenizer"]}
+        number, stage = stage_at(self.settings, max(0, about["step"] - 1))
+        config = self.config_in(stage).to_hf()
+        own = {**as_table(self.settings), "config.json": config, "tokenizer.json": self.tokenizer_digest}
+        settings = parse(about["settings"], "the checkpoint")  # what is a setting only now had its default
+        then = {**as_table(settings), "config.json": about["config"], "tokenizer.json": about["tokenizer"]}
         before, now = _flat(then), _flat(json.loads(json.dumps(own)))
         differ = [
             f"{key}: {before.get(key)!r} then, {now.get(key)!r} now"
             for key in sorted({*before, *now})
             if before.get(key) != now.get(key) and not _is_free(key)
         ]
+        updates = about["step"] - 1 - begin_of(settings, number)
+        if updates >= 0 and rate_of(settings, number)(updates) != rate_of(self.settings, number)(updates):
+            steps = f"{settings.run.steps} then, {self.settings.run.steps} now"
+            differ.append(f"run.steps: {steps}, on which the learning rate of the steps so far depends")
         if not differ:
             return
         if not self.allow_changes:
@@ -343,66 +339,77 @@ class _Run:
     # --- the loop -----------------------------------------------------------------------------------------
 
     def train(self) -> dict[str, Any]:
-        s, progress = self.settings, self.progress
-        resumed = self.restore()
-        if not resumed:
-            progress.state = self.first_state()
-        data = self.batches.state()
-        self.monitor.begin(progress.step, resumed, self.describe())
-        stopped = False
-        if not resumed:
-            self.evaluate()
-        try:
-            while progress.step < s.run.steps and not stopped:
-                data, stopped = self.stretch(data)
-                if progress.step < s.run.steps and not stopped and data is None:
-                    break
-            if data is not None and progress.step > 0:
-                self.save(data)
-            self.checkpoints.wait()
-        finally:
-            self.checkpoints.close()
-            self.monitor.close()
+        progress = self.progress
+        with contextlib.ExitStack() as ends:
+            ends.callback(self.monitor.close)
+            ends.callback(self.checkpoints.close)
+            resumed = self.restore()
+            if not resumed:
+                progress.state = self.first_state()
+            self.monitor.begin(progress.step, resumed, self.describe())
+            if not self.monitor.has_held_out(progress.step):
+                self.evaluate()
+            try:
+                while self.stretch():
+                    pass
+            except DataError:
+                if jax.process_count() == 1:  # in a job, others may be on their way to the next step
+                    self.keep()
+                raise
+            self.keep()
+        stopped = self.stop.agreed() and progress.step < self.settings.run.steps
         return {**self.monitor.summary(), "step": progress.step, "stopped": stopped, "checkpoint": self.saved}
 
-    def stretch(self, data: Mapping[str, Any]) -> tuple[Any, bool]:
-        """Steps until the end, a signal or a rollback: (state of the data behind the last step, whether stopped)."""
+    def keep(self) -> None:
+        """A checkpoint of where the run stands, whole when this returns."""
+        if self.progress.step > 0:
+            self.save()
+        self.checkpoints.wait()
+
+    def stretch(self) -> bool:
+        """Steps until the last one, the end of the data or a signal; True if a rollback asks for another stretch."""
         s, progress = self.settings, self.progress
-        trouble = None
-        with contextlib.closing(ahead(self.batches, progress.step, s.run.steps, s.data.timeout)) as came:
-            for step, host_batch, behind in came:
-                if self.stop.agreed():
-                    return data, True
+
+        def asked() -> bool:
+            return self.stop.asked and jax.process_count() == 1  # in a job all have to come to the same step
+
+        with contextlib.closing(ahead(self.batches, progress.step, s.run.steps, s.data.timeout, asked)) as came:
+            begin = time.monotonic()
+            for item in came:
+                if self.stop.agreed() or item is None:
+                    return False
+                step, host_batch, behind = item
                 number, stage = stage_at(s, step)
                 self.enter(number, stage)
                 batch = on_mesh(host_batch, self.sharding)
+                programs = len(self.compiled)
                 compiled = self.step_for(number, stage, batch)
-                begin = time.monotonic()
-                with self.monitor.profiled(step), _room(progress.state, batch):
+                if len(self.compiled) > programs:
+                    begin = time.monotonic()  # a step's time is that of its data and its products
+                with self.monitor.profiled(step + 1), _room(progress.state, batch):
                     progress.state, metrics = compiled(progress.state, batch)
                     metrics = {name: float(x) for name, x in jax.device_get(metrics).items()}
                 progress.step = step + 1
                 line = self.line(number, metrics, time.monotonic() - begin, host_batch.tokens.size)
                 trouble = self.monitor.step(line)
                 if line["bad"]:
-                    self.monitor.skipped({"step": progress.step, "bad": line["bad"], "data": data})
-                data = behind
+                    self.monitor.skipped({"step": progress.step, "bad": line["bad"], "data": progress.data})
+                progress.data = behind
                 self.checkpoints.check()
-                if trouble and s.guard.policy != "ignore":
-                    break
+                if trouble and s.guard.policy == "ignore":
+                    log.warning("step %d: %s", progress.step, trouble)
+                elif trouble:
+                    self.give_up(trouble)
+                    return True
                 if s.checkpoint.every and progress.step % s.checkpoint.every == 0:
-                    self.save(data)
-                if s.eval.every and progress.step % s.eval.every == 0:
-                    self.evaluate()
-        if trouble and s.guard.policy != "ignore":
-            return self.give_up(trouble, data), False
+                    self.save()
+                self.evaluate()
+                begin = time.monotonic()
         if progress.step < s.run.steps:
             log.warning("the data ends at step %d of %d", progress.step, s.run.steps)
-            self.save(data)
-            return None, False
-        return data, self.stop.agreed()
+        return False
 
-    def give_up(self, trouble: str, data: Mapping[str, Any]) -> Mapping[str, Any]:
+    def give_up(self, trouble: str) -> None:
         """Goes back to the last checkpoint and on with the data behind the trouble, if the policy says so."""
         s, progress = self.settings, self.progress
         progress.retries += 1
@@ -412,14 +419,16 @@ class _Run:
                 "guard.policy=rollback goes back to it and passes over the data since"
             )
         self.checkpoints.wait()
-        before = progress.step
+        before, data = progress.step, progress.data
         if not self.restore():
             raise TrainingError(f"step {before}: {trouble}; there is no checkpoint to go back to")
-        self.batches.restore(data)  # past what made the trouble
+        # A new reader, as the old one's thread may be in the middle of a batch; from behind what made the trouble.
+        self.batches = Batches(s, self.encode)
+        self.batches.restore(data)
+        progress.data = data
         log.warning("step %d: %s: back to step %d, without the data since", before, trouble, progress.step)
         self.monitor.event({"event": "rollback", "step": before, "to": progress.step, "reason": trouble})
         self.monitor.back_to(progress.step)
-        return data
 
     def line(self, stage: int, metrics: dict[str, float], seconds: float, tokens: int) -> dict[str, Any]:
         progress = self.progress
@@ -436,16 +445,18 @@ class _Run:
     # --- held-out text ------------------------------------------------------------------------------------
 
     def evaluate(self) -> None:
-        """Nats a token of the held-out documents, by source, to metrics.jsonl."""
+        """Nats a token of the held-out documents, by source, to metrics.jsonl: where a step is one of eval.every."""
         s = self.settings
-        if not s.eval.every:
+        if not s.eval.every or self.progress.step % s.eval.every != 0:
             return
         _, stage = stage_at(s, max(0, self.progress.step - 1))
         found = {}
         for name, rows in held_out_rows(s, self.batches, self.encode).items():
             nats = count = 0.0
             with self.monitor.busy(f"held-out text of {name}"):
-                while count < s.eval.tokens and not self.stop.asked:
+                while count < s.eval.tokens:
+                    if self.stop.agreed():
+                        return
                     pairs = []
                     with contextlib.suppress(EndOfData):
                         for _ in range(stage.rows):
@@ -460,7 +471,7 @@ class _Run:
                     nats, count = nats + float(sums[0]), count + float(sums[1])
             if count:
                 found[name] = {"nats_per_token": nats / count, "tokens": int(count)}
-        if found and not self.stop.asked:
+        if found:
             self.monitor.held_out(self.progress.step, found)
 
     def describe(self) -> dict[str, Any]:
@@ -487,20 +498,21 @@ def _held_out(model: SmolLM3, batch: Batch, *, dtype: str, sharding: Sharding | 
 def open_model(settings: Settings) -> tuple[Path, SmolLM3, Callable[[], SmolLM3], Sharding | None]:
     """(the folder of its text files, the shapes of the float32 model, what loads it, its sharding)."""
     m = settings.model
-    path = demo.pull_demo() if m.path == "demo" else hub.resolve(m.path or m.config)
+    path = demo.model_folder(m.path or m.config)
     opened = open_checkpoint(path) if m.path else None
     found = opened.config if opened else ModelConfig.from_hf(path)
     config, generation = adapted(found, settings), opened.generation_config if opened else None
     sharding = _sharding(settings, config)
+    shapes = abstract_model(config, "float32", generation)
 
     def load_it() -> SmolLM3:
         if opened is not None:
             mesh, rules = (sharding.mesh, settings.mesh.rules or "fsdp") if sharding else (None, None)
             return load(dataclasses.replace(opened, config=config), "float32", mesh, rules, stacked=True)
-        model = SmolLM3(config, rngs=nnx.Rngs(settings.run.seed))
-        return jax.device_put(model, state_shardings(model, sharding)) if sharding else model
+        places = state_shardings(shapes, sharding) if sharding else None
+        return jax.jit(lambda: SmolLM3(config, rngs=nnx.Rngs(settings.run.seed)), out_shardings=places)()
 
-    return path, abstract_model(config, "float32", generation), load_it, sharding
+    return path, shapes, load_it, sharding
 
 
 def _keep_tokenizer(source: Path, folder: epath.Path) -> None:
@@ -532,7 +544,31 @@ def _sharding(settings: Settings, config: ModelConfig) -> Sharding | None:
         return None
     rules = mesh.rules or "fsdp"
     axes = parse_axes(mesh.axes) if mesh.axes else DEFAULT_AXES.get(rules, {"data": -1})
-    return Sharding.of(make_mesh(axes), rules).fitted(config.axis_sizes)
+    sharding = Sharding.of(make_mesh(axes), rules).fitted(config.axis_sizes)
+    for start in (0, *(stage.start for stage in settings.stages)):
+        stage, parts = stage_at(settings, start)[1], sharding.parts("batch")
+        if stage.rows // stage.micro_batches % parts:
+            raise OptionError(
+                f"data.rows: {stage.rows} in {stage.micro_batches} micro-batches do not go evenly onto {parts} devices"
+            )
+    return sharding
+
+
+def begin_of(settings: Settings, stage: int) -> int:
+    """The step at which a stage's moments were fresh: there its schedule begins, too."""
+    starts = [0, *(s.start for s in settings.stages)]
+    return max(x for x in _fresh(settings) if x <= starts[stage])
+
+
+def rate_of(settings: Settings, stage: int) -> optax.Schedule:
+    """The learning rate of a stage by the number of updates since its moments were fresh."""
+    begin, o = begin_of(settings, stage), settings.optimizer
+    end = min([x for x in _fresh(settings) if x > begin], default=settings.run.steps)
+    return schedule(o.schedule, o.learning_rate, end - begin, o.warmup_steps, o.decay_steps, o.end)
+
+
+def _fresh(settings: Settings) -> list[int]:
+    return [0, *(s.start for s in settings.stages if s.reset_optimizer)]
 
 
 def with_config(tree: Any, config: ModelConfig) -> Any:
@@ -554,26 +590,13 @@ def _placed(state: TrainState, sharding: Sharding | None) -> TrainState:
     return jax.jit(lambda x: x, out_shardings=state_shardings(state, sharding), donate_argnums=0)(state)
 
 
-def _agree(settings: Settings) -> None:
-    """Raises TrainingError where processes of a job were told different things, and names them."""
-    if jax.process_count() == 1:
-        return
-    from jax.experimental import multihost_utils
-
-    text = json.dumps([as_table(settings), version("smollm3-jax"), version("jax")], sort_keys=True)
-    own = np.frombuffer(hashlib.sha256(text.encode()).digest()[:8], np.uint32)
-    all_of_them = multihost_utils.process_allgather(own)
-    odd = [i for i, words in enumerate(all_of_them) if (words != all_of_them[0]).any()]
-    if odd:
-        raise TrainingError(f"processes {odd} have other settings or versions than process 0")
-
-
 @contextlib.contextmanager
 def _room(state: TrainState, batch: Any) -> Iterator[None]:
     """Turns a want of memory into TrainingError: what takes it, and three ways out."""
 
     def share(tree: Any) -> str:
-        return f"{sum(x.nbytes / len(x.sharding.device_set) for x in jax.tree.leaves(tree)) / GIB:.2f} GiB"
+        sizes = (math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
+        return f"{sum(sizes) / GIB:.2f} GiB"
 
     parts = f"parameters {share(state.model)}, optimizer {share(state.optimizer)}, batch {share(batch)}"
     try:

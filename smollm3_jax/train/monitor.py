@@ -1,5 +1,6 @@
 """What a run shows and writes: progress on standard error, metrics.jsonl, and backends that may fail."""
 
+import collections
 import contextlib
 import json
 import logging
@@ -26,18 +27,14 @@ STRAGGLER = 5.0
 class Monitor:
     """Of one run. Only process 0 writes and shows; all watch the loss."""
 
-    def __init__(
-        self,
-        folder: epath.Path,
-        settings: Settings,
-        environment: Mapping[str, Any],
-        show: Callable[[Mapping[str, Any]], None] | None = None,
-    ):
-        self._folder, self._settings, self._show = folder, settings, show
-        self._environment = environment
+    def __init__(self, folder: epath.Path, settings: Settings, environment: Mapping[str, Any]):
+        self._folder, self._settings, self._environment = folder, settings, environment
         self._first = jax.process_index() == 0
-        self._lines: list[dict[str, Any]] = []
-        self._losses: list[float] = []
+        # Of the last steps alone, as a run may take millions: seconds, and (step, loss) of those with an update.
+        self._seconds: collections.deque[float] = collections.deque(maxlen=50)
+        self._losses: collections.deque[tuple[int, float]] = collections.deque(maxlen=settings.guard.window)
+        self._sums = {"loss": None, "tokens": 0, "skipped": 0, "held_out": None}
+        self._held_out_at = -1
         self._skips = 0
         self._begin = self._said = time.monotonic()
         self._start = 0
@@ -51,14 +48,14 @@ class Monitor:
     def begin(self, step: int, resumed: bool, about: Mapping[str, Any]) -> None:
         """Before the first step: what is known of the steps so far, and what is about to run."""
         self._start, self._begin = step, time.monotonic()
-        self._lines = [x for x in read_lines(self._folder / "metrics.jsonl") if x["step"] <= step] if resumed else []
-        self._losses = [x["loss"] for x in self._lines if "loss" in x and math.isfinite(x["loss"])]
+        for line in read_lines(self._folder / "metrics.jsonl") if resumed else []:
+            if line["step"] <= step:
+                self._remember(line)
+        self._cut(step if resumed else -1)
         if not self._first:
             return
         self._write("settings.json", json.dumps(as_table(self._settings), indent=2) + "\n")
         self._write("environment.json", json.dumps(self._environment, indent=2) + "\n")
-        # What was logged behind the checkpoint is computed again.
-        self._write("metrics.jsonl", "".join(_text(line) for line in self._lines))
         self._backends = [b for b in (_tensorboard(self._folder, self._settings), _wandb(self._settings)) if b]
         self._say(_headline(about))
         self._open_bar(step)
@@ -67,6 +64,7 @@ class Monitor:
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
+        self._end_profile()
         if not self._first:
             return
         self.flush()
@@ -76,40 +74,54 @@ class Monitor:
             write_report(self._folder)
 
     def summary(self) -> dict[str, Any]:
-        steps = [x for x in self._lines if "loss" in x]
-        now = [x for x in steps if x["step"] > self._start]
-        return {
-            "loss": steps[-1]["loss"] if steps else None,
-            "tokens": int(sum(x["tokens"] for x in now)),
-            "seconds": time.monotonic() - self._begin,
-            "skipped": sum(1 for x in steps if x["bad"]),
-            "held_out": next((x["held_out"] for x in reversed(self._lines) if "held_out" in x), None),
-        }
+        """Of the whole run, but for "tokens" and "seconds", which are those of this call."""
+        return {**self._sums, "seconds": time.monotonic() - self._begin}
+
+    def has_held_out(self, step: int) -> bool:
+        """Whether metrics.jsonl has the held-out losses of a step."""
+        return self._held_out_at == step
+
+    def _remember(self, line: Mapping[str, Any]) -> None:
+        sums = self._sums
+        if "held_out" in line:
+            self._held_out_at, sums["held_out"] = line["step"], line["held_out"]
+            return
+        self._seconds.append(line["seconds"])
+        if math.isfinite(line["loss"]):
+            self._losses.append((line["step"], line["loss"]))
+        sums["loss"], sums["skipped"] = line["loss"], sums["skipped"] + bool(line["bad"])
+        if line["step"] > self._start:
+            sums["tokens"] += int(line["tokens"])
+
+    def _cut(self, step: int) -> None:
+        """Takes what lies behind a step off metrics.jsonl: it is computed again."""
+        if not self._first:
+            return
+        with self._surviving("metrics.jsonl"):
+            kept = [line for line in read_lines(self._folder / "metrics.jsonl") if line["step"] <= step]
+            self._write("metrics.jsonl", "".join(_text(line) for line in kept))
 
     # --- as it goes ---------------------------------------------------------------------------------------
 
     def step(self, line: dict[str, Any]) -> str | None:
         """Records a step; says what is wrong with it, if it is reason to give up."""
         guard = self._settings.guard
-        self._lines.append(line)
+        if len(self._seconds) > 10 and line["seconds"] > STRAGGLER * (usual := statistics.median(self._seconds)):
+            log.warning("step %d took %.1f s, others %.1f", line["step"], line["seconds"], usual)
+        window = [loss for _, loss in self._losses]
+        self._remember(line)
         if line["step"] % self._settings.log.every == 0 or line["bad"]:
             self._append("metrics.jsonl", line)
             for backend in self._backends:
                 backend(line["step"], {k: v for k, v in line.items() if isinstance(v, (int, float))})
         self._advance(line)
-        if self._show is not None and self._first:
-            self._show(line)
-        recent = [x["seconds"] for x in self._lines[-50:-1] if "seconds" in x]
-        if len(recent) > 10 and line["seconds"] > STRAGGLER * statistics.median(recent):
-            log.warning("step %d took %.1f s, others %.1f", line["step"], line["seconds"], statistics.median(recent))
-        loss, window = line["loss"], self._losses[-guard.window :]
+        loss = line["loss"]
         self._skips = self._skips + 1 if not math.isfinite(loss) else 0
         if guard.skips and self._skips >= guard.skips:
             return f"{self._skips} steps in a row were not finite"
         if not math.isfinite(loss):
             log.warning("step %d is not finite and was skipped", line["step"])
             return None
-        self._losses.append(loss)
         if guard.spike and len(window) >= min(20, guard.window):
             limit = statistics.mean(window) + guard.spike * statistics.stdev(window)
             if loss > limit:
@@ -118,15 +130,14 @@ class Monitor:
 
     def back_to(self, step: int) -> None:
         """Forgets what came behind a step."""
-        self._lines = [x for x in self._lines if x["step"] <= step]
-        self._losses = [x["loss"] for x in self._lines if "loss" in x and math.isfinite(x["loss"])]
+        self._losses = collections.deque((x for x in self._losses if x[0] <= step), self._losses.maxlen)
         self._skips = 0
-        if self._first:
-            self._write("metrics.jsonl", "".join(_text(line) for line in self._lines))
+        self.flush()
+        self._cut(step)
 
     def held_out(self, step: int, found: Mapping[str, Any]) -> None:
         line = {"step": step, "held_out": dict(found)}
-        self._lines.append(line)
+        self._remember(line)
         self._append("metrics.jsonl", line)
         for backend in self._backends:
             backend(step, {f"held_out/{name}": x["nats_per_token"] for name, x in found.items()})
@@ -155,13 +166,19 @@ class Monitor:
     def profiled(self, step: int) -> Iterator[None]:
         """Profiles the steps that log.profile names, into the run folder."""
         first, _, last = self._settings.log.profile.partition("-")
-        if first and step == int(first) and not self._profiling:
-            jax.profiler.start_trace(str(self._folder / "profile"))
-            self._profiling = True
+        if first and int(first) <= step <= int(last or first) and not self._profiling:
+            with self._surviving("profile"):
+                jax.profiler.start_trace(str(self._folder / "profile"))
+                self._profiling = True
         yield
         if self._profiling and step >= int(last or first):
-            jax.profiler.stop_trace()
+            self._end_profile()
+
+    def _end_profile(self) -> None:
+        if self._profiling:
             self._profiling = False
+            with self._surviving("profile"):
+                jax.profiler.stop_trace()
 
     # --- how ----------------------------------------------------------------------------------------------
 
@@ -170,7 +187,7 @@ class Monitor:
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
         console = Console(stderr=True)
-        if not console.is_terminal or self._show is not None:
+        if not console.is_terminal:
             return
         columns = (TextColumn("{task.fields[what]}"), BarColumn(), MofNCompleteColumn())
         self._bar = Progress(*columns, TextColumn("{task.fields[numbers]}"), TimeRemainingColumn(), console=console)
@@ -187,7 +204,7 @@ class Monitor:
         )
         if self._bar is not None:
             self._bar.update(self._task, completed=line["step"], numbers=numbers)
-        elif self._show is None and time.monotonic() - self._said >= SECONDS_BETWEEN_LINES:
+        elif time.monotonic() - self._said >= SECONDS_BETWEEN_LINES:
             done = line["step"] - self._start
             left = (time.monotonic() - self._begin) / done * (self._settings.run.steps - line["step"])
             self._said = time.monotonic()
@@ -235,9 +252,14 @@ class Monitor:
 
 
 def _text(line: Mapping[str, Any]) -> str:
-    """A line of JSON, which knows no NaN: numbers that are not finite are null there."""
-    plain = {key: None if isinstance(x, float) and not math.isfinite(x) else x for key, x in line.items()}
-    return json.dumps(plain) + "\n"
+    return json.dumps(plain(line)) + "\n"
+
+
+def plain(x: Any) -> Any:
+    """The same for JSON, which knows no NaN: numbers that are not finite are None."""
+    if isinstance(x, Mapping):
+        return {key: plain(value) for key, value in x.items()}
+    return None if isinstance(x, float) and not math.isfinite(x) else x
 
 
 def read_lines(path: epath.Path) -> list[dict[str, Any]]:

@@ -5,6 +5,7 @@ A run folder keeps the resolved settings, so every default is written down there
 
 import dataclasses
 import difflib
+import re
 import tomllib
 import types
 import typing
@@ -38,9 +39,9 @@ class Run:
 class Model:
     """path: a folder, a hub id, "demo", or "" for a new model of `config`'s shape, drawn from the seed.
 
-    dtype: of products. nope_interval: RoPE off on every n-th layer (SmolLM3: 4); 0 leaves the checkpoint's own.
-    rope_theta: 0 leaves the checkpoint's own. config: where path is "", a model whose config.json and tokenizer are
-    taken, and no weights.
+    dtype: of products. nope_interval: RoPE off on every n-th layer (SmolLM3: 4); 0: on none; -1 leaves the
+    checkpoint's own. rope_theta: 0 leaves the checkpoint's own. config: where path is "", a model whose config.json
+    and tokenizer are taken, and no weights.
     """
 
     path: str = ""
@@ -66,9 +67,11 @@ class Data:
     """path: of the only source, or sources: by name; per_file makes a source of each file of path.
 
     length: tokens of a row. rows: of a step, over all devices. epochs: how often the documents are read (0: no end).
-    eval_path: documents held out, a folder or a file; or eval_every_nth: every n-th document of each source is held out
-    (0: none). bad_records: how many unreadable documents of a source are skipped before the run stops.
-    max_document_bytes: longer ones count as unreadable. timeout: seconds that a batch may take.
+    shuffle: documents are read in an order drawn anew in each epoch: of Parquet, whole row groups are decoded for
+    one, so that `smollm3 tokenize` pays. eval_path: documents held out, a folder or a file; or eval_every_nth: every
+    n-th document of each source is held out (0: none). bad_records: how many unreadable documents of a source are
+    skipped before the run stops. max_document_bytes: longer ones count as unreadable. timeout: seconds that a batch
+    may take.
     """
 
     path: str = ""
@@ -250,12 +253,18 @@ def check(settings: Settings) -> None:
     need("data", bool(s.data.path) != bool(s.data.sources), "give either data.path or [data.sources.NAME] tables")
     need("data.length", s.data.length >= 2, "at least 2")
     need("data.rows", s.data.rows >= 1, "at least 1")
+    need("data.eval_every_nth", s.data.eval_every_nth >= 0 and s.data.eval_every_nth != 1, "0, or at least 2")
+    need("data.eval_path", not (s.data.eval_path and s.data.eval_every_nth), "give it or data.eval_every_nth")
+    need("log.every", s.log.every >= 1, "at least 1")
+    need("log.profile", re.fullmatch(r"(\d+(-\d+)?)?", s.log.profile) is not None, "steps like 10-12")
+    need("guard.window", s.guard.window >= 2, "at least 2")
     need("optimizer.schedule", s.optimizer.schedule in SCHEDULES, f"there are {', '.join(SCHEDULES)}")
     need("step.remat", s.step.remat in REMAT, f"there are {', '.join(REMAT)}")
     need("checkpoint.keep", s.checkpoint.keep >= 2, "at least 2: the newest may turn out to be damaged")
     need("guard.policy", s.guard.policy in POLICIES, f"there are {', '.join(POLICIES)}")
     starts = [stage.start for stage in s.stages]
     need("stages", starts == sorted(set(starts)), "their starts must increase")
+    need("stages", all(0 < start < s.run.steps for start in starts), "their starts lie between 0 and run.steps")
     for name, source in s.data.sources.items():
         formats = ("", *SOURCE_FORMATS)
         need(f"data.sources.{name}.format", source.format in formats, f"there are {', '.join(SOURCE_FORMATS)}")
@@ -263,6 +272,10 @@ def check(settings: Settings) -> None:
     for stage in s.stages:
         for name in stage.weights:
             need("stages.weights", name in s.data.sources, f"there is no source {name!r} in data.sources")
+    for start in (0, *starts):
+        stage = stage_at(s, start)[1]
+        fits = stage.micro_batches >= 1 and stage.rows % stage.micro_batches == 0
+        need("step.micro_batches", fits, f"{stage.rows} rows do not fall into {stage.micro_batches} equal parts")
 
 
 def stage_at(settings: Settings, step: int) -> tuple[int, Stage]:
@@ -279,6 +292,8 @@ def stage_at(settings: Settings, step: int) -> tuple[int, Stage]:
         current = dataclasses.replace(current, **{key: value for key, value in given.items() if value})
         current = dataclasses.replace(current, start=stage.start, reset_optimizer=stage.reset_optimizer)
     total = sum(current.weights.values())
+    if total <= 0:
+        raise OptionError(f"data.sources: none has a weight at step {step}")
     return number, dataclasses.replace(current, weights={name: w / total for name, w in current.weights.items()})
 
 

@@ -30,6 +30,7 @@ ENDINGS = {
     ".md": "text",
     ".tokens": "tokens",
 }
+MANIFEST = "manifest.json"  # of a folder that `smollm3 tokenize` writes; it has "shards" when all are there
 # What is hashed of a long file: its length, and so many bytes at its beginning, middle and end.
 HASHED = 2**20
 
@@ -104,6 +105,8 @@ def find_files(name: str, source: Source) -> list[epath.Path]:
                 raise DataError(f"source {name}: {path} is not a plain file")
     except ImportError as error:
         raise SupportError(f"{source.path}: {error}; pip install 'smollm3-jax[remote]'") from error
+    if found and (manifest := path / MANIFEST).exists() and "shards" not in json.loads(manifest.read_text()):
+        raise DataError(f"source {name}: {path} is not complete: run `smollm3 tokenize` again, which goes on")
     if not found:
         raise DataError(
             f"source {name}: {source.path} is neither a file nor a folder with files that end in {', '.join(ENDINGS)}"
@@ -179,33 +182,43 @@ def _open_text(file: epath.Path, field: str, max_bytes: int) -> tuple[int, Calla
 def _open_parquet(file: epath.Path, field: str, max_bytes: int) -> tuple[int, Callable[[int], str]]:
     try:
         import pyarrow
-        import pyarrow.parquet
     except ImportError:
         raise SupportError("Parquet needs pyarrow: pip install 'smollm3-jax[parquet]'") from None
     try:
-        table = pyarrow.parquet.ParquetFile(file.open("rb") if is_remote(file) else str(file))
+        table = _parquet(file)
     except pyarrow.ArrowInvalid as error:
         raise DataError(f"{file} is no Parquet file: {str(error).splitlines()[0]}") from None
     if field not in table.schema_arrow.names:
         raise DataError(f"{file} has no column {field!r}; there are {', '.join(table.schema_arrow.names)}")
     groups = [table.metadata.row_group(i).num_rows for i in range(table.num_row_groups)]
     ends = list(itertools.accumulate(groups))
-
-    @functools.lru_cache(maxsize=4)
-    def group(number: int) -> Any:
-        return table.read_row_group(number, columns=[field]).column(0)
+    table.close()
 
     def read(index: int) -> str:
         number = bisect.bisect_right(ends, index)
         try:
-            value = group(number)[index - (ends[number - 1] if number else 0)].as_py()
+            value = _row_group(file, number, field)[index - (ends[number - 1] if number else 0)].as_py()
         except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+            if isinstance(error, OSError) and (is_remote(file) or not file.exists()):
+                raise  # of the network, or gone: that says nothing of a record
             raise BadRecord(f"{file.name}, row {index}: {str(error).splitlines()[0]}") from None
         if isinstance(value, str) and len(value) > max_bytes:
             raise BadRecord(f"{file.name}, row {index}: {len(value)} characters")
         return _text(value, file.name)
 
     return ends[-1] if ends else 0, read
+
+
+def _parquet(file: epath.Path) -> Any:
+    import pyarrow.parquet
+
+    return pyarrow.parquet.ParquetFile(file.open("rb") if is_remote(file) else str(file))
+
+
+@functools.lru_cache(maxsize=8)  # of all files together: a corpus may have thousands
+def _row_group(file: epath.Path, number: int, field: str) -> Any:
+    with _parquet(file) as table:
+        return table.read_row_group(number, columns=[field]).column(0)
 
 
 def _open_arrayrecord(file: epath.Path, field: str, max_bytes: int) -> tuple[int, Callable[[int], str]]:

@@ -92,7 +92,8 @@ def train_step(
 ) -> tuple[TrainState, dict[str, Array]]:
     """The state after one update, and float32 metrics: loss (nats a token), objective (loss and z-loss),
     grad_norm, tokens (that had a label), updates (before this one), and bad (how many micro-batches had a loss
-    or gradient that was not finite: they are left out, and if all are, the state stays as it was)."""
+    or gradient that was not finite: they are left out, and if all are, the loss is NaN and the state stays as it
+    was)."""
     model: Any = state.model  # optax's types know no modules
     ((total, (nll, count)), gradients), bad = _gradients(model, batch, options, sharding)
     count = jnp.maximum(count, 1)
@@ -103,9 +104,10 @@ def train_step(
     updated: Any = optax.apply_updates(model, updates)
     new = TrainState(updated, kept, state.step + 1)
     old = dataclasses.replace(state, step=new.step)
-    metrics = {"loss": nll / count, "grad_norm": optax.tree.norm(gradients), "tokens": count, "bad": bad}
-    metrics |= {"objective": total / count, "updates": updates_of(state)}
-    return jax.tree.map(functools.partial(jnp.where, bad < options.micro_batches), new, old), metrics
+    good = bad < options.micro_batches
+    metrics = {"loss": jnp.where(good, nll / count, jnp.nan), "objective": jnp.where(good, total / count, jnp.nan)}
+    metrics |= {"grad_norm": optax.tree.norm(gradients), "tokens": count, "bad": bad, "updates": updates_of(state)}
+    return jax.tree.map(functools.partial(jnp.where, good), new, old), metrics
 
 
 def updates_of(state: TrainState) -> Array:

@@ -8,17 +8,17 @@ import os
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from ..config import ModelConfig
 from ..errors import DataError, OptionError
 from ..progress import tally
 from ..tokenizer import load_tokenizer
+from .data import encoder
 from .settings import Source
-from .sources import BadRecord, open_documents
+from .sources import MANIFEST, BadRecord, open_documents
 
-MANIFEST = "manifest.json"
 MAX_BYTES = 100_000_000
+_documents: Any
+_encode: Any
 
 
 def tokenize(
@@ -55,15 +55,17 @@ def tokenize(
     manifest = folder / MANIFEST
     if manifest.exists() and json.loads(manifest.read_text())["inputs"] != inputs:
         raise OptionError(f"{folder} holds shards of another corpus, tokenizer or size; name another folder")
-    manifest.write_text(json.dumps({"inputs": inputs}))
+    _write(manifest, {"inputs": inputs})
     jobs = [
-        (source, field, str(model), str(folder / f"{shard:05d}-of-{shards:05d}.tokens"), start, shard_documents)
+        (folder / f"{shard:05d}-of-{shards:05d}.tokens", start, shard_documents)
         for shard, start in enumerate(range(0, len(documents), shard_documents))
     ]
     counts = []
     with (
         tally("shards", shards) as report,
-        concurrent.futures.ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool,
+        concurrent.futures.ProcessPoolExecutor(
+            workers, multiprocessing.get_context("spawn"), initializer=_begin, initargs=(source, field, model)
+        ) as pool,
     ):
         for done in concurrent.futures.as_completed([pool.submit(_shard, *job) for job in jobs]):
             counts.append(done.result())
@@ -75,36 +77,45 @@ def tokenize(
     totals = {
         name: int(sum(x)) for name, x in zip(("documents", "tokens", "bad"), zip(*counts, strict=True), strict=True)
     }
-    manifest.write_text(json.dumps({"inputs": inputs, **totals, "shards": shards}))
+    _write(manifest, {"inputs": inputs, **totals, "shards": shards})
     return {**totals, "shards": shards}
 
 
-def _shard(source: str, field: str, model: str, out: str, start: int, count: int) -> tuple[int, int, int]:
+def _write(file: Path, content: Any) -> None:
+    temporary = file.with_name(f".{file.name}.{os.getpid()}")
+    temporary.write_text(json.dumps(content))
+    os.replace(temporary, file)
+
+
+def _begin(source: str, field: str, model: Path) -> None:
+    """What a worker opens once: the documents, and what encodes them."""
+    global _documents, _encode
+    config = ModelConfig.from_hf(model)
+    _documents = open_documents("source", Source(path=source, field=field), MAX_BYTES)
+    _encode = encoder(load_tokenizer(model, config), config)
+
+
+def _shard(out: Path, start: int, count: int) -> tuple[int, int, int]:
     """(documents, tokens, bad records) of one shard, which is written unless it is there."""
     from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 
-    note = Path(out).with_suffix(".json")
-    if Path(out).exists() and note.exists():
+    note = out.with_suffix(".json")
+    if out.exists() and note.exists():
         return tuple(json.loads(note.read_text()))
-    config = ModelConfig.from_hf(Path(model))
-    tokenizer = load_tokenizer(Path(model), config)
-    eos = config.eos_token_id
-    eos = eos[0] if isinstance(eos, tuple) else eos
-    documents = open_documents("source", Source(path=source, field=field), MAX_BYTES)
     written = tokens = bad = 0
     temporary = f"{out}.{os.getpid()}"
     writer = ArrayRecordWriter(temporary, "group_size:1")
-    for index in range(start, min(start + count, len(documents))):
+    for index in range(start, min(start + count, len(_documents))):
         try:
-            ids = np.asarray([*tokenizer.encode(documents[index]), eos], "<i4")
+            ids = _encode(_documents[index])
         except BadRecord:
             bad += 1
             continue
-        writer.write(ids.tobytes())
+        writer.write(ids.astype("<i4").tobytes())
         written, tokens = written + 1, tokens + len(ids)
     writer.close()
     if written:
         assert ArrayRecordReader(temporary).num_records() == written
-    note.write_text(json.dumps([written, tokens, bad]))
+    _write(note, [written, tokens, bad])
     os.replace(temporary, out)
     return written, tokens, bad

@@ -1,14 +1,15 @@
 """Models in object stores (gs://, s3://), copied to this machine once."""
 
+import fcntl
 import hashlib
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from ..errors import HubError, SupportError
 from ..progress import progress
-from .hub import FILES, TORCH_FILES, cache_dir
 
 COPIED = ".copied"  # what the local files are copies of: name -> fsspec's key of its contents
 
@@ -18,8 +19,10 @@ def is_remote(path: str | os.PathLike[str]) -> bool:
     return "://" in os.fspath(path)
 
 
-def copy_of(folder: str) -> Path:
-    """The local copy of a model folder in an object store; what has changed there since is copied again.
+def copy_of(folder: str, into: Path, endings: tuple[str, ...]) -> Path:
+    """The local copy, somewhere in `into`, of a model folder in an object store: files whose names end so.
+
+    What has changed there since is copied again.
 
     Raises:
       HubError: there is no such folder, or it cannot be read.
@@ -27,34 +30,42 @@ def copy_of(folder: str) -> Path:
     """
     from fsspec.core import url_to_fs
 
-    local = cache_dir() / "buckets" / hashlib.sha256(folder.rstrip("/").encode()).hexdigest()[:16]
+    local = into / hashlib.sha256(folder.rstrip("/").encode()).hexdigest()[:16]
     try:
         store: Any
         store, path = url_to_fs(folder, use_listings_cache=False)
         files = {Path(x["name"]).name: x for x in store.ls(path, detail=True) if x["type"] == "file"}
-        files = {name: x for name, x in files.items() if name.endswith((*FILES, *TORCH_FILES))}
+        files = {name: x for name, x in files.items() if name.endswith(endings)}
         if "config.json" not in files:
             raise HubError(f"{folder} holds no config.json: give the folder of a model")
         local.mkdir(parents=True, exist_ok=True)
-        note = local / COPIED
-        copied = json.loads(note.read_text()) if note.exists() else {}
-        keys = {name: store.ukey(x["name"]) for name, x in files.items()}
-        wanted = [name for name, key in keys.items() if copied.get(name) != key or not (local / name).exists()]
-        for name in {*copied, *wanted}:  # none of them is whole, until the note says so
-            if keys.get(name) != copied.get(name):
-                (local / name).unlink(missing_ok=True)
-        with progress(f"fetching {folder}", sum(files[name]["size"] for name in wanted)) as report:
-            for name in wanted:
-                with store.open(files[name]["name"], "rb") as source, (local / f".{name}").open("wb") as target:
-                    while block := source.read(2**24):
-                        target.write(block)
-                        report(len(block))
-                os.replace(local / f".{name}", local / name)
-        note.write_text(json.dumps(keys))
+        with (local / ".lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # of several processes one copies
+            _copy(store, files, local, folder)
     except ImportError as error:
         raise SupportError(f"{folder}: {error}; pip install 'smollm3-jax[remote]'") from None
+    except HubError:
+        raise
     except (OSError, ValueError) as error:
-        if isinstance(error, HubError):
-            raise
         raise HubError(f"{folder} cannot be read: {error}") from None
     return local
+
+
+def _copy(store: Any, files: Mapping[str, Any], local: Path, folder: str) -> None:
+    note = local / COPIED
+    copied = json.loads(note.read_text()) if note.exists() else {}
+    keys = {name: store.ukey(x["name"]) for name, x in files.items()}
+    wanted = [name for name, key in keys.items() if copied.get(name) != key or not (local / name).exists()]
+    for name in {*copied, *wanted}:  # none of them is whole, until the note says so
+        if keys.get(name) != copied.get(name):
+            (local / name).unlink(missing_ok=True)
+    with progress(f"fetching {folder}", sum(files[name]["size"] for name in wanted)) as report:
+        for name in wanted:
+            with store.open(files[name]["name"], "rb") as source, (local / f".{name}").open("wb") as target:
+                while block := source.read(2**24):
+                    target.write(block)
+                    report(len(block))
+                if target.tell() != files[name]["size"]:
+                    raise HubError(f"{folder}: {name} ended behind {target.tell()} of {files[name]['size']} bytes")
+            os.replace(local / f".{name}", local / name)
+    note.write_text(json.dumps(keys))

@@ -10,6 +10,13 @@ from . import hub
 from .save import convert
 
 
+def model_folder(model: str, revision: str | None = None, token: str | None = None) -> Path:
+    """The folder of "demo", or what `hub.resolve` finds. Raises HubError."""
+    if model == "demo" and not Path(model).exists():
+        return pull_demo()
+    return hub.resolve(model, revision, token)
+
+
 def pull_demo() -> Path:
     """The demo's folder, fetched and converted at first use.
 

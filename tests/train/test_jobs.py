@@ -1,5 +1,6 @@
 """Several processes that train as one."""
 
+import fcntl
 import socket
 import subprocess
 
@@ -15,11 +16,8 @@ def start_job(place, run, count, *words, of_last=()):
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    env = environment(
-        XLA_FLAGS=f"--xla_force_host_platform_device_count={4 // count}",
-        JAX_ENABLE_COMPILATION_CACHE="false",
-        JAX_DISABLE_MOST_OPTIMIZATIONS="true",
-    )
+    flags = f"--xla_force_host_platform_device_count={4 // count}"
+    env = environment(XLA_FLAGS=flags, JAX_ENABLE_COMPILATION_CACHE="false")
     job = ["--coordinator", f"127.0.0.1:{port}", "--processes", str(count)]
     return [
         subprocess.Popen(
@@ -48,6 +46,16 @@ def test_processes_that_were_told_different_things_do_not_begin(place):
     for process in (first, second):
         _, said = process.communicate(timeout=100)
         assert process.returncode == 3 and "processes [1] have other settings" in said
+
+
+def test_what_one_process_cannot_begin_none_begins(place):
+    """The first alone takes the lock, and cannot."""
+    (place / "taken").mkdir()
+    with (place / "taken" / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        for process in start_job(place, place / "taken", 2):
+            _, said = process.communicate(timeout=100)
+            assert process.returncode in (2, 3) and "another process trains in" in said, said
 
 
 def test_a_process_that_never_comes_is_named(place):

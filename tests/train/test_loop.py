@@ -1,5 +1,6 @@
 """Runs that end, are stopped or killed, and go on."""
 
+import json
 import random
 import signal
 import subprocess
@@ -8,7 +9,7 @@ import time
 
 import numpy as np
 import pytest
-from runs import command, environment, losses, same_end, train, wait_for
+from runs import command, environment, losses, same_end, start, train, wait_for, wait_for_step
 
 from smollm3_jax.weights.load import open_checkpoint
 
@@ -31,13 +32,7 @@ def test_stopping_and_going_on_changes_no_bit(whole, place):
 
 def test_a_termination_saves_and_says_so(whole, place):
     run = place / "terminated"
-    process = subprocess.Popen(
-        command(place, run, "run.steps=100000", "checkpoint.every=0"),
-        env=environment(),
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    wait_for(lambda: (run / "metrics.jsonl").exists() and len(losses(run)) >= 3)
+    process = start(place, run, "checkpoint.every=0")
     process.send_signal(signal.SIGTERM)
     _, said = process.communicate(timeout=60)
     assert process.returncode == 75, said
@@ -72,22 +67,25 @@ def test_terminations_at_random_points(whole, place):
         assert code in (0, 75) or (saved and max(saved) == 8)  # done, and on its way out
     train(place, run, *words)
     same_end(run, whole)
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert sorted(line["step"] for line in lines if "held_out" in line) == list(range(9))
+
+
+def test_another_end_is_refused_where_the_learning_rate_depends_on_it(place):
+    run, words = place / "linear", ["optimizer.schedule=linear", "--resume", "auto"]
+    train(place, run, *words, "run.steps=4")
+    said = train(place, run, *words, code=3)
+    assert "run.steps: 4 then, 8 now, on which the learning rate of the steps so far depends" in said
 
 
 def test_a_process_that_is_frozen_for_a_while_says_so_and_goes_on(whole, place):
     run = place / "frozen"
-    process = subprocess.Popen(
-        command(place, run, "run.steps=100000", "checkpoint.every=0"),
-        env=environment(),
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    wait_for(lambda: (run / "metrics.jsonl").exists() and len(losses(run)) >= 20)
-    process.send_signal(signal.SIGSTOP)
-    time.sleep(2)
-    process.send_signal(signal.SIGCONT)
-    frozen = max(losses(run))
-    wait_for(lambda: max(losses(run)) > frozen + 5)
+    process = start(place, run, "checkpoint.every=0", steps=20)
+    for _ in range(3):  # one may fall between two steps
+        process.send_signal(signal.SIGSTOP)
+        time.sleep(2)
+        process.send_signal(signal.SIGCONT)
+        wait_for_step(run, max(losses(run)) + 5)
     process.send_signal(signal.SIGTERM)
     _, said = process.communicate(timeout=60)
     assert process.returncode == 75 and " s, others " in said
@@ -96,25 +94,27 @@ def test_a_process_that_is_frozen_for_a_while_says_so_and_goes_on(whole, place):
 
 def test_a_second_signal_ends_at_once_and_breaks_nothing(place):
     run = place / "twice"
-    process = subprocess.Popen(command(place, run, "run.steps=100000"), env=environment(), stderr=subprocess.DEVNULL)
-    wait_for(lambda: (run / "metrics.jsonl").exists() and len(losses(run)) >= 3)
+    process = start(place, run)
     process.send_signal(signal.SIGTERM)
     process.send_signal(signal.SIGINT)
-    assert process.wait(timeout=60) in (75, 130, 143)
+    process.communicate(timeout=60)
+    assert process.returncode in (130, 143)
     train(place, run, "--resume", "auto", "run.steps=100", "checkpoint.every=50")
 
 
 @pytest.mark.parametrize("seed", range(4))
 def test_kills_at_random_points(whole, place, seed):
-    """Five kills in each of four runs, saves among them; then the end is that of the run that nothing disturbs."""
+    """Five kills in each of four runs, when a step's save has begun or is over; then the end is that of the run that
+    nothing disturbs."""
     run, draw = place / f"killed{seed}", random.Random(seed)
-    for _ in range(5):
+    for kill in range(5):
         process = subprocess.Popen(
             command(place, run, "--resume", "auto", "checkpoint.every=1"), env=environment(), stderr=subprocess.DEVNULL
         )
-        time.sleep(draw.uniform(4, 9))
+        wait_for_step(run, 1 + kill)
+        time.sleep(draw.uniform(0, 0.2))
         process.kill()
-        process.wait()
+        assert process.wait() == -9 or max(losses(run)) == 8
     train(place, run, "--resume", "auto", "checkpoint.every=1")
     same_end(run, whole)
 

@@ -4,7 +4,6 @@ import pytest
 import tiny
 
 from smollm3_jax.errors import HubError
-from smollm3_jax.weights.bucket import copy_of
 from smollm3_jax.weights.hub import resolve
 from smollm3_jax.weights.load import open_checkpoint
 
@@ -29,15 +28,15 @@ def test_a_model_comes_here_once(bucket, tmp_path, monkeypatch):
     for name, tensor in open_checkpoint(tmp_path / "model").tensors.items():
         np.testing.assert_array_equal(open_checkpoint(folder).tensors[name].read(), tensor.read())
     monkeypatch.setattr(type(bucket), "open", None)  # nothing is read again
-    assert copy_of("memory://models/m/") == folder
+    assert resolve("memory://models/m/") == folder
 
 
 def test_what_changes_there_changes_here(bucket, tmp_path):
-    folder = copy_of("memory://models/m")
+    folder = resolve("memory://models/m")
     before = (folder / "model.safetensors").read_bytes()
     put(bucket, tiny.tiny_checkpoint(tmp_path / "other", seed=1))
     bucket.rm("/models/m/tokenizer.json")
-    after = (copy_of("memory://models/m") / "model.safetensors").read_bytes()
+    after = (resolve("memory://models/m") / "model.safetensors").read_bytes()
     assert len(after) == len(before) and after != before
     assert not (folder / "tokenizer.json").exists()
 
@@ -49,11 +48,11 @@ def test_a_copy_that_broke_off_is_made_again(bucket, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(type(bucket), "open", broken)
         with pytest.raises(HubError, match="cannot be read: the network is gone"):
-            copy_of("memory://models/m")
-    assert open_checkpoint(copy_of("memory://models/m"))
+            resolve("memory://models/m")
+    assert open_checkpoint(resolve("memory://models/m"))
 
 
 @pytest.mark.parametrize("folder", ["memory://models/none", "memory://models", "nonsense://a/b"])
 def test_what_is_no_model_is_said(bucket, folder):
     with pytest.raises(HubError, match=r"holds no config.json|cannot be read"):
-        copy_of(folder)
+        resolve(folder)
