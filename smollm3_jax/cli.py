@@ -30,7 +30,7 @@ from .config import (
     ModelConfig,
     with_yarn,
 )
-from .errors import DataHang, OptionError, SmolLM3Error
+from .errors import OptionError, SmolLM3Error
 from .model import SmolLM3
 from .perplexity import LENGTH, MAX_TOKENS, perplexity, read_documents
 from .progress import busy
@@ -59,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return args.run(args)
     except (SmolLM3Error, ShardingError) as error:
         print(f"smollm3: {error}", file=sys.stderr)
-        if isinstance(error, DataHang):  # a normal exit would wait for the thread, or abort
+        if args.run is _train:  # a normal exit would wait for threads: for data, a failed save, other processes
             sys.stderr.flush()
             os._exit(error.exit_code)
         return error.exit_code

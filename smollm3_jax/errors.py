@@ -41,9 +41,5 @@ class DataError(SmolLM3Error, ValueError):
     """Training data that is missing, damaged, or not what the run began with."""
 
 
-class DataHang(DataError):
-    """Training data does not come; the thread that waits for it cannot be stopped."""
-
-
 class TrainingError(SmolLM3Error, RuntimeError):
     """A training run that cannot go on; its last checkpoint stands."""

@@ -19,7 +19,7 @@ from jax.sharding import NamedSharding
 from sharding.rules import Sharding
 
 from ..config import ModelConfig
-from ..errors import DataError, DataHang, OptionError
+from ..errors import DataError, OptionError
 from .packing import EndOfData, Rows
 from .settings import Settings, Source, stage_at
 from .sources import BadRecord, Documents, find_files, open_documents
@@ -187,8 +187,7 @@ def ahead(
     Where it has to wait and `asked()` says so, None comes instead.
 
     Raises:
-      DataError: the thread failed.
-      DataHang: a batch did not come within `timeout` seconds; the thread is left behind.
+      DataError: the thread failed, or a batch did not come within `timeout` seconds: then it is left behind.
     """
     made: queue.Queue[Any] = queue.Queue(depth)
     left = threading.Event()
@@ -222,7 +221,7 @@ def ahead(
                 if asked():
                     yield None
                 if time.monotonic() - begin > timeout:
-                    raise DataHang(f"no batch came within data.timeout={timeout:g} seconds") from None
+                    raise DataError(f"no batch came within data.timeout={timeout:g} seconds") from None
                 continue
             if item is None or isinstance(item, EndOfData):
                 return

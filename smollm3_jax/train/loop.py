@@ -318,7 +318,7 @@ class _Run:
         own = {**as_table(self.settings), "config.json": config, "tokenizer.json": self.tokenizer_digest}
         settings = parse(about["settings"], "the checkpoint")  # what is a setting only now had its default
         then = {**as_table(settings), "config.json": about["config"], "tokenizer.json": about["tokenizer"]}
-        before, now = _flat(then), _flat(json.loads(json.dumps(own)))
+        before, now = (_flat(json.loads(json.dumps(x))) for x in (then, own))
         differ = [
             f"{key}: {before.get(key)!r} then, {now.get(key)!r} now"
             for key in sorted({*before, *now})

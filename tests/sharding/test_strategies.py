@@ -120,9 +120,10 @@ print(json.dumps(found))
 
 def on_eight_devices(code, *arguments):
     tests = Path(__file__).parents[1]
+    quick = {"JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "true"}
     done = subprocess.run(
         [sys.executable, "-c", code, *map(str, arguments)],
-        env={**os.environ, "PYTHONPATH": f"{tests}:{tests.parent}", "JAX_PLATFORMS": "cpu"},
+        env={**os.environ, "PYTHONPATH": f"{tests}:{tests.parent}", **quick},
         stdout=subprocess.PIPE,
         text=True,
         check=True,
