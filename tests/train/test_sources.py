@@ -119,3 +119,12 @@ def test_digests_see_length_and_contents(tmp_path):
 def _with(path, content):
     path.write_bytes(content)
     return path
+
+
+def test_shards_that_are_not_all_there_are_refused(tmp_path):
+    (tmp_path / "00000-of-00002.tokens").write_bytes(b"")
+    (tmp_path / "manifest.json").write_text('{"inputs": {}}')
+    with pytest.raises(DataError, match="is not complete: run `smollm3 tokenize` again"):
+        find_files("a", Source(path=str(tmp_path)))
+    (tmp_path / "manifest.json").write_text('{"inputs": {}, "shards": 2}')
+    assert len(find_files("a", Source(path=str(tmp_path)))) == 1
