@@ -111,7 +111,11 @@ def make_mesh(axes: Mapping[str, int], devices: Sequence[Any] | None = None) -> 
 
 
 def start(
-    address: str | None = None, processes: int | None = None, index: int | None = None, timeout: int = 300
+    address: str | None = None,
+    processes: int | None = None,
+    index: int | None = None,
+    timeout: int = 300,
+    heartbeat: int = 100,
 ) -> None:
     """Joins the processes of a job; call it before anything else touches a device. Does nothing in a job of one.
 
@@ -121,6 +125,7 @@ def start(
       address: host:port of process 0.
       processes, index: how many there are, and which this is.
       timeout: seconds to wait for the others.
+      heartbeat: seconds of silence behind which another process is lost, and every other ends.
 
     Raises:
       ShardingError: only some of the three are given, somebody is missing, or this is one host of a pod slice
@@ -137,7 +142,9 @@ def start(
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
     if address is not None and processes is not None and index is not None:
         _meet(address, processes, index, timeout)
-    jax.distributed.initialize(address, processes, index, initialization_timeout=timeout)
+    jax.distributed.initialize(
+        address, processes, index, initialization_timeout=timeout, heartbeat_timeout_seconds=heartbeat
+    )
     refuse_alone()
     log.info("%s", "\n".join(process_map()))
 

@@ -12,7 +12,7 @@ import sys
 import time
 from collections.abc import Generator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from rich.console import Console
 from rich.table import Table
@@ -59,9 +59,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return args.run(args)
     except (SmolLM3Error, ShardingError) as error:
         print(f"smollm3: {error}", file=sys.stderr)
-        if args.run is _train:  # a normal exit would wait for threads: for data, a failed save, other processes
-            sys.stderr.flush()
-            os._exit(error.exit_code)
+        if args.run is _train:
+            _leave(error.exit_code)
         return error.exit_code
     except KeyboardInterrupt as interrupt:
         print("; ".join(["smollm3: interrupted", *map(str, interrupt.args)]), file=sys.stderr)
@@ -170,6 +169,7 @@ def _parser() -> argparse.ArgumentParser:
     job.add_argument("--processes", type=int, metavar="N")
     job.add_argument("--process", type=int, metavar="I", help="which this is, from 0")
     job.add_argument("--wait", type=int, default=300, metavar="SECONDS", help="for the others (default: 300)")
+    job.add_argument("--heartbeat", type=int, default=100, metavar="SECONDS", help="of silence: lost (default: 100)")
 
     export = command("export", _export, "write a run's checkpoint as a Hugging Face folder")
     export.add_argument("run_folder", metavar="RUN")
@@ -536,6 +536,8 @@ def _doctor(args: argparse.Namespace) -> int:
 
 
 def _train(args: argparse.Namespace) -> int:
+    import jax
+
     from sharding.mesh import start
 
     from .train.settings import read_settings
@@ -551,7 +553,7 @@ def _train(args: argparse.Namespace) -> int:
             for part in tables(report):
                 _console().print(part, highlight=False)
         return 0
-    start(args.coordinator, args.processes, args.process, args.wait)
+    start(args.coordinator, args.processes, args.process, args.wait, args.heartbeat)
     from .train.loop import STOPPED, train
     from .train.monitor import plain
 
@@ -568,7 +570,16 @@ def _train(args: argparse.Namespace) -> int:
         how = "stopped" if result["stopped"] else "done"
         loss = "none yet" if result["loss"] is None else f"{result['loss']:.4f}"
         print(f"{how} at step {result['step']}, loss {loss}, checkpoints in {settings.run.dir}/checkpoints")
-    return STOPPED if result["stopped"] else 0
+    if jax.distributed.is_initialized():
+        jax.distributed.shutdown()  # waits for the others
+    _leave(STOPPED if result["stopped"] else 0)
+
+
+def _leave(code: int) -> NoReturn:
+    """Ends the process at once: a normal exit waits for threads (data, a failed save) or breaks off in their midst."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def _export(args: argparse.Namespace) -> int:

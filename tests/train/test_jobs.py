@@ -68,10 +68,10 @@ def test_a_process_that_never_comes_is_named(place):
 
 def test_a_lost_process_ends_the_job_and_a_restart_goes_on(place):
     run = place / "lost"
-    first, second = start_job(place, run, 2, "--resume", "auto", "run.steps=100000")
+    first, second = start_job(place, run, 2, "--resume", "auto", "--heartbeat", "20", "run.steps=100000")
     wait_for(lambda: (run / "metrics.jsonl").exists() and len(losses(run)) >= 5, 200)
     second.kill()
-    _, said = first.communicate(timeout=150)
+    _, said = first.communicate(timeout=60)
     assert first.returncode not in (0, 75), said
     reached = max(losses(run))
     again = start_job(place, run, 2, "--resume", "auto", f"run.steps={reached + 4}", "checkpoint.every=0")
