@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import NamedSharding
 
 from sharding.rules import Sharding, balanced_order, platform_of, say_once
@@ -425,16 +426,62 @@ def _dense(
     return jnp.concatenate(pieces, axis=3).transpose(0, 3, 1, 2, 4).reshape(q_BTHE.shape)
 
 
+@jax.custom_vjp
 def _softmax_mix(q_BKGTE: Array, k_BKSE: Array, v_BKSE: Array, mask_BTS: Array) -> Array:
-    """Scores and softmax in float32, probabilities cast back, as transformers' eager path."""
-    batch, kv_heads, group, length, width = q_BKGTE.shape
-    # All query heads of a key head are rows of one product: nothing of the scores' size is transposed.
-    multiply = functools.partial(jax.lax.dot_general, preferred_element_type=jnp.float32)
-    q_BKXE = q_BKGTE.reshape(batch, kv_heads, group * length, width)
-    scores = multiply(q_BKXE, k_BKSE, (((3,), (3,)), ((0, 1), (0, 1)))) * width**-0.5
-    scores = scores.reshape(batch, kv_heads, group, length, -1)
+    """Scores and softmax in float32, probabilities cast back, as transformers' eager path.
+
+    The backward pass keeps each query's normalizer and computes the scores again (FlashAttention, arXiv
+    2205.14135): nothing of their size is kept, and a recomputed layer does not go through the softmax twice.
+    """
+    return _mix(q_BKGTE, k_BKSE, v_BKSE, mask_BTS)[0]
+
+
+def _mix(q_BKGTE: Array, k_BKSE: Array, v_BKSE: Array, mask_BTS: Array) -> tuple[Array, Array]:
+    """The output, and the log of what each query's exponentials add up to."""
+    scores_BKGTS = _scores(q_BKGTE, k_BKSE, mask_BTS)
+    weights_BKGTS = jax.nn.softmax(scores_BKGTS, axis=-1).astype(v_BKSE.dtype)
+    out = _batched(_flat(weights_BKGTS), v_BKSE, 3, 2).reshape(q_BKGTE.shape).astype(q_BKGTE.dtype)
+    return out, jax.nn.logsumexp(scores_BKGTS, axis=-1, keepdims=True)
+
+
+def _mix_forward(*arrays: Array) -> tuple[Array, tuple]:
+    out, normalizer_BKGT1 = _mix(*arrays)
+    return out, (*arrays, checkpoint_name(normalizer_BKGT1, "attention_residuals"))
+
+
+def _mix_backward(kept: tuple, gradient_BKGTE: Array) -> tuple:
+    q_BKGTE, k_BKSE, v_BKSE, mask_BTS, normalizer_BKGT1 = kept
+    weights_BKGTS = jnp.exp(_scores(q_BKGTE, k_BKSE, mask_BTS) - normalizer_BKGT1)
+    weights_BKGTS = jnp.where(mask_BTS[:, None, None], weights_BKGTS, 0)  # also of a query that sees nothing
+    gradient_BKXE = _flat(gradient_BKGTE)
+    into_weights_BKGTS = _batched(gradient_BKXE, v_BKSE, 3, 3).reshape(weights_BKGTS.shape)
+    mean_BKGT1 = (weights_BKGTS * into_weights_BKGTS).sum(axis=-1, keepdims=True)
+    into_scores_BKGTS = weights_BKGTS * (into_weights_BKGTS - mean_BKGT1) * q_BKGTE.shape[-1] ** -0.5
+    into_scores_BKXS = _flat(into_scores_BKGTS.astype(q_BKGTE.dtype))
+    q_gradient = _batched(into_scores_BKXS, k_BKSE, 3, 2).reshape(q_BKGTE.shape)
+    k_gradient = _batched(into_scores_BKXS, _flat(q_BKGTE), 2, 2)
+    v_gradient = _batched(_flat(weights_BKGTS.astype(v_BKSE.dtype)), gradient_BKXE, 2, 2)
+    return *(x.astype(q_BKGTE.dtype) for x in (q_gradient, k_gradient, v_gradient)), None
+
+
+_softmax_mix.defvjp(_mix_forward, _mix_backward)
+
+
+def _scores(q_BKGTE: Array, k_BKSE: Array, mask_BTS: Array) -> Array:
+    *heads, width = q_BKGTE.shape
+    scores = (_batched(_flat(q_BKGTE), k_BKSE, 3, 3) * width**-0.5).reshape(*heads, -1)
     # The lowest finite number, not -inf: a row that sees nothing must not become NaN.
-    scores = jnp.where(mask_BTS[:, None, None], scores, jnp.finfo(jnp.float32).min)
-    weights = jax.nn.softmax(scores, axis=-1).astype(v_BKSE.dtype).reshape(batch, kv_heads, group * length, -1)
-    out = multiply(weights, v_BKSE, (((3,), (2,)), ((0, 1), (0, 1))))
-    return out.reshape(q_BKGTE.shape).astype(q_BKGTE.dtype)
+    return jnp.where(mask_BTS[:, None, None], scores, jnp.finfo(jnp.float32).min)
+
+
+def _flat(x_BKGTE: Array) -> Array:
+    """All query heads of a key head as rows of one product: nothing of the scores' size is transposed."""
+    batch, kv_heads, group, length, width = x_BKGTE.shape
+    return x_BKGTE.reshape(batch, kv_heads, group * length, width)
+
+
+def _batched(a: Array, b: Array, contract_a: int, contract_b: int) -> Array:
+    """A product of matrices for each row and key head, added up in float32."""
+    return jax.lax.dot_general(
+        a, b, (((contract_a,), (contract_b,)), ((0, 1), (0, 1))), preferred_element_type=jnp.float32
+    )
