@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 CPU := JAX_PLATFORMS=cpu
 VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
 # Files of tests go to two processes: most of a test is one thread, compiling.
-TOGETHER := -n 2 --dist loadfile
+TOGETHER := -n 2 --dist loadfile --no-loadscope-reorder
 MARKS := not torch
 PINS := $(wildcard constraints/python$(VERSION).txt)
 
@@ -28,7 +28,7 @@ test: setup lint
 
 # Plans at SmolLM3's full depth, for pods too: minutes each.
 test-full: setup
-	FULL=1 $(CPU) $(BIN)/python -m pytest tests/test_plan.py
+	FULL=1 $(CPU) $(BIN)/python -m pytest tests/test_plan.py tests/test_compiled_ahead.py
 
 # Neither torch nor transformers: parity against the stored goldens. MARKS='not torch and not slow' takes minutes.
 test-light: $(VENV)/dev.stamp

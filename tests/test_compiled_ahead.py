@@ -6,6 +6,7 @@ Needs libtpu (`pip install smollm3-jax[tpu]`), of the very version that jaxlib w
 
 import importlib.util
 import json
+import os
 from collections import Counter
 
 import jax
@@ -23,6 +24,7 @@ pytestmark = pytest.mark.slow
 MIB = 2**20
 HBM = {"v5e": 16 * 1024 * MIB, "v6e": 32 * 1024 * MIB}
 DEEP = 36
+FULL = pytest.mark.skipif(not os.environ.get("FULL"), reason="takes a minute: `make test-full`")
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +99,7 @@ def test_decode_step(topology, shape, raw_config):
     check_decode(setting, topology[:3], collectives, kernels=2)
 
 
-@pytest.mark.parametrize(("topology", "shape"), [("v5e:2x2", (1, 4)), ("v5e:4x4", (4, 4))])
+@pytest.mark.parametrize(("topology", "shape"), [pytest.param("v5e:2x2", (1, 4), marks=FULL), ("v5e:4x4", (4, 4))])
 def test_decode_step_at_full_depth(topology, shape, raw_config):
     setting = decoding(raw_config, topology, shape, "serve_tp", DEEP, 64, 8192)
     check_decode(setting, topology[:3], tensor_parallel(DEEP, shape[0]), kernels=DEEP)

@@ -105,6 +105,7 @@ def real(demo_folder, shared, tmp_path_factory):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("programs_as_users_run_them")
 def test_int8_costs_the_demo_little(demo_folder, real):
     """Less than a hundredth over thousands of tokens, as the README has it; this many leave half of one to chance."""
     reference = perplexity(s3.from_pretrained(demo_folder), real)["perplexity"]
@@ -114,6 +115,7 @@ def test_int8_costs_the_demo_little(demo_folder, real):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("programs_as_users_run_them")
 def test_int4_off_the_grid_is_no_worse_than_q4_1(demo_folder, real, tmp_path):
     """The demo's weights are on Q4_1's grid; with three hundredths of noise they are not."""
     from gguf import GGMLQuantizationType

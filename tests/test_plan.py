@@ -29,6 +29,7 @@ def proxy(layers: int = LAYERS) -> ModelConfig:
 
 
 SHORT = {"vocab_size": 1024, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+FULL = pytest.mark.skipif(not os.environ.get("FULL"), reason="takes minutes: `make test-full`")
 needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
 
 
@@ -119,6 +120,7 @@ PAIRS = {
     ),
     "v5e-2x2-serve_tp": lambda: plan_decode(proxy(2), "v5e:2x2", "serve_tp", 16, 4096, prompt=1024),
 }
+LONG = {"v5p-2x2x2-fsdp_tp"}
 
 
 def held(report):
@@ -137,7 +139,7 @@ def compare(found, golden):
 
 @needs_libtpu
 @pytest.mark.slow
-@pytest.mark.parametrize("pair", PAIRS)
+@pytest.mark.parametrize("pair", [pytest.param(pair, marks=[FULL] if pair in LONG else []) for pair in PAIRS])
 def test_collectives_and_memory_are_those_of_the_golden_files(pair):
     """WRITE_GOLDENS=1 writes them anew."""
     found, file = held(PAIRS[pair]()), GOLDENS / f"{pair}.json"
@@ -183,7 +185,6 @@ def test_eight_h100_scatter_gradients_and_gather_ahead():
 
 # --- at full depth: `make test-full` ----------------------------------------------------------------------
 
-FULL = pytest.mark.skipif(not os.environ.get("FULL"), reason="takes minutes: `make test-full`")
 RELEASED = ModelConfig.from_hf(SMOLLM3_3B)
 GB = 1e9
 

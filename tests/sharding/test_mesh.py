@@ -154,6 +154,8 @@ print(json.dumps({"losses": losses, "processes": len(process_map())}))
 def run_together(code, count, *arguments, timeout=300):
     port = free_port()
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "JAX_PLATFORMS": "cpu"}
+    environment["JAX_ENABLE_COMPILATION_CACHE"] = "false"  # processes compile together, and must all do so
+    environment["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "true"
     processes = [
         subprocess.Popen(
             [sys.executable, "-c", code, str(index), str(port), str(count), *map(str, arguments)],
@@ -170,14 +172,13 @@ def run_together(code, count, *arguments, timeout=300):
 
 
 @pytest.mark.slow
-def test_two_and_four_processes_train_as_one(tmp_path):
-    """From one checkpoint, of which each process reads its own parts."""
+def test_two_processes_train_as_one(tmp_path):
+    """From one checkpoint, of which each process reads its own parts. (Four: tests/train/test_jobs.py.)"""
     folder = tiny.tiny_checkpoint(tmp_path)
     (one,) = run_together(TOGETHER.replace("start(f", "False and start(f"), 1, folder)
-    for count in (2, 4):
-        for result in run_together(TOGETHER, count, folder):
-            assert result["processes"] == count
-            np.testing.assert_allclose(result["losses"], one["losses"], rtol=1e-5)
+    for result in run_together(TOGETHER, 2, folder):
+        assert result["processes"] == 2
+        np.testing.assert_allclose(result["losses"], one["losses"], rtol=1e-5)
 
 
 def test_who_did_not_come_is_named():

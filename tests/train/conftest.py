@@ -27,11 +27,7 @@ def place(tmp_path_factory):
     tiny.talking_checkpoint(folder / "model")
     (folder / "run.toml").write_text(TOML)
     write_corpus(folder / "corpus.jsonl")
-    with pytest.MonkeyPatch.context() as patch:  # the runs share what they compile
-        patch.setenv("JAX_ENABLE_COMPILATION_CACHE", "true")
-        patch.setenv("JAX_COMPILATION_CACHE_DIR", str(folder / "compiled"))
-        patch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
-        yield folder
+    return folder
 
 
 @pytest.fixture(scope="module")
