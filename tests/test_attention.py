@@ -337,13 +337,14 @@ for cache_dtype, tables in ((None, ("serve_tp", "serve_tp_long")), ("int8", ("se
         ]
 
 # Rows of several devices: a copy of one into another.
+copied = jax.jit(copy_row, static_argnums=3)
 for rules in ("serve_tp", "serve_tp_long"):
     sharding = Sharding.of(mesh, rules)
     rows = jax.tree.map(lambda x: jnp.asarray(np.random.RandomState(0).randint(0, 99, x.shape), x.dtype),
                         empty_cache(config, 4, 32, jnp.float32))
     placed = jax.device_put(rows, cache_shardings(config, jnp.float32, sharding))
     for source, target in ((0, 3), (3, 0), (1, 0), (2, 2)):
-        got, expected = (copy_row(x, jnp.array(source), jnp.array(target), y)
+        got, expected = (copied(x, jnp.array(source), jnp.array(target), y)
                          for x, y in ((placed, sharding), (rows, None)))
         same = jax.tree.map(lambda x, y: bool((x == y).all()), jax.device_get(got), jax.device_get(expected))
         assert all(jax.tree.leaves(same)), (rules, source, target)
