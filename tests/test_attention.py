@@ -273,6 +273,36 @@ def test_cudnn_is_lowered_for_gpu(monkeypatch):
     assert "cudnn" not in lowered(with_documents, x, kv, segments)
 
 
+@pytest.mark.parametrize("window", [None, 3])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_gradients_are_those_of_the_definition(dtype, window):
+    """Three documents, of which padding is one; nothing of the scores' size is kept for the backward pass."""
+    batch, length, heads, kv_heads, width = 2, 40, 4, 2, 16
+    q, g = (jnp.asarray(normal(i, batch, length, heads, width), dtype) for i in range(2))
+    k, v = (jnp.asarray(normal(i, batch, length, kv_heads, width), dtype) for i in (2, 3))
+    segments = jnp.asarray([[1] * 17 + [2] * 23, [1] * 9 + [2] * 21 + [0] * 10])
+    g = jnp.where((segments != 0)[:, :, None, None], g, 0)
+
+    def by_the_definition(q, k, v):
+        k, v = (jnp.repeat(x, heads // kv_heads, axis=2) for x in (k, v))
+        index = jnp.arange(length)
+        distance = index[:, None] - index
+        seen = (distance >= 0) & (distance < (window or length)) & (segments[:, :, None] == segments[:, None, :])
+        scores = jnp.einsum("BTHE,BSHE->BHTS", q, k, preferred_element_type=jnp.float32) / width**0.5
+        weights = jax.nn.softmax(jnp.where(seen[:, None], scores, -jnp.inf)).astype(v.dtype)
+        return jnp.einsum("BHTS,BSHE->BTHE", weights, v, preferred_element_type=jnp.float32).astype(q.dtype)
+
+    def ours(q, k, v):
+        return attention(q, k, v, q_segments_BT=segments, kv_segments_BS=segments, window=scalar(window))
+
+    _, back = jax.vjp(ours, q, k, v)
+    _, expected = jax.vjp(by_the_definition, *f32(q, k, v))
+    for got, wanted in zip(back(g), expected(*f32(g)), strict=True):
+        np.testing.assert_allclose(*f32(got, wanted), atol=2e-6 if dtype == "float32" else 0.05)
+    kept = [x for x in jax.tree.leaves(back) if x.dtype != bool]
+    assert max(x.size for x in kept) == q.size < batch * heads * length * length
+
+
 ON_A_MESH = """
 import json, sys
 import jax

@@ -1,5 +1,6 @@
 """What a run would do, without its data."""
 
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -9,17 +10,15 @@ from sharding.hardware import GIB
 
 from ..config import RELEASE, SMOLLM3_3B, ModelConfig
 from ..weights import demo
-from .settings import Settings, as_table, stage_at
+from .settings import Settings, as_table, stage_at, starts
 
 
 def describe(settings: Settings) -> dict[str, Any]:
     """Steps, tokens, stages with their mixtures, and the memory of parameters and optimizer: no data is read."""
     from ..plan import count_parameters
 
-    starts = [0, *(stage.start for stage in settings.stages)]
     stages = []
-    for number, start in enumerate(starts):
-        end = starts[number + 1] if number + 1 < len(starts) else settings.run.steps
+    for start, end in itertools.pairwise([*starts(settings), settings.run.steps]):
         _, stage = stage_at(settings, start)
         tokens = (end - start) * stage.rows * stage.length
         stages.append({**as_table(stage), "steps": end - start, "tokens": tokens})

@@ -60,7 +60,7 @@ from .job import agree, gathered, together
 from .monitor import Monitor
 from .optimizer import adamw, schedule
 from .packing import EndOfData
-from .settings import Settings, Stage, as_table, parse, stage_at
+from .settings import Settings, Stage, as_table, parse, stage_at, starts
 from .step import COMPILER_OPTIONS, Batch, StepOptions, TrainState, init_state, loss_sums, state_shardings, train_step
 
 log = logging.getLogger(__name__)
@@ -545,7 +545,7 @@ def _sharding(settings: Settings, config: ModelConfig) -> Sharding | None:
     rules = mesh.rules or "fsdp"
     axes = parse_axes(mesh.axes) if mesh.axes else DEFAULT_AXES.get(rules, {"data": -1})
     sharding = Sharding.of(make_mesh(axes), rules).fitted(config.axis_sizes)
-    for start in (0, *(stage.start for stage in settings.stages)):
+    for start in starts(settings):
         stage, parts = stage_at(settings, start)[1], sharding.parts("batch")
         if stage.rows // stage.micro_batches % parts:
             raise OptionError(
@@ -556,8 +556,7 @@ def _sharding(settings: Settings, config: ModelConfig) -> Sharding | None:
 
 def begin_of(settings: Settings, stage: int) -> int:
     """The step at which a stage's moments were fresh: there its schedule begins, too."""
-    starts = [0, *(s.start for s in settings.stages)]
-    return max(x for x in _fresh(settings) if x <= starts[stage])
+    return max(x for x in _fresh(settings) if x <= starts(settings)[stage])
 
 
 def rate_of(settings: Settings, stage: int) -> optax.Schedule:

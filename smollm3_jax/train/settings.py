@@ -262,9 +262,9 @@ def check(settings: Settings) -> None:
     need("step.remat", s.step.remat in REMAT, f"there are {', '.join(REMAT)}")
     need("checkpoint.keep", s.checkpoint.keep >= 2, "at least 2: the newest may turn out to be damaged")
     need("guard.policy", s.guard.policy in POLICIES, f"there are {', '.join(POLICIES)}")
-    starts = [stage.start for stage in s.stages]
-    need("stages", starts == sorted(set(starts)), "their starts must increase")
-    need("stages", all(0 < start < s.run.steps for start in starts), "their starts lie between 0 and run.steps")
+    _, *begins = starts(s)
+    need("stages", begins == sorted(set(begins)), "their starts must increase")
+    need("stages", all(0 < start < s.run.steps for start in begins), "their starts lie between 0 and run.steps")
     for name, source in s.data.sources.items():
         formats = ("", *SOURCE_FORMATS)
         need(f"data.sources.{name}.format", source.format in formats, f"there are {', '.join(SOURCE_FORMATS)}")
@@ -272,10 +272,15 @@ def check(settings: Settings) -> None:
     for stage in s.stages:
         for name in stage.weights:
             need("stages.weights", name in s.data.sources, f"there is no source {name!r} in data.sources")
-    for start in (0, *starts):
+    for start in starts(s):
         stage = stage_at(s, start)[1]
         fits = stage.micro_batches >= 1 and stage.rows % stage.micro_batches == 0
         need("step.micro_batches", fits, f"{stage.rows} rows do not fall into {stage.micro_batches} equal parts")
+
+
+def starts(settings: Settings) -> list[int]:
+    """The step at which each stage begins; 0 is before the first of `stages`."""
+    return [0, *(stage.start for stage in settings.stages)]
 
 
 def stage_at(settings: Settings, step: int) -> tuple[int, Stage]:
