@@ -26,7 +26,7 @@ run: setup
 test: setup lint
 	$(CPU) $(BIN)/python -m pytest $(TOGETHER)
 
-# Plans at SmolLM3's full depth, for pods too: minutes each.
+# What the TPU's compiler takes longest for: plans and decoding at SmolLM3's full depth, for pods too.
 test-full: setup
 	FULL=1 $(CPU) $(BIN)/python -m pytest tests/test_plan.py tests/test_compiled_ahead.py
 
