@@ -15,8 +15,7 @@ from hypothesis import strategies as st
 from jax.experimental.pallas import tpu as pltpu
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel
 
-from smollm3_jax import attention as module
-from smollm3_jax.attention import attention, decode_attention
+from smollm3_jax.attention import attention, decode_attention, dense, dispatch, tpu
 from smollm3_jax.kv_cache import LayerCache, quantize_rows
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -93,7 +92,7 @@ def test_a_few_queries_at_a_time(length, monkeypatch):
         return jax.value_and_grad(loss, (0, 1, 2))(q, k, v)
 
     whole = out_and_gradients()
-    monkeypatch.setattr(module, "SCORE_BYTES", 4 * 2 * 4 * length * 3)  # three queries, of which it makes two
+    monkeypatch.setattr(dense, "SCORE_BYTES", 4 * 2 * 4 * length * 3)  # three queries, of which it makes two
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-5), out_and_gradients(), whole)
 
 
@@ -154,13 +153,13 @@ def test_decoding_equals_the_definition(steps, window, quantized):
 @pytest.fixture
 def as_on_tpu(monkeypatch):
     """Kernels are chosen as on TPU, and interpreted on the CPU."""
-    monkeypatch.setattr(module, "platform_of", lambda sharding: "tpu")
+    monkeypatch.setattr(dispatch, "platform_of", lambda sharding: "tpu")
     # The interpreter that imitates a TPU's memories cannot take this kernel under vmap; the plain one can.
     interpreted = functools.partial(splash_attention_kernel.make_splash_mha, interpret=True)
     monkeypatch.setattr(splash_attention_kernel, "make_splash_mha", interpreted)
-    module._splash_kernel.cache_clear()
+    tpu.splash_kernel.cache_clear()
     yield
-    module._splash_kernel.cache_clear()
+    tpu.splash_kernel.cache_clear()
 
 
 @pytest.mark.slow
@@ -205,7 +204,7 @@ def test_splash_has_the_gradients_of_plain_attention(as_on_tpu, monkeypatch):
         return jax.grad(loss, (0, 1, 2))(q, k, v)
 
     interpreted = gradients()
-    monkeypatch.setattr(module, "platform_of", lambda sharding: "cpu")
+    monkeypatch.setattr(dispatch, "platform_of", lambda sharding: "cpu")
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-4), interpreted, gradients())
 
 
@@ -226,14 +225,14 @@ def test_the_paged_kernel_equals_the_definition(group, as_on_tpu):
 
 
 def test_what_a_kernel_does_not_take_is_said_once(as_on_tpu, caplog):
-    module.say_once.cache_clear()
+    dispatch.say_once.cache_clear()
     x = jnp.ones((1, 3, 2, 4), jnp.float16)
     cache = LayerCache(x.transpose(2, 0, 1, 3), x.transpose(2, 0, 1, 3))
     with caplog.at_level(logging.INFO):
         for _ in range(2):
             attention(x, x, x, window=scalar(2))
             decode_attention(x, cache, length_B=jnp.array([0]))
-    assert [record.getMessage() for record in caplog.records if record.name == module.__name__] == [
+    assert [record.getMessage() for record in caplog.records if record.name == dispatch.__name__] == [
         "splash attention does not take a window or float16 values or heads of width 4: "
         "plain XLA computes attention, which is slower",
         "paged attention does not take several tokens at a time or a cache of float16 or heads of width 4 or "
@@ -242,7 +241,7 @@ def test_what_a_kernel_does_not_take_is_said_once(as_on_tpu, caplog):
 
 
 def test_no_kernel_no_word(caplog):
-    module.say_once.cache_clear()
+    dispatch.say_once.cache_clear()
     x = jnp.ones((1, 3, 2, 4), jnp.float16)
     with caplog.at_level(logging.INFO):
         attention(x, x, x, window=scalar(2))
@@ -253,8 +252,8 @@ def test_cudnn_is_lowered_for_gpu(monkeypatch):
     """Lowered only, never run: there is no GPU here, and what asks for one is answered in its place."""
     from jax._src.cudnn import fused_attention_stablehlo as cudnn
 
-    monkeypatch.setattr(module, "platform_of", lambda sharding: "gpu")
-    monkeypatch.setattr(module, "_is_ampere_or_later", lambda sharding: True)
+    monkeypatch.setattr(dispatch, "platform_of", lambda sharding: "gpu")
+    monkeypatch.setattr(dispatch, "is_ampere_or_later", lambda sharding: True)
     monkeypatch.setattr(cudnn, "check_cudnn_version", lambda: 91000)
     x = jax.ShapeDtypeStruct((2, 64, 8, 128), jnp.bfloat16)
     kv = jax.ShapeDtypeStruct((2, 64, 2, 128), jnp.bfloat16)
@@ -316,8 +315,8 @@ from jax.sharding import Mesh
 import smollm3_jax as s3
 from sharding.mesh import make_mesh
 from sharding.rules import Sharding
-from smollm3_jax import attention as attention_module, generate as generate_module
-from smollm3_jax.attention import attention, decode_attention
+from smollm3_jax import generate as generate_module
+from smollm3_jax.attention import attention, decode_attention, dispatch
 from smollm3_jax.generate import Request, complete
 from smollm3_jax.kv_cache import LayerCache, cache_shardings, copy_row, empty_cache
 from tiny import raw_config
@@ -403,7 +402,7 @@ def forward_and_back(q, k, v, g, documents, sharding):
 expected_rows = forward_and_back(*qkvg, documents, None)
 in_order = [x[:, order] for x in (*qkvg, documents)]
 dense_rows = jax.jit(forward_and_back, static_argnums=5)(*in_order, rows)
-attention_module.platform_of = lambda sharding: "tpu"
+dispatch.platform_of = lambda sharding: "tpu"
 make = splash_attention_kernel.make_splash_mha
 splash_attention_kernel.make_splash_mha = lambda *a, **kw: make(*a, **kw, interpret=True)
 got = attention(q, k, v, **masks, sharding=sharding), attention(q[:1], k[:1], v[:1], sharding=sharding)

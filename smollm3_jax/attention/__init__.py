@@ -1,0 +1,8 @@
+"""Grouped-query attention: of whole sequences, and of a few new tokens against the cache.
+
+Shapes: B batch, T query length, S key length, H query heads, K key-value heads, G = H / K, E head width.
+"""
+
+from .dispatch import attention, decode_attention
+
+__all__ = ["attention", "decode_attention"]

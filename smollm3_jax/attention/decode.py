@@ -1,0 +1,80 @@
+"""A few new tokens against the cache, in plain XLA.
+
+Shapes: B batch, T query length, S key length, H query heads, K key-value heads, G = H / K, E head width.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from sharding.rules import Sharding
+
+from ..kv_cache import AXES, LayerCache
+
+
+def decode_over_context(
+    q_BTHE: Array, cache: LayerCache, length_B: Array, window: Array | None, sharding: Sharding
+) -> Array:
+    """Each device looks at its own part of the context; the parts of the softmax are put together after."""
+    mesh_axes = sharding.mesh_axes("context")
+
+    def part(q_BTHE: Array, cache: LayerCache, length_B: Array, window: Array | None) -> Array:
+        first = jax.lax.axis_index(mesh_axes) * cache.k.shape[2]
+        scores_KBTGS = cache_scores(q_BTHE, cache, length_B - first, window)
+        most_KBTG = scores_KBTGS.max(axis=-1)
+        weights_KBTGS = jnp.exp(scores_KBTGS - most_KBTG[..., None])
+        total_KBTG = weights_KBTGS.sum(axis=-1)
+        out_BTKGE = cache_mix(weights_KBTGS, cache, q_BTHE.dtype)
+        # A device without a key to see has the lowest float as its maximum, and no weight.
+        share_KBTG = jnp.exp(most_KBTG - jax.lax.pmax(most_KBTG, mesh_axes))
+        out_BTKGE, total_KBTG = jax.lax.psum((out_BTKGE * _to_front(share_KBTG), total_KBTG * share_KBTG), mesh_axes)
+        return (out_BTKGE / _to_front(total_KBTG)).reshape(q_BTHE.shape).astype(q_BTHE.dtype)
+
+    batch = sharding.fitting("batch", q_BTHE.shape[0])
+    # Every device has all query heads that a key-value head of its part of the cache is for.
+    q_spec = sharding.spec(batch, None, "cache_heads", None)
+    kv_spec, scale_spec = (sharding.spec(AXES[0], batch, *axes) for axes in (AXES[2:], AXES[2:3]))
+    cache_specs = jax.tree.map(lambda x: kv_spec if x.ndim == 4 else scale_spec, cache)
+    specs = (q_spec, cache_specs, sharding.spec(batch), None if window is None else sharding.spec())
+    return sharding.shard_map(part, specs, q_spec)(q_BTHE, cache, length_B, window)
+
+
+def _to_front(x_KBTG: Array) -> Array:
+    return x_KBTG.transpose(1, 2, 0, 3)[..., None]
+
+
+def cache_scores(q_BTHE: Array, cache: LayerCache, length_B: Array, window: Array | None) -> Array:
+    """float32 [K, B, T, G, S], the lowest float where a query does not see a key."""
+    batch, length, _, width = q_BTHE.shape
+    kv_heads, _, keys, _ = cache.k.shape
+    q_KBXE = q_BTHE.reshape(batch, length, kv_heads, -1, width).transpose(2, 0, 1, 3, 4)
+    q_KBXE = q_KBXE.reshape(kv_heads, batch, -1, width)
+    k_KBSE = _values(cache.k, q_BTHE.dtype)
+    # Keys on the left: the other way round XLA:CPU copies them all, transposed.
+    contract_width = (((3,), (3,)), ((0, 1), (0, 1)))
+    scores = jax.lax.dot_general(k_KBSE, q_KBXE, contract_width, preferred_element_type=jnp.float32) * width**-0.5
+    scores = scores.transpose(0, 1, 3, 2).reshape(kv_heads, batch, length, -1, keys)
+    if cache.k_scale is not None:
+        scores = scores * cache.k_scale[:, :, None, None, :]
+    q_index_BT1 = (length_B[:, None] + jnp.arange(length))[:, :, None]
+    seen_BTS = jnp.arange(keys) <= q_index_BT1
+    if window is not None:
+        seen_BTS &= q_index_BT1 - jnp.arange(keys) < window
+    return jnp.where(seen_BTS[None, :, :, None], scores, jnp.finfo(jnp.float32).min)
+
+
+def cache_mix(weights_KBTGS: Array, cache: LayerCache, dtype: Any) -> Array:
+    """The sum of the cache's values by weight, float32 [B, T, K, G, E]."""
+    if cache.v_scale is not None:
+        weights_KBTGS = weights_KBTGS * cache.v_scale[:, :, None, None, :]
+    kv_heads, batch, length, group, keys = weights_KBTGS.shape
+    weights_KBXS = weights_KBTGS.astype(dtype).reshape(kv_heads, batch, -1, keys)
+    contract_keys = (((3,), (2,)), ((0, 1), (0, 1)))
+    out = jax.lax.dot_general(weights_KBXS, _values(cache.v, dtype), contract_keys, preferred_element_type=jnp.float32)
+    return out.reshape(kv_heads, batch, length, group, -1).transpose(1, 2, 0, 3, 4)
+
+
+def _values(stored: Array, dtype: Any) -> Array:
+    return stored.astype(dtype) if stored.dtype == jnp.int8 else stored

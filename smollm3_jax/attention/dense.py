@@ -1,0 +1,135 @@
+"""Attention of whole sequences in plain XLA, with a backward pass that keeps no scores.
+
+Shapes: B batch, T query length, S key length, H query heads, K key-value heads, G = H / K, E head width.
+"""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.ad_checkpoint import checkpoint_name
+
+# What the float32 scores of one call may take; longer sequences go through a few queries at a time.
+SCORE_BYTES = 2**28
+# A row is cut into so many pieces, of at least so many queries; a piece looks at no key behind its end.
+PIECES = 8
+PIECE_QUERIES = 64
+
+
+def dense(
+    q_BTHE: Array,
+    k_BSKE: Array,
+    v_BSKE: Array,
+    segments: tuple[Array, ...],
+    gap_B: Array | None,
+    window: Array | None,
+    order: np.ndarray | None,
+) -> Array:
+    """Plain XLA; `attention` without a kernel. order: which token of the row each query is."""
+    batch, length, heads, width = q_BTHE.shape
+    kv_heads = k_BSKE.shape[2]
+    past = k_BSKE.shape[1] - length
+    q_BKGTE = q_BTHE.reshape(batch, length, kv_heads, -1, width).transpose(0, 2, 3, 1, 4)
+    k_BKSE, v_BKSE = (x.swapaxes(1, 2) for x in (k_BSKE, v_BSKE))
+
+    def some(keys: int, q_BKGtE: Array, index_t: Array, *q_segments_Bt: Array) -> Array:
+        kv_index_S = jnp.arange(keys)
+        seen_BtS = (kv_index_S <= index_t[:, None])[None]
+        for segments_Bt in q_segments_Bt:
+            own_BtS = segments_Bt[:, :, None] == segments[1][:, None, :keys]
+            seen_BtS &= own_BtS & (segments_Bt != 0)[:, :, None]
+        if window is not None:
+            distance_BtS = (index_t[:, None] - kv_index_S)[None]
+            if gap_B is not None:
+                distance_BtS = distance_BtS - jnp.where(kv_index_S < past, gap_B[:, None, None], 0)
+            seen_BtS &= distance_BtS < window
+        return _softmax_mix(q_BKGtE, k_BKSE[:, :, :keys], v_BKSE[:, :, :keys], seen_BtS)
+
+    def piece(first: int, end: int) -> Array:
+        """Of the queries of a piece of the row: as few at a time as their scores allow."""
+        # What comes behind a piece's end is hidden from it. Where queries lie in another order, they see any key.
+        keys = past + (end if order is None else length)
+        index_T = past + (jnp.arange(first, end) if order is None else jnp.array(order[first:end]))
+        parts = (q_BKGTE[:, :, :, first:end], index_T, *(x[:, first:end] for x in segments[:1]))
+        axes = (3, 0, 1)[: len(parts)]
+        count = end - first
+        step = max(1, SCORE_BYTES // (4 * batch * heads * keys))
+        if count <= step:
+            return some(keys, *parts)
+        step = 1 << (step.bit_length() - 1)
+        pad = -count % step
+
+        def split(x: Array, axis: int) -> Array:
+            x = jnp.pad(x, [(0, pad if i == axis else 0) for i in range(x.ndim)])
+            return jnp.moveaxis(x.reshape(*x.shape[:axis], -1, step, *x.shape[axis + 1 :]), axis, 0)
+
+        split_up = tuple(split(x, axis) for x, axis in zip(parts, axes, strict=True))
+        out = jax.lax.map(lambda x: some(keys, *x), split_up)
+        return jnp.moveaxis(out, 0, 3).reshape(batch, kv_heads, -1, count + pad, width)[:, :, :, :count]
+
+    ends = np.linspace(0, length, max(1, min(PIECES, length // PIECE_QUERIES)) + 1).astype(int).tolist()
+    pieces = [piece(first, end) for first, end in itertools.pairwise(ends)]
+    return jnp.concatenate(pieces, axis=3).transpose(0, 3, 1, 2, 4).reshape(q_BTHE.shape)
+
+
+@jax.custom_vjp
+def _softmax_mix(q_BKGTE: Array, k_BKSE: Array, v_BKSE: Array, mask_BTS: Array) -> Array:
+    """Scores and softmax in float32, probabilities cast back, as transformers' eager path.
+
+    The backward pass keeps each query's normalizer and computes the scores again (FlashAttention, arXiv
+    2205.14135): nothing of their size is kept, and a recomputed layer does not go through the softmax twice.
+    """
+    return _mix(q_BKGTE, k_BKSE, v_BKSE, mask_BTS)[0]
+
+
+def _mix(q_BKGTE: Array, k_BKSE: Array, v_BKSE: Array, mask_BTS: Array) -> tuple[Array, Array]:
+    """The output, and the log of what each query's exponentials add up to."""
+    scores_BKGTS = _scores(q_BKGTE, k_BKSE, mask_BTS)
+    weights_BKGTS = jax.nn.softmax(scores_BKGTS, axis=-1).astype(v_BKSE.dtype)
+    out = _batched(_flat(weights_BKGTS), v_BKSE, 3, 2).reshape(q_BKGTE.shape).astype(q_BKGTE.dtype)
+    return out, jax.nn.logsumexp(scores_BKGTS, axis=-1, keepdims=True)
+
+
+def _mix_forward(*arrays: Array) -> tuple[Array, tuple]:
+    out, normalizer_BKGT1 = _mix(*arrays)
+    return out, (*arrays, checkpoint_name(normalizer_BKGT1, "attention_residuals"))
+
+
+def _mix_backward(kept: tuple, gradient_BKGTE: Array) -> tuple:
+    q_BKGTE, k_BKSE, v_BKSE, mask_BTS, normalizer_BKGT1 = kept
+    weights_BKGTS = jnp.exp(_scores(q_BKGTE, k_BKSE, mask_BTS) - normalizer_BKGT1)
+    weights_BKGTS = jnp.where(mask_BTS[:, None, None], weights_BKGTS, 0)  # also of a query that sees nothing
+    gradient_BKXE = _flat(gradient_BKGTE)
+    into_weights_BKGTS = _batched(gradient_BKXE, v_BKSE, 3, 3).reshape(weights_BKGTS.shape)
+    mean_BKGT1 = (weights_BKGTS * into_weights_BKGTS).sum(axis=-1, keepdims=True)
+    into_scores_BKGTS = weights_BKGTS * (into_weights_BKGTS - mean_BKGT1) * q_BKGTE.shape[-1] ** -0.5
+    into_scores_BKXS = _flat(into_scores_BKGTS.astype(q_BKGTE.dtype))
+    q_gradient = _batched(into_scores_BKXS, k_BKSE, 3, 2).reshape(q_BKGTE.shape)
+    k_gradient = _batched(into_scores_BKXS, _flat(q_BKGTE), 2, 2)
+    v_gradient = _batched(_flat(weights_BKGTS.astype(v_BKSE.dtype)), gradient_BKXE, 2, 2)
+    return *(x.astype(q_BKGTE.dtype) for x in (q_gradient, k_gradient, v_gradient)), None
+
+
+_softmax_mix.defvjp(_mix_forward, _mix_backward)
+
+
+def _scores(q_BKGTE: Array, k_BKSE: Array, mask_BTS: Array) -> Array:
+    *heads, width = q_BKGTE.shape
+    scores = (_batched(_flat(q_BKGTE), k_BKSE, 3, 3) * width**-0.5).reshape(*heads, -1)
+    # The lowest finite number, not -inf: a row that sees nothing must not become NaN.
+    return jnp.where(mask_BTS[:, None, None], scores, jnp.finfo(jnp.float32).min)
+
+
+def _flat(x_BKGTE: Array) -> Array:
+    """All query heads of a key head as rows of one product: nothing of the scores' size is transposed."""
+    batch, kv_heads, group, length, width = x_BKGTE.shape
+    return x_BKGTE.reshape(batch, kv_heads, group * length, width)
+
+
+def _batched(a: Array, b: Array, contract_a: int, contract_b: int) -> Array:
+    """A product of matrices for each row and key head, added up in float32."""
+    return jax.lax.dot_general(
+        a, b, (((contract_a,), (contract_b,)), ((0, 1), (0, 1))), preferred_element_type=jnp.float32
+    )

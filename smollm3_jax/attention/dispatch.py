@@ -1,0 +1,167 @@
+"""What computes attention, decided when a function is traced, by the platform it is for.
+
+The splash and paged attention kernels of JAX on TPU, cuDNN's kernel on GPU, and plain XLA elsewhere and for all
+that a kernel does not take.
+
+Shapes: B batch, T query length, S key length, H query heads, K key-value heads, G = H / K, E head width.
+"""
+
+import functools
+import logging
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from sharding.rules import Sharding, platform_of, say_once
+
+from ..kv_cache import AXES, LayerCache
+from .decode import cache_mix, cache_scores, decode_over_context
+from .dense import dense
+from .gpu import cudnn, is_ampere_or_later
+from .tpu import LANES, PAGES, paged, splash, splash_kernel, splash_over_length
+
+log = logging.getLogger(__name__)
+
+
+def attention(
+    q_BTHE: Array,
+    k_BSKE: Array,
+    v_BSKE: Array,
+    *,
+    q_segments_BT: Array | None = None,
+    kv_segments_BS: Array | None = None,
+    gap_B: Array | None = None,
+    window: Array | None = None,
+    sharding: Sharding | None = None,
+) -> Array:
+    """Causal attention within segments. The last T of the S keys are the queries' own.
+
+    Args:
+      q_segments_BT, kv_segments_BS: int32; 0 is padding, other values name documents. A token sees
+        its own document only. Causality goes by index in the row, not by position, as positions may
+        restart within it. None (both): a row is one document, and padding stands at its end if anywhere,
+        where causality hides it.
+      gap_B: how many of the S - T past keys, at their end, hold nothing: they do not count as distance.
+      window: int32 scalar, how many keys back a query sees, itself included; None for all.
+      sharding: where the arrays lie; None on one device. If it splits rows, their tokens are in the order
+        of `sharding.row_order`.
+
+    Returns:
+      [B, T, H, E] in q's dtype. Rows of padding hold finite values without meaning.
+    """
+    assert (q_segments_BT is None) == (kv_segments_BS is None)
+    segments = () if q_segments_BT is None or kv_segments_BS is None else (q_segments_BT, kv_segments_BS)
+    length, heads, width = q_BTHE.shape[1:]
+    past = k_BSKE.shape[1] - length
+    order = None if sharding is None else sharding.row_order(length)
+    shards = 1 if order is None or sharding is None else sharding.parts("length")
+    assert order is None or past == 0
+    kv_axis = "kv_heads"
+    if sharding is not None and sharding.parts("heads") > 1 == sharding.parts("kv_heads"):
+        # Each device has the keys of all heads, and takes those of its own queries.
+        kv_axis, kv_length = "heads", None if order is None else "length"
+        k_BSKE, v_BSKE = (
+            sharding.constrain(jnp.repeat(x, heads // x.shape[2], axis=2), "batch", kv_length, "heads", None)
+            for x in (k_BSKE, v_BSKE)
+        )
+    obstacles = {
+        "a window": window is not None,
+        "heads and key-value heads on different axes of the mesh": not together(sharding, "heads", kv_axis),
+        f"rows of {length} tokens on {shards} devices": shards > 1 and length % (LANES * 2 * shards) != 0,
+    }
+    match platform_of(sharding):
+        case "tpu" if takes(
+            "splash attention",
+            obstacles
+            | {
+                f"{q_BTHE.dtype} values": q_BTHE.dtype not in (jnp.bfloat16, jnp.float32),
+                f"heads of width {width}": width % 64 != 0,
+            },
+        ):
+            kernel = splash_kernel(heads // (1 if sharding is None else sharding.parts("heads")), length, past, shards)
+            if sharding is not None and shards > 1:
+                return splash_over_length(kernel, q_BTHE, k_BSKE, v_BSKE, segments, kv_axis, sharding)
+            kernel = functools.partial(splash, kernel)
+        case "gpu" if takes(
+            "cuDNN attention",
+            obstacles
+            | {
+                f"{q_BTHE.dtype} values": q_BTHE.dtype not in (jnp.bfloat16, jnp.float16),
+                f"heads of width {width}": width > 128 or width % 8 != 0,
+                "segments": bool(segments),
+                "queries with a past": past > 0,
+                "rows on several devices": shards > 1,
+                "a device older than compute capability 8.0": not is_ampere_or_later(sharding),
+            },
+        ):
+            kernel = cudnn
+        case _:
+            if order is not None:
+                k_BSKE, v_BSKE = (x[:, np.argsort(order)] for x in (k_BSKE, v_BSKE))
+                segments = (*segments[:1], *(x[:, np.argsort(order)] for x in segments[1:]))
+            return dense(q_BTHE, k_BSKE, v_BSKE, segments, gap_B, window, order)
+    if sharding is None:
+        return kernel(q_BTHE, k_BSKE, v_BSKE, *segments)
+    batch = sharding.fitting("batch", q_BTHE.shape[0])
+    q_spec, kv_spec = sharding.spec(batch, None, "heads", None), sharding.spec(batch, None, kv_axis, None)
+    specs = (q_spec, kv_spec, kv_spec, *[sharding.spec(batch, None)] * len(segments))
+    return sharding.shard_map(kernel, specs, q_spec)(q_BTHE, k_BSKE, v_BSKE, *segments)
+
+
+def decode_attention(
+    q_BTHE: Array,
+    cache: LayerCache,
+    *,
+    length_B: Array,
+    window: Array | None = None,
+    sharding: Sharding | None = None,
+) -> Array:
+    """A few new tokens against the cache that already holds them.
+
+    Args:
+      length_B: how many keys each row held before; query t sees keys up to index length + t.
+      window, sharding: as for `attention`.
+
+    Returns:
+      [B, T, H, E] in q's dtype.
+    """
+    batch, length, heads, _ = q_BTHE.shape
+    capacity, width = cache.k.shape[2:]
+    if sharding is not None and sharding.parts("context") > 1:
+        return decode_over_context(q_BTHE, cache, length_B, window, sharding)
+    if platform_of(sharding) == "tpu" and takes(
+        "paged attention",
+        {
+            "a window": window is not None,
+            "several tokens at a time": length > 1,
+            f"a cache of {cache.k.dtype}": cache.k.dtype != jnp.bfloat16,
+            f"heads of width {width}": width % LANES != 0,
+            f"a capacity of {capacity}": capacity % PAGES[-1] != 0,
+            "heads and the cache's on different axes of the mesh": not together(sharding, "heads", "cache_heads"),
+        },
+    ):
+        if sharding is None:
+            return paged(q_BTHE, cache.k, cache.v, length_B)
+        axes = (AXES[0], sharding.fitting("batch", batch), *AXES[2:])
+        q_spec, kv_spec = sharding.spec(axes[1], None, "heads", None), sharding.spec(*axes)
+        specs = (q_spec, kv_spec, kv_spec, sharding.spec(axes[1]))
+        return sharding.shard_map(paged, specs, q_spec)(q_BTHE, cache.k, cache.v, length_B)
+    scores_KBTGS = cache_scores(q_BTHE, cache, length_B, window)
+    out_BTKGE = cache_mix(jax.nn.softmax(scores_KBTGS, axis=-1), cache, q_BTHE.dtype)
+    return out_BTKGE.reshape(batch, length, heads, width).astype(q_BTHE.dtype)
+
+
+def takes(kernel: str, obstacles: dict[str, bool]) -> bool:
+    """Whether a kernel takes a call that has these obstacles; if not, says so, once."""
+    found = tuple(what for what, there in obstacles.items() if there)
+    if found:
+        instead = "plain XLA computes attention, which is slower"
+        say_once(log, logging.INFO, f"{kernel} does not take {' or '.join(found)}: {instead}")
+    return not found
+
+
+def together(sharding: Sharding | None, heads: str, kv_heads: str) -> bool:
+    """Whether a device that has some query heads has their keys."""
+    return sharding is None or sharding.mesh_axes(heads) == sharding.mesh_axes(kv_heads)

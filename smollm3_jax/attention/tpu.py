@@ -1,0 +1,136 @@
+"""Attention kernels for TPUs: splash attention of whole sequences, paged attention against the cache.
+
+Shapes: B batch, T query length, S key length, H query heads, K key-value heads, G = H / K, E head width.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.sharding import NamedSharding
+
+from sharding.rules import Sharding, balanced_order
+
+# A TPU's vectors are so wide: splash wants lengths that they divide.
+LANES = 128
+# Splash goes through queries and keys in tiles of the largest of these that divides the length.
+TILES = (1024, 512, 256, 128)
+QUERY_TILES = TILES[1:]
+# As many keys of a row of the cache are one page, the largest that divides the capacity; the kernel
+# fetches and multiplies a page at a time.
+PAGES = (512, 256, 128)
+
+
+def splash(kernel: Any, q_BTHE: Array, k_BSKE: Array, v_BSKE: Array, *segments: Array) -> Array:
+    """JAX's splash attention kernel for TPU: no array of T x S."""
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel
+
+    _, length, _, width = q_BTHE.shape
+    query_pad, key_pad = _padding(length, k_BSKE.shape[1] - length)
+
+    def padded(x: Array, pad: int) -> Array:
+        return jnp.pad(x, [(0, pad if axis == 1 else 0) for axis in range(x.ndim)])
+
+    q_BHTE = padded(q_BTHE * jnp.asarray(width**-0.5, q_BTHE.dtype), query_pad).swapaxes(1, 2)
+    k_BKSE, v_BKSE = (padded(x, key_pad).swapaxes(1, 2) for x in (k_BSKE, v_BSKE))
+    if segments:
+        ids = splash_attention_kernel.SegmentIds(padded(segments[0], query_pad), padded(segments[1], key_pad))
+        out_BHTE = jax.vmap(kernel)(q_BHTE, k_BKSE, v_BKSE, ids)
+    else:
+        out_BHTE = jax.vmap(kernel)(q_BHTE, k_BKSE, v_BKSE)
+    return out_BHTE.swapaxes(1, 2)[:, :length]
+
+
+def splash_over_length(
+    kernel: Any,
+    q_BTHE: Array,
+    k_BSKE: Array,
+    v_BSKE: Array,
+    segments: tuple[Array, ...],
+    kv_axis: str,
+    sharding: Sharding,
+) -> Array:
+    """Each device its own part of the queries, against all keys: the kernel's tables are split as the queries are.
+
+    The keys, which a few heads make small, are gathered and put in order again; their gradients are scattered.
+    """
+    batch = sharding.fitting("batch", q_BTHE.shape[0])
+    order = sharding.row_order(q_BTHE.shape[1])
+    assert order is not None
+
+    def whole(x: Array) -> Array:
+        return jax.lax.all_gather(x, sharding.mesh_axes("length"), axis=1, tiled=True)[:, np.argsort(order)]
+
+    def part(kernel: Any, q_BTHE: Array, k_BSKE: Array, v_BSKE: Array, *segments: Array) -> Array:
+        return splash(kernel, q_BTHE, whole(k_BSKE), whole(v_BSKE), *segments[:1], *map(whole, segments[1:]))
+
+    tables = kernel.manual_sharding_spec(NamedSharding(sharding.mesh, sharding.spec(None, "length")))
+    q_spec, kv_spec = (sharding.spec(batch, "length", axis, None) for axis in ("heads", kv_axis))
+    specs = (tables, q_spec, kv_spec, kv_spec, *[sharding.spec(batch, "length")] * len(segments))
+    return sharding.shard_map(part, specs, q_spec)(kernel, q_BTHE, k_BSKE, v_BSKE, *segments)
+
+
+def _padding(length: int, past: int) -> tuple[int, int]:
+    """What queries and keys lack. A padding query sees at least its own key: its softmax is over something."""
+    query_pad = -length % LANES
+    return query_pad, query_pad + -(past + length + query_pad) % LANES
+
+
+@functools.lru_cache(maxsize=64)
+def splash_kernel(heads: int, length: int, past: int, shards: int = 1) -> Any:
+    """The kernel for `length` queries whose own keys follow `past` others, all padded; or that are on `shards` devices.
+
+    Made once for all layers: the host looks at the mask tile by tile.
+    """
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel, splash_attention_mask
+
+    query_pad, key_pad = _padding(length, past)
+    length, keys = length + query_pad, past + length + key_pad
+    mask = splash_attention_mask.CausalMask((length, keys), offset=past)
+    if shards > 1:
+        mask.q_sequence = balanced_order(length, shards).astype(np.int32)
+    # No tile of queries spans two pieces of a row.
+    tile_q = next(tile for tile in QUERY_TILES if (length // (2 * shards if shards > 1 else 1)) % tile == 0)
+    tile_kv = next(tile for tile in TILES if keys % tile == 0)
+    tiles = splash_attention_kernel.BlockSizes(
+        block_q=tile_q,
+        block_kv=tile_kv,
+        block_kv_compute=min(tile_kv, 512),
+        block_q_dkv=tile_q,
+        block_kv_dkv=tile_kv,
+        block_kv_dkv_compute=min(tile_kv, 512),
+        block_q_dq=tile_q,
+        block_kv_dq=min(tile_kv, 512),
+    )
+    # Tables of which tiles to visit: plain constants, whatever is being traced when they are made.
+    with jax.ensure_compile_time_eval():
+        kernel = splash_attention_kernel.make_splash_mha(
+            splash_attention_mask.MultiHeadMask([mask] * heads),
+            block_sizes=tiles,
+            head_shards=1,
+            q_seq_shards=shards,
+            residual_checkpoint_name="attention_residuals",
+        )
+    return jax.tree.map(np.asarray, kernel)
+
+
+def paged(q_B1HE: Array, k_KBSE: Array, v_KBSE: Array, length_B: Array) -> Array:
+    """JAX's paged attention kernel for TPU, on pages that lie in order: it reads what each row holds, no more."""
+    from jax.experimental.pallas.ops.tpu.paged_attention import paged_attention
+
+    kv_heads, batch, capacity, width = k_KBSE.shape
+    page = next(page for page in PAGES if capacity % page == 0)
+    k_pages, v_pages = (x.reshape(kv_heads, -1, page, width) for x in (k_KBSE, v_KBSE))
+    out_BHE = paged_attention(
+        q_B1HE[:, 0].astype(jnp.float32) * width**-0.5,
+        k_pages,
+        v_pages,
+        # A full row wrote nothing, and has no page behind its last.
+        jnp.minimum(length_B + 1, capacity),
+        jnp.arange(k_pages.shape[1], dtype=jnp.int32).reshape(batch, -1),
+        pages_per_compute_block=1,
+    )
+    return out_BHE[:, None].astype(q_B1HE.dtype)
