@@ -140,7 +140,8 @@ def test_plugins_that_only_compile_are_not_asked_for_devices(arguments, code):
     )
     assert done.returncode == code, done.stderr
     assert "Traceback" not in done.stderr
-    assert len(done.stderr.splitlines()) == (1 if code else 0)
+    # libtpu has warnings of its own before ours.
+    assert done.stderr.splitlines()[-1].startswith("smollm3: ") if code else not done.stderr
 
 
 @needs_libtpu
