@@ -1,8 +1,9 @@
 """SmolLM3: a pre-norm Llama transformer whose every fourth layer has no position embedding.
 
 The modules hold parameters and nothing else; what runs is plain `jax.jit` and `jax.lax.scan` over
-them. Layers are stacked along a leading axis, so compile time does not grow with depth. Weights keep
-Hugging Face's orientation ([out, in], heads split from head width), so that conversion is a rename.
+them. For training the layers are one stacked `Block`, so that compile time does not grow with depth; for inference
+they are one `Block` a layer, which is read where it lies. Weights keep Hugging Face's orientation ([out, in], heads
+split from head width), so that conversion is a rename.
 
 Shapes: B batch, T query length, S key length, D model width, F feed-forward width, H query heads,
 K key-value heads, E head width, V vocabulary, L layers.
@@ -30,7 +31,7 @@ from .quantize import Weight, linear, lookup, quantized, scheme_of
 
 
 class Block(nnx.Module):
-    """The parameters of all layers, stacked; inside the scan, of one. `axes` names the dimensions."""
+    """The parameters of all layers, stacked, or of one. `axes` names the dimensions."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, dtype: Any):
         def normal(name: str, *axes: str, contracted: int = 1) -> Weight:
