@@ -323,7 +323,8 @@ def _rms_norm(x_BTD: Array, weight_D: Array, eps: float) -> Array:
     """RMSNorm with transformers' rounding: variance in float32, cast to x's dtype, then the weight."""
     x = x_BTD.astype(jnp.float32)
     x = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + eps)
-    return x.astype(x_BTD.dtype) * weight_D
+    # A product of two bfloat16 numbers is exact in float32: rounded once, it is theirs, and its gradients are float32.
+    return (x.astype(x_BTD.dtype).astype(jnp.float32) * weight_D.astype(jnp.float32)).astype(x_BTD.dtype)
 
 
 def _embed(model: SmolLM3, tokens_BT: Array, sharding: Sharding | None = None) -> Array:
