@@ -301,7 +301,6 @@ def block(
     k_BTKE = checkpoint_name(multiply(h_BTD, p.k, p.k_bias), "k")
     v_BTKE = checkpoint_name(multiply(h_BTD, p.v, p.v_bias), "v")
     out_BTHE, kept = attend(q_BTHE, k_BTKE, v_BTKE)
-    out_BTHE = checkpoint_name(out_BTHE, "attention")
     x_BTD = placed(x_BTD + multiply(out_BTHE, p.o, p.o_bias, contracted=2))
 
     h_BTD = _rms_norm(x_BTD, p.mlp_norm[...], config.rms_norm_eps)
