@@ -5,8 +5,6 @@ plain attention of whole rows: the largest differences of output and gradients, 
 import json
 
 import jax
-
-jax.config.update("jax_num_cpu_devices", 8)
 import jax.numpy as jnp
 import no_gpu
 import numpy as np
@@ -30,6 +28,7 @@ def forward_and_back(q, k, v, g, segments, sharding):
 
 
 def main() -> None:
+    jax.config.update("jax_num_cpu_devices", 8)
     random = np.random.RandomState(0)
     q, k, v, g = (
         jnp.asarray(random.standard_normal((2, LENGTH, heads, WIDTH)), jnp.float16)
