@@ -10,7 +10,7 @@ from flax import nnx
 
 import smollm3_jax as s3
 from smollm3_jax.train.optimizer import adamw
-from smollm3_jax.train.step import REMAT, Batch, StepOptions, init_state, loss_sums, train_step
+from smollm3_jax.train.step import REMAT, Batch, StepOptions, compiler_options, init_state, loss_sums, train_step
 
 FLOAT32 = StepOptions(dtype="float32")
 
@@ -136,3 +136,19 @@ def test_the_old_state_is_donated(config, batch):
     state = init_state(new_model(config), optimizer)
     train_step(state, batch, optimizer=optimizer, options=FLOAT32)
     assert all(x.is_deleted() for x in jax.tree.leaves(state.model))
+
+
+def test_equal_steps_give_equal_bits_on_a_cpu_whether_asked_to_or_not(config, batch):
+    assert compiler_options("cpu", deterministic=True) is None  # there is nothing to change
+    assert compiler_options("tpu", deterministic=True) == compiler_options("tpu")
+    assert compiler_options("gpu", deterministic=True)["xla_gpu_exclude_nondeterministic_ops"]
+    optimizer = adamw(1e-3)
+    state = init_state(new_model(config), optimizer)
+    lowered = train_step.lower(state, batch, optimizer=optimizer, options=FLOAT32)
+    found = []
+    for deterministic in (False, True, True):
+        step = lowered.compile(compiler_options("cpu", deterministic))
+        found.append(leaves(step(init_state(new_model(config), optimizer), batch)))
+    for others in found[1:]:
+        for a, b in zip(found[0], others, strict=True):
+            np.testing.assert_array_equal(a, b)
