@@ -165,5 +165,5 @@ def test_a_thread_that_fails_or_hangs_is_told_of(corpora, monkeypatch):
 
 def test_without_grain_training_says_what_to_install(corpora, monkeypatch):
     monkeypatch.setitem(sys.modules, "grain", None)
-    with pytest.raises(SupportError, match="corpora need the package grain .*pip install 'grain"):
+    with pytest.raises(SupportError, match=r"corpora need the package grain .*pip install 'grain"):
         batches_of(corpora)
