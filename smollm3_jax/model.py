@@ -1,8 +1,9 @@
 """SmolLM3: a pre-norm Llama transformer whose every fourth layer has no position embedding.
 
 The modules hold parameters and nothing else; what runs is plain `jax.jit` and `jax.lax.scan` over
-them. Layers are stacked along a leading axis, so compile time does not grow with depth. Weights keep
-Hugging Face's orientation ([out, in], heads split from head width), so that conversion is a rename.
+them. For training the layers are one stacked `Block`, so that compile time does not grow with depth; for inference
+they are one `Block` a layer, which is read where it lies. Weights keep Hugging Face's orientation ([out, in], heads
+split from head width), so that conversion is a rename.
 
 Shapes: B batch, T query length, S key length, D model width, F feed-forward width, H query heads,
 K key-value heads, E head width, V vocabulary, L layers.
@@ -23,14 +24,14 @@ from jax.ad_checkpoint import checkpoint_name
 from sharding.rules import Sharding, platform_of
 
 from . import rope
-from .attention import attention, decode_attention
+from .attention import attention, attention_after, decode_attention
 from .config import GenerationConfig, ModelConfig
 from .kv_cache import KVCache, advance, read, rows, write
 from .quantize import Weight, linear, lookup, quantized, scheme_of
 
 
 class Block(nnx.Module):
-    """The parameters of all layers, stacked; inside the scan, of one. `axes` names the dimensions."""
+    """The parameters of all layers, stacked, or of one. `axes` names the dimensions."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, dtype: Any):
         def normal(name: str, *axes: str, contracted: int = 1) -> Weight:
@@ -222,14 +223,14 @@ def _run_layers(
             # Read back from what was just written, so that the update stays in place; what lies at or
             # behind the length is not the past.
             past_k, past_v = read(stored, slot, past, k.dtype, sharding)
-            past_segments_BP = (jnp.arange(past) < length_B[:, None]).astype(jnp.int32)
-            out = attention(
+            out = attention_after(
                 q,
-                jnp.concatenate([past_k, k], axis=1),
-                jnp.concatenate([past_v, v], axis=1),
-                q_segments_BT=row_segments_BT,
-                kv_segments_BS=jnp.concatenate([past_segments_BP, row_segments_BT], axis=1),
-                gap_B=past - length_B,
+                k,
+                v,
+                past_k,
+                past_v,
+                length_B=length_B,
+                segments_BT=row_segments_BT,
                 window=window,
                 sharding=sharding,
             )
@@ -301,7 +302,6 @@ def block(
     k_BTKE = checkpoint_name(multiply(h_BTD, p.k, p.k_bias), "k")
     v_BTKE = checkpoint_name(multiply(h_BTD, p.v, p.v_bias), "v")
     out_BTHE, kept = attend(q_BTHE, k_BTKE, v_BTKE)
-    out_BTHE = checkpoint_name(out_BTHE, "attention")
     x_BTD = placed(x_BTD + multiply(out_BTHE, p.o, p.o_bias, contracted=2))
 
     h_BTD = _rms_norm(x_BTD, p.mlp_norm[...], config.rms_norm_eps)
@@ -322,7 +322,8 @@ def _rms_norm(x_BTD: Array, weight_D: Array, eps: float) -> Array:
     """RMSNorm with transformers' rounding: variance in float32, cast to x's dtype, then the weight."""
     x = x_BTD.astype(jnp.float32)
     x = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + eps)
-    return x.astype(x_BTD.dtype) * weight_D
+    # A product of two bfloat16 numbers is exact in float32: rounded once, it is theirs, and its gradients are float32.
+    return (x.astype(x_BTD.dtype).astype(jnp.float32) * weight_D.astype(jnp.float32)).astype(x_BTD.dtype)
 
 
 def _embed(model: SmolLM3, tokens_BT: Array, sharding: Sharding | None = None) -> Array:
