@@ -12,6 +12,8 @@ import numpy as np
 from smollm3_jax.decode import MAX_STEPS, Slots, decode
 from smollm3_jax.kv_cache import KVCache, cache_bytes, empty_cache
 from smollm3_jax.model import SmolLM3
+from smollm3_jax.plan import DecodeSetting
+from smollm3_jax.plan_devices import sharding_for
 from smollm3_jax.sampling import MAX_STOP_IDS, Choice, SamplingParams
 
 from . import shape
@@ -71,8 +73,9 @@ def one(run: Run, case: str, model: SmolLM3, batch: int, held: int, capacity: in
         cache=cache_dtype,
         first_seconds=first,
     )
-    compiled = decode.lower(*arguments()).compile()
-    say_modelled(run, case, compiled, lambda op: None, branches=False)
+    here = sharding_for(model.config, jax.devices()[:1], "serve_tp", None)
+    setting = DecodeSetting(model.config, here, batch, capacity, cache_dtype)
+    say_modelled(run, case, decode.lower(*arguments()).compile(), setting.model_of)
 
 
 def decoder(

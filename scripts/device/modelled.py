@@ -1,37 +1,34 @@
-"""What the roofline says of a program that was just compiled, beside what it was measured to take."""
+"""What the roofline of `smollm3 plan` says of a program that was just compiled, beside what it was measured to take."""
 
 from collections.abc import Callable
-from typing import Any
 
 import jax
 from jax.stages import Compiled
 
 from sharding import hlo
 from sharding.hardware import chip_of
-from sharding.roofline import roofline
+from sharding.roofline import Roofline
 
 from .run import Run
 
 
-def say_modelled(
-    run: Run, case: str, compiled: Compiled, kernel_cost: Callable[..., Any], *, calls: float = 1, branches: bool = True
-) -> None:
-    """Says what the model of `smollm3 plan` makes of a program; nothing where the chip is unknown to it.
+def say_modelled(run: Run, case: str, compiled: Compiled, model_of: Callable[[Compiled], Roofline]) -> None:
+    """Says it, with the compiler's own memory; nothing where the chip is unknown to the model.
 
     Args:
-      calls: into how many parts the modelled time falls (of a loop that is counted once: 1).
+      model_of: of a plan's setting. For decoding that is a token of every slot, at full capacity.
     """
-    chip = chip_of(jax.devices()[0])
-    if chip is None:
+    if chip_of(jax.devices()[0]) is None:
         return
-    model = roofline(hlo.operations(compiled), chip, kernel_cost, branches=branches)
-    memory = hlo.memory(compiled)
+    model, memory = model_of(compiled), hlo.memory(compiled)
     run.say(
         "modelled",
         case,
-        ms=1e3 * model.seconds / calls,
-        bytes=model.bytes / calls,
-        flops=model.flops / calls,
+        ms=1e3 * model.seconds,
+        bytes=model.bytes,
+        flops=model.flops,
+        launches=model.launches,
+        loop_launches=model.loop_launches,
         unknown_kernels=list(model.opaque),
         unknown_loops=model.unknown_loops,
         temporaries=memory.temporaries,

@@ -6,11 +6,16 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.stages import Compiled
 
+from sharding import hlo
+from sharding.roofline import Roofline, roofline
 from smollm3_jax.decode import prefill
 from smollm3_jax.generate import ACCELERATOR_CHUNK, pieces
 from smollm3_jax.kv_cache import empty_cache
 from smollm3_jax.model import SmolLM3
+from smollm3_jax.plan import DecodeSetting
+from smollm3_jax.plan_devices import sharding_for
 
 from . import shape
 from .modelled import say_modelled
@@ -77,6 +82,11 @@ def one(run: Run, case: str, model: SmolLM3, length: int, past: int) -> None:
     )
     rest, bound = prepared[-1]
     compiled = prefill.lower(model, state["cache"], *rest, past=bound).compile()
-    start, _, padded = todo[-1]
-    whole = len(todo) == 1
-    say_modelled(run, case if whole else f"prefill {padded:,} of {case}, from {start:,} on", compiled, lambda op: None)
+    start, whole = todo[-1][0], len(todo) == 1
+    here = sharding_for(model.config, jax.devices()[:1], "serve_tp", None)
+    setting = DecodeSetting(model.config, here, 1, capacity)
+
+    def model_of(compiled: Compiled) -> Roofline:
+        return roofline(hlo.operations(compiled), setting.chip, setting.kernel_cost)
+
+    say_modelled(run, case if whole else f"{case}: its piece from {start:,} on", compiled, model_of)

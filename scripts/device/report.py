@@ -48,16 +48,16 @@ def _head(lines: Sequence[dict[str, Any]]) -> list[str]:
 def _speeds(lines: Sequence[dict[str, Any]]) -> list[str]:
     """A row a case: ours, and each peer's below."""
     heads = ("ms", "min", "max", "tokens/s", "of floor", "modelled")
-    rows = [_row("", heads)]
-    for line in of_kind(lines, "speed"):
-        ours = line["engine"] == "ours"
-        model = modelled(lines, line["case"]) if ours else None
-        share = share_of_floor(line) if ours else None
-        values = [_number(line[key]) for key in ("ms", "ms_min", "ms_max", "tokens_per_second")]
-        values += ["" if share is None else f"{share:.2f}", "" if model is None else _number(model["ms"])]
-        name = line["case"] if ours else f"{line['case']} ({line['engine']})"
-        rows.append(_row(name + _note(line), values))
-    return rows if len(rows) > 1 else []
+    rows = []
+    for case in dict.fromkeys(line["case"] for line in of_kind(lines, "speed")):
+        engines = [line for line in of_kind(lines, "speed") if line["case"] == case]
+        for line in sorted(engines, key=lambda line: line["engine"] != "ours"):
+            ours = line["engine"] == "ours"
+            model, share = modelled(lines, case) if ours else None, share_of_floor(line)
+            values = [_number(line[key]) for key in ("ms", "ms_min", "ms_max", "tokens_per_second")]
+            values += ["" if share is None else f"{share:.2f}", "" if model is None else _number(model["ms"])]
+            rows.append(_row((case if ours else f"{case}, {line['engine']}") + _note(line), values))
+    return [_row("", heads), *rows] if rows else []
 
 
 def _parity(lines: Sequence[dict[str, Any]]) -> list[str]:

@@ -12,47 +12,28 @@ import jax.numpy as jnp
 from jax import Array
 
 from sharding.rules import Sharding
-from smollm3_jax.config import ModelConfig
+from smollm3_jax.config import SMOLLM3_3B, ModelConfig
 from smollm3_jax.model import SmolLM3
 from smollm3_jax.train.step import state_shardings
 from smollm3_jax.weights.key_map import abstract_model
 from smollm3_jax.weights.quantized import with_scheme
 
-# The release's config.json (huggingface.co/HuggingFaceTB/SmolLM3-3B); token ids are this script's own.
-FULL = {"hidden_size": 2048, "intermediate_size": 11008, "num_attention_heads": 16, "num_key_value_heads": 4}
-FULL |= {"num_hidden_layers": 36, "vocab_size": 128256}
 TINY = {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 4, "num_key_value_heads": 2}
-TINY |= {"num_hidden_layers": 2, "vocab_size": 512}
-# Layers of a comparison: every kind of layer, at the real width, and quickly computed by a CPU in float32.
-PARITY_LAYERS = 8
+TINY |= {"num_hidden_layers": 2, "vocab_size": 512, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
+# Layers of a comparison, at the real width: with and without RoPE, and quickly computed by a CPU in float32.
+PARITY_LAYERS = 4
 
 
 def raw_config(tiny: bool, layers: int | None = None) -> dict[str, Any]:
     """config.json's content, of the first `layers` layers or all."""
-    sizes = TINY if tiny else FULL
-    count = min(layers or sizes["num_hidden_layers"], sizes["num_hidden_layers"])
+    raw = SMOLLM3_3B | (TINY if tiny else {})
+    count = min(layers or raw["num_hidden_layers"], raw["num_hidden_layers"])
     interval = min(4, count)  # the last of a few layers has no RoPE, as every fourth one of many
-    return {
-        "architectures": ["SmolLM3ForCausalLM"],
-        "model_type": "smollm3",
-        **sizes,
+    return raw | {
         "num_hidden_layers": count,
-        "head_dim": sizes["hidden_size"] // sizes["num_attention_heads"],
+        "head_dim": raw["hidden_size"] // raw["num_attention_heads"],
         "no_rope_layer_interval": interval,
         "no_rope_layers": [int((layer + 1) % interval != 0) for layer in range(count)],
-        "rope_theta": 5000000.0,
-        "rope_scaling": None,
-        "rms_norm_eps": 1e-6,
-        "hidden_act": "silu",
-        "attention_bias": False,
-        "mlp_bias": False,
-        "use_sliding_window": False,
-        "tie_word_embeddings": True,
-        "max_position_embeddings": 65536,
-        "bos_token_id": 0,
-        "eos_token_id": 1,
-        "pad_token_id": 2,
-        "torch_dtype": "bfloat16",
     }
 
 

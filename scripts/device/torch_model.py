@@ -7,10 +7,11 @@ import functools
 import importlib.util
 from typing import Any
 
+import jax
 import numpy as np
 
 from smollm3_jax.model import SmolLM3
-from smollm3_jax.weights.key_map import parameters, slots
+from smollm3_jax.weights.save import tensors_of
 
 from . import shape
 from .run import Run
@@ -78,9 +79,5 @@ def peer_of(run: Run, model: SmolLM3, layers: int) -> Any:
 
 
 def tensors(model: SmolLM3) -> dict[str, np.ndarray]:
-    """A tree of stacked parameters (or of their gradients) by Hugging Face's names and in their shapes, float32."""
-    arrays = {name: np.asarray(param[...], np.float32) for name, param in parameters(model).items()}
-    return {
-        name: (arrays[slot.param] if slot.layer is None else arrays[slot.param][slot.layer]).reshape(slot.shape)
-        for name, slot in slots(model.config).items()
-    }
+    """A tree of parameters, or of their gradients, by Hugging Face's names and in their shapes."""
+    return {tensor.name: tensor.read() for tensor in tensors_of(jax.device_get(model))}

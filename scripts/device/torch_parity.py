@@ -24,10 +24,9 @@ GRADIENTS = 3e-4
 def part(run: Run) -> None:
     if not torch_model.usable(run):
         return
-    layers = 4
-    stored = shape.random_model(shape.config(run.tiny, layers), stacked=True)
+    stored = shape.random_model(shape.config(run.tiny, shape.PARITY_LAYERS), stacked=True)
     exact = jax.tree.map(lambda x: x.astype(jnp.float32), stored)
-    peer = torch_model.peer_of(run, exact, layers)
+    peer = torch_model.peer_of(run, exact, shape.PARITY_LAYERS)
     tokens = shape.random_tokens(exact.config, 1, TINY_LENGTH if run.tiny else LENGTH)
     # Gradients first: the logits' check turns the peer to bfloat16.
     run.attempt("gradients", compare_gradients, run, exact, peer, tokens)
@@ -36,10 +35,12 @@ def part(run: Run) -> None:
 
 def compare_logits(run: Run, stored: SmolLM3, exact: SmolLM3, peer: Any, tokens: jax.Array) -> None:
     import torch
+    from torch.nn.attention import SDPBackend, sdpa_kernel
 
     ids = torch.from_numpy(np.array(tokens)).long().to(peer.device)
     with torch.no_grad():
-        expected = peer(ids, use_cache=False).logits.float().cpu().numpy()
+        with sdpa_kernel([SDPBackend.MATH]):
+            expected = peer(ids, use_cache=False).logits.float().cpu().numpy()
         theirs = peer.to(torch.bfloat16)(ids, use_cache=False).logits.float().cpu().numpy()
     run.check("float32 logits: against transformers", relative(exact_logits(exact, tokens), expected), FLOAT32)
     say_ratio(run, "bfloat16 logits", relative(stored(tokens), expected), relative(theirs, expected))
@@ -64,10 +65,13 @@ def say_ratio(run: Run, what: str, ours: float, theirs: float) -> None:
 
 def peer_gradients(peer: Any, tokens: jax.Array, autocast: bool) -> dict[str, np.ndarray]:
     import torch
+    from torch.nn.attention import SDPBackend, sdpa_kernel
 
     ids = torch.from_numpy(np.array(tokens)).long().to(peer.device)
     peer.zero_grad(set_to_none=True)
-    with torch.autocast(peer.device.type, torch.bfloat16, enabled=autocast):
+    fused = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION] if autocast else []
+    backends = [*fused, SDPBackend.MATH]
+    with torch.autocast(peer.device.type, torch.bfloat16, enabled=autocast), sdpa_kernel(backends, set_priority=True):
         logits = peer(ids, use_cache=False).logits
     loss = torch.nn.functional.cross_entropy(logits[0, :-1].float(), ids[0, 1:], reduction="sum")
     loss.backward()

@@ -10,8 +10,11 @@ import jax.numpy as jnp
 from jax.stages import Compiled
 
 from sharding import hlo
+from sharding.hardware import chip_of
 from sharding.mesh import make_mesh
 from sharding.rules import Sharding, platform_of
+from smollm3_jax.plan import TrainSetting
+from smollm3_jax.plan_devices import sharding_for
 from smollm3_jax.train.data import on_mesh
 from smollm3_jax.train.optimizer import adamw
 from smollm3_jax.train.step import Batch, StepOptions, compiler_options, init_state, train_step
@@ -75,7 +78,11 @@ def one(run: Run, case: str, rows: int) -> None:
     first = time.perf_counter() - begin
     times = timed(lambda: losses.append(training.step()), 3 if run.tiny else 5, warm_up=1)
     say_speed(run, case, training, times, first_seconds=first, losses=losses)
-    say_modelled(run, case, training.compiled, lambda op: None)
+    if (chip := chip_of(jax.devices()[0])) is not None:
+        config, (rows, length) = training.state.model.config, training.batch.tokens.shape
+        here = sharding_for(config, jax.devices(), "fsdp", None)
+        setting = TrainSetting(config, chip, here, rows, length, StepOptions())
+        say_modelled(run, case, training.compiled, setting.model_of)
 
 
 def say_speed(run: Run, case: str, training: Training, times: dict[str, float], **more: Any) -> None:
