@@ -46,9 +46,10 @@ COMPILER_OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 # What makes two equal steps equal bit for bit, where they are not so anyway. On GPU the embedding's gradient is added
-# up by atomics and cuDNN's backward pass may be; XLA's flag sorts the one and asks cuDNN for its deterministic
-# algorithm. With it XLA does not time kernels against each other, so that products are left to cuBLAS and its
-# heuristics: Triton's, untimed, would be slow, and XLA 0.11 and newer refuse to choose among them without a device.
+# up by atomics, and cuDNN's backward pass may be: XLA's flag sorts the one and asks cuDNN for its deterministic
+# algorithm, which a program's text does not show (scripts/on_device.py compares the bits). With it XLA does not time
+# kernels against each other, so that products are left to cuBLAS and its heuristics: Triton's, untimed, would be slow,
+# and from 0.11 on XLA refuses to choose among them without a device.
 DETERMINISTIC: dict[str, dict[str, Any]] = {
     "gpu": {"xla_gpu_exclude_nondeterministic_ops": True, "xla_gpu_enable_triton_gemm": False},
 }
