@@ -183,14 +183,8 @@ def balanced_order(length: int, shards: int) -> np.ndarray:
 
 
 def platform_of(sharding: Sharding | None) -> str:
-    """What a program is for: "cpu", "tpu" or "gpu". Without a sharding that is what `jax.default_device` names, or
-    JAX's default: arrays on the CPU of a machine with a GPU want to be used inside `jax.default_device`."""
-    if sharding is not None:
-        return sharding.platform
-    device = jax.config.jax_default_device  # pyright: ignore[reportAttributeAccessIssue]  (it is in jit's cache key)
-    if device is None:
-        return jax.default_backend()
-    return jax.devices(device)[0].platform if isinstance(device, str) else device.platform
+    """What a program is for: "cpu", "tpu" or "gpu"."""
+    return jax.default_backend() if sharding is None else sharding.platform
 
 
 def _strategy(name: str, mesh: Mesh) -> tuple[tuple[str, tuple[str, ...]], ...]:

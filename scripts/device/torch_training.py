@@ -25,7 +25,9 @@ def one(run: Run, case: str) -> None:
 
     begin = time.perf_counter()
     model = torch_model.random_peer(run, "float32").train()
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    # transformers calls it "activation" from 5.23 on, and warns of the other name.
+    newer = getattr(model, "activation_checkpointing_enable", None)
+    (newer or model.gradient_checkpointing_enable)({"use_reentrant": False})
     settings: dict = {"lr": 1e-5, "betas": (0.9, 0.95), "weight_decay": 0.1, "fused": not run.tiny}
     optimizer = torch.optim.AdamW(model.parameters(), **settings)
     length, vocab = TINY_LENGTH if run.tiny else LENGTH, shape.raw_config(run.tiny)["vocab_size"]

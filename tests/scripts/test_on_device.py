@@ -40,7 +40,7 @@ def kinds(out: Path, kind: str) -> list[dict]:
         ("decode", 0, 2),
         ("decode_quantized", 0, 3),
         ("prefill", 0, 2),
-        ("training", 0, 2),
+        ("training", 0, 1),
         ("training_deterministic", 1, 2),
     ],
 )

@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, PartitionSpec
 
-from sharding.rules import Sharding, ShardingError, platform_of
+from sharding.rules import Sharding, ShardingError
 
 AXES, SHAPE = ("layers", "mlp", "embed"), (4, 96, 64)
 
@@ -57,13 +57,3 @@ def test_one_real_device():
     device_mesh = Mesh(np.array(jax.devices()[:1]), ("all",))
     sharding = named_sharding("w", AXES, SHAPE, device_mesh)
     assert jax.device_put(np.zeros(SHAPE), sharding).sharding == sharding
-
-
-def test_without_a_mesh_a_program_is_for_the_default_device(monkeypatch):
-    """The CPU of a machine whose default is another device: what is chosen there is chosen for the CPU."""
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    assert platform_of(None) == "gpu"
-    for cpu in (jax.devices("cpu")[0], "cpu"):
-        with jax.default_device(cpu):
-            assert platform_of(None) == "cpu"
-    assert platform_of(Sharding.of(mesh(data=2), "fsdp")) == "fake"
