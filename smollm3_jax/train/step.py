@@ -45,6 +45,24 @@ COMPILER_OPTIONS: dict[str, dict[str, Any]] = {
     "tpu": {"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"},
 }
 
+# What makes two equal steps equal bit for bit, where they are not so anyway. On GPU the embedding's gradient is added
+# up by atomics, and cuDNN's backward pass may be: XLA's flag sorts the one and asks cuDNN for its deterministic
+# algorithm, which a program's text does not show (scripts/on_device.py compares the bits). With it XLA does not time
+# kernels against each other, so that products are left to cuBLAS and its heuristics: Triton's, untimed, would be slow,
+# and from 0.11 on XLA refuses to choose among them without a device.
+DETERMINISTIC: dict[str, dict[str, Any]] = {
+    "gpu": {"xla_gpu_exclude_nondeterministic_ops": True, "xla_gpu_enable_triton_gemm": False},
+}
+
+
+def compiler_options(platform: str, deterministic: bool = False) -> dict[str, Any] | None:
+    """What to compile a step with for a platform ("cpu", "tpu" or "gpu"); None leaves the compiler alone.
+
+    Args:
+      deterministic: two equal steps give equal bits, at some cost in speed on GPU. A CPU and a TPU do so anyway.
+    """
+    return COMPILER_OPTIONS.get(platform, {}) | (DETERMINISTIC.get(platform, {}) if deterministic else {}) or None
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
