@@ -106,7 +106,8 @@ class SmolLM3(nnx.Module):
           segment_ids: int32 [B, T]; 0 is padding, other values name documents; None is one document.
             With a cache a row is one document, and padding may only stand at its end.
           cache: what came before these tokens. It is not donated: the old one stays valid.
-          sharding: the mesh and rules that parameters and cache were placed by; None on one device.
+          sharding: the mesh and rules that parameters and cache were placed by; None on one device, or for
+            every device of the parameters' mesh to compute everything.
 
         Returns:
           float32 [B, T, V]; with a cache, also the cache that holds these tokens.
@@ -114,6 +115,7 @@ class SmolLM3(nnx.Module):
         tokens = jnp.asarray(tokens)
         chex.assert_rank(tokens, 2)
         chex.assert_equal_shape([x for x in (tokens, positions, segment_ids) if x is not None])
+        sharding = sharding or Sharding.of_array(self.norm[...])
         return _logits(self, tokens, positions, segment_ids, cache, sharding=sharding)
 
     def hidden(
@@ -158,7 +160,7 @@ class SmolLM3(nnx.Module):
 
     def layer_states(self, tokens: Array) -> Array:
         """What enters the first layer and what leaves each, [L + 1, B, T, D]: for finding where models part."""
-        return _layer_states(self, tokens)
+        return _layer_states(self, tokens, sharding=Sharding.of_array(self.norm[...]))
 
 
 @functools.partial(jax.jit, static_argnames="sharding")
@@ -176,10 +178,10 @@ def _logits(
     return logits_BTV if new_cache is None else (logits_BTV, new_cache)
 
 
-@jax.jit
-def _layer_states(model: SmolLM3, tokens_BT: Array) -> Array:
-    first_BTD = _embed(model, tokens_BT)
-    _, states_LBTD, _ = _run_layers(model, tokens_BT, keep_states=True)
+@functools.partial(jax.jit, static_argnames="sharding")
+def _layer_states(model: SmolLM3, tokens_BT: Array, *, sharding: Sharding | None = None) -> Array:
+    first_BTD = _embed(model, tokens_BT, sharding)
+    _, states_LBTD, _ = _run_layers(model, tokens_BT, sharding=sharding, keep_states=True)
     return jnp.concatenate([first_BTD[None], states_LBTD])
 
 

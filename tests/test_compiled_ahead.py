@@ -17,6 +17,7 @@ from jax.sharding import Mesh
 from sharding import hlo
 from sharding.rules import Sharding
 from smollm3_jax.config import ModelConfig
+from smollm3_jax.model import _logits
 from smollm3_jax.plan import DecodeSetting, share, topology
 
 pytestmark = pytest.mark.slow
@@ -112,6 +113,23 @@ def test_one_long_sequence_at_full_depth(raw_config):
     """131,072 tokens of context, in four parts: each device looks at its own, and parts of sums are put together."""
     setting = decoding(raw_config, "v5e:2x2", (1, 4), "serve_tp_long", DEEP, 1, 131072)
     check_decode(setting, "v5e", LONG, kernels=0)
+
+
+def test_a_kernel_beside_split_weights(raw_config, monkeypatch):
+    """A caller who says nothing of the mesh: `Sharding.of_array` finds it, and keeps the kernel apart from what is
+    split. Without that the compiler refuses."""
+    setting = decoding(raw_config, "v5e:2x2", (1, 4), "fsdp", 1, 1, 128, stacked=False)
+
+    def logits(sharding):
+        return _logits.lower(setting.model, setting.scalar(1, 128), None, None, None, sharding=sharding).compile()
+
+    program = hlo.operations(logits(Sharding.of(setting.sharding.mesh, {})))
+    kernels = [op.name for op in program if op.target == "tpu_custom_call"]
+    assert len(kernels) == 1 and kernels[0].startswith("splash_mha_fwd")
+    assert hlo.collectives(program)
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    with pytest.raises(NotImplementedError, match="cannot be automatically partitioned"):
+        logits(None)
 
 
 def test_prefill(raw_config):

@@ -39,10 +39,16 @@ REMAT: dict[str, Callable[..., Any] | None] = {
     ),
 }
 
-# What the compiler is told, by platform. On TPU: products wait for whole gathered weights, which come ahead of
-# their use, instead of going through pieces as these arrive.
+# What the compiler is told, by platform. On TPU products wait for whole gathered weights, which come ahead of
+# their use, instead of going through pieces as these arrive. Each weight's gradient is reduced while the next one's
+# product runs: that takes all three of the other options, as reductions that were combined into one stay synchronous.
 COMPILER_OPTIONS: dict[str, dict[str, Any]] = {
-    "tpu": {"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"},
+    "tpu": {
+        "xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000",
+        "xla_enable_async_all_reduce": "true",
+        "xla_tpu_enable_async_collective_fusion_fuse_all_reduce": "true",
+        "xla_jf_crs_combiner_threshold_count": "1",
+    },
 }
 
 # What makes two equal steps equal bit for bit, where they are not so anyway. On GPU the embedding's gradient is added
