@@ -13,7 +13,7 @@ def part(run: Run) -> None:
     case = f"a token of {name_of(batch, held)}"
 
     def one() -> None:
-        call, reset, _ = decoder(shape.random_model(shape.config(run.tiny)), batch, held, capacity)
+        call, reset, _ = decoder(run, shape.random_model(shape.config(run.tiny)), batch, held, capacity)
         call()
         reset()
         profile(run, case, call, MAX_STEPS)
