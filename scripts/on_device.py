@@ -19,7 +19,7 @@ import sys
 from pathlib import Path
 
 from device import benchmarks, report
-from device.run import RESULTS, Run, lines
+from device.run import Run, lines
 from device.schedule import HALVES, PARTS, chosen, part_command, run_parts
 
 HALF_SECONDS = 285
@@ -41,15 +41,17 @@ def main(argv: list[str] | None = None) -> int:
             print(f"on_device: {error}", file=sys.stderr)
             return 3
         return 0
-    args.out.mkdir(parents=True, exist_ok=True)
     if args.part:
         return run_part(Run(args.part, args.out, args.tiny, not args.without_graphs))
+    if lines(args.out):
+        print(f"on_device: {args.out} holds results already: name another folder by --out", file=sys.stderr)
+        return 2
+    args.out.mkdir(parents=True, exist_ok=True)
     return measure(args)
 
 
 def measure(args: argparse.Namespace) -> int:
     """Runs the chosen parts and prints the table."""
-    (args.out / RESULTS).unlink(missing_ok=True)
     budget = args.budget or HALF_SECONDS * (1 if args.half else len(HALVES))
     parts = chosen(args.half, args.only)
     command = part_command(Path(__file__).resolve(), args.out, args.tiny)
@@ -78,15 +80,17 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--budget", type=float, metavar="SECONDS", help=f"for everything (default: {HALF_SECONDS} a half)"
     )
-    default = Path(os.environ.get("OUT", "measured"))
-    parser.add_argument("--out", type=Path, default=default, metavar="FOLDER", help="default: $OUT, or measured")
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="default: $OUT, or measured, or measured-HALF")
     parser.add_argument("--tiny", action="store_true", help="a small model on the CPU: tries the run, measures nothing")
     parser.add_argument("--list", action="store_true", help="the parts in their order")
     parser.add_argument("--merge", type=Path, nargs="+", metavar="FOLDER", help="keep the results of one machine")
     parser.add_argument("--table", action="store_true", help="print the README's table of accelerators")
     parser.add_argument("--part", help=argparse.SUPPRESS)  # a part's own process
     parser.add_argument("--without-graphs", action="store_true", help=argparse.SUPPRESS)
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    own = "measured" if args.half is None else f"measured-{args.half}"
+    args.out = args.out or Path(os.environ.get("OUT") or own)
+    return args
 
 
 def _names(text: str) -> tuple[str, ...]:

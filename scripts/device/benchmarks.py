@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .report import modelled, of_kind, peers, share_of_floor
+from .report import modelled, note_of, of_kind, peers, share_of_floor
 from .run import lines
 
 FOLDER = Path(__file__).resolve().parents[2] / "benchmarks"
@@ -78,9 +78,8 @@ def _machine(machine: dict[str, Any], results: list[dict[str, Any]]) -> str:
 
 def _row(line: dict[str, Any], results: list[dict[str, Any]]) -> str:
     share, model, others = share_of_floor(line), modelled(results, line["case"]), peers(results, line["case"])
-    note = " (no CUDA graphs)" if line.get("cuda_graphs") is False else ""
     return _cells(
-        line["case"] + note,
+        line["case"] + note_of(line),
         f"{line['ms']:.3g} ({line['ms_min']:.3g} to {line['ms_max']:.3g})",
         f"{line['tokens_per_second']:,.0f}",
         "" if share is None else f"{share:.2f}",
@@ -98,10 +97,3 @@ def between_markers(text: str) -> str | None:
     """What a README has between its markers; None without them."""
     found = re.search(r"<!-- accelerators -->\n(.*?)\n<!-- /accelerators -->", text, re.DOTALL)
     return found and found[1].strip()
-
-
-def with_table(text: str, table: str) -> str:
-    """A README with the table between its markers."""
-    return re.sub(
-        r"(<!-- accelerators -->\n).*?(\n<!-- /accelerators -->)", lambda m: m[1] + table + m[2], text, flags=re.DOTALL
-    )

@@ -56,7 +56,7 @@ def _speeds(lines: Sequence[dict[str, Any]]) -> list[str]:
             model, share = modelled(lines, case) if ours else None, share_of_floor(line)
             values = [_number(line[key]) for key in ("ms", "ms_min", "ms_max", "tokens_per_second")]
             values += ["" if share is None else f"{share:.2f}", "" if model is None else _number(model["ms"])]
-            rows.append(_row((case if ours else f"{case}, {line['engine']}") + _note(line), values))
+            rows.append(_row((case if ours else f"{case}, {line['engine']}") + note_of(line), values))
     return [_row("", heads), *rows] if rows else []
 
 
@@ -64,7 +64,7 @@ def _parity(lines: Sequence[dict[str, Any]]) -> list[str]:
     out = []
     for line in of_kind(lines, "parity"):
         verdict = "ok  " if line["passed"] else "FAIL"
-        out.append(f"{verdict} {line['error']:8.2g} of {line['bound']:<6g} {line['case']}{_note(line)}")
+        out.append(f"{verdict} {line['error']:8.2g} of {line['bound']:<6g} {line['case']}{note_of(line)}")
     return out
 
 
@@ -86,15 +86,17 @@ def _troubles(lines: Sequence[dict[str, Any]]) -> list[str]:
     out += [f"skipped: {line['part']}: {line['reason']}" for line in of_kind(lines, "skipped")]
     parts = [line for line in lines if line["kind"] == "part"]
     out += [
-        f"{line['part']}: {line['ended']} after {line['seconds']:.0f} s{_note(line)}"
+        f"{line['part']}: {line['ended']} after {line['seconds']:.0f} s{note_of(line)}"
         for line in parts
         if line["ended"] != "exit code 0"
     ]
     return [*out, " ".join(f"{line['part']} {line['seconds']:.0f} s" for line in parts)] if parts else out
 
 
-def _note(line: dict[str, Any]) -> str:
-    return " [no CUDA graphs]" if line.get("cuda_graphs") is False else ""
+def note_of(line: dict[str, Any]) -> str:
+    """What stands beside a case's name."""
+    mfu = f", MFU {line['mfu']:.2f}" if line.get("mfu") else ""
+    return mfu + (" [no CUDA graphs]" if line.get("cuda_graphs") is False else "")
 
 
 def _number(value: float) -> str:

@@ -88,7 +88,9 @@ def one(run: Run, case: str, rows: int) -> None:
 def say_speed(run: Run, case: str, training: Training, times: dict[str, float], **more: Any) -> None:
     config, (rows, length) = training.state.model.config, training.batch.tokens.shape
     flops, product = shape.training_flops(config, rows, length) / jax.device_count(), run.ceiling("product")
-    memory = hlo.memory(training.compiled)
+    memory, chip = hlo.memory(training.compiled), chip_of(jax.devices()[0])
+    # What others publish: 6 operations a parameter and token over the chip's rate on paper.
+    useful = 6.0 * shape.parameters(config) * rows * length / jax.device_count()
     run.say(
         "speed",
         case,
@@ -97,8 +99,7 @@ def say_speed(run: Run, case: str, training: Training, times: dict[str, float], 
         tokens_per_second=1e3 * rows * length / times["ms"],
         floor_ms=None if product is None else 1e3 * flops / product,
         flops=flops,
-        # The 6N of MFU: over the chip's rate on paper, this gives what others publish.
-        flops_6n=6.0 * shape.parameters(config) * rows * length / jax.device_count(),
+        mfu=None if chip is None else 1e3 * useful / times["ms"] / chip.peak,
         memory_bytes=memory.total,
         temporaries=memory.temporaries,
         **more,

@@ -225,6 +225,13 @@ def test_the_command_itself_loads_no_jax(capsys):
     assert "there is no part 'party'; choose of machine" in capsys.readouterr().err
 
 
+def test_results_are_not_written_over(tmp_path, capsys):
+    results(tmp_path, MACHINE)
+    assert on_device.main(["--tiny", "--out", str(tmp_path)]) == 2
+    assert "holds results already: name another folder" in capsys.readouterr().err
+    assert lines(tmp_path) == [MACHINE]
+
+
 # What is kept of a machine
 
 MACHINE = {"part": "machine", "kind": "machine", "case": "machine", "platform": "gpu", "devices": 1, "host": "Linux"}
@@ -233,6 +240,7 @@ MACHINE |= {"gpus_as_found": "580.1, 1980 MHz"}
 SPEED = {"part": "decode", "kind": "speed", "case": "decode 1 x 512", "engine": "ours", "ms": 2.5, "ms_min": 2.4}
 SPEED |= {"ms_max": 2.75, "tokens_per_second": 400.0, "floor_ms": 2.0}
 PEER = SPEED | {"engine": "gpt-fast's way", "ms": 3.125, "tokens_per_second": 320.0, "floor_ms": None}
+TRAINING = SPEED | {"part": "training", "case": "training 1 x 4,096", "mfu": 0.41}
 MODEL = {"part": "decode", "kind": "modelled", "case": "decode 1 x 512", "ms": 2.06}
 CHECK = {"part": "parity", "kind": "parity", "case": "logits", "error": 1e-6, "bound": 1e-4, "passed": True}
 
@@ -245,11 +253,12 @@ def results(folder: Path, *found: dict) -> Path:
 
 def test_a_machines_results_are_kept_and_become_the_table(tmp_path):
     first = results(tmp_path / "first", MACHINE, SPEED | {"ms": 99.0}, MODEL, CHECK)
-    second = results(tmp_path / "second", MACHINE, SPEED, PEER)
+    second = results(tmp_path / "second", MACHINE, SPEED, PEER, TRAINING)
     file = benchmarks.merge([first, second], tmp_path / "kept")
     assert file.name == "nvidia-h100-80gb-hbm3.json"
     table = benchmarks.markdown(tmp_path / "kept")
     assert "**1 x NVIDIA H100 80GB HBM3**, jax 0.11.2, torch 2.11.0. Parity: 1 of 1 checks passed." in table
+    assert "| training 1 x 4,096, MFU 0.41 |" in table
     row = "| decode 1 x 512 | 2.5 (2.4 to 2.75) | 400 | 0.80 | 2.06 | 320 (gpt-fast's way) | 1.25 |"
     assert row in table.splitlines()
     results(first, MACHINE, SPEED, CHECK | {"error": 0.5, "passed": False})
