@@ -20,7 +20,7 @@ from pathlib import Path
 
 from device import benchmarks, report
 from device.run import Run, lines
-from device.schedule import HALVES, PARTS, chosen, part_command, run_parts
+from device.schedule import HALVES, PARTS, PATIENCE, chosen, part_command, run_parts
 
 HALF_SECONDS = 285
 
@@ -52,10 +52,10 @@ def main(argv: list[str] | None = None) -> int:
 
 def measure(args: argparse.Namespace) -> int:
     """Runs the chosen parts and prints the table."""
-    budget = args.budget or HALF_SECONDS * (1 if args.half else len(HALVES))
+    seconds = HALF_SECONDS * (1 if args.half else len(HALVES)) * (PATIENCE if args.tiny else 1)
     parts = chosen(args.half, args.only)
     command = part_command(Path(__file__).resolve(), args.out, args.tiny)
-    good = run_parts(parts, args.out, budget, command, args.tiny)
+    good = run_parts(parts, args.out, args.budget or seconds, command, args.tiny)
     found = lines(args.out)
     text = report.table(found)
     (args.out / "report.txt").write_text(text)

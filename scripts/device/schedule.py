@@ -21,6 +21,7 @@ LEAST_SECONDS = 25
 # XLA without CUDA graphs, for a part that failed with them.
 NO_GRAPHS = "--xla_gpu_enable_command_buffer="
 LOG_BYTES = 20_000  # of each part's output
+PATIENCE = 4  # times a limit, where all is tiny: on a CPU that others may use too
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,7 +106,7 @@ def run_parts(
                 good = False
                 continue
             started = time.monotonic()
-            limit = min(part.limit, left - 5)
+            limit = min(part.limit * (PATIENCE if tiny else 1), left - 5)
             code = _process(command(part, graphs), environment(part, Path(folder), graphs, tiny), limit, out, part.name)
             seconds = round(time.monotonic() - started, 1)
             append(out, {**head, "kind": "part", "seconds": seconds, "ended": _ended(code)})
