@@ -1,7 +1,8 @@
 """Whether this device computes what it should: logits of whole rows, of decoding, and of prompts in pieces.
 
 Errors are ||found - expected|| / ||expected||. A float32 product at the highest precision keeps them near 1e-6, at
-TF32's near 3e-4; bfloat16's rounding of activations makes them near 1e-2, whatever the kernel.
+TF32's near 3e-4; bfloat16's rounding of activations makes them 1.4e-2 in four layers of a width of 1,536 on a CPU, and
+a little more at SmolLM3-3B's, whatever the kernel.
 """
 
 from collections.abc import Iterable
@@ -20,7 +21,7 @@ from smollm3_jax.model import SmolLM3
 from . import shape
 from .run import Run, relative
 
-FLOAT32, BFLOAT16 = 1e-4, 2e-2
+FLOAT32, BFLOAT16 = 1e-4, 3e-2
 LENGTH, TINY_LENGTH = 512, 64
 # Tokens that the slots hold before decoding; the last slot is empty, and stays so.
 HELD, TINY_HELD = (5, 130, 700, 0), (5, 17, 33, 0)
