@@ -64,7 +64,9 @@ def linear(x: Array, weight: Weight, contracted: int = 1, platform: str | None =
     platform = platform or jax.default_backend()
     if isinstance(weight, Quantized):
         minimum = None if weight.minimum is None else weight.minimum[...]
-        out_RN = _quantized_product(weight.scheme, platform, x_RK, weight.values[...], weight.scale[...], minimum)
+        out_RN: Array = _quantized_product(
+            weight.scheme, platform, x_RK, weight.values[...], weight.scale[...], minimum
+        )
     else:
         out_RN = _product(platform, x_RK, weight[...].reshape(-1, x_RK.shape[1]))
     return out_RN.reshape(*x.shape[: x.ndim - contracted], *weight.shape[:split])
@@ -78,6 +80,10 @@ def _dot(a: Array, b: Array, contract_a: int, contract_b: int) -> Array:
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _product(platform: str, x_RK: Array, w_NK: Array) -> Array:
     """x w^T in float32, [R, N]. Left to itself, autodiff would widen x and w to meet the output's float32 gradient."""
+    return _plain_product(platform, x_RK, w_NK)
+
+
+def _plain_product(platform: str, x_RK: Array, w_NK: Array) -> Array:
     if platform == "cpu" and x_RK.shape[0] == 1 and x_RK.dtype != jnp.float32:
         # For a product with one row XLA:CPU would first turn the whole matrix into float32; this goes through it once.
         w_NK, x_RK = jax.lax.optimization_barrier((w_NK, x_RK))
@@ -86,7 +92,7 @@ def _product(platform: str, x_RK: Array, w_NK: Array) -> Array:
 
 
 def _product_forward(platform: str, x_RK: Array, w_NK: Array) -> tuple[Array, tuple[Array, Array]]:
-    return _product(platform, x_RK, w_NK), (x_RK, w_NK)
+    return _plain_product(platform, x_RK, w_NK), (x_RK, w_NK)
 
 
 def _product_backward(platform: str, kept: tuple[Array, Array], gradient_RN: Array) -> tuple[Array, Array]:
@@ -122,9 +128,9 @@ def _quantized_product(
     if platform == "cpu":
         values = _held_until(x_RK, values)
     if by == "weight-only":
-        return _product(platform, x_RK, values.astype(x_RK.dtype).reshape(-1, x_RK.shape[1])) * scale.reshape(-1)
+        return _plain_product(platform, x_RK, values.astype(x_RK.dtype).reshape(-1, x_RK.shape[1])) * scale.reshape(-1)
     w_NK = dequantize(values, scale, minimum).astype(x_RK.dtype).reshape(-1, x_RK.shape[1])
-    return _product(platform, x_RK, w_NK)
+    return _plain_product(platform, x_RK, w_NK)
 
 
 def _quantized_forward(scheme: str, platform: str, *arrays: Any) -> tuple[Array, tuple]:
