@@ -23,11 +23,11 @@ from jax.ad_checkpoint import checkpoint_name
 
 from sharding.rules import Sharding, platform_of
 
-from . import rope
+from . import rope, xla_cpu
 from .attention import attention, attention_after, decode_attention
 from .config import GenerationConfig, ModelConfig
 from .kv_cache import KVCache, advance, read, rows, write
-from .quantize import Weight, linear, lookup, quantized, scheme_of
+from .quantize import Quantized, Weight, linear, lookup, quantized, scheme_of
 
 
 class Block(nnx.Module):
@@ -210,6 +210,8 @@ def _run_layers(
 
     def step(x_BTD: Array, layer: tuple) -> tuple[Array, Any]:
         weights, use_rope, window, cached = layer
+        if cached is None:
+            weights = _in_dtype(weights, x_BTD.dtype)
 
         def attend(q_BTHE: Array, k_BTKE: Array, v_BTKE: Array) -> tuple[Array, Any]:
             q, k, v = rope.rotate(q_BTHE, cos, sin, use_rope), rope.rotate(k_BTKE, cos, sin, use_rope), v_BTKE
@@ -285,6 +287,15 @@ def unstacked(model: SmolLM3) -> SmolLM3:
     return out
 
 
+def _in_dtype(weights: Block, dtype: Any) -> Block:
+    """Weights that are not quantized, in the activations' dtype, which they have but where training leaves it to us."""
+
+    def is_quantized(x: Any) -> bool:
+        return isinstance(x, Quantized)
+
+    return jax.tree.map(lambda x: x if is_quantized(x) else x.astype(dtype), weights, is_leaf=is_quantized)
+
+
 def _int_or_none(x: Any) -> Array | None:
     return None if x is None else jnp.array(x, jnp.int32)
 
@@ -297,18 +308,21 @@ def block(
     def placed(x_BTD: Array) -> Array:
         return x_BTD if sharding is None else sharding.constrain(x_BTD, "batch", "length", "residual")
 
-    multiply = functools.partial(_linear, platform=platform_of(sharding))
-    x_BTD = checkpoint_name(x_BTD, "input")
+    platform = platform_of(sharding)
+    multiply = functools.partial(_linear, platform=platform)
+    bits = platform == "cpu" and x_BTD.dtype.itemsize == 2
+    named = xla_cpu.named_bits if bits else checkpoint_name
+    x_BTD = named(x_BTD, "input_bits" if bits else "input")
     h_BTD = _rms_norm(x_BTD, p.attn_norm[...], config.rms_norm_eps)
-    q_BTHE = checkpoint_name(multiply(h_BTD, p.q, p.q_bias), "q")
-    k_BTKE = checkpoint_name(multiply(h_BTD, p.k, p.k_bias), "k")
-    v_BTKE = checkpoint_name(multiply(h_BTD, p.v, p.v_bias), "v")
+    q_BTHE = named(multiply(h_BTD, p.q, p.q_bias), "q")
+    k_BTKE = named(multiply(h_BTD, p.k, p.k_bias), "k")
+    v_BTKE = named(multiply(h_BTD, p.v, p.v_bias), "v")
     out_BTHE, kept = attend(q_BTHE, k_BTKE, v_BTKE)
     x_BTD = placed(x_BTD + multiply(out_BTHE, p.o, p.o_bias, contracted=2))
 
     h_BTD = _rms_norm(x_BTD, p.mlp_norm[...], config.rms_norm_eps)
-    gate_BTF = jax.nn.silu(checkpoint_name(multiply(h_BTD, p.gate, p.gate_bias), "gate"))
-    up_BTF = checkpoint_name(multiply(h_BTD, p.up, p.up_bias), "up")
+    gate_BTF = jax.nn.silu(named(multiply(h_BTD, p.gate, p.gate_bias), "gate"))
+    up_BTF = named(multiply(h_BTD, p.up, p.up_bias), "up")
     return placed(x_BTD + multiply(gate_BTF * up_BTF, p.down, p.down_bias)), kept
 
 

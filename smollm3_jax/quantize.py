@@ -19,6 +19,7 @@ import numpy as np
 from flax import nnx
 from jax import Array
 
+from . import xla_cpu
 from .config import WEIGHT_SCHEMES
 
 # On CPU, up to so many rows of activations are multiplied as integers; more are worth unpacking the weight for.
@@ -64,7 +65,9 @@ def linear(x: Array, weight: Weight, contracted: int = 1, platform: str | None =
     platform = platform or jax.default_backend()
     if isinstance(weight, Quantized):
         minimum = None if weight.minimum is None else weight.minimum[...]
-        out_RN = _quantized_product(weight.scheme, platform, x_RK, weight.values[...], weight.scale[...], minimum)
+        out_RN: Array = _quantized_product(
+            weight.scheme, platform, x_RK, weight.values[...], weight.scale[...], minimum
+        )
     else:
         out_RN = _product(platform, x_RK, weight[...].reshape(-1, x_RK.shape[1]))
     return out_RN.reshape(*x.shape[: x.ndim - contracted], *weight.shape[:split])
@@ -78,15 +81,17 @@ def _dot(a: Array, b: Array, contract_a: int, contract_b: int) -> Array:
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _product(platform: str, x_RK: Array, w_NK: Array) -> Array:
     """x w^T in float32, [R, N]. Left to itself, autodiff would widen x and w to meet the output's float32 gradient."""
-    if platform == "cpu" and x_RK.shape[0] == 1 and x_RK.dtype != jnp.float32:
-        # For a product with one row XLA:CPU would first turn the whole matrix into float32; this goes through it once.
-        w_NK, x_RK = jax.lax.optimization_barrier((w_NK, x_RK))
-        return (w_NK.astype(jnp.float32) * x_RK.astype(jnp.float32)).sum(axis=1)[None]
+    return _plain_product(platform, x_RK, w_NK)
+
+
+def _plain_product(platform: str, x_RK: Array, w_NK: Array) -> Array:
+    if platform == "cpu" and x_RK.shape[0] == 1:
+        return xla_cpu.one_row_product(x_RK, w_NK)
     return _dot(x_RK, w_NK, 1, 1)
 
 
 def _product_forward(platform: str, x_RK: Array, w_NK: Array) -> tuple[Array, tuple[Array, Array]]:
-    return _product(platform, x_RK, w_NK), (x_RK, w_NK)
+    return _plain_product(platform, x_RK, w_NK), (x_RK, w_NK)
 
 
 def _product_backward(platform: str, kept: tuple[Array, Array], gradient_RN: Array) -> tuple[Array, Array]:
@@ -120,11 +125,11 @@ def _quantized_product(
     if by == "integer":
         return _integer_product(x_RK, values.reshape(-1, x_RK.shape[1])) * scale.reshape(-1)
     if platform == "cpu":
-        values = _held_until(x_RK, values)
+        values = xla_cpu.held_until(x_RK, values)
     if by == "weight-only":
-        return _product(platform, x_RK, values.astype(x_RK.dtype).reshape(-1, x_RK.shape[1])) * scale.reshape(-1)
+        return _plain_product(platform, x_RK, values.astype(x_RK.dtype).reshape(-1, x_RK.shape[1])) * scale.reshape(-1)
     w_NK = dequantize(values, scale, minimum).astype(x_RK.dtype).reshape(-1, x_RK.shape[1])
-    return _product(platform, x_RK, w_NK)
+    return _plain_product(platform, x_RK, w_NK)
 
 
 def _quantized_forward(scheme: str, platform: str, *arrays: Any) -> tuple[Array, tuple]:
@@ -135,7 +140,7 @@ def _quantized_backward(scheme: str, platform: str, kept: tuple, gradient_RN: Ar
     x_RK, values, scale, minimum = kept
     w_NK = values.reshape(gradient_RN.shape[1], -1)
     if platform == "cpu":
-        w_NK = _held_until(gradient_RN, w_NK)
+        w_NK = xla_cpu.held_until(gradient_RN, w_NK)
     scale_Nx, minimum_Nx = (None if x is None else x.reshape(len(w_NK), -1) for x in (scale, minimum))
     if WEIGHT_SCHEMES[scheme] is None:
         # The integers are exact in every dtype; the scale, one for each output channel, joins the gradient.
@@ -156,12 +161,6 @@ def _quantized_backward(scheme: str, platform: str, kept: tuple, gradient_RN: Ar
 _quantized_product.defvjp(_quantized_forward, _quantized_backward)
 
 
-def _held_until(x_RK: Array, values: Array) -> Array:
-    """The values, known only when x is: XLA:CPU would unpack all layers' weights ahead, and keep them."""
-    never = (x_RK[0, 0] > 1) & (x_RK[0, 0] < -1)
-    return values ^ never.astype(values.dtype)
-
-
 def _integer_product(x_RK: Array, w_NK: Array) -> Array:
     """x w^T, float32 [R, N], of an int8 w: x as two int8 rows, the second the remainder of the first.
 
@@ -173,7 +172,10 @@ def _integer_product(x_RK: Array, w_NK: Array) -> Array:
     x = x / jnp.where(step_R1 == 0, 1, step_R1)
     high = jnp.round(x)
     rows_2RK = jnp.concatenate([high, jnp.round((x - high) * 254)]).astype(jnp.int8)
-    out_2RN = jax.lax.dot_general(rows_2RK, w_NK, (((1,), (1,)), ((), ())), preferred_element_type=jnp.int32)
+    if len(rows_2RK) == 2:
+        out_2RN = xla_cpu.two_row_integer_product(rows_2RK, w_NK)
+    else:
+        out_2RN = jax.lax.dot_general(rows_2RK, w_NK, (((1,), (1,)), ((), ())), preferred_element_type=jnp.int32)
     high_RN, low_RN = jnp.split(out_2RN.astype(jnp.float32), 2)
     return (high_RN + low_RN / 254) * step_R1
 

@@ -15,7 +15,7 @@ from flax import nnx
 from jax import Array
 from jax.sharding import NamedSharding
 
-from sharding.rules import Sharding
+from sharding.rules import Sharding, platform_of
 
 from ..model import SmolLM3
 from .loss import cross_entropy, next_tokens
@@ -23,14 +23,15 @@ from .loss import cross_entropy, next_tokens
 # What the backward pass finds kept, the rest it computes again; from all that matters to nothing but each layer's
 # input, on the device or in the host's memory, where the loss computes its logits twice as well. (`block` in model.py
 # gives the names.)
-_ATTENTION = ("attention", "attention_residuals")
+_INPUT = "input_bits"  # on a CPU; elsewhere a layer's input is kept in any case
+_ATTENTION = (_INPUT, "attention", "attention_residuals")
 _QKV = ("q", "k", "v", *_ATTENTION)
 REMAT: dict[str, Callable[..., Any] | None] = {
     "none": None,
     "dots": jax.checkpoint_policies.save_only_these_names(*_QKV, "gate", "up"),
     "qkv": jax.checkpoint_policies.save_only_these_names(*_QKV),
     "attention": jax.checkpoint_policies.save_only_these_names(*_ATTENTION),
-    "full": jax.checkpoint_policies.nothing_saveable,
+    "full": jax.checkpoint_policies.save_only_these_names(_INPUT),
     "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
         names_which_can_be_saved=[],
         names_which_can_be_offloaded=["input"],
@@ -145,6 +146,9 @@ def loss_sums(
 ) -> tuple[Array, tuple[Array, Array]]:
     """(what is minimised, (cross-entropy, labels)), all of them sums over the batch, float32."""
     cast = jax.tree.map(lambda x: x.astype(options.dtype), model)
+    if platform_of(sharding) == "cpu":
+        # Each layer casts its own: XLA:CPU writes gradients into a stack of bfloat16 by way of all of it in float32.
+        cast.layers = model.layers
     tokens_BT, segments_BT = batch.tokens, batch.segment_ids
     labels_BT, mask_BT = next_tokens(tokens_BT, segments_BT)
     positions_BT = None
