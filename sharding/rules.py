@@ -183,8 +183,10 @@ def balanced_order(length: int, shards: int) -> np.ndarray:
 
 
 def platform_of(sharding: Sharding | None) -> str:
-    """What a program is for: "cpu", "tpu" or "gpu". Without a sharding that is where JAX computes what lies nowhere yet:
-    `jax.default_device`, which a program for the CPU of a machine with an accelerator is to set, or else the backend.
+    """What a program is for: "cpu", "tpu" or "gpu".
+
+    Without a sharding that is where JAX computes what lies nowhere yet: `jax.default_device`, which a program for the
+    CPU of a machine with an accelerator is to set, or else the default backend.
     """
     if sharding is not None:
         return sharding.platform

@@ -239,14 +239,18 @@ def _run_layers(
         x_BTD, stored = block(config, weights, x_BTD, attend, sharding)
         return x_BTD, (x_BTD if keep_states else None, stored)
 
+    scanned = cache is None and isinstance(model.layers, Block)
+    # A GPU would copy each layer's weights out of their stack, and its activations and gradients into theirs: a third
+    # of what a training step moves.
+    unroll = platform_of(sharding) == "gpu"
     if remat is not None:
         # Inside a scan nothing moves between forward and backward pass: no barrier is needed against it.
-        step = jax.checkpoint(step, policy=remat, prevent_cse=not isinstance(model.layers, Block))
+        step = jax.checkpoint(step, policy=remat, prevent_cse=not scanned or unroll)
     x_BTD = _embed(model, tokens_BT, sharding)
     windows = (None,) * config.num_hidden_layers if config.windows is None else config.windows
-    if cache is None and isinstance(model.layers, Block):
+    if scanned:
         layers = (model.layers, jnp.array(config.rope_layers), _int_or_none(config.windows), None)
-        x_BTD, (states, _) = jax.lax.scan(step, x_BTD, layers)
+        x_BTD, (states, _) = jax.lax.scan(step, x_BTD, layers, unroll=unroll or 1)
         return x_BTD, states, None
     # Unrolled: on CPU a scan would copy each layer's weights out of their stack, and a cache that goes
     # through a scan exists twice.
@@ -314,8 +318,9 @@ def _linear(
     x: Array, weight: Weight, bias: nnx.Param | None, contracted: int = 1, platform: str | None = None
 ) -> Array:
     """The product and the bias are added up in float32, then rounded once to x's dtype."""
-    out = linear(x, weight, contracted, platform)
-    return (out if bias is None else out + bias[...]).astype(x.dtype)
+    if bias is None:
+        return linear(x, weight, contracted, platform, dtype=x.dtype)
+    return (linear(x, weight, contracted, platform) + bias[...]).astype(x.dtype)
 
 
 def _rms_norm(x_BTD: Array, weight_D: Array, eps: float) -> Array:
