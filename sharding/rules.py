@@ -190,7 +190,7 @@ def platform_of(sharding: Sharding | None) -> str:
     """
     if sharding is not None:
         return sharding.platform
-    device = jax.config.jax_default_device
+    device = jax.config.jax_default_device  # pyright: ignore[reportAttributeAccessIssue]
     if device is None:
         return jax.default_backend()
     return jax.local_devices(backend=device)[0].platform if isinstance(device, str) else device.platform
