@@ -185,7 +185,7 @@ def _moved(op: Operation) -> tuple[Shape, ...]:
 def _only_moves(fusion: Operation, bodies: Mapping[str, list[Operation]]) -> bool:
     body = [op for name in fusion.calls for op in bodies[name]]
     if not any(op.opcode == "parameter" for op in body):
-        return False  # it makes an array of nothing
+        return False  # it makes its array of a constant
     return any(op.opcode in (*MOVES, "fusion") for op in body) and all(
         op.opcode in (*MOVES, *_NAMES) and (op.opcode != "fusion" or _only_moves(op, bodies)) for op in body
     )

@@ -19,7 +19,6 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
-from jax.ad_checkpoint import checkpoint_name
 
 from sharding.rules import Sharding, platform_of
 
@@ -243,14 +242,18 @@ def _run_layers(
         x_BTD, stored = block(config, weights, x_BTD, attend, sharding)
         return x_BTD, (x_BTD if keep_states else None, stored)
 
+    scanned = cache is None and isinstance(model.layers, Block)
+    # A GPU would copy each layer's weights out of their stack, and its activations and gradients into theirs: a third
+    # of what a training step moves.
+    unroll = platform_of(sharding) == "gpu"
     if remat is not None:
         # Inside a scan nothing moves between forward and backward pass: no barrier is needed against it.
-        step = jax.checkpoint(step, policy=remat, prevent_cse=not isinstance(model.layers, Block))
+        step = jax.checkpoint(step, policy=remat, prevent_cse=not scanned or unroll)
     x_BTD = _embed(model, tokens_BT, sharding)
     windows = (None,) * config.num_hidden_layers if config.windows is None else config.windows
-    if cache is None and isinstance(model.layers, Block):
+    if scanned:
         layers = (model.layers, jnp.array(config.rope_layers), _int_or_none(config.windows), None)
-        x_BTD, (states, _) = jax.lax.scan(step, x_BTD, layers)
+        x_BTD, (states, _) = jax.lax.scan(step, x_BTD, layers, unroll=unroll or 1)
         return x_BTD, states, None
     # Unrolled: on CPU a scan would copy each layer's weights out of their stack, and a cache that goes
     # through a scan exists twice.
@@ -310,9 +313,8 @@ def block(
 
     platform = platform_of(sharding)
     multiply = functools.partial(_linear, platform=platform)
-    bits = platform == "cpu" and x_BTD.dtype.itemsize == 2
-    named = xla_cpu.named_bits if bits else checkpoint_name
-    x_BTD = named(x_BTD, "input_bits" if bits else "input")
+    named = functools.partial(xla_cpu.named, platform=platform)
+    x_BTD = named(x_BTD, "input_bits" if xla_cpu.keeps_bits(x_BTD, platform) else "input")
     h_BTD = _rms_norm(x_BTD, p.attn_norm[...], config.rms_norm_eps)
     q_BTHE = named(multiply(h_BTD, p.q, p.q_bias), "q")
     k_BTKE = named(multiply(h_BTD, p.k, p.k_bias), "k")
@@ -330,8 +332,9 @@ def _linear(
     x: Array, weight: Weight, bias: nnx.Param | None, contracted: int = 1, platform: str | None = None
 ) -> Array:
     """The product and the bias are added up in float32, then rounded once to x's dtype."""
-    out = linear(x, weight, contracted, platform)
-    return (out if bias is None else out + bias[...]).astype(x.dtype)
+    if bias is None:
+        return linear(x, weight, contracted, platform, dtype=x.dtype)
+    return (linear(x, weight, contracted, platform) + bias[...]).astype(x.dtype)
 
 
 def _rms_norm(x_BTD: Array, weight_D: Array, eps: float) -> Array:

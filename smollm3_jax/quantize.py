@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import Array
+from jax.experimental.layout import Layout, with_layout_constraint
 
 from . import xla_cpu
 from .config import WEIGHT_SCHEMES
@@ -49,8 +50,10 @@ class Quantized(nnx.Module):
 Weight = nnx.Param | Quantized
 
 
-def linear(x: Array, weight: Weight, contracted: int = 1, platform: str | None = None) -> Array:
-    """Sums over the last `contracted` dimensions of x and of the weight: float32 [..., *out].
+def linear(
+    x: Array, weight: Weight, contracted: int = 1, platform: str | None = None, dtype: Any = jnp.float32
+) -> Array:
+    """Sums over the last `contracted` dimensions of x and of the weight: [..., *out] in `dtype`.
 
     Products have operands in x's dtype and sums in float32, forward and backward: the output's gradient is rounded
     to x's dtype before its two products, and each of their results once, to the dtype of what it is the gradient of.
@@ -59,6 +62,7 @@ def linear(x: Array, weight: Weight, contracted: int = 1, platform: str | None =
 
     Args:
       platform: what this will run on; None is JAX's default.
+      dtype: what the float32 sums are rounded to.
     """
     split = len(weight.shape) - contracted
     x_RK = x.reshape(-1, math.prod(weight.shape[split:]))
@@ -69,38 +73,55 @@ def linear(x: Array, weight: Weight, contracted: int = 1, platform: str | None =
             weight.scheme, platform, x_RK, weight.values[...], weight.scale[...], minimum
         )
     else:
-        out_RN = _product(platform, x_RK, weight[...].reshape(-1, x_RK.shape[1]))
-    return out_RN.reshape(*x.shape[: x.ndim - contracted], *weight.shape[:split])
+        out_RN = _product(platform, x_RK, weight[...].reshape(-1, x_RK.shape[1]), dtype)
+    return out_RN.reshape(*x.shape[: x.ndim - contracted], *weight.shape[:split]).astype(dtype)
 
 
-def _dot(a: Array, b: Array, contract_a: int, contract_b: int) -> Array:
-    """The product of two matrices, added up in float32."""
-    return jax.lax.dot_general(a, b, (((contract_a,), (contract_b,)), ((), ())), preferred_element_type=jnp.float32)
+def _dot(a: Array, b: Array, contract_a: int, contract_b: int, written: Any = jnp.float32) -> Array:
+    """The product of two matrices, added up in float32 and written in another dtype."""
+    return jax.lax.dot_general(a, b, (((contract_a,), (contract_b,)), ((), ())), preferred_element_type=written)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _product(platform: str, x_RK: Array, w_NK: Array) -> Array:
-    """x w^T in float32, [R, N]. Left to itself, autodiff would widen x and w to meet the output's float32 gradient."""
-    return _plain_product(platform, x_RK, w_NK)
+def _written(platform: str, dtype: Any) -> Any:
+    """What a product is written in that is to be rounded to a dtype. A GPU's kernels add up in float32 and round what
+    they write; else the sums would go through memory. On a CPU a product of bfloat16 sums is slower, or rounds more."""
+    return dtype if platform == "gpu" else jnp.float32
 
 
-def _plain_product(platform: str, x_RK: Array, w_NK: Array) -> Array:
+def _product(platform: str, x_RK: Array, w_NK: Array, dtype: Any = jnp.float32) -> Array:
+    """x w^T, [R, N], added up in float32; rounded to dtype where that costs nothing."""
+    return _product_of(platform, jnp.dtype(_written(platform, dtype)), x_RK, w_NK)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _product_of(platform: str, written: Any, x_RK: Array, w_NK: Array) -> Array:
+    """Left to itself, autodiff would widen x and w to meet a float32 output's gradient."""
+    return _plain_product(platform, x_RK, w_NK, written)
+
+
+def _plain_product(platform: str, x_RK: Array, w_NK: Array, written: Any = jnp.float32) -> Array:
     if platform == "cpu" and x_RK.shape[0] == 1:
         return xla_cpu.one_row_product(x_RK, w_NK)
-    return _dot(x_RK, w_NK, 1, 1)
+    return _dot(x_RK, w_NK, 1, 1, written)
 
 
-def _product_forward(platform: str, x_RK: Array, w_NK: Array) -> tuple[Array, tuple[Array, Array]]:
-    return _plain_product(platform, x_RK, w_NK), (x_RK, w_NK)
+def _product_forward(platform: str, written: Any, x_RK: Array, w_NK: Array) -> tuple[Array, tuple[Array, Array]]:
+    return _plain_product(platform, x_RK, w_NK, written), (x_RK, w_NK)
 
 
-def _product_backward(platform: str, kept: tuple[Array, Array], gradient_RN: Array) -> tuple[Array, Array]:
+def _product_backward(platform: str, _: Any, kept: tuple[Array, Array], gradient_RN: Array) -> tuple[Array, Array]:
     x_RK, w_NK = kept
     gradient_RN = gradient_RN.astype(x_RK.dtype)
-    return _dot(gradient_RN, w_NK, 1, 0).astype(x_RK.dtype), _dot(gradient_RN, x_RK, 0, 0).astype(w_NK.dtype)
+    w_gradient_NK = _dot(gradient_RN, x_RK, 0, 0, _written(platform, w_NK.dtype)).astype(w_NK.dtype)
+    if platform == "gpu":
+        # Where the inputs lie on several devices the sum over them comes in columns, and would go on so: then the
+        # optimizer could not update its arrays in place, and each was copied.
+        w_gradient_NK = with_layout_constraint(w_gradient_NK, Layout(major_to_minor=(0, 1)))
+    x_gradient_RK = _dot(gradient_RN, w_NK, 1, 0, _written(platform, x_RK.dtype)).astype(x_RK.dtype)
+    return x_gradient_RK, w_gradient_NK
 
 
-_product.defvjp(_product_forward, _product_backward)
+_product_of.defvjp(_product_forward, _product_backward)
 
 
 def kernel(scheme: str | None, rows: int, platform: str) -> str:

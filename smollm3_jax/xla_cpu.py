@@ -16,13 +16,18 @@ from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 
 
-def named_bits(x: Array, name: str) -> Array:
-    """`checkpoint_name` for 16-bit floats: x, of which a policy keeps the bits (uint16) under that name.
+def named(x: Array, name: str, platform: str) -> Array:
+    """`checkpoint_name`; on a CPU a policy keeps the bits (uint16) of 16-bit floats under that name.
 
     What a scan keeps for its backward pass is written, a layer at a time, into an array of all layers. If that holds
     bfloat16, XLA:CPU turns the whole of it into float32 and back for every layer.
     """
-    return _through_bits(name, x)
+    return _through_bits(name, x) if keeps_bits(x, platform) else checkpoint_name(x, name)
+
+
+def keeps_bits(x: Array, platform: str) -> bool:
+    """Whether `named` keeps the bits of x."""
+    return platform == "cpu" and x.dtype.itemsize == 2
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))

@@ -149,6 +149,9 @@ def loss_sums(
     if platform_of(sharding) == "cpu":
         # Each layer casts its own: XLA:CPU writes gradients into a stack of bfloat16 by way of all of it in float32.
         cast.layers = model.layers
+    if platform_of(sharding) == "gpu":
+        # Left to itself XLA for GPU rounds the table after every device has gathered it, at twice the bytes.
+        cast.embed = jax.lax.optimization_barrier(cast.embed)
     tokens_BT, segments_BT = batch.tokens, batch.segment_ids
     labels_BT, mask_BT = next_tokens(tokens_BT, segments_BT)
     positions_BT = None
