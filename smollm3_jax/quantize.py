@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import Array
+from jax.experimental.layout import Layout, with_layout_constraint
 
 from .config import WEIGHT_SCHEMES
 
@@ -92,7 +93,12 @@ def _product_forward(platform: str, x_RK: Array, w_NK: Array) -> tuple[Array, tu
 def _product_backward(platform: str, kept: tuple[Array, Array], gradient_RN: Array) -> tuple[Array, Array]:
     x_RK, w_NK = kept
     gradient_RN = gradient_RN.astype(x_RK.dtype)
-    return _dot(gradient_RN, w_NK, 1, 0).astype(x_RK.dtype), _dot(gradient_RN, x_RK, 0, 0).astype(w_NK.dtype)
+    w_gradient_NK = _dot(gradient_RN, x_RK, 0, 0).astype(w_NK.dtype)
+    if platform == "gpu":
+        # Where the inputs lie on several devices the sum over them comes in columns, and would go on so: then the
+        # optimizer could not update its arrays in place, and each was copied.
+        w_gradient_NK = with_layout_constraint(w_gradient_NK, Layout(major_to_minor=(0, 1)))
+    return _dot(gradient_RN, w_NK, 1, 0).astype(x_RK.dtype), w_gradient_NK
 
 
 _product.defvjp(_product_forward, _product_backward)

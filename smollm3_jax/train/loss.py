@@ -104,7 +104,11 @@ def _everywhere(
     summed_axes = tuple(axis for axis in token_axes if axis not in spread_axes)
 
     def settle(gradient_VD: Array) -> Array:
-        if spread_axes:
+        if spread_axes and platform_of(sharding) == "gpu":
+            # One part after the other in memory, as NCCL wants them; what it gives has rows again.
+            parts_PVd = gradient_VD.reshape(gradient_VD.shape[0], sharding.parts(embed), -1).swapaxes(0, 1)
+            gradient_VD = jax.lax.psum_scatter(parts_PVd, spread_axes, scatter_dimension=0)
+        elif spread_axes:
             gradient_VD = jax.lax.psum_scatter(gradient_VD, spread_axes, scatter_dimension=1, tiled=True)
         return jax.lax.psum(gradient_VD, summed_axes) if summed_axes else gradient_VD
 
