@@ -189,27 +189,27 @@ def test_launches_are_what_the_compiler_has_a_gpu_told(single):
 def test_conditions_stay_in_cuda_graphs(single):
     """The driver is new enough for that."""
     _, thunks = single
-    assert "kCommandBuffer" in thunks
-    depth = None
-    inside = []
-    for line in thunks.splitlines():
-        indent = len(line) - len(line.lstrip())
-        depth = None if depth is not None and indent <= depth and line.strip() else depth
-        if "kCommandBuffer" in line and depth is None:
-            depth = indent
-        if "kConditional" in line:
-            inside.append(depth is not None)
+    graph, inside = None, []
+    for indent, kind in listed(thunks):
+        graph = None if graph is not None and indent <= graph else graph
+        graph = indent if graph is None and kind == "kCommandBuffer" else graph
+        if kind == "kConditional":
+            inside.append(graph is not None)
     assert any(inside)
 
 
+def listed(thunks: str) -> list[tuple[int, str]]:
+    """(indentation, kind) of each line of the compiler's list of what the GPU is told to do."""
+    found = (re.match(r"(\s*)\d+: (k\w+)", line) for line in thunks.splitlines())
+    return [(len(line[1]), line[2]) for line in found if line]
+
+
 def launches_of_the_loop(thunks: str) -> int:
-    """From the compiler's own list: what stands in the first loop, outside of conditions' branches."""
+    """Of what stands in the first loop, outside of conditions' branches."""
     count, loop, branch = 0, None, None
-    for line in thunks.splitlines():
-        found = re.match(r"(\s*)\d+: (k\w+)", line)
-        if not found:
-            continue
-        indent, kind = len(found[1]), found[2]
+    for indent, kind in listed(thunks):
+        if loop is not None and indent <= loop:
+            break
         branch = None if branch is not None and indent <= branch else branch
         if kind == "kWhile" and loop is None:
             loop = indent
