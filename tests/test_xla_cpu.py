@@ -37,7 +37,7 @@ def test_what_is_kept_by_its_bits_is_kept_as_them():
     x = jnp.asarray(np.random.RandomState(0).standard_normal(5), jnp.bfloat16)
 
     def loss(x, name):
-        return jnp.sin(xla_cpu.named_bits(jnp.exp(x), name).astype(jnp.float32)).sum()
+        return jnp.sin(xla_cpu.named(jnp.exp(x), name, "cpu").astype(jnp.float32)).sum()
 
     kept = {}
     for name in ("kept", "other"):
