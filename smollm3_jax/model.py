@@ -153,7 +153,7 @@ class SmolLM3(nnx.Module):
 
     def unembed(self, x: Array, sharding: Sharding | None = None) -> Array:
         """Logits, float32 [..., V], of final hidden states [..., D]."""
-        return linear(x, self.embed if self.head is None else self.head, platform=platform_of(sharding))
+        return linear(x, self.embed if self.head is None else self.head, sharding=sharding)
 
     def layer_states(self, tokens: Array) -> Array:
         """What enters the first layer and what leaves each, [L + 1, B, T, D]: for finding where models part."""
@@ -306,7 +306,7 @@ def block(
         return x_BTD if sharding is None else sharding.constrain(x_BTD, "batch", "length", "residual")
 
     platform = platform_of(sharding)
-    multiply = functools.partial(_linear, platform=platform)
+    multiply = functools.partial(_linear, sharding=sharding)
     bits = platform == "cpu" and x_BTD.dtype.itemsize == 2
     named = xla_cpu.named_bits if bits else checkpoint_name
     x_BTD = named(x_BTD, "input_bits" if bits else "input")
@@ -325,10 +325,10 @@ def block(
 
 
 def _linear(
-    x: Array, weight: Weight, bias: nnx.Param | None, contracted: int = 1, platform: str | None = None
+    x: Array, weight: Weight, bias: nnx.Param | None, contracted: int = 1, sharding: Sharding | None = None
 ) -> Array:
     """The product and the bias are added up in float32, then rounded once to x's dtype."""
-    out = linear(x, weight, contracted, platform)
+    out = linear(x, weight, contracted, sharding=sharding)
     return (out if bias is None else out + bias[...]).astype(x.dtype)
 
 
