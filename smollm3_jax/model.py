@@ -155,7 +155,7 @@ class SmolLM3(nnx.Module):
 
     def unembed(self, x: Array, sharding: Sharding | None = None) -> Array:
         """Logits, float32 [..., V], of final hidden states [..., D]."""
-        return linear(x, self.embed if self.head is None else self.head, platform=platform_of(sharding))
+        return linear(x, self.embed if self.head is None else self.head, sharding=sharding)
 
     def layer_states(self, tokens: Array) -> Array:
         """What enters the first layer and what leaves each, [L + 1, B, T, D]: for finding where models part."""
@@ -312,7 +312,7 @@ def block(
         return x_BTD if sharding is None else sharding.constrain(x_BTD, "batch", "length", "residual")
 
     platform = platform_of(sharding)
-    multiply = functools.partial(_linear, platform=platform)
+    multiply = functools.partial(_linear, sharding=sharding)
     named = functools.partial(xla_cpu.named, platform=platform)
     x_BTD = named(x_BTD, "input_bits" if xla_cpu.keeps_bits(x_BTD, platform) else "input")
     h_BTD = _rms_norm(x_BTD, p.attn_norm[...], config.rms_norm_eps)
@@ -329,12 +329,12 @@ def block(
 
 
 def _linear(
-    x: Array, weight: Weight, bias: nnx.Param | None, contracted: int = 1, platform: str | None = None
+    x: Array, weight: Weight, bias: nnx.Param | None, contracted: int = 1, sharding: Sharding | None = None
 ) -> Array:
     """The product and the bias are added up in float32, then rounded once to x's dtype."""
     if bias is None:
-        return linear(x, weight, contracted, platform, dtype=x.dtype)
-    return (linear(x, weight, contracted, platform) + bias[...]).astype(x.dtype)
+        return linear(x, weight, contracted, sharding=sharding, dtype=x.dtype)
+    return (linear(x, weight, contracted, sharding=sharding) + bias[...]).astype(x.dtype)
 
 
 def _rms_norm(x_BTD: Array, weight_D: Array, eps: float) -> Array:

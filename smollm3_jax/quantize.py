@@ -20,8 +20,11 @@ from flax import nnx
 from jax import Array
 from jax.experimental.layout import Layout, with_layout_constraint
 
+from sharding.rules import Sharding, platform_of
+
 from . import xla_cpu
 from .config import WEIGHT_SCHEMES
+from .quantize_kernels import Place, unpacked_product
 
 # On CPU, up to so many rows of activations are multiplied as integers; more are worth unpacking the weight for.
 INTEGER_ROWS = 128
@@ -51,7 +54,12 @@ Weight = nnx.Param | Quantized
 
 
 def linear(
-    x: Array, weight: Weight, contracted: int = 1, platform: str | None = None, dtype: Any = jnp.float32
+    x: Array,
+    weight: Weight,
+    contracted: int = 1,
+    platform: str | None = None,
+    sharding: Sharding | None = None,
+    dtype: Any = jnp.float32,
 ) -> Array:
     """Sums over the last `contracted` dimensions of x and of the weight: [..., *out] in `dtype`.
 
@@ -61,17 +69,20 @@ def linear(
     those of a quantized weight's scale and minimum; its integers have none.
 
     Args:
-      platform: what this will run on; None is JAX's default.
+      platform: what this will run on; None is where the weight lies.
+      sharding: where the weight lies; None on one device.
       dtype: what the float32 sums are rounded to.
     """
     split = len(weight.shape) - contracted
     x_RK = x.reshape(-1, math.prod(weight.shape[split:]))
-    platform = platform or jax.default_backend()
+    platform = platform or platform_of(sharding)
     if isinstance(weight, Quantized):
+        values, scale = weight.values[...], weight.scale[...]
         minimum = None if weight.minimum is None else weight.minimum[...]
-        out_RN: Array = _quantized_product(
-            weight.scheme, platform, x_RK, weight.values[...], weight.scale[...], minimum
-        )
+        # The axes of a layer in a stack are those of the stack, without its first.
+        axes = None if sharding is None else weight.values.get_metadata("axes")[-values.ndim :]
+        place = None if sharding is None else (sharding, axes)
+        out_RN: Array = _quantized_product(weight.scheme, platform, place, x_RK, values, scale, minimum)
     else:
         out_RN = _product(platform, x_RK, weight[...].reshape(-1, x_RK.shape[1]), dtype)
     return out_RN.reshape(*x.shape[: x.ndim - contracted], *weight.shape[:split]).astype(dtype)
@@ -137,11 +148,20 @@ def kernel(scheme: str | None, rows: int, platform: str) -> str:
     return "integer" if platform == "cpu" and rows <= INTEGER_ROWS else "weight-only"
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def _quantized_product(
-    scheme: str, platform: str, x_RK: Array, values: Array, scale: Array, minimum: Array | None
+    scheme: str,
+    platform: str,
+    place: Place | None,
+    x_RK: Array,
+    values: Array,
+    scale: Array,
+    minimum: Array | None,
 ) -> Array:
     """x w^T in float32, [R, N], of what the weight's parts stand for."""
+    out_RN = unpacked_product(x_RK, values, scale, minimum, WEIGHT_SCHEMES[scheme], platform, place)
+    if out_RN is not None:
+        return out_RN
     by = kernel(scheme, x_RK.shape[0], platform)
     if by == "integer":
         return _integer_product(x_RK, values.reshape(-1, x_RK.shape[1])) * scale.reshape(-1)
@@ -153,11 +173,11 @@ def _quantized_product(
     return _plain_product(platform, x_RK, w_NK)
 
 
-def _quantized_forward(scheme: str, platform: str, *arrays: Any) -> tuple[Array, tuple]:
-    return _quantized_product(scheme, platform, *arrays), arrays
+def _quantized_forward(scheme: str, platform: str, place: Place | None, *arrays: Any) -> tuple[Array, tuple]:
+    return _quantized_product(scheme, platform, place, *arrays), arrays
 
 
-def _quantized_backward(scheme: str, platform: str, kept: tuple, gradient_RN: Array) -> tuple:
+def _quantized_backward(scheme: str, platform: str, _: Place | None, kept: tuple, gradient_RN: Array) -> tuple:
     x_RK, values, scale, minimum = kept
     w_NK = values.reshape(gradient_RN.shape[1], -1)
     if platform == "cpu":
