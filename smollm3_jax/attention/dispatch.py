@@ -153,6 +153,59 @@ def decode_attention(
     return out_BTKGE.reshape(batch, length, heads, width).astype(q_BTHE.dtype)
 
 
+def decode_step(
+    q_BTHE: Array,
+    k_BTKE: Array,
+    v_BTKE: Array,
+    angles: tuple[Array, Array],
+    cache: LayerCache,
+    *,
+    length_B: Array,
+    window: Array | None = None,
+    sharding: Sharding | None = None,
+) -> tuple[Array, LayerCache] | None:
+    """RoPE, the cache's write and attention of one new token a row, where one kernel does them all: on GPUs.
+
+    Args:
+      q_BTHE, k_BTKE, v_BTKE: before RoPE; angles: cos and sin, float32 [B, T, E/2] each.
+      cache: as it was before these tokens.
+      length_B, window, sharding: as for `decode_attention`.
+
+    Returns:
+      What `decode_attention` returns, and the cache that holds the tokens; None where no kernel takes the call.
+    """
+    batch, length, _, width = q_BTHE.shape
+    capacity = cache.k.shape[2]
+    if platform_of(sharding) != "gpu" or not takes(
+        "paged attention",
+        {
+            "a window": window is not None,
+            "several tokens at a time": length > 1,
+            f"a cache of {cache.k.dtype} for {q_BTHE.dtype} values": cache.k.dtype not in (q_BTHE.dtype, jnp.int8),
+            f"heads of width {width}": width < 16 or width & (width - 1) != 0,
+            f"a capacity of {capacity}": capacity % 16 != 0,
+            "heads and the cache's on different axes of the mesh": not together(sharding, "heads", "cache_heads"),
+            "a context on several devices": sharding is not None and sharding.parts("context") > 1,
+            "a device older than compute capability 8.0": not is_ampere_or_later(sharding),
+            f"JAX {jax.__version__}": jax.__version_info__ < (0, 11, 2),
+        },
+    ):
+        return None
+    from .paged_gpu import step
+
+    arguments = (q_BTHE[:, 0], k_BTKE[:, 0], v_BTKE[:, 0], (angles[0][:, 0], angles[1][:, 0]), length_B, cache)
+    if sharding is None:
+        out_BHE, cache = step(*arguments)
+        return out_BHE[:, None], cache
+    rows = sharding.fitting("batch", batch)
+    of_heads, of_kv_heads = (sharding.spec(rows, axis, None) for axis in ("heads", "cache_heads"))
+    of_row, of_angle = sharding.spec(rows), sharding.spec(rows, None)
+    of_cache = jax.tree.map(lambda x: sharding.spec(AXES[0], rows, *AXES[2 : x.ndim]), cache)
+    specs = (of_heads, of_kv_heads, of_kv_heads, (of_angle, of_angle), of_row, of_cache)
+    out_BHE, cache = sharding.shard_map(step, specs, (of_heads, of_cache))(*arguments)
+    return out_BHE[:, None], cache
+
+
 def takes(kernel: str, obstacles: dict[str, bool]) -> bool:
     """Whether a kernel takes a call that has these obstacles; if not, says so, once."""
     found = tuple(what for what, there in obstacles.items() if there)
