@@ -38,11 +38,11 @@ def libtpu():
         pytest.skip("libtpu is not installed: it comes with the extra `plan`")
 
 
-def decoding(raw, name, shape, rules, layers, batch, capacity, stacked=True):
+def decoding(raw, name, shape, rules, layers, batch, capacity, stacked=True, cache="bfloat16"):
     config = cut(raw, layers)
     _, devices = topology(name)
     mesh = Mesh(np.array(devices).reshape(shape), ("data", "tensor"))
-    return DecodeSetting(config, Sharding.of(mesh, rules), batch, capacity, stacked=stacked)
+    return DecodeSetting(config, Sharding.of(mesh, rules), batch, capacity, cache, stacked=stacked)
 
 
 def cut(raw, layers):
@@ -70,6 +70,8 @@ def check_decode(setting, chip, collectives, kernels):
     # The caches stay where they are, and weights are read where they lie, stacked or not.
     assert not [op for op in hlo.moves(program, layer_weight(setting)) if not op.in_branch]
     assert not hlo.moves(program, min(share(setting.cache.layers[0].k), 16 * MIB))
+    if (scale := setting.cache.layers[0].k_scale) is not None:
+        assert not [op for op in hlo.moves(program, share(scale)) if not op.in_branch]
     found = Counter(op.target for op in program if "paged_attention" in op.op_name or "paged_attention" in op.name)
     assert found["tpu_custom_call"] == kernels
     # Branches are what only some requests need: penalties, draws, lists of alternatives.
@@ -92,9 +94,17 @@ def tensor_parallel(layers, data):
     )
 
 
-@pytest.mark.parametrize(("topology", "shape"), [("v6e:2x2", (1, 4)), ("v5e:1x1", (1, 1))])
-def test_decode_step(topology, shape, raw_config):
-    setting = decoding(raw_config, topology, shape, "serve_tp", 2, 64 if shape[1] == 4 else 8, 8192)
+@pytest.mark.parametrize(
+    ("topology", "shape", "cache"),
+    [
+        ("v6e:2x2", (1, 4), "bfloat16"),
+        ("v5e:1x1", (1, 1), "bfloat16"),
+        ("v5e:1x1", (1, 1), "int8"),
+        pytest.param("v6e:2x2", (1, 4), "int8", marks=FULL),
+    ],
+)
+def test_decode_step(topology, shape, cache, raw_config):
+    setting = decoding(raw_config, topology, shape, "serve_tp", 2, 64 if shape[1] == 4 else 8, 8192, cache=cache)
     collectives = tensor_parallel(2, shape[0]) if shape[1] == 4 else Counter()
     check_decode(setting, topology[:3], collectives, kernels=2)
 

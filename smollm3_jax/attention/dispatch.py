@@ -136,18 +136,18 @@ def decode_attention(
         {
             "a window": window is not None,
             "several tokens at a time": length > 1,
-            f"a cache of {cache.k.dtype}": cache.k.dtype != jnp.bfloat16,
+            f"a cache of {cache.k.dtype}": cache.k.dtype not in (jnp.bfloat16, jnp.int8),
             f"heads of width {width}": width % LANES != 0,
             f"a capacity of {capacity}": capacity % PAGES[-1] != 0,
             "heads and the cache's on different axes of the mesh": not together(sharding, "heads", "cache_heads"),
         },
     ):
         if sharding is None:
-            return paged(q_BTHE, cache.k, cache.v, length_B)
-        axes = (AXES[0], sharding.fitting("batch", batch), *AXES[2:])
-        q_spec, kv_spec = sharding.spec(axes[1], None, "heads", None), sharding.spec(*axes)
-        specs = (q_spec, kv_spec, kv_spec, sharding.spec(axes[1]))
-        return sharding.shard_map(paged, specs, q_spec)(q_BTHE, cache.k, cache.v, length_B)
+            return paged(q_BTHE, cache, length_B)
+        rows = sharding.fitting("batch", batch)
+        q_spec = sharding.spec(rows, None, "heads", None)
+        specs = (q_spec, _cache_specs(cache, rows, sharding), sharding.spec(rows))
+        return sharding.shard_map(paged, specs, q_spec)(q_BTHE, cache, length_B)
     scores_KBTGS = cache_scores(q_BTHE, cache, length_B, window)
     out_BTKGE = cache_mix(jax.nn.softmax(scores_KBTGS, axis=-1), cache, q_BTHE.dtype)
     return out_BTKGE.reshape(batch, length, heads, width).astype(q_BTHE.dtype)
@@ -199,11 +199,15 @@ def decode_step(
         return out_BHE[:, None], cache
     rows = sharding.fitting("batch", batch)
     of_heads, of_kv_heads = (sharding.spec(rows, axis, None) for axis in ("heads", "cache_heads"))
-    of_row, of_angle = sharding.spec(rows), sharding.spec(rows, None)
-    of_cache = jax.tree.map(lambda x: sharding.spec(AXES[0], rows, *AXES[2 : x.ndim]), cache)
+    of_row, of_angle, of_cache = sharding.spec(rows), sharding.spec(rows, None), _cache_specs(cache, rows, sharding)
     specs = (of_heads, of_kv_heads, of_kv_heads, (of_angle, of_angle), of_row, of_cache)
     out_BHE, cache = sharding.shard_map(step, specs, (of_heads, of_cache))(*arguments)
     return out_BHE[:, None], cache
+
+
+def _cache_specs(cache: LayerCache, rows: str | None, sharding: Sharding) -> LayerCache:
+    """How shard_map cuts a layer's cache; rows: the logical axis of its rows."""
+    return jax.tree.map(lambda x: sharding.spec(AXES[0], rows, *AXES[2 : x.ndim]), cache)
 
 
 def takes(kernel: str, obstacles: dict[str, bool]) -> bool:
