@@ -23,7 +23,7 @@ from jax.ad_checkpoint import checkpoint_name
 from sharding.rules import Sharding, platform_of
 
 from . import rope
-from .attention import attention, decode_attention, decode_step
+from .attention import attention, attention_after, decode_attention, decode_step
 from .config import GenerationConfig, ModelConfig
 from .kv_cache import KVCache, advance, read, rows, write
 from .quantize import Weight, linear, lookup, quantized, scheme_of
@@ -229,14 +229,14 @@ def _run_layers(
             # Read back from what was just written, so that the update stays in place; what lies at or
             # behind the length is not the past.
             past_k, past_v = read(stored, slot, past, k.dtype, sharding)
-            past_segments_BP = (jnp.arange(past) < length_B[:, None]).astype(jnp.int32)
-            out = attention(
+            out = attention_after(
                 q,
-                jnp.concatenate([past_k, k], axis=1),
-                jnp.concatenate([past_v, v], axis=1),
-                q_segments_BT=row_segments_BT,
-                kv_segments_BS=jnp.concatenate([past_segments_BP, row_segments_BT], axis=1),
-                gap_B=past - length_B,
+                k,
+                v,
+                past_k,
+                past_v,
+                length_B=length_B,
+                segments_BT=row_segments_BT,
                 window=window,
                 sharding=sharding,
             )

@@ -1,6 +1,6 @@
 """What computes attention, decided when a function is traced, by the platform it is for.
 
-The splash and paged attention kernels of JAX on TPU, cuDNN's kernel on GPU, and plain XLA elsewhere and for all
+The splash and paged attention kernels of JAX on TPU, cuDNN's kernels on GPU, and plain XLA elsewhere and for all
 that a kernel does not take.
 
 Shapes: B batch, T query length, S key length, H query heads, K key-value heads, G = H / K, E head width.
@@ -8,6 +8,8 @@ Shapes: B batch, T query length, S key length, H query heads, K key-value heads,
 
 import functools
 import logging
+import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -17,9 +19,9 @@ from jax import Array
 from sharding.rules import Sharding, platform_of, say_once
 
 from ..kv_cache import AXES, LayerCache
+from . import cudnn, gpu
 from .decode import cache_mix, cache_scores, decode_over_context
 from .dense import dense
-from .gpu import cudnn, is_ampere_or_later
 from .tpu import LANES, PAGES, paged, splash, splash_kernel, splash_over_length
 
 log = logging.getLogger(__name__)
@@ -42,7 +44,8 @@ def attention(
       q_segments_BT, kv_segments_BS: int32; 0 is padding, other values name documents. A token sees
         its own document only. Causality goes by index in the row, not by position, as positions may
         restart within it. None (both): a row is one document, and padding stands at its end if anywhere,
-        where causality hides it.
+        where causality hides it. On GPUs documents must be whole and their ids go up along a row, as the packer
+        numbers them: a row where they do not becomes NaN there.
       gap_B: how many of the S - T past keys, at their end, hold nothing: they do not count as distance.
       window: int32 scalar, how many keys back a query sees, itself included; None for all.
       sharding: where the arrays lie; None on one device. If it splits rows, their tokens are in the order
@@ -58,14 +61,7 @@ def attention(
     order = None if sharding is None else sharding.row_order(length)
     shards = 1 if order is None or sharding is None else sharding.parts("length")
     assert order is None or past == 0
-    kv_axis = "kv_heads"
-    if sharding is not None and sharding.parts("heads") > 1 == sharding.parts("kv_heads"):
-        # Each device has the keys of all heads, and takes those of its own queries.
-        kv_axis, kv_length = "heads", None if order is None else "length"
-        k_BSKE, v_BSKE = (
-            sharding.constrain(jnp.repeat(x, heads // x.shape[2], axis=2), "batch", kv_length, "heads", None)
-            for x in (k_BSKE, v_BSKE)
-        )
+    kv_axis, (k_BSKE, v_BSKE) = _keys_of_heads(heads, (k_BSKE, v_BSKE), sharding, split=order is not None)
     obstacles = {
         "a window": window is not None,
         "heads and key-value heads on different axes of the mesh": not together(sharding, "heads", kv_axis),
@@ -87,27 +83,109 @@ def attention(
         case "gpu" if takes(
             "cuDNN attention",
             obstacles
-            | {
-                f"{q_BTHE.dtype} values": q_BTHE.dtype not in (jnp.bfloat16, jnp.float16),
-                f"heads of width {width}": width > 128 or width % 8 != 0,
-                "segments": bool(segments),
-                "queries with a past": past > 0,
-                "rows on several devices": shards > 1,
-                "a device older than compute capability 8.0": not is_ampere_or_later(sharding),
-            },
+            | {"queries with a past": past > 0}
+            | _gpu_obstacles(q_BTHE, sharding, packed=bool(segments) or shards > 1),
         ):
-            kernel = cudnn
+            if sharding is not None and shards > 1:
+                documents_BT = segments[0] if segments else jnp.ones(q_BTHE.shape[:2], jnp.int32)
+                return gpu.causal_over_length(q_BTHE, k_BSKE, v_BSKE, documents_BT, kv_axis, sharding)
+            kernel = gpu.causal
         case _:
             if order is not None:
                 k_BSKE, v_BSKE = (x[:, np.argsort(order)] for x in (k_BSKE, v_BSKE))
                 segments = (*segments[:1], *(x[:, np.argsort(order)] for x in segments[1:]))
             return dense(q_BTHE, k_BSKE, v_BSKE, segments, gap_B, window, order)
+    return _on_own_parts(kernel, q_BTHE, (k_BSKE, v_BSKE), segments, kv_axis, sharding)
+
+
+def attention_after(
+    q_BTHE: Array,
+    k_BTKE: Array,
+    v_BTKE: Array,
+    past_k_BSKE: Array,
+    past_v_BSKE: Array,
+    *,
+    length_B: Array,
+    segments_BT: Array,
+    window: Array | None = None,
+    sharding: Sharding | None = None,
+) -> Array:
+    """Causal attention of rows that go on from a past: each sees the first `length_B` of the S past keys as well.
+
+    Args:
+      segments_BT: int32; a row is one document, 1, and its end may be padding, 0.
+      window, sharding: as for `attention`.
+
+    Returns:
+      [B, T, H, E] in q's dtype. Rows of padding hold finite values without meaning.
+    """
+    _, length, heads, _ = q_BTHE.shape
+    assert sharding is None or sharding.row_order(length) is None
+    keys = (k_BTKE, v_BTKE, past_k_BSKE, past_v_BSKE)
+    kv_axis, of_heads = _keys_of_heads(heads, keys, sharding)
+    apart = not together(sharding, "heads", kv_axis)
+    obstacles = {"a window": window is not None, "heads and key-value heads on different axes of the mesh": apart}
+    obstacles |= {f"a past in jax {jax.__version__}": not cudnn.is_known()} | _gpu_obstacles(q_BTHE, sharding)
+    if platform_of(sharding) == "gpu" and takes("cuDNN attention", obstacles):
+        return _on_own_parts(gpu.causal_after, q_BTHE, of_heads, (length_B,), kv_axis, sharding)
+    past = past_k_BSKE.shape[1]
+    past_segments_BS = (jnp.arange(past) < length_B[:, None]).astype(jnp.int32)
+    return attention(
+        q_BTHE,
+        jnp.concatenate([past_k_BSKE, k_BTKE], axis=1),
+        jnp.concatenate([past_v_BSKE, v_BTKE], axis=1),
+        q_segments_BT=segments_BT,
+        kv_segments_BS=jnp.concatenate([past_segments_BS, segments_BT], axis=1),
+        gap_B=past - length_B,
+        window=window,
+        sharding=sharding,
+    )
+
+
+def _keys_of_heads(
+    heads: int, arrays: tuple[Array, ...], sharding: Sharding | None, split: bool = False
+) -> tuple[str, tuple[Array, ...]]:
+    """The logical axis of the heads of keys and values [B, S, K, E], and these, repeated for every query head where
+    each device has the keys of all heads: then it takes those of its own queries. split: rows lie on several devices.
+    """
+    if sharding is None or sharding.parts("heads") == 1 or sharding.parts("kv_heads") > 1:
+        return "kv_heads", arrays
+    axes = ("batch", "length" if split else None, "heads", None)
+    return "heads", tuple(
+        sharding.constrain(jnp.repeat(x, heads // x.shape[2], axis=2), *axes) for x in arrays
+    )
+
+
+def _gpu_obstacles(q_BTHE: Array, sharding: Sharding | None, packed: bool = False) -> dict[str, bool]:
+    """What cuDNN does not take. packed: several documents a row, or a part of one."""
+    capability, width = gpu.compute_capability(sharding), q_BTHE.shape[-1]
+    devices = 1 if sharding is None else math.prod(sharding.parts(axis) for axis in ("batch", "length", "heads"))
+    return {
+        f"{q_BTHE.dtype} values": q_BTHE.dtype not in (jnp.bfloat16, jnp.float16),
+        f"heads of width {width}": width > 128 or width % 8 != 0,
+        "a device older than compute capability 8.0": capability < (8, 0),
+        "documents on a device older than compute capability 9.0": packed and (8, 0) <= capability < (9, 0),
+        f"documents in jax {jax.__version__}": packed and not cudnn.is_known(),
+        # They are found by int32 offsets.
+        "documents in 2**31 values": packed and q_BTHE.size // devices >= 2**31,
+    }
+
+
+def _on_own_parts(
+    kernel: Callable[..., Array],
+    q_BTHE: Array,
+    keys: tuple[Array, ...],
+    by_row: tuple[Array, ...],
+    kv_axis: str,
+    sharding: Sharding | None,
+) -> Array:
+    """kernel(q, *keys, *by_row) as every device runs it, on its own rows and heads. by_row: arrays [B, ...]."""
     if sharding is None:
-        return kernel(q_BTHE, k_BSKE, v_BSKE, *segments)
+        return kernel(q_BTHE, *keys, *by_row)
     batch = sharding.fitting("batch", q_BTHE.shape[0])
     q_spec, kv_spec = sharding.spec(batch, None, "heads", None), sharding.spec(batch, None, kv_axis, None)
-    specs = (q_spec, kv_spec, kv_spec, *[sharding.spec(batch, None)] * len(segments))
-    return sharding.shard_map(kernel, specs, q_spec)(q_BTHE, k_BSKE, v_BSKE, *segments)
+    specs = (q_spec, *[kv_spec] * len(keys), *(sharding.spec(batch, *[None] * (x.ndim - 1)) for x in by_row))
+    return sharding.shard_map(kernel, specs, q_spec)(q_BTHE, *keys, *by_row)
 
 
 def decode_attention(
@@ -186,7 +264,7 @@ def decode_step(
             f"a capacity of {capacity}": capacity % 16 != 0,
             "heads and the cache's on different axes of the mesh": not together(sharding, "heads", "cache_heads"),
             "a context on several devices": sharding is not None and sharding.parts("context") > 1,
-            "a device older than compute capability 8.0": not is_ampere_or_later(sharding),
+            "a device older than compute capability 8.0": gpu.compute_capability(sharding) < (8, 0),
             f"JAX {jax.__version__}": jax.__version_info__ < (0, 11, 2),
         },
     ):
