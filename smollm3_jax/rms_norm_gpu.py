@@ -11,10 +11,12 @@ from jax.experimental.pallas import triton
 
 from sharding.rules import Sharding
 
+from .attention.paged_gpu import FIRST_JAX
+
 
 def is_there(sharding: Sharding | None) -> bool:
     """Whether the kernel can be compiled for these devices: several of them would have to be told how to share it."""
-    return (sharding is None or sharding.mesh.size == 1) and jax.__version_info__ >= (0, 11, 2)
+    return (sharding is None or sharding.mesh.size == 1) and jax.__version_info__ >= FIRST_JAX
 
 
 def rms_norm(
@@ -32,7 +34,7 @@ def rms_norm(
     """
     arrays = (weight_D, *(x.reshape(-1) for x in addends or (x_11D,)))
     kernel = pl.pallas_call(
-        functools.partial(_kernel, eps),
+        functools.partial(_rms_norm, eps),
         out_shape=jax.ShapeDtypeStruct(weight_D.shape, x_11D.dtype),
         compiler_params=triton.CompilerParams(num_warps=8, num_stages=1),
         cost_estimate=pl.CostEstimate(
@@ -45,11 +47,11 @@ def rms_norm(
     return kernel(*arrays).reshape(x_11D.shape)
 
 
-def _kernel(eps: float, weight_ref: Any, *refs: Any) -> None:
+def _rms_norm(eps: float, weight_ref: Any, *refs: Any) -> None:
     *x_refs, out_ref = refs
     (width,) = out_ref.shape
-    lanes = pl.ds(0, pl.next_power_of_2(width))
-    there_D = jnp.arange(lanes.size) < width
+    tile = pl.next_power_of_2(width)
+    lanes, there_D = pl.ds(0, tile), jnp.arange(tile) < width
     weight_D, *addends = (triton.load(ref.at[lanes], mask=there_D, other=0) for ref in (weight_ref, *x_refs))
     x_D = functools.reduce(jnp.add, addends)
     wide_D = x_D.astype(jnp.float32)

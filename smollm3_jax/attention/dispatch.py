@@ -1,7 +1,7 @@
 """What computes attention, decided when a function is traced, by the platform it is for.
 
-The splash and paged attention kernels of JAX on TPU, cuDNN's kernels on GPU, and plain XLA elsewhere and for all
-that a kernel does not take.
+The splash and paged attention kernels of JAX on TPU, cuDNN's kernels and our own for decoding on GPU, and plain XLA
+elsewhere and for all that a kernel does not take.
 
 Shapes: B batch, T query length, S key length, H query heads, K key-value heads, G = H / K, E head width.
 """
@@ -252,34 +252,36 @@ def decode_step(
     Returns:
       What `decode_attention` returns, and the cache that holds the tokens; None where no kernel takes the call.
     """
+    if platform_of(sharding) != "gpu":
+        return None
+    from . import paged_gpu
+
     batch, length, _, width = q_BTHE.shape
     capacity = cache.k.shape[2]
-    if platform_of(sharding) != "gpu" or not takes(
+    if not takes(
         "paged attention",
         {
             "a window": window is not None,
             "several tokens at a time": length > 1,
             f"a cache of {cache.k.dtype} for {q_BTHE.dtype} values": cache.k.dtype not in (q_BTHE.dtype, jnp.int8),
-            f"heads of width {width}": width < 16 or width & (width - 1) != 0,
-            f"a capacity of {capacity}": capacity % 16 != 0,
+            f"heads of width {width}": width < paged_gpu.TILE or width & (width - 1) != 0,
+            f"a capacity of {capacity}": capacity % paged_gpu.BLOCKS[-1] != 0,
             "heads and the cache's on different axes of the mesh": not together(sharding, "heads", "cache_heads"),
             "a context on several devices": sharding is not None and sharding.parts("context") > 1,
             "a device older than compute capability 8.0": gpu.compute_capability(sharding) < (8, 0),
-            f"JAX {jax.__version__}": jax.__version_info__ < (0, 11, 2),
+            f"jax {jax.__version__}": jax.__version_info__ < paged_gpu.FIRST_JAX,
         },
     ):
         return None
-    from .paged_gpu import step
-
     arguments = (q_BTHE[:, 0], k_BTKE[:, 0], v_BTKE[:, 0], (angles[0][:, 0], angles[1][:, 0]), length_B, cache)
     if sharding is None:
-        out_BHE, cache = step(*arguments)
+        out_BHE, cache = paged_gpu.step(*arguments)
         return out_BHE[:, None], cache
     rows = sharding.fitting("batch", batch)
     of_heads, of_kv_heads = (sharding.spec(rows, axis, None) for axis in ("heads", "cache_heads"))
     of_row, of_angle, of_cache = sharding.spec(rows), sharding.spec(rows, None), _cache_specs(cache, rows, sharding)
     specs = (of_heads, of_kv_heads, of_kv_heads, (of_angle, of_angle), of_row, of_cache)
-    out_BHE, cache = sharding.shard_map(step, specs, (of_heads, of_cache))(*arguments)
+    out_BHE, cache = sharding.shard_map(paged_gpu.step, specs, (of_heads, of_cache))(*arguments)
     return out_BHE[:, None], cache
 
 

@@ -96,9 +96,12 @@ def _kernel(
     total_ref: Any,
     sum_ref: Any,
 ) -> None:
-    """One block of a row, all heads: the softmax goes on from the block before. Maximum and total stand in all lanes."""
+    """One block of a row, all heads: the softmax goes on from the block before.
+
+    most, total and sum [K, G, E]: the largest score so far and the weights' sum, in all lanes, and that of the values.
+    """
     row, step = pl.program_id(0), pl.program_id(1)
-    seen = seen_ref[row]
+    seen, sublane = seen_ref[row], jax.lax.rem(row, sublanes)
 
     @pl.when(step == 0)
     def start() -> None:
@@ -109,7 +112,7 @@ def _kernel(
     @pl.when(step * block < seen)
     def go_on() -> None:
         for head in range(k_ref.shape[0]):
-            scale_1S, v_scale_1S = (ref[head, pl.ds(jax.lax.rem(row, sublanes), 1), :] for ref in (k_scale_ref, v_scale_ref))
+            scale_1S, v_scale_1S = (ref[head, pl.ds(sublane, 1), :] for ref in (k_scale_ref, v_scale_ref))
             k_SE, v_SE = (ref[head, 0].astype(jnp.float32).astype(dtype) for ref in (k_ref, v_ref))
             scores_GS = _dot(q_ref[0, head].astype(dtype), k_SE, 1) * (scale_1S * k_SE.shape[1] ** -0.5)
             index_GS = step * block + jax.lax.broadcasted_iota(jnp.int32, scores_GS.shape, 1)
