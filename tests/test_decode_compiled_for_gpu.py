@@ -71,7 +71,7 @@ def launches(program):
 def test_launches_of_a_token(compiled):
     few, more = (launches(compiled(layers, 1, "bfloat16")[1]) for layers in (2, 3))
     of_layer = more - few
-    # Two norms, attention with what it takes along, its merge; six products and what adds up the last one's parts, silu.
+    # Two norms, attention and its merge; six kernels of products (k's and v's are one), silu, the sum of down's parts.
     assert of_layer == {"__gpu$xla.gpu.triton": 4, "fusion": 8}
     assert sum(few.values()) + (DEEP - 2) * sum(of_layer.values()) <= 460
 

@@ -151,9 +151,7 @@ def _keys_of_heads(
     if sharding is None or sharding.parts("heads") == 1 or sharding.parts("kv_heads") > 1:
         return "kv_heads", arrays
     axes = ("batch", "length" if split else None, "heads", None)
-    return "heads", tuple(
-        sharding.constrain(jnp.repeat(x, heads // x.shape[2], axis=2), *axes) for x in arrays
-    )
+    return "heads", tuple(sharding.constrain(jnp.repeat(x, heads // x.shape[2], axis=2), *axes) for x in arrays)
 
 
 def _gpu_obstacles(q_BTHE: Array, sharding: Sharding | None, packed: bool = False) -> dict[str, bool]:
