@@ -82,7 +82,8 @@ def test_all_tokens_of_a_call_are_one_cuda_graph(compiled):
     assert "kWhile" in thunks and "kConditional" in thunks
 
 
-@pytest.mark.parametrize(("batch", "cache", "kernels"), [(1, "bfloat16", 2), (64, "bfloat16", 1), (64, "int8", 1)])
+# Of one row each layer has two norms, attention and its merge, and there is a last norm; of 64 rows attention alone.
+@pytest.mark.parametrize(("batch", "cache", "kernels"), [(1, "bfloat16", 9), (64, "bfloat16", 2), (64, "int8", 2)])
 def test_the_cache_stays_where_it_is(batch, cache, kernels, compiled):
     setting, program, _ = compiled(2, batch, cache)
     memory, operations = hlo.memory(program), hlo.operations(program)
@@ -91,5 +92,6 @@ def test_the_cache_stays_where_it_is(batch, cache, kernels, compiled):
     assert memory.aliased >= share((setting.cache, setting.slots))
     smallest = min(share(x) for x in jax.tree.leaves(setting.cache.layers[0]))
     assert not [op for op in hlo.moves(operations, smallest) if not op.in_branch]
-    found = Counter(op.target for op in operations if "paged_attention" in op.op_name)
-    assert found["__gpu$xla.gpu.triton"] == 2 * kernels
+    found = [op for op in operations if op.target == "__gpu$xla.gpu.triton"]
+    assert len(found) == kernels
+    assert len([op for op in found if "paged_attention" in op.op_name]) == 2

@@ -68,7 +68,7 @@ def step(
     partial = tuple(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((*sums, width), sums, sums))
     results = (out,) if tiles.splits == 1 else partial
     arrays, first = len(jax.tree.leaves(cache)), len(jax.tree.leaves(inputs))
-    with jax.named_scope("paged_attention"):
+    with jax.named_scope("paged_attention"):  # what plan.py knows its cost by
         parts, cache = pl.pallas_call(
             functools.partial(_paged_attention, tiles),
             grid=(batch, kv_heads, tiles.splits),
@@ -83,15 +83,15 @@ def step(
             compiler_params=triton.CompilerParams(num_warps=4, num_stages=3),
             interpret=interpret,
         )(*inputs, cache)
-        if tiles.splits == 1:
-            return parts[0], cache
-        merged_BHE = pl.pallas_call(
-            functools.partial(_paged_attention_merge, tiles),
-            grid=(batch, heads),
-            out_shape=out,
-            compiler_params=triton.CompilerParams(num_warps=4, num_stages=1),
-            interpret=interpret,
-        )(length_B, parts)
+    if tiles.splits == 1:
+        return parts[0], cache
+    merged_BHE = pl.pallas_call(
+        functools.partial(_merge, tiles),
+        grid=(batch, heads),
+        out_shape=out,
+        compiler_params=triton.CompilerParams(num_warps=4, num_stages=1),
+        interpret=interpret,
+    )(length_B, parts)
     return merged_BHE, cache
 
 
@@ -190,7 +190,7 @@ def _paged_attention(
         _store(ref, at, result.astype(ref.dtype), (group_X < tiles.group) & (split < working))
 
 
-def _paged_attention_merge(tiles: Tiles, length_ref: Any, parts: tuple[Any, Any, Any], out_ref: Any) -> None:
+def _merge(tiles: Tiles, length_ref: Any, parts: tuple[Any, Any, Any], out_ref: Any) -> None:
     """The program of a row and a head: one softmax of what the splits with work found."""
     row, head = pl.program_id(0), pl.program_id(1)
     there_C = jnp.arange(tiles.splits) < tiles.held(length_ref, row)[2]
