@@ -24,6 +24,12 @@ from .kv_cache import KVCache, copy_row
 from .model import SmolLM3
 from .sampling import MAX_LOGPROBS, Choice, choose, log_probabilities
 
+# On a GPU all of a call's tokens are one CUDA graph, so that nothing of them is launched by the host; by default a loop
+# is none, and every turn of it waits for the host. Only the whole list of kinds works. Other platforms ignore it.
+COMPILER_OPTIONS: dict[str, Any] = {
+    "xla_gpu_enable_command_buffer": "FUSION,CUBLAS,CUBLASLT,CUDNN,CUSTOM_CALL,DYNAMIC_SLICE_FUSION,CONDITIONAL,WHILE"
+}
+
 # N, the most tokens that one call of `decode` chooses for a slot.
 MAX_STEPS = 16
 
@@ -141,7 +147,9 @@ def free(slots: Slots, slot: Array) -> Slots:
     return dataclasses.replace(slots, active=slots.active.at[slot].set(False))
 
 
-@functools.partial(jax.jit, static_argnames="sharding", donate_argnames=("cache", "slots"))
+@functools.partial(
+    jax.jit, static_argnames="sharding", donate_argnames=("cache", "slots"), compiler_options=COMPILER_OPTIONS
+)
 def decode(
     model: SmolLM3, cache: KVCache, slots: Slots, steps: Array, *, sharding: Sharding | None = None
 ) -> tuple[KVCache, Slots, Chosen]:

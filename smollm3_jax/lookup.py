@@ -17,7 +17,7 @@ from jax import Array
 
 from sharding.rules import Sharding
 
-from .decode import MAX_STEPS, Slots, slot_shardings
+from .decode import COMPILER_OPTIONS, MAX_STEPS, Slots, slot_shardings
 from .kv_cache import KVCache
 from .model import SmolLM3
 from .sampling import SamplingParams
@@ -44,7 +44,12 @@ def remember(history_BS: Array, slot: Array, tokens_S: Array) -> Array:
     return history_BS.at[slot].set(tokens_S)
 
 
-@functools.partial(jax.jit, static_argnames=("draft", "sharding"), donate_argnames=("cache", "slots", "history_BS"))
+@functools.partial(
+    jax.jit,
+    static_argnames=("draft", "sharding"),
+    donate_argnames=("cache", "slots", "history_BS"),
+    compiler_options=COMPILER_OPTIONS,
+)
 def decode_lookup(
     model: SmolLM3,
     cache: KVCache,

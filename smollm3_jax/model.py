@@ -23,7 +23,7 @@ from jax import Array
 from sharding.rules import Sharding, platform_of
 
 from . import rope, xla_cpu
-from .attention import attention, attention_after, decode_attention
+from .attention import attention, attention_after, decode_attention, decode_step
 from .config import GenerationConfig, ModelConfig
 from .kv_cache import KVCache, advance, read, rows, write
 from .quantize import Quantized, Weight, linear, lookup, quantized, scheme_of
@@ -139,8 +139,9 @@ class SmolLM3(nnx.Module):
           remat: a policy of `jax.checkpoint` for each layer: what its backward pass finds kept, by the names
             that `block` gives; None keeps everything.
         """
+        norm = _norm_for(tokens, cache is not None, sharding)
         states, _, cache = _run_layers(self, tokens, positions, segment_ids, cache, slot, past, sharding, remat=remat)
-        return _rms_norm(states, self.norm[...], self.config.rms_norm_eps), cache
+        return norm(states, self.norm[...], self.config.rms_norm_eps), cache
 
     @property
     def dtype(self) -> Any:
@@ -206,6 +207,7 @@ def _run_layers(
         length_B = cache.length if slot is None else cache.length[slot][None]
         index_BT = index_BT + length_B[:, None]
     cos, sin = rope.cos_sin(config, index_BT if positions_BT is None else positions_BT)
+    norm = _norm_for(tokens_BT, cache is not None, sharding)
 
     def step(x_BTD: Array, layer: tuple) -> tuple[Array, Any]:
         weights, use_rope, window, cached = layer
@@ -213,6 +215,11 @@ def _run_layers(
             weights = _in_dtype(weights, x_BTD.dtype)
 
         def attend(q_BTHE: Array, k_BTKE: Array, v_BTKE: Array) -> tuple[Array, Any]:
+            if cached is not None and past is None and slot is None:
+                angles, where = rope.of_layer(cos, sin, use_rope), {"length_B": length_B, "window": window}
+                done = decode_step(q_BTHE, k_BTKE, v_BTKE, angles, cached, **where, sharding=sharding)
+                if done is not None:
+                    return done
             q, k, v = rope.rotate(q_BTHE, cos, sin, use_rope), rope.rotate(k_BTKE, cos, sin, use_rope), v_BTKE
             if cached is None:
                 segments = {"q_segments_BT": segments_BT, "kv_segments_BS": segments_BT}
@@ -239,7 +246,7 @@ def _run_layers(
             )
             return out, stored
 
-        x_BTD, stored = block(config, weights, x_BTD, attend, sharding)
+        x_BTD, stored = block(config, weights, x_BTD, attend, sharding, norm)
         return x_BTD, (x_BTD if keep_states else None, stored)
 
     scanned = cache is None and isinstance(model.layers, Block)
@@ -303,8 +310,19 @@ def _int_or_none(x: Any) -> Array | None:
     return None if x is None else jnp.array(x, jnp.int32)
 
 
+def _rms_norm(x_BTD: Array, weight_D: Array, eps: float, addends: tuple[Array, ...] = ()) -> Array:
+    """RMSNorm with transformers' rounding: variance in float32, cast to x's dtype, then the weight.
+
+    addends: what x is the sum of, which only a kernel asks for.
+    """
+    x = x_BTD.astype(jnp.float32)
+    x = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + eps)
+    # A product of two bfloat16 numbers is exact in float32: rounded once, it is theirs, and its gradients are float32.
+    return (x.astype(x_BTD.dtype).astype(jnp.float32) * weight_D.astype(jnp.float32)).astype(x_BTD.dtype)
+
+
 def block(
-    config: ModelConfig, p: Block, x_BTD: Array, attend: Any, sharding: Sharding | None = None
+    config: ModelConfig, p: Block, x_BTD: Array, attend: Any, sharding: Sharding | None = None, norm: Any = _rms_norm
 ) -> tuple[Array, Any]:
     """One layer. `attend` maps q, k and v to attention's output [B, T, H, E] and what it wants kept."""
 
@@ -315,14 +333,15 @@ def block(
     multiply = functools.partial(_linear, sharding=sharding)
     named = functools.partial(xla_cpu.named, platform=platform)
     x_BTD = named(x_BTD, "input_bits" if xla_cpu.keeps_bits(x_BTD, platform) else "input")
-    h_BTD = _rms_norm(x_BTD, p.attn_norm[...], config.rms_norm_eps)
+    h_BTD = norm(x_BTD, p.attn_norm[...], config.rms_norm_eps)
     q_BTHE = named(multiply(h_BTD, p.q, p.q_bias), "q")
     k_BTKE = named(multiply(h_BTD, p.k, p.k_bias), "k")
     v_BTKE = named(multiply(h_BTD, p.v, p.v_bias), "v")
     out_BTHE, kept = attend(q_BTHE, k_BTKE, v_BTKE)
-    x_BTD = placed(x_BTD + multiply(out_BTHE, p.o, p.o_bias, contracted=2))
+    addends = x_BTD, multiply(out_BTHE, p.o, p.o_bias, contracted=2)
+    x_BTD = placed(addends[0] + addends[1])
 
-    h_BTD = _rms_norm(x_BTD, p.mlp_norm[...], config.rms_norm_eps)
+    h_BTD = norm(x_BTD, p.mlp_norm[...], config.rms_norm_eps, addends)
     gate_BTF = jax.nn.silu(named(multiply(h_BTD, p.gate, p.gate_bias), "gate"))
     up_BTF = named(multiply(h_BTD, p.up, p.up_bias), "up")
     return placed(x_BTD + multiply(gate_BTF * up_BTF, p.down, p.down_bias)), kept
@@ -337,12 +356,14 @@ def _linear(
     return (linear(x, weight, contracted, sharding=sharding) + bias[...]).astype(x.dtype)
 
 
-def _rms_norm(x_BTD: Array, weight_D: Array, eps: float) -> Array:
-    """RMSNorm with transformers' rounding: variance in float32, cast to x's dtype, then the weight."""
-    x = x_BTD.astype(jnp.float32)
-    x = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + eps)
-    # A product of two bfloat16 numbers is exact in float32: rounded once, it is theirs, and its gradients are float32.
-    return (x.astype(x_BTD.dtype).astype(jnp.float32) * weight_D.astype(jnp.float32)).astype(x_BTD.dtype)
+def _norm_for(tokens_BT: Array, cached: bool, sharding: Sharding | None) -> Callable[..., Array]:
+    """`_rms_norm`, or its kernel: for one token on one GPU, and with a cache, as then nothing asks for gradients."""
+    if cached and tokens_BT.size == 1 and platform_of(sharding) == "gpu":
+        from . import rms_norm_gpu
+
+        if rms_norm_gpu.is_there(sharding):
+            return functools.partial(rms_norm_gpu.rms_norm, sharding=sharding)
+    return _rms_norm
 
 
 def _embed(model: SmolLM3, tokens_BT: Array, sharding: Sharding | None = None) -> Array:

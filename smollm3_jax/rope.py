@@ -88,10 +88,14 @@ def cos_sin(config: ModelConfig, positions_BT: Array) -> tuple[Array, Array]:
     return jnp.cos(angles) * factor, jnp.sin(angles) * factor
 
 
+def of_layer(cos_BTe: Array, sin_BTe: Array, use_rope: Array) -> tuple[Array, Array]:
+    """cos and sin for a layer: those of no angle where use_rope (a bool scalar) is False."""
+    # NoPE is data: turning by no angle is exact (x*1 - y*0), so both kinds of layer are one program.
+    return jnp.where(use_rope, cos_BTe, 1.0), jnp.where(use_rope, sin_BTe, 0.0)
+
+
 def rotate(x_BTNE: Array, cos_BTe: Array, sin_BTe: Array, use_rope: Array) -> Array:
     """Rotates the pairs (i, i + E/2) of every head; the identity where use_rope (a bool scalar) is False."""
-    # NoPE is data: turning by no angle is exact (x*1 - y*0), so both kinds of layer are one program.
-    cos = jnp.where(use_rope, cos_BTe, 1.0)[:, :, None, :].astype(x_BTNE.dtype)
-    sin = jnp.where(use_rope, sin_BTe, 0.0)[:, :, None, :].astype(x_BTNE.dtype)
+    cos, sin = (x[:, :, None, :].astype(x_BTNE.dtype) for x in of_layer(cos_BTe, sin_BTe, use_rope))
     left, right = jnp.split(x_BTNE, 2, axis=-1)
     return jnp.concatenate([left * cos - right * sin, right * cos + left * sin], axis=-1)

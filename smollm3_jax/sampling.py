@@ -245,20 +245,23 @@ def _keep_above(logits_BV: Array, enough: Any) -> Array:
 
     Found exactly, by bisection over the bits of float32 in their order as numbers: 32 passes.
     """
-    bits_BV = jax.lax.bitcast_convert_type(logits_BV, jnp.int32)
-    # Negative floats order backwards; after this, integers order as the floats do.
-    order_BV = jnp.where(bits_BV < 0, bits_BV ^ 0x7FFFFFFF, bits_BV)
+
+    def threshold(order_B1: Array) -> Array:
+        # Negative floats order backwards; so turned, floats order as their integers do.
+        bits_B1 = jnp.where(order_B1 < 0, order_B1 ^ 0x7FFFFFFF, order_B1)
+        return jax.lax.bitcast_convert_type(bits_B1, jnp.float32)
 
     def halve(_: Any, bounds: tuple[Array, Array]) -> tuple[Array, Array]:
         low, high = bounds  # enough at low, not at high
         middle = (low >> 1) + (high >> 1) + (low & high & 1)
-        good = enough(order_BV >= middle)
+        good = enough(logits_BV >= threshold(middle))
         return jnp.where(good, middle, low), jnp.where(good, high, middle)
 
-    rows = logits_BV.shape[0]
-    bounds = jnp.full((rows, 1), -(2**31), jnp.int32), jnp.full((rows, 1), 2**31 - 1, jnp.int32)
+    # From minus infinity to the first number after infinity, which nothing reaches.
+    rows, infinity = logits_BV.shape[0], 0x7F800000
+    bounds = jnp.full((rows, 1), ~infinity, jnp.int32), jnp.full((rows, 1), infinity + 1, jnp.int32)
     low, _ = jax.lax.fori_loop(0, 32, halve, bounds)
-    return jnp.where(order_BV >= low, logits_BV, -jnp.inf)
+    return jnp.where(logits_BV >= threshold(low), logits_BV, -jnp.inf)
 
 
 def log_probabilities(logits_BV: Array, token_B: Array, wanted_B: Array) -> tuple[Array, Array, Array]:

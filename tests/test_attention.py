@@ -209,19 +209,25 @@ def test_splash_has_the_gradients_of_plain_attention(as_on_tpu, monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("quantized", [False, True])
 @pytest.mark.parametrize("group", [4, 8])
-def test_the_paged_kernel_equals_the_definition(group, as_on_tpu):
+def test_the_paged_kernels_equal_the_definition(group, quantized, as_on_tpu):
     capacity, lengths = 256, np.array([0, 100, 127, 128, 255, 256])
     q = np.asarray(jnp.asarray(normal(0, len(lengths), 1, 2 * group, 128), jnp.bfloat16), np.float64)
     k, v = (
         np.asarray(jnp.asarray(normal(i, len(lengths), capacity, 2, 128), jnp.bfloat16), np.float64) for i in (1, 2)
     )
-    cache = LayerCache(*(jnp.asarray(x.transpose(2, 0, 1, 3), jnp.bfloat16) for x in (k, v)))
+    stored = [jnp.asarray(x.transpose(2, 0, 1, 3), jnp.bfloat16) for x in (k, v)]
+    cache = LayerCache(*stored)
+    if quantized:
+        (k8, k_scale), (v8, v_scale) = map(quantize_rows, stored)
+        cache = LayerCache(k8, v8, k_scale, v_scale)
+        k, v = (np.asarray(x * s[..., None]).transpose(1, 2, 0, 3) for x, s in ((k8, k_scale), (v8, v_scale)))
     with pltpu.force_tpu_interpret_mode():
         got = decode_attention(jnp.asarray(q, jnp.bfloat16), cache, length_B=jnp.asarray(lengths, jnp.int32))
     # A full row had no room for the new token: it looks at what it has.
     expected = decoded_by_hand(q, k, v, np.minimum(lengths, capacity - 1))
-    np.testing.assert_allclose(np.asarray(got, np.float64), expected, atol=0.01)
+    np.testing.assert_allclose(np.asarray(got, np.float64), expected, atol=0.01, rtol=2**-8)
 
 
 def test_what_a_kernel_does_not_take_is_said_once(as_on_tpu, caplog):

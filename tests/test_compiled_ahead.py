@@ -41,12 +41,12 @@ def libtpu():
         pytest.skip("libtpu is not installed: it comes with the extra `plan`")
 
 
-def decoding(raw, name, shape, rules, layers, batch, capacity, weights=None):
+def decoding(raw, name, shape, rules, layers, batch, capacity, weights=None, cache="bfloat16"):
     config = cut(raw, layers)
     config = config if weights is None else with_scheme(config, weights)
     _, devices = topology(name)
     mesh = Mesh(np.array(devices).reshape(shape), ("data", "tensor"))
-    return DecodeSetting(config, Sharding.of(mesh, rules), batch, capacity)
+    return DecodeSetting(config, Sharding.of(mesh, rules), batch, capacity, cache)
 
 
 def cut(raw, layers):
@@ -73,6 +73,8 @@ def check_decode(setting, chip, collectives, kernels):
     # looked up and which is multiplied with.
     assert not [op for op in hlo.moves(program, layer_weight(setting)) if not op.in_branch]
     assert not hlo.moves(program, min(share(setting.cache.layers[0].k), 16 * MIB))
+    if (scale := setting.cache.layers[0].k_scale) is not None:
+        assert not [op for op in hlo.moves(program, share(scale)) if not op.in_branch]
     found = Counter(op.target for op in program if "paged_attention" in op.op_name or "paged_attention" in op.name)
     assert found["tpu_custom_call"] == kernels
     # Branches are what only some requests need: penalties, draws, lists of alternatives.
@@ -96,16 +98,16 @@ def tensor_parallel(layers, data):
 
 
 @pytest.mark.parametrize(
-    ("topology", "tensor", "batch", "weights"),
+    ("topology", "tensor", "batch", "weights", "cache"),
     [
-        pytest.param("v6e:2x2", 4, 64, None, marks=FULL),
-        ("v5e:1x1", 1, 8, None),
-        ("v5e:1x1", 1, 1, "int8"),
-        ("v6e:2x2", 4, 64, "int8"),
+        pytest.param("v6e:2x2", 4, 64, None, "bfloat16", marks=FULL),
+        ("v5e:1x1", 1, 8, None, "bfloat16"),
+        ("v5e:1x1", 1, 1, "int8", "int8"),
+        ("v6e:2x2", 4, 64, "int8", "int8"),
     ],
 )
-def test_decode_step(topology, tensor, batch, weights, raw_config):
-    setting = decoding(raw_config, topology, (1, tensor), "serve_tp", 2, batch, 8192, weights)
+def test_decode_step(topology, tensor, batch, weights, cache, raw_config):
+    setting = decoding(raw_config, topology, (1, tensor), "serve_tp", 2, batch, 8192, weights, cache)
     collectives = tensor_parallel(2, 1) if tensor > 1 else Counter()
     if weights and tensor > 1:
         collectives["all-reduce"] += 1  # the scales of the embeddings that were looked up

@@ -3,6 +3,6 @@
 Shapes: B batch, T query length, S key length, H query heads, K key-value heads, G = H / K, E head width.
 """
 
-from .dispatch import attention, attention_after, decode_attention
+from .dispatch import attention, attention_after, decode_attention, decode_step
 
-__all__ = ["attention", "attention_after", "decode_attention"]
+__all__ = ["attention", "attention_after", "decode_attention", "decode_step"]

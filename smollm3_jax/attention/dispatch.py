@@ -1,7 +1,7 @@
 """What computes attention, decided when a function is traced, by the platform it is for.
 
-The splash and paged attention kernels of JAX on TPU, cuDNN's kernels on GPU, and plain XLA elsewhere and for all
-that a kernel does not take.
+The splash and paged attention kernels of JAX on TPU, cuDNN's kernels and our own for decoding on GPU, and plain XLA
+elsewhere and for all that a kernel does not take.
 
 Shapes: B batch, T query length, S key length, H query heads, K key-value heads, G = H / K, E head width.
 """
@@ -220,21 +220,80 @@ def decode_attention(
         {
             "a window": window is not None,
             "several tokens at a time": length > 1,
-            f"a cache of {cache.k.dtype}": cache.k.dtype != jnp.bfloat16,
+            f"a cache of {cache.k.dtype}": cache.k.dtype not in (jnp.bfloat16, jnp.int8),
             f"heads of width {width}": width % LANES != 0,
             f"a capacity of {capacity}": capacity % PAGES[-1] != 0,
             "heads and the cache's on different axes of the mesh": not together(sharding, "heads", "cache_heads"),
         },
     ):
         if sharding is None:
-            return paged(q_BTHE, cache.k, cache.v, length_B)
-        axes = (AXES[0], sharding.fitting("batch", batch), *AXES[2:])
-        q_spec, kv_spec = sharding.spec(axes[1], None, "heads", None), sharding.spec(*axes)
-        specs = (q_spec, kv_spec, kv_spec, sharding.spec(axes[1]))
-        return sharding.shard_map(paged, specs, q_spec)(q_BTHE, cache.k, cache.v, length_B)
+            return paged(q_BTHE, cache, length_B)
+        rows = sharding.fitting("batch", batch)
+        q_spec = sharding.spec(rows, None, "heads", None)
+        specs = (q_spec, _cache_specs(cache, rows, sharding), sharding.spec(rows))
+        return sharding.shard_map(paged, specs, q_spec)(q_BTHE, cache, length_B)
     scores_KBTGS = cache_scores(q_BTHE, cache, length_B, window)
     out_BTKGE = cache_mix(jax.nn.softmax(scores_KBTGS, axis=-1), cache, q_BTHE.dtype)
     return out_BTKGE.reshape(batch, length, heads, width).astype(q_BTHE.dtype)
+
+
+def decode_step(
+    q_BTHE: Array,
+    k_BTKE: Array,
+    v_BTKE: Array,
+    angles: tuple[Array, Array],
+    cache: LayerCache,
+    *,
+    length_B: Array,
+    window: Array | None = None,
+    sharding: Sharding | None = None,
+) -> tuple[Array, LayerCache] | None:
+    """RoPE, the cache's write and attention of one new token a row, where one kernel does them all: on GPUs.
+
+    Args:
+      q_BTHE, k_BTKE, v_BTKE: before RoPE; angles: cos and sin, float32 [B, T, E/2] each.
+      cache: as it was before these tokens.
+      length_B, window, sharding: as for `decode_attention`.
+
+    Returns:
+      What `decode_attention` returns, and the cache that holds the tokens; None where no kernel takes the call.
+    """
+    if platform_of(sharding) != "gpu":
+        return None
+    from . import paged_gpu
+
+    batch, length, _, width = q_BTHE.shape
+    capacity = cache.k.shape[2]
+    if not takes(
+        "paged attention",
+        {
+            "a window": window is not None,
+            "several tokens at a time": length > 1,
+            f"a cache of {cache.k.dtype} for {q_BTHE.dtype} values": cache.k.dtype not in (q_BTHE.dtype, jnp.int8),
+            f"heads of width {width}": width < paged_gpu.TILE or width & (width - 1) != 0,
+            f"a capacity of {capacity}": capacity % paged_gpu.BLOCKS[-1] != 0,
+            "heads and the cache's on different axes of the mesh": not together(sharding, "heads", "cache_heads"),
+            "a context on several devices": sharding is not None and sharding.parts("context") > 1,
+            "a device older than compute capability 8.0": gpu.compute_capability(sharding) < (8, 0),
+            f"jax {jax.__version__}": jax.__version_info__ < paged_gpu.FIRST_JAX,
+        },
+    ):
+        return None
+    arguments = (q_BTHE[:, 0], k_BTKE[:, 0], v_BTKE[:, 0], (angles[0][:, 0], angles[1][:, 0]), length_B, cache)
+    if sharding is None:
+        out_BHE, cache = paged_gpu.step(*arguments)
+        return out_BHE[:, None], cache
+    rows = sharding.fitting("batch", batch)
+    of_heads, of_kv_heads = (sharding.spec(rows, axis, None) for axis in ("heads", "cache_heads"))
+    of_row, of_angle, of_cache = sharding.spec(rows), sharding.spec(rows, None), _cache_specs(cache, rows, sharding)
+    specs = (of_heads, of_kv_heads, of_kv_heads, (of_angle, of_angle), of_row, of_cache)
+    out_BHE, cache = sharding.shard_map(paged_gpu.step, specs, (of_heads, of_cache))(*arguments)
+    return out_BHE[:, None], cache
+
+
+def _cache_specs(cache: LayerCache, rows: str | None, sharding: Sharding) -> LayerCache:
+    """How shard_map cuts a layer's cache; rows: the logical axis of its rows."""
+    return jax.tree.map(lambda x: sharding.spec(AXES[0], rows, *AXES[2 : x.ndim]), cache)
 
 
 def takes(kernel: str, obstacles: dict[str, bool]) -> bool:

@@ -14,6 +14,8 @@ from jax.sharding import NamedSharding
 
 from sharding.rules import Sharding, balanced_order
 
+from ..kv_cache import LayerCache
+
 # A TPU's vectors are so wide: splash wants lengths that they divide.
 LANES = 128
 # Splash goes through queries and keys in tiles of the largest of these that divides the length.
@@ -117,13 +119,17 @@ def splash_kernel(heads: int, length: int, past: int, shards: int = 1) -> Any:
     return jax.tree.map(np.asarray, kernel)
 
 
-def paged(q_B1HE: Array, k_KBSE: Array, v_KBSE: Array, length_B: Array) -> Array:
-    """JAX's paged attention kernel for TPU, on pages that lie in order: it reads what each row holds, no more."""
+def paged(q_B1HE: Array, cache: LayerCache, length_B: Array) -> Array:
+    """JAX's paged attention kernel for TPU, on pages that lie in order, or ours for int8: they read what rows hold."""
+    if cache.k_scale is not None:
+        from .paged_int8_tpu import paged_int8
+
+        return paged_int8(q_B1HE, cache, length_B)
     from jax.experimental.pallas.ops.tpu.paged_attention import paged_attention
 
-    kv_heads, batch, capacity, width = k_KBSE.shape
+    kv_heads, batch, capacity, width = cache.k.shape
     page = next(page for page in PAGES if capacity % page == 0)
-    k_pages, v_pages = (x.reshape(kv_heads, -1, page, width) for x in (k_KBSE, v_KBSE))
+    k_pages, v_pages = (x.reshape(kv_heads, -1, page, width) for x in (cache.k, cache.v))
     out_BHE = paged_attention(
         q_B1HE[:, 0].astype(jnp.float32) * width**-0.5,
         k_pages,

@@ -1,0 +1,97 @@
+"""What the GPU compiler makes of decoding, asked without a GPU: programs are compiled for an H100 and run nowhere.
+
+Needs JAX's CUDA plug-in (`pip install smollm3-jax[plan-cuda]`).
+"""
+
+import functools
+import importlib.util
+import json
+import re
+from collections import Counter
+
+import jax
+import pytest
+
+from sharding import hlo
+from smollm3_jax.config import ModelConfig
+from smollm3_jax.decode import decode
+from smollm3_jax.plan import DecodeSetting, compile_for, sharding_for, share, topology
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(importlib.util.find_spec("jax_plugins.xla_cuda13") is None, reason="no compiler for H100"),
+    # Pallas' Triton backend is to go; what it compiles today is what these tests are about.
+    pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated:DeprecationWarning"),
+]
+
+GIB = 2**30
+DEEP = 36
+# Names in the program that are no kernel: what they hold is counted where it stands.
+NO_KERNEL = {
+    *("parameter", "constant", "tuple", "get-tuple-element", "bitcast"),
+    *("while", "conditional", "call", "after-all"),
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def nothing_kept():
+    """Without a device what was compiled can be written to the cache of compiled programs, and not be read again."""
+    jax.config.update("jax_enable_compilation_cache", False)
+    yield
+    jax.config.update("jax_enable_compilation_cache", True)
+
+
+@pytest.fixture(scope="module")
+def compiled(shared, tmp_path_factory):
+    """Compiles decoding for one H100: what is asked for, the program, and the compiler's list of what it launches."""
+    raw = json.loads((shared / "smollm3-3b" / "config.json").read_text())
+    raw.pop("layer_types", None)
+    _, devices = topology("h100:1")
+
+    @functools.cache
+    def compile(layers, batch, cache):
+        cut = {**raw, "num_hidden_layers": layers, "no_rope_layers": raw["no_rope_layers"][:layers]}
+        config = ModelConfig.from_hf(cut)
+        sharding = sharding_for(config, devices, "serve_tp", None)
+        setting = DecodeSetting(config, sharding, batch, 8192, cache, stacked=False)
+        lowered = decode.lower(setting.model, setting.cache, setting.slots, setting.scalar(), sharding=sharding)
+        dump = tmp_path_factory.mktemp("dump")
+        program = compile_for(lowered, {"xla_dump_to": str(dump)})
+        return setting, program, next(dump.glob("*jit_decode*.thunk_sequence_after_thunk_passes.txt")).read_text()
+
+    return compile
+
+
+def launches(program):
+    """Of a token, without what only some requests need."""
+    found = [op for op in hlo.operations(program) if op.in_loop and not op.in_branch and not op.in_fusion]
+    return Counter(op.opcode if op.target is None else op.target for op in found if op.opcode not in NO_KERNEL)
+
+
+def test_launches_of_a_token(compiled):
+    few, more = (launches(compiled(layers, 1, "bfloat16")[1]) for layers in (2, 3))
+    of_layer = more - few
+    # Two norms, attention and its merge; six kernels of products (k's and v's are one), silu, the sum of down's parts.
+    assert of_layer == {"__gpu$xla.gpu.triton": 4, "fusion": 8}
+    assert sum(few.values()) + (DEEP - 2) * sum(of_layer.values()) <= 460
+
+
+def test_all_tokens_of_a_call_are_one_cuda_graph(compiled):
+    _, _, thunks = compiled(2, 1, "bfloat16")
+    assert re.findall(r"^\d+: (k\w+)", thunks, flags=re.MULTILINE) == ["kCommandBuffer"]
+    assert "kWhile" in thunks and "kConditional" in thunks
+
+
+# Of one row each layer has two norms, attention and its merge, and there is a last norm; of 64 rows attention alone.
+@pytest.mark.parametrize(("batch", "cache", "kernels"), [(1, "bfloat16", 9), (64, "bfloat16", 2), (64, "int8", 2)])
+def test_the_cache_stays_where_it_is(batch, cache, kernels, compiled):
+    setting, program, _ = compiled(2, batch, cache)
+    memory, operations = hlo.memory(program), hlo.operations(program)
+    # Four arrays of logits, where draws are cut; none of attention's.
+    assert memory.temporaries <= 0.13 * GIB
+    assert memory.aliased >= share((setting.cache, setting.slots))
+    smallest = min(share(x) for x in jax.tree.leaves(setting.cache.layers[0]))
+    assert not [op for op in hlo.moves(operations, smallest) if not op.in_branch]
+    found = [op for op in operations if op.target == "__gpu$xla.gpu.triton"]
+    assert len(found) == kernels
+    assert len([op for op in found if "paged_attention" in op.op_name]) == 2
