@@ -20,7 +20,7 @@ import numpy as np
 from jax import Array
 from jax.experimental import pallas as pl
 
-from .quantize_gpu import NEW, PROGRAMS, kernel_of, store
+from .quantize_gpu import PROGRAMS, kernel_of, store
 
 ROWS = 64
 CHANNELS = 64
@@ -103,7 +103,7 @@ def product(
                         for w_smem in interpreted:  # where operands are in memory only
                             w_smem[group] = w_C128
                             w_C128 = w_smem.at[group]
-                        plgpu.wgmma(sums_ref, w_C128, _transposed(x_tile))
+                        plgpu.wgmma(sums_ref, w_C128, x_tile.transpose((1, 0)))
                     plgpu.wgmma_wait(0)
 
             sums_smem[group] = sums_ref[...]
@@ -146,12 +146,6 @@ def layout() -> Any:
 
     tiling = plgpu.Tiling(((64, 4, 16), (16, 4, 16), (8, 4, 16)))
     return plgpu.Layout.TILED(tiling, warp_dims=(-9,), lane_dims=(-3, -2), vector_dim=-1)
-
-
-def _transposed(ref: Any) -> Any:
-    from jax.experimental.pallas import mosaic_gpu as plgpu
-
-    return ref.transpose((1, 0)) if NEW else plgpu.transpose_ref(ref, (1, 0))
 
 
 def _unpack_interpreted(_: Any, weight: list[Array], scales: list[Array]) -> list[Array]:
