@@ -19,6 +19,7 @@ COLLECTIVES = (
     "collective-permute",
     "collective-broadcast",
 )
+FUSIONS = ("fusion", "fusion-start")
 # Operations that only move bytes.
 MOVES = ("copy", "copy-start", "transpose", "slice", "slice-start", "dynamic-slice", "reverse", "concatenate", "pad")
 # What else may stand in a fusion that only moves bytes.
@@ -87,9 +88,15 @@ class Operation:
     in_fusion: bool
 
     @property
+    def results(self) -> tuple[Shape, ...]:
+        """`shapes`; of a fusion that XLA for GPU starts here and awaits later, without the operands that come first in
+        them and the state that comes last."""
+        return self.shapes[len(self.operands) : -1] if self.opcode == "fusion-start" else self.shapes
+
+    @property
     def bytes(self) -> int:
         """Of the result, all of a tuple."""
-        return sum(shape.bytes for shape in self.shapes)
+        return sum(shape.bytes for shape in self.results)
 
 
 def memory(compiled: Compiled) -> Memory:
@@ -166,17 +173,19 @@ def moves(program: Sequence[Operation], at_least: int) -> list[Operation]:
         for op in program
         if not op.in_fusion
         and all(shape.space == 0 and shape.bytes >= at_least for shape in _moved(op))
-        and (op.opcode in MOVES or (op.opcode == "fusion" and _only_moves(op, bodies)))
+        and (op.opcode in MOVES or (op.opcode in FUSIONS and _only_moves(op, bodies)))
     ]
 
 
 def _moved(op: Operation) -> tuple[Shape, ...]:
     """What an operation reads, if it says so, and writes."""
-    return op.shapes[:2] if op.opcode.endswith("-start") else op.shapes
+    return op.shapes[:2] if op.opcode.endswith("-start") and op.opcode not in FUSIONS else op.results
 
 
 def _only_moves(fusion: Operation, bodies: Mapping[str, list[Operation]]) -> bool:
     body = [op for name in fusion.calls for op in bodies[name]]
+    if not any(op.opcode == "parameter" for op in body):
+        return False  # it makes its array of a constant
     return any(op.opcode in (*MOVES, "fusion") for op in body) and all(
         op.opcode in (*MOVES, *_NAMES) and (op.opcode != "fusion" or _only_moves(op, bodies)) for op in body
     )

@@ -1,56 +1,41 @@
 """What a compiled program would take at best: operations over peak, bytes over bandwidth, loop by loop.
 
-A model, not a measurement: products run at the chip's peak, everything else at its memory's bandwidth, and the
-two overlap inside of one instruction but not between instructions; collectives run at the bandwidth of the links,
-and cost time only where the compiler did not make them asynchronous; what leaves a slice always does. The compiler's
-own totals count the body of a loop once; these count it as often as it runs.
+A model, not a measurement: products run at the chip's peak for their operands' type, everything else at its memory's
+bandwidth, and the two overlap inside of one instruction but not between instructions; collectives run at the bandwidth
+of the links, and cost time only where the compiler did not make them asynchronous; what leaves a slice always does.
+The compiler's own totals count the body of a loop once; these count it as often as it runs.
 """
 
 import dataclasses
-import math
 import re
+from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 
-import numpy as np
-
+from . import collectives
+from .collectives import Collective
 from .hardware import Chip
-from .hlo import COLLECTIVES, Operation
+from .hlo import COLLECTIVES, FUSIONS, Operation, Shape
+from .products import CUBLAS, CUDNN_ATTENTION, KernelCost, attention_flops, product
 
 # Instructions that move nothing by themselves: they name, or what they call is counted.
 _FREE = (
     *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id", "replica-id"),
-    *("while", "call", "conditional", "optimization-barrier", "copy-done", "slice-done", "async-done", "async-update"),
-    *(f"{kind}-done" for kind in COLLECTIVES),
-    *("send-done", "recv", "recv-done"),
+    *("while", "call", "conditional", "optimization-barrier", "recv"),
+    # What `fusion-start` starts and `fusion-done` ends is counted where it starts; a whole computation that an
+    # `async-start` names, where it stands.
+    *("async-start", "async-update"),
+    *(f"{kind}-done" for kind in ("async", "fusion", "copy", "slice", "send", "recv", *COLLECTIVES)),
 )
+# Custom calls that are Pallas kernels: for a TPU; and for a GPU, where the text has no cost estimate.
+_TPU_KERNEL = "tpu_custom_call"
+_GPU_KERNELS = ("__gpu$xla.gpu.triton", "mosaic_gpu")
+_NO_KERNELS = ("AllocateBuffer", "Sharding")
+# Attention kernels reach half of the peak: assumed, as for those of TPUs.
+_ATTENTION_SHARE = 0.5
 # What updates its first operand in place -> which operand is new.
 _UPDATES = {"dynamic-update-slice": 1, "scatter": -1}
 _KNOWN_TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
 _LOOP = re.compile(r"condition=%?([\w.-]+), body=%?([\w.-]+)")
-
-
-@dataclasses.dataclass(frozen=True)
-class Collective:
-    """What devices do together, all of one kind and size: bytes is what each device sends (or receives) in one of
-    them over a ring; hidden: whether other work goes on meanwhile; count: how often it runs; across_slices:
-    whether it leaves the slice."""
-
-    kind: str
-    bytes: int
-    group: int
-    hidden: bool
-    across_slices: bool
-    count: int
-    op_name: str
-
-
-@dataclasses.dataclass(frozen=True)
-class KernelCost:
-    """What one call of a custom kernel does: operations, bytes, and the share of the peak that it reaches."""
-
-    flops: float
-    bytes: float
-    share: float = 1.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +45,11 @@ class Roofline:
     flops, bytes: of all products, and to and from memory; dot_seconds: of products at the peak; memory_seconds:
     what instructions take longer than their products, for their bytes; kernel_seconds: of custom kernels;
     exposed_seconds, hidden_seconds: of collectives; unknown_loops: loops whose trip count the compiler does not
-    say (counted once); opaque: kernels whose cost nobody gave (not counted).
+    say; opaque: kernels whose cost nobody gave (not counted).
+    launches: what a GPU is told to do, one after the other: each fusion, kernel, copy and collective, as often as it
+    runs, also where a CUDA graph repeats them; loop_launches: those of them in loops, so of one round where the only
+    loop is one of an unknown trip count. products, float32_products: how many the program's text has, and how many of
+    them have a float32 operand, however often they run.
     """
 
     flops: float
@@ -73,6 +62,10 @@ class Roofline:
     collectives: tuple[Collective, ...]
     unknown_loops: int
     opaque: tuple[str, ...]
+    launches: int
+    loop_launches: int
+    products: int
+    float32_products: int
 
     @property
     def seconds(self) -> float:
@@ -86,31 +79,39 @@ def roofline(
     kernel_cost: Callable[[Operation], KernelCost | None] = lambda _: None,
     slice_devices: int | None = None,
     branches: bool = True,
+    unknown_trips: int = 1,
 ) -> Roofline:
     """The roofline of what `hlo.operations` read.
 
     Args:
-      kernel_cost: of a custom call without a cost estimate of its own; None if unknown.
+      kernel_cost: of a custom call without a cost estimate of its own; None if unknown. A GPU's then counts as what it
+        reads and writes, all of its arrays.
       slice_devices: how many devices a slice has, where there are several.
       branches: whether to count what stands in branches, as if all were taken.
+      unknown_trips: how often a loop runs whose trip count the compiler does not say.
     """
     bodies: dict[str, list[Operation]] = {}
     for op in program:
         bodies.setdefault(op.computation, []).append(op)
     by_name = {(op.computation, op.name): op for op in program}
-    runs, unknown = _runs(program, bodies, by_name)
-    flops = total_bytes = dots = memory = kernels = exposed = hidden = 0.0
-    found: dict[tuple, int] = {}
+    runs, unknown = _runs(program, bodies, by_name, unknown_trips)
+    # What an `async-start` does meanwhile.
+    meanwhile = {name for op in program if op.opcode == "async-start" for name in op.calls}
+    sums: defaultdict[str, float] = defaultdict(float)
+    found: Counter[tuple] = Counter()
     opaque: dict[str, None] = {}
     for op in program:
         times = runs.get(op.computation, 0)
         if not times or op.in_fusion or op.opcode in _FREE or (op.in_branch and not branches):
             continue
+        if op.opcode == "custom-call" and op.target in _NO_KERNELS:
+            continue
+        sums["launches"] += times
+        sums["loop_launches"] += times * op.in_loop
         if op.opcode == "send":
             # What XLA for TPU makes of a collective across slices, beside one inside of each: through the hosts.
-            key = ("send", op.shapes[0].bytes, 2, False, True, _short(op.op_name))
-            found[key] = found.get(key, 0) + times
-            exposed += times * op.shapes[0].bytes / chip.network
+            found["send", op.shapes[0].bytes, 2, False, True, _short(op.op_name)] += times
+            sums["exposed"] += times * op.shapes[0].bytes / chip.network
             continue
         inside = _inside(op, bodies)
         collective = next((x for x in inside if x.opcode.removesuffix("-start") in COLLECTIVES), None)
@@ -119,38 +120,88 @@ def roofline(
         # and end it; it stands in all of them.
         going_on = any(name.startswith("async_collective_fusion") for name in op.calls)
         if collective is not None and "AsyncCollectiveDone" not in asynchronous and not going_on:
-            kind, sent, group, across = _collective(collective, inside, slice_devices)
-            is_hidden = bool(asynchronous) or collective.opcode.endswith("-start")
-            key = (kind, sent, group, is_hidden, across, _short(collective.op_name))
-            found[key] = found.get(key, 0) + times
-            seconds = times * sent / (chip.network if across else chip.link)
-            hidden, exposed = hidden + seconds * is_hidden, exposed + seconds * (not is_hidden)
-        if op.opcode == "custom-call" and op.target == "tpu_custom_call":
-            cost = _estimate(op) or kernel_cost(op)
+            kind, sent, group, across = collectives.sent(collective, inside, slice_devices)
+            is_hidden = bool(asynchronous) or collective.opcode.endswith("-start") or op.computation in meanwhile
+            found[kind, sent, group, is_hidden, across, _short(collective.op_name)] += times
+            sums["hidden" if is_hidden else "exposed"] += times * sent / (chip.network if across else chip.link)
+        if _is_kernel(op):
+            cost = _kernel_cost(op, by_name) or kernel_cost(op) or _by_shapes(op, by_name)
             if cost is None:
                 opaque[_short(op.op_name) or op.name] = None
             else:
-                flops, total_bytes = flops + times * cost.flops, total_bytes + times * cost.bytes
-                kernels += times * max(cost.flops / (chip.peak * cost.share), cost.bytes / chip.hbm_bandwidth)
+                sums["flops"] += times * cost.flops
+                sums["bytes"] += times * cost.bytes
+                seconds = max(cost.flops / (chip.peak * cost.share), cost.bytes / chip.hbm_bandwidth)
+                sums["kernels"] += times * seconds
             continue
-        if op.opcode == "custom-call" and op.target in ("AllocateBuffer", "Sharding"):
-            continue
-        own = sum(_dot_flops(x, by_name) for x in inside)
+        products = [x for x in (product(y, by_name) for y in inside) if x is not None]
+        seconds = sum(x.seconds(chip) for x in products)
         moved = 0 if collective is not None and not going_on else _traffic(op, bodies, by_name)
-        flops, total_bytes = flops + times * own, total_bytes + times * moved
-        dots += times * own / chip.peak
-        memory += times * max(0.0, moved / chip.hbm_bandwidth - own / chip.peak)
-    collectives = tuple(
-        Collective(kind, sent, group, is_hidden, across, count, name)
-        for (kind, sent, group, is_hidden, across, name), count in sorted(found.items(), key=lambda x: -x[0][1] * x[1])
+        sums["products"] += len(products)
+        sums["float32"] += sum(x.float32 for x in products)
+        sums["flops"] += times * sum(x.flops for x in products)
+        sums["bytes"] += times * moved
+        sums["dots"] += times * seconds
+        sums["memory"] += times * max(0.0, moved / chip.hbm_bandwidth - seconds)
+    return Roofline(
+        flops=sums["flops"],
+        bytes=sums["bytes"],
+        dot_seconds=sums["dots"],
+        memory_seconds=sums["memory"],
+        kernel_seconds=sums["kernels"],
+        exposed_seconds=sums["exposed"],
+        hidden_seconds=sums["hidden"],
+        collectives=tuple(
+            Collective(kind, sent, group, is_hidden, across, count, name)
+            for (kind, sent, group, is_hidden, across, name), count in sorted(
+                found.items(), key=lambda x: -x[0][1] * x[1]
+            )
+        ),
+        unknown_loops=unknown,
+        opaque=tuple(opaque),
+        launches=int(sums["launches"]),
+        loop_launches=int(sums["loop_launches"]),
+        products=int(sums["products"]),
+        float32_products=int(sums["float32"]),
     )
-    return Roofline(flops, total_bytes, dots, memory, kernels, exposed, hidden, collectives, unknown, tuple(opaque))
+
+
+def _is_kernel(op: Operation) -> bool:
+    target = op.target or ""
+    return op.opcode == "custom-call" and (target == _TPU_KERNEL or target.startswith((*_GPU_KERNELS, CUDNN_ATTENTION)))
+
+
+def _kernel_cost(op: Operation, by_name: Mapping[tuple[str, str], Operation]) -> KernelCost | None:
+    """What the call itself says: a Pallas kernel's own estimate, and cuDNN's description of attention."""
+    if (op.target or "").startswith(CUDNN_ATTENTION):
+        return KernelCost(attention_flops(op, by_name), _arrays(op, by_name), _ATTENTION_SHARE)
+    found = re.search(r'"cost_estimate":\{([^}]*)\}', op.attributes)
+    if found is None:
+        return None
+    figures = {name: float(value) for name, value in re.findall(r'"(\w+)":"?(\d+)', found[1])}
+    return KernelCost(figures.get("flops", 0.0), figures.get("bytes_accessed", 0.0))
+
+
+def _by_shapes(op: Operation, by_name: Mapping[tuple[str, str], Operation]) -> KernelCost | None:
+    """Of a GPU's kernel, all of its arrays; a TPU's may have them in its VMEM, or in the host's memory."""
+    return None if op.target == _TPU_KERNEL else KernelCost(0.0, _arrays(op, by_name))
+
+
+def _arrays(op: Operation, by_name: Mapping[tuple[str, str], Operation]) -> int:
+    """Bytes of main memory of what a custom call takes and gives; what it writes in place counts once."""
+    results = _results(op)
+    aliasing = re.search(r"output_to_operand_aliasing=\{(.*?\))\}", op.attributes)
+    in_place = re.findall(r"\{(\d*)\}: \(", aliasing[1]) if aliasing else []
+    written = [x for i, x in enumerate(results) if "" not in in_place and str(i) not in in_place]
+    read = {name for name in op.operands if (op.computation, name) in by_name}
+    return sum(x.bytes for x in written if x.space == 0) + sum(_main(by_name[op.computation, name]) for name in read)
 
 
 def _runs(
     program: Sequence[Operation],
     bodies: Mapping[str, list[Operation]],
     by_name: Mapping[tuple[str, str], Operation],
+    unknown_trips: int,
 ) -> tuple[dict[str, int], int]:
     """(how often each computation that is not a fusion's runs, loops whose trip count is unknown)."""
     callers: dict[str, list[tuple[str, int]]] = {}
@@ -159,14 +210,17 @@ def _runs(
     for op in program:
         if op.in_entry:
             runs[op.computation] = 1
-        if op.in_fusion or op.opcode == "fusion" or not op.calls:
+        if op.in_fusion or op.opcode in FUSIONS or not op.calls:
             continue
-        trips = 1
+        trips, condition = 1, None
         if op.opcode == "while":
             found = _trips(op, bodies, by_name)
-            trips, unknown = (1, unknown + 1) if found is None else (found, unknown)
+            trips, unknown = (unknown_trips, unknown + 1) if found is None else (found, unknown)
+            # Nobody asks whether to go on where the compiler has written down how often to.
+            names = _LOOP.search(op.attributes) if _KNOWN_TRIPS.search(op.attributes) else None
+            condition = names and names[1]
         for callee in op.calls:
-            callers.setdefault(callee, []).append((op.computation, trips))
+            callers.setdefault(callee, []).append((op.computation, 0 if callee == condition else trips))
 
     def count(computation: str) -> int:
         if computation not in runs:
@@ -230,50 +284,9 @@ def _constant(computation: str, name: str, by_name: Mapping[tuple[str, str], Ope
 
 def _inside(op: Operation, bodies: Mapping[str, list[Operation]]) -> list[Operation]:
     """The instruction itself, or all that a fusion does."""
-    if op.opcode not in ("fusion", "async-start"):
+    if op.opcode not in FUSIONS:
         return [op]
     return [x for name in op.calls for inner in bodies.get(name, []) for x in _inside(inner, bodies)]
-
-
-def _dot_flops(op: Operation, by_name: Mapping[tuple[str, str], Operation]) -> int:
-    """Multiplications and additions of one product (XLA for TPU writes them as convolutions)."""
-    if op.opcode not in ("dot", "convolution"):
-        return 0
-    sizes = [by_name[op.computation, name].shapes[0].dims for name in op.operands[:2]]
-    out = op.shapes[0].dims
-    if op.opcode == "dot":
-        contracted = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", op.attributes)
-        lengths = [sizes[0][int(i)] for i in contracted[1].split(",") if i] if contracted else []
-        return 2 * math.prod(out) * math.prod(lengths)
-    labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", op.attributes)
-    assert labels is not None
-    lhs, rhs, result = ([*x] for x in labels.groups())
-    window = {key: value.split("x") for key, value in re.findall(r"(\w+)=([\d_x]+)", _window(op.attributes))}
-    # Features and batch: full products. In space, where batch dimensions hide: only pairs that meet.
-    total = 2 * sizes[1][rhs.index("i")] * out[result.index("f")] * out[result.index("b")]
-    for i in range(len(lhs) - 2):
-        place = str(i)
-        total *= _meeting(
-            sizes[0][lhs.index(place)],
-            sizes[1][rhs.index(place)],
-            out[result.index(place)],
-            int(window["stride"][i]) if "stride" in window else 1,
-            int(window["pad"][i].split("_")[0]) if "pad" in window else 0,
-            int(window["lhs_dilate"][i]) if "lhs_dilate" in window else 1,
-            int(window["rhs_dilate"][i]) if "rhs_dilate" in window else 1,
-        )
-    return total
-
-
-def _window(attributes: str) -> str:
-    found = re.search(r"window=\{([^}]*)\}", attributes)
-    return found[1] if found else ""
-
-
-def _meeting(length: int, kernel: int, out: int, stride: int, pad: int, dilate: int, kernel_dilate: int) -> int:
-    """How many pairs of a place of the output and one of the kernel meet an element of the input."""
-    at = np.arange(out)[:, None] * stride + np.arange(kernel) * kernel_dilate - pad
-    return int(((at >= 0) & (at % dilate == 0) & (at < (length - 1) * dilate + 1)).sum())
 
 
 def _traffic(op: Operation, bodies: Mapping[str, list[Operation]], by_name: Mapping[tuple[str, str], Operation]) -> int:
@@ -282,15 +295,15 @@ def _traffic(op: Operation, bodies: Mapping[str, list[Operation]], by_name: Mapp
         return 2 * _main(op)
     if op.opcode in _UPDATES:
         return 2 * _main(by_name[op.computation, op.operands[_UPDATES[op.opcode]]])
-    if op.opcode.endswith("-start"):
+    if op.opcode.endswith("-start") and op.opcode not in FUSIONS:
         # From one memory to another, often the host's or a TPU's VMEM: what is sliced or updated, at each end in HBM.
         ends = [shape for shape in op.shapes if shape.dims][:2]
         return min(shape.bytes for shape in ends) * sum(shape.space == 0 for shape in ends) if ends else 0
-    if op.opcode != "fusion":
+    if op.opcode not in FUSIONS:
         return _main(op) + sum(_main(by_name[op.computation, x]) for x in op.operands if (op.computation, x) in by_name)
     (body,) = (bodies[name] for name in op.calls)
     written = _written(body[-1], bodies, by_name)
-    total = sum(size for size, shape in zip(written, op.shapes, strict=False) if shape.space == 0)
+    total = sum(size for size, shape in zip(written, _results(op), strict=False) if shape.space == 0)
     for parameter in (x for x in body if x.opcode == "parameter"):
         size = _main(by_name[op.computation, op.operands[int(parameter.operands[0])]])
         total += min(size, _read(parameter, size, bodies)) if size else 0
@@ -312,7 +325,7 @@ def _written(
         return [sum(shape.bytes for shape in update.shapes)]
     if root.opcode == "fusion":
         return _written(bodies[root.calls[0]][-1], bodies, by_name)
-    return [shape.bytes for shape in root.shapes]
+    return [shape.bytes for shape in _results(root)]
 
 
 def _read(value: Operation, size: int, bodies: Mapping[str, list[Operation]]) -> int:
@@ -335,66 +348,14 @@ def _read(value: Operation, size: int, bodies: Mapping[str, list[Operation]]) ->
 
 
 def _main(op: Operation) -> int:
-    return sum(shape.bytes for shape in op.shapes if shape.space == 0)
+    return sum(shape.bytes for shape in _results(op) if shape.space == 0)
 
 
-def _collective(
-    op: Operation,
-    inside: Sequence[Operation],
-    slice_devices: int | None,
-) -> tuple[str, int, int, bool]:
-    """(kind, bytes that each device sends, devices that take part, whether they are in several slices)."""
-    kind = op.opcode.removesuffix("-start")
-    groups = _groups(op.attributes)
-    group = groups.shape[1] if groups is not None else 2
-    across = bool(
-        slice_devices and groups is not None and (groups // slice_devices != groups[:, :1] // slice_devices).any()
-    )
-    size = float(sum(shape.bytes for shape in op.shapes))
-    if op.opcode in ("all-gather-start", "reduce-scatter-start"):
-        size *= group / (group + 1)  # operands stand in its result too: of the two, the whole
-    elif op.opcode == "collective-permute-start":
-        size /= 2
-    elif op.opcode == "reduce-scatter":
-        size *= group
-    if kind == "all-reduce" and len(inside) > 1 and any(x.opcode == "dynamic-slice" for x in inside):
-        kind = "reduce-scatter"  # fused with the slice that each device keeps
-    around = (group - 1) / group
-    factor = {"all-reduce": 2 * around, "collective-permute": 1, "collective-broadcast": 1}.get(kind, around)
-    return kind, round(size * factor), group, across
-
-
-def _groups(attributes: str) -> np.ndarray | None:
-    """int [groups, devices] of `replica_groups`, in any of its spellings; of `source_target_pairs` too."""
-    named = re.search(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(([\d,]*)\))? \{([^}]*)\}", attributes)
-    if named:
-        lengths = {name: int(length) for name, length in re.findall(r"'([^']+)'=(\d+)", named[1])}
-        chosen = re.findall(r"'([^']+)'", named[3])
-        ids = np.array(named[2].split(","), int) if named[2] else np.arange(math.prod(lengths.values()))
-        axes = list(lengths)
-        order = [axes.index(name) for name in axes if name not in chosen] + [axes.index(name) for name in chosen]
-        group = math.prod(lengths[name] for name in chosen)
-        return ids.reshape(list(lengths.values())).transpose(order).reshape(-1, group)
-    iota = re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", attributes)
-    if iota:
-        shape, dims, order = ([int(x) for x in part.split(",")] if part else None for part in iota.groups())
-        assert shape is not None and dims is not None
-        ids = np.arange(math.prod(dims)).reshape(dims)
-        return (ids if order is None else ids.transpose(order)).reshape(shape)
-    listed = re.search(r"(?:replica_groups|source_target_pairs)=\{(\{[\d,{}]*\})\}", attributes)
-    if not listed:
-        return None
-    rows = [[int(x) for x in row.split(",")] for row in re.findall(r"\{([\d,]+)\}", listed[1])]
-    return np.array(rows)
-
-
-def _estimate(op: Operation) -> KernelCost | None:
-    """What a Pallas kernel's own cost estimate says."""
-    found = re.search(r'"cost_estimate":\{([^}]*)\}', op.attributes)
-    if found is None:
-        return None
-    figures = {name: float(value) for name, value in re.findall(r'"(\w+)":"?(\d+)', found[1])}
-    return KernelCost(figures.get("flops", 0.0), figures.get("bytes_accessed", 0.0))
+def _results(op: Operation) -> tuple[Shape, ...]:
+    """What an instruction gives, without the workspace of a library's call, which is last."""
+    library = op.target in CUBLAS or (op.target or "").startswith(CUDNN_ATTENTION)
+    has_workspace = library and len(op.shapes) > 1 and op.shapes[-1].dtype in ("s8", "u8")
+    return op.shapes[:-1] if has_workspace else op.results
 
 
 def _short(op_name: str) -> str:

@@ -183,8 +183,17 @@ def balanced_order(length: int, shards: int) -> np.ndarray:
 
 
 def platform_of(sharding: Sharding | None) -> str:
-    """What a program is for: "cpu", "tpu" or "gpu"."""
-    return jax.default_backend() if sharding is None else sharding.platform
+    """What a program is for: "cpu", "tpu" or "gpu".
+
+    Without a sharding that is where JAX computes what lies nowhere yet: `jax.default_device`, which a program for the
+    CPU of a machine with an accelerator is to set, or else the default backend.
+    """
+    if sharding is not None:
+        return sharding.platform
+    device = jax.config.jax_default_device  # pyright: ignore[reportAttributeAccessIssue]
+    if device is None:
+        return jax.default_backend()
+    return jax.local_devices(backend=device)[0].platform if isinstance(device, str) else device.platform
 
 
 def _strategy(name: str, mesh: Mesh) -> tuple[tuple[str, tuple[str, ...]], ...]:

@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import dataclasses
+import functools
 import io
 import json
 import logging
@@ -10,10 +11,11 @@ import os
 import re
 import sys
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+import jax
 from rich.console import Console
 from rich.table import Table
 
@@ -35,6 +37,7 @@ from .model import SmolLM3
 from .perplexity import LENGTH, MAX_TOKENS, perplexity, read_documents
 from .progress import busy
 from .sampling import MAX_LOGPROBS, SamplingParams
+from .support import keep_to_the_cpu_without_accelerator
 from .tokenizer import Tokenizer, load_tokenizer
 from .weights.load import Checkpoint, load, open_checkpoint
 from .weights.save import FORMATS
@@ -55,6 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for package in ("smollm3_jax", "sharding"):
         logging.getLogger(package).setLevel(logging.INFO)
     logging.getLogger("smollm3_jax.generate").setLevel(logging.WARNING)
+    keep_to_the_cpu_without_accelerator()
     try:
         return args.run(args)
     except (SmolLM3Error, ShardingError) as error:
@@ -201,13 +205,16 @@ def _add_plan(parser: argparse.ArgumentParser) -> None:
 
     def plan(name: str, run: Any, help: str, compiles: bool) -> argparse.ArgumentParser:
         sub = plans.add_parser(name, help=help, description=help)
-        sub.set_defaults(run=run)
+        sub.set_defaults(run=functools.partial(_plan, run))
         model_help = f"a model folder, whose config.json is read; default: the shape of {RELEASE}"
         sub.add_argument("--model", metavar="DIR", help=model_help)
         sub.add_argument("--json", action="store_true")
         if compiles:
-            sub.add_argument("--topology", default="v5e:4x4", metavar="CHIP:SHAPE", help="default: v5e:4x4")
+            sub.add_argument(
+                "--topology", default="v5e:4x4", metavar="CHIP:SHAPE", help="such as v5e:4x4 (the default) or h100:8"
+            )
             sub.add_argument("--mesh", metavar="AXIS=N,...", help=f"of {', '.join(AXES)}; -1 fills; default: by rules")
+            sub.add_argument("--dump-hlo", type=Path, metavar="FILE", help="write the compiled program")
         return sub
 
     train = plan("train", _plan_train, "memory, collectives and modelled time of a training step", True)
@@ -218,7 +225,6 @@ def _add_plan(parser: argparse.ArgumentParser) -> None:
     remat_help = "what the backward pass computes again (default: as little as fits)"
     train.add_argument("--remat", metavar="POLICY", help=remat_help)
     train.add_argument("--micro-batches", type=int, default=1, metavar="N", help="default: 1")
-    train.add_argument("--dump-hlo", type=Path, metavar="FILE", help="write the compiled program")
 
     decode = plan("decode", _plan_decode, "memory and modelled time of decoding and prefill", True)
     decode.add_argument("--rules", default="serve_tp", choices=STRATEGIES, help="default: serve_tp")
@@ -610,6 +616,13 @@ def _tokenize(args: argparse.Namespace) -> int:
     return 0
 
 
+def _plan(run: Callable[[argparse.Namespace], int], args: argparse.Namespace) -> int:
+    """Runs one of the plans. They need no device: an accelerator that there is stays with whoever has it, and a plug-in
+    that is here to compile is not asked for one."""
+    jax.config.update("jax_platforms", "cpu")
+    return run(args)
+
+
 def _plan_config(args: argparse.Namespace) -> ModelConfig:
     return ModelConfig.from_hf(_folder(args.model) if args.model else SMOLLM3_3B)
 
@@ -629,7 +642,9 @@ def _plan_decode(args: argparse.Namespace) -> int:
     from .plan import plan_decode
 
     options = {"axes": parse_axes(args.mesh) if args.mesh else None, "weights": args.weights, "cache": args.cache}
-    report = plan_decode(_plan_config(args), args.topology, args.rules, args.batch, args.context, **options)
+    report = plan_decode(
+        _plan_config(args), args.topology, args.rules, args.batch, args.context, **options, dump=args.dump_hlo
+    )
     return _show_plan(args, report)
 
 

@@ -1,8 +1,9 @@
 """SmolLM3: a pre-norm Llama transformer whose every fourth layer has no position embedding.
 
 The modules hold parameters and nothing else; what runs is plain `jax.jit` and `jax.lax.scan` over
-them. Layers are stacked along a leading axis, so compile time does not grow with depth. Weights keep
-Hugging Face's orientation ([out, in], heads split from head width), so that conversion is a rename.
+them. For training the layers are one stacked `Block`, so that compile time does not grow with depth; for inference
+they are one `Block` a layer, which is read where it lies. Weights keep Hugging Face's orientation ([out, in], heads
+split from head width), so that conversion is a rename.
 
 Shapes: B batch, T query length, S key length, D model width, F feed-forward width, H query heads,
 K key-value heads, E head width, V vocabulary, L layers.
@@ -30,7 +31,7 @@ from .quantize import Weight, linear, lookup, quantized, scheme_of
 
 
 class Block(nnx.Module):
-    """The parameters of all layers, stacked; inside the scan, of one. `axes` names the dimensions."""
+    """The parameters of all layers, stacked, or of one. `axes` names the dimensions."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, dtype: Any):
         def normal(name: str, *axes: str, contracted: int = 1) -> Weight:
@@ -245,14 +246,18 @@ def _run_layers(
         x_BTD, stored = block(config, weights, x_BTD, attend, sharding, norm)
         return x_BTD, (x_BTD if keep_states else None, stored)
 
+    scanned = cache is None and isinstance(model.layers, Block)
+    # A GPU would copy each layer's weights out of their stack, and its activations and gradients into theirs: a third
+    # of what a training step moves.
+    unroll = platform_of(sharding) == "gpu"
     if remat is not None:
         # Inside a scan nothing moves between forward and backward pass: no barrier is needed against it.
-        step = jax.checkpoint(step, policy=remat, prevent_cse=not isinstance(model.layers, Block))
+        step = jax.checkpoint(step, policy=remat, prevent_cse=not scanned or unroll)
     x_BTD = _embed(model, tokens_BT, sharding)
     windows = (None,) * config.num_hidden_layers if config.windows is None else config.windows
-    if cache is None and isinstance(model.layers, Block):
+    if scanned:
         layers = (model.layers, jnp.array(config.rope_layers), _int_or_none(config.windows), None)
-        x_BTD, (states, _) = jax.lax.scan(step, x_BTD, layers)
+        x_BTD, (states, _) = jax.lax.scan(step, x_BTD, layers, unroll=unroll or 1)
         return x_BTD, states, None
     # Unrolled: on CPU a scan would copy each layer's weights out of their stack, and a cache that goes
     # through a scan exists twice.
@@ -300,7 +305,8 @@ def _rms_norm(x_BTD: Array, weight_D: Array, eps: float, addends: tuple[Array, .
     """
     x = x_BTD.astype(jnp.float32)
     x = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + eps)
-    return x.astype(x_BTD.dtype) * weight_D
+    # A product of two bfloat16 numbers is exact in float32: rounded once, it is theirs, and its gradients are float32.
+    return (x.astype(x_BTD.dtype).astype(jnp.float32) * weight_D.astype(jnp.float32)).astype(x_BTD.dtype)
 
 
 def block(
@@ -318,7 +324,6 @@ def block(
     k_BTKE = checkpoint_name(multiply(h_BTD, p.k, p.k_bias), "k")
     v_BTKE = checkpoint_name(multiply(h_BTD, p.v, p.v_bias), "v")
     out_BTHE, kept = attend(q_BTHE, k_BTKE, v_BTKE)
-    out_BTHE = checkpoint_name(out_BTHE, "attention")
     addends = x_BTD, multiply(out_BTHE, p.o, p.o_bias, contracted=2)
     x_BTD = placed(addends[0] + addends[1])
 
@@ -332,8 +337,9 @@ def _linear(
     x: Array, weight: Weight, bias: nnx.Param | None, contracted: int = 1, platform: str | None = None
 ) -> Array:
     """The product and the bias are added up in float32, then rounded once to x's dtype."""
-    out = linear(x, weight, contracted, platform)
-    return (out if bias is None else out + bias[...]).astype(x.dtype)
+    if bias is None:
+        return linear(x, weight, contracted, platform, dtype=x.dtype)
+    return (linear(x, weight, contracted, platform) + bias[...]).astype(x.dtype)
 
 
 def _norm_for(tokens_BT: Array, cached: bool, sharding: Sharding | None) -> Callable[..., Array]:

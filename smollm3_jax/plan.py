@@ -6,10 +6,7 @@ Memory is the compiler's own figure. Times are modelled by `sharding.roofline`, 
 import contextlib
 import dataclasses
 import functools
-import importlib.util
 import math
-import os
-import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,19 +16,19 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import NamedSharding
-from jax.stages import Compiled, Lowered
+from jax.stages import Compiled
 
 from sharding import hlo
-from sharding.hardware import CHIPS, GIB, H100_TARGET, Chip
-from sharding.mesh import DEFAULT_AXES, make_mesh
-from sharding.roofline import KernelCost, Roofline, roofline
+from sharding.hardware import CHIPS, Chip, chip_of
+from sharding.products import KernelCost
+from sharding.roofline import Roofline, roofline
 from sharding.rules import Sharding
 
 from .config import WEIGHT_SCHEMES, ModelConfig
 from .decode import Slots, decode, prefill, slot_shardings
-from .errors import ConfigError, OptionError, SupportError
+from .errors import ConfigError, OptionError
 from .kv_cache import KVCache, cache_bytes, cache_shardings, empty_cache
-from .progress import busy
+from .plan_devices import DoesNotFit, compile_for, sharding_for, topology
 from .sampling import MAX_STOP_IDS, Choice, SamplingParams
 from .train.optimizer import adamw
 from .train.step import COMPILER_OPTIONS, REMAT, Batch, StepOptions, init_state, state_shardings, train_step
@@ -42,106 +39,19 @@ CONTEXTS = (4096, 8192, 16384, 32768, 65536, 131072)
 FORMATS = ("float32", "bfloat16", "int8", "int4")
 ASSUMPTIONS = (
     "modelled, not measured: compiled for this topology, run nowhere",
-    "products at the chip's peak, everything else at its memory's bandwidth",
+    "products at the chip's peak for their operands' type, everything else at its memory's bandwidth",
     "attention kernels at half of the peak",
     "collectives over rings at the links' bandwidth; those that the compiler made asynchronous are hidden, "
     "what leaves a slice is not",
     "what goes to the host's memory and back is hidden",
 )
-
-
-class DoesNotFit(Exception):
-    """The compiler's refusal: `needed` and `limit` in bytes of one device's memory."""
-
-    def __init__(self, needed: float, limit: float):
-        super().__init__(f"{needed / GIB:.2f} GiB of {limit / GIB:.2f}")
-        self.needed, self.limit = needed, limit
-
-
-# --- devices that are not there ---------------------------------------------------------------------------
-
-
-def topology(name: str, slices: int = 1) -> tuple[Chip, list[Any]]:
-    """The chip and the devices of a topology such as "v5e:4x4", perhaps several slices of it; "h100:8" is one host.
-
-    Raises:
-      OptionError: there is no such topology.
-      SupportError: the compiler for it is not installed.
-    """
-    kind = name.split(":")[0]
-    if kind not in CHIPS or not re.fullmatch(r"\w+:\d+(x\d+)*", name):
-        raise OptionError(f"no topology {name!r}: say one like v5e:4x4; chips are {', '.join(CHIPS)}")
-    if kind == "h100":
-        return CHIPS[kind], _h100(name)
-    _use_libtpu()
-    options: dict[str, Any] = {"num_slices": slices} if slices > 1 else {}
-    if math.prod(int(x) for x in name.split(":")[1].split("x")) == 1:
-        options["chips_per_host_bounds"] = (1, 1, 1)
-    from jax.experimental import topologies
-
-    try:
-        devices = topologies.get_topology_desc(platform="tpu", topology_name=name, **options).devices
-    except Exception as error:
-        raise OptionError(f"libtpu knows no topology {name!r}: {str(error).splitlines()[0][:200]}") from error
-    return CHIPS[kind], list(devices)
-
-
-def _h100(name: str) -> list[Any]:
-    from jax.experimental import topologies
-
-    if importlib.util.find_spec("jax_plugins") is None or importlib.util.find_spec("jax_plugins.xla_cuda13") is None:
-        raise SupportError("the compiler for H100 is not installed: pip install 'smollm3-jax[plan-cuda]'")
-    count = math.prod(int(x) for x in name.split(":")[1].split("x"))
-    described = topologies.get_topology_desc(
-        platform="cuda", topology_name="h100", topology=f"1x1x{count}", target_config=H100_TARGET
-    )
-    return list(described.devices)
-
-
-def _use_libtpu() -> None:
-    if importlib.util.find_spec("libtpu") is None:
-        raise SupportError("the TPU compiler, libtpu, is not installed: pip install 'smollm3-jax[plan]'")
-    # Neither a metadata server to ask nor a TPU to lock: another process may have it.
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
-
-
-def sharding_for(
-    config: ModelConfig, devices: list[Any], rules: str, axes: Mapping[str, int] | None, slices: int = 1
-) -> Sharding:
-    """The strategy on a mesh of these devices; without `axes` the strategy's usual one, slices along `data`."""
-    if rules not in DEFAULT_AXES:
-        Sharding.of(make_mesh({"data": -1}, devices), rules)  # says which there are
-    if axes is None:
-        axes = DEFAULT_AXES[rules]
-        if slices > 1:
-            axes = {"data": slices, **axes} if "data" not in axes else axes
-        if "tensor" in axes and axes["tensor"] > len(devices):
-            axes = {**axes, "tensor": len(devices)}
-    return Sharding.of(make_mesh(axes, devices), rules).fitted(config.axis_sizes)
+FLOOR = "the floor: all weights and the full cache once a token, at the bandwidth"
+OF_GPUS = ("kernels other than attention: all of their arrays at the bandwidth", "launches cost no time")
 
 
 def placed(x: Any, at: Any) -> Any:
     """The shape of an array at its place."""
     return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at)
-
-
-def compile_for(lowered: Lowered, options: Mapping[str, Any] | None = None) -> Compiled:
-    """Raises DoesNotFit where the compiler refuses for want of memory."""
-    try:
-        with busy("compiling"):
-            return lowered.compile(compiler_options=dict(options) if options else None)
-    except Exception as error:
-        found = _REFUSAL.search(str(error))
-        if found is None:
-            raise
-        needed, limit = (
-            float(size) * 1024 ** "BKMGT".index(unit) for size, unit in re.findall(r"([\d.]+)([KMGT])", found[0])
-        )
-        raise DoesNotFit(needed, limit) from None
-
-
-_REFUSAL = re.compile(r"Used [\d.]+[KMGT] of [\d.]+[KMGT] hbm|\([\d.]+[KMGT]\) exceeds available HBM \([\d.]+[KMGT]\)")
 
 
 def share(tree: Any) -> int:
@@ -182,8 +92,25 @@ class TrainSetting:
 
     def compile(self) -> Compiled:
         state, batch = self.arguments
-        lowered = train_step.lower(state, batch, optimizer=_OPTIMIZER, options=self.options, sharding=self.sharding)
-        return compile_for(lowered, COMPILER_OPTIONS.get(self.sharding.platform))
+        return compile_for(
+            train_step,
+            state,
+            batch,
+            optimizer=_OPTIMIZER,
+            options=self.options,
+            sharding=self.sharding,
+            compiler_options=COMPILER_OPTIONS.get(self.sharding.platform),
+        )
+
+    def model_of(self, compiled: Compiled) -> Roofline:
+        """Loops without a known end are those that attention takes for documents beyond what one call has place for."""
+        return roofline(
+            hlo.operations(compiled),
+            self.chip,
+            self.kernel_cost,
+            slice_devices=_slice_devices(self.sharding),
+            unknown_trips=0,
+        )
 
     def kernel_cost(self, op: hlo.Operation) -> KernelCost | None:
         """Of splash attention, forward and backward: products over the half of the scores that causality leaves."""
@@ -281,9 +208,7 @@ def _leaner(rules: str, sharding: Sharding) -> str:
 def _train_report(setting: TrainSetting, compiled: Compiled) -> dict[str, Any]:
     state, batch = setting.arguments
     memory = hlo.memory(compiled)
-    model = roofline(
-        hlo.operations(compiled), setting.chip, setting.kernel_cost, slice_devices=_slice_devices(setting.sharding)
-    )
+    model = setting.model_of(compiled)
     tokens = setting.batch * setting.length
     useful = 6 * count_parameters(setting.config) * tokens / setting.sharding.mesh.size
     return {
@@ -298,6 +223,7 @@ def _train_report(setting: TrainSetting, compiled: Compiled) -> dict[str, Any]:
             "temporaries": memory.temporaries,
             "code": memory.code,
         },
+        "program": _program(model, setting.sharding),
         "collectives": _collectives(model),
         "modelled": {
             **_times(model),
@@ -305,7 +231,7 @@ def _train_report(setting: TrainSetting, compiled: Compiled) -> dict[str, Any]:
             "mfu": useful / (setting.chip.peak * model.seconds),
             "bound_by": _bound(model),
         },
-        "assumptions": list(ASSUMPTIONS),
+        "assumptions": _assumptions(setting.sharding),
     }
 
 
@@ -318,6 +244,23 @@ def _times(model: Roofline) -> dict[str, float]:
         "exposed_collective_seconds": model.exposed_seconds,
         "hidden_collective_seconds": model.hidden_seconds,
     }
+
+
+def _program(model: Roofline, sharding: Sharding, a_round: bool = False) -> dict[str, Any]:
+    """What a device does in one call, or in one round of its loop. launches: of a GPU, each fusion, kernel, copy and
+    collective that it is told to do, also where a CUDA graph repeats them."""
+    counts = {
+        "flops": model.flops,
+        "bytes_moved": model.bytes,
+        "products": model.products,
+        "float32_products": model.float32_products,
+    }
+    launches = model.loop_launches if a_round else model.launches
+    return {**counts, "launches": launches} if sharding.platform == "gpu" else counts
+
+
+def _assumptions(sharding: Sharding) -> list[str]:
+    return [*ASSUMPTIONS, *(OF_GPUS if sharding.platform == "gpu" else ())]
 
 
 def _bound(model: Roofline) -> str:
@@ -365,9 +308,14 @@ class DecodeSetting:
     batch: int
     context: int
     cache_dtype: str = "bfloat16"
-    # Stacked layers are what a mesh gets by default. At batch 1 XLA copies some weights out of their stacks in
-    # every step, all layers' at once; one array a layer it reads in place.
-    stacked: bool = True
+    # One array a layer, as inference has them, XLA reads in place; out of stacked ones it copies some in every step.
+    stacked: bool = False
+
+    @property
+    def chip(self) -> Chip:
+        chip = chip_of(self.sharding.mesh.devices.flat[0])
+        assert chip is not None
+        return chip
 
     @functools.cached_property
     def model(self) -> Any:
@@ -397,14 +345,16 @@ class DecodeSetting:
 
     def compile(self) -> Compiled:
         """The decode loop."""
-        lowered = decode.lower(self.model, self.cache, self.slots, self.scalar(), sharding=self.sharding)
-        return compile_for(lowered)
+        return compile_for(decode, self.model, self.cache, self.slots, self.scalar(), sharding=self.sharding)
 
     def compile_prefill(self, length: int, past: int) -> Compiled:
         """A prompt's piece of `length` tokens behind up to `past` others."""
         tokens = (self.scalar(1, length), self.scalar(length), self.scalar())
-        lowered = prefill.lower(self.model, self.cache, self.scalar(), *tokens, past=past, sharding=self.sharding)
-        return compile_for(lowered)
+        return compile_for(prefill, self.model, self.cache, self.scalar(), *tokens, past=past, sharding=self.sharding)
+
+    def model_of(self, compiled: Compiled) -> Roofline:
+        """Of the decode loop: one round of it, without what only some requests need."""
+        return roofline(hlo.operations(compiled), self.chip, self.kernel_cost, branches=False)
 
     def kernel_cost(self, op: hlo.Operation) -> KernelCost | None:
         """Of paged attention, which reads a layer's cache (here: a full one), and of splash attention."""
@@ -444,6 +394,7 @@ def plan_decode(
     weights: str | None = None,
     cache: str = "bfloat16",
     prompt: int | None = None,
+    dump: Path | None = None,
 ) -> dict[str, Any]:
     """Compiles the decode loop and the prefill of a prompt for a topology, and reports what they take.
 
@@ -451,6 +402,7 @@ def plan_decode(
       batch: slots, over all devices; context: tokens that each has room for.
       weights: a scheme of quantize.py; None is bfloat16. cache: bfloat16 or int8.
       prompt: tokens of the prompt whose prefill is compiled; None is the context or 8192, whichever is less.
+      dump: a file for the compiled decode loop.
 
     Returns:
       What `smollm3 plan decode --json` prints.
@@ -460,7 +412,7 @@ def plan_decode(
     sharding = sharding_for(config, devices, rules, axes)
     if batch % sharding.parts("batch"):
         raise OptionError(f"{batch} slots do not divide over {sharding.parts('batch')} devices")
-    setting = DecodeSetting(config, sharding, batch, context, cache, stacked=batch > 1)
+    setting = DecodeSetting(config, sharding, batch, context, cache)
     rows, state = batch // sharding.parts("batch"), share(setting.cache)
     held = share(setting.model)
     floor = (held + state) / chip.hbm_bandwidth
@@ -474,7 +426,10 @@ def plan_decode(
         "weights": weights or "bfloat16",
         "cache": cache,
         "floor": {"ms_per_token": 1e3 * floor, "tokens_per_second": batch / floor},
-        "assumptions": [*ASSUMPTIONS, "the floor: all weights and the full cache once a token, at the bandwidth"],
+        "assumptions": [
+            *_assumptions(sharding),
+            "the floor: all weights and the full cache once a token, at the bandwidth",
+        ],
     }
     try:
         compiled = setting.compile()
@@ -488,8 +443,10 @@ def plan_decode(
             "largest_batch": fewer * sharding.parts("batch"),
             "change": f"--batch {fewer * sharding.parts('batch')}" if fewer else "--weights int8, or more devices",
         }
+    if dump is not None:
+        dump.write_text(compiled.as_text() or "")
     memory = hlo.memory(compiled)
-    model = roofline(hlo.operations(compiled), chip, setting.kernel_cost, branches=False)
+    model = setting.model_of(compiled)
     length = min(context, 8192) if prompt is None else prompt
     prefill_model = roofline(hlo.operations(setting.compile_prefill(length, 0)), chip, setting.kernel_cost)
     more = int((chip.hbm - memory.total) // (state / rows))
@@ -506,6 +463,7 @@ def plan_decode(
         },
         # From what is left: each row takes its part of the cache.
         "largest_batch": (rows + max(0, more)) * sharding.parts("batch"),
+        "program": _program(model, sharding, a_round=True),
         "collectives": _collectives(model),
         "modelled": {**_times(model), "ms_per_token": 1e3 * model.seconds, "tokens_per_second": batch / model.seconds},
         "prefill": {

@@ -34,6 +34,7 @@ def tables(report: dict[str, Any]) -> Iterator[Any]:
     yield memory
     if "largest_batch" in report:
         yield f"largest batch that fits: {report['largest_batch']}"
+    yield _program(report["program"], "token" if "floor" in report else "step")
     yield _collectives(report["collectives"])
     yield _times(report["modelled"])
     if "floor" in report:
@@ -43,6 +44,17 @@ def tables(report: dict[str, Any]) -> Iterator[Any]:
         yield f"prefill of {report['prefill']['tokens']:,} tokens"
         yield _times(report["prefill"]["modelled"])
     yield "assumed: " + "; ".join(report["assumptions"])
+
+
+def _program(program: dict[str, Any], what: str) -> Table:
+    table = Table(f"a device, a {what}", "")
+    table.add_row("operations of products and kernels", f"{program['flops'] / 1e12:,.3f} T")
+    table.add_row("bytes moved", f"{program['bytes_moved'] / 1e9:,.2f} GB")
+    table.add_row("products in the program", str(program["products"]))
+    table.add_row("of them with float32 operands", str(program["float32_products"]))
+    if "launches" in program:
+        table.add_row("launches, in CUDA graphs or not", f"{program['launches']:,}")
+    return table
 
 
 def _collectives(rows: list[dict[str, Any]]) -> Table:

@@ -9,6 +9,7 @@ Schemes (config.WEIGHT_SCHEMES):
 Shapes: R rows of activations, N output channels, K inputs, G inputs that share a scale.
 """
 
+import functools
 import math
 from typing import Any
 
@@ -17,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import Array
+from jax.experimental.layout import Layout, with_layout_constraint
 
 from .config import WEIGHT_SCHEMES
 
@@ -47,27 +49,74 @@ class Quantized(nnx.Module):
 Weight = nnx.Param | Quantized
 
 
-def linear(x: Array, weight: Weight, contracted: int = 1, platform: str | None = None) -> Array:
-    """Sums over the last `contracted` dimensions of x and of the weight: float32 [..., *out].
+def linear(
+    x: Array, weight: Weight, contracted: int = 1, platform: str | None = None, dtype: Any = jnp.float32
+) -> Array:
+    """Sums over the last `contracted` dimensions of x and of the weight: [..., *out] in `dtype`.
+
+    Products have operands in x's dtype and sums in float32, forward and backward: the output's gradient is rounded
+    to x's dtype before its two products, and each of their results once, to the dtype of what it is the gradient of.
+    The gradient of x is that of the dequantized weight also where the forward product rounds the activations. So are
+    those of a quantized weight's scale and minimum; its integers have none.
 
     Args:
       platform: what this will run on; None is JAX's default.
+      dtype: what the float32 sums are rounded to.
     """
     split = len(weight.shape) - contracted
-    x2 = x.reshape(-1, math.prod(weight.shape[split:]))
+    x_RK = x.reshape(-1, math.prod(weight.shape[split:]))
+    platform = platform or jax.default_backend()
     if isinstance(weight, Quantized):
-        out = _quantized_product(x2, weight, platform or jax.default_backend())
+        minimum = None if weight.minimum is None else weight.minimum[...]
+        out_RN: Any = _quantized_product(weight.scheme, platform, x_RK, weight.values[...], weight.scale[...], minimum)
     else:
-        out = _product(x2, weight[...].reshape(-1, x2.shape[1]), platform or jax.default_backend())
-    return out.reshape(*x.shape[: x.ndim - contracted], *weight.shape[:split])
+        out_RN = _product(platform, x_RK, weight[...].reshape(-1, x_RK.shape[1]), dtype)
+    return out_RN.reshape(*x.shape[: x.ndim - contracted], *weight.shape[:split]).astype(dtype)
 
 
-def _product(x_RK: Array, w_NK: Array, platform: str) -> Array:
+def _dot(a: Array, b: Array, contract_a: int, contract_b: int, written: Any = jnp.float32) -> Array:
+    """The product of two matrices, added up in float32 and written in another dtype."""
+    return jax.lax.dot_general(a, b, (((contract_a,), (contract_b,)), ((), ())), preferred_element_type=written)
+
+
+def _written(platform: str, dtype: Any) -> Any:
+    """What a product is written in that is to be rounded to a dtype. A GPU's kernels add up in float32 and round what
+    they write; else the sums would go through memory. On a CPU a product of bfloat16 sums is slower, or rounds more."""
+    return dtype if platform == "gpu" else jnp.float32
+
+
+def _product(platform: str, x_RK: Array, w_NK: Array, dtype: Any = jnp.float32) -> Array:
+    """x w^T, [R, N], added up in float32; rounded to dtype where that costs nothing."""
+    return _product_of(platform, jnp.dtype(_written(platform, dtype)), x_RK, w_NK)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _product_of(platform: str, written: Any, x_RK: Array, w_NK: Array) -> Array:
+    """Left to itself, autodiff would widen x and w to meet a float32 output's gradient."""
     if platform == "cpu" and x_RK.shape[0] == 1 and x_RK.dtype != jnp.float32:
         # For a product with one row XLA:CPU would first turn the whole matrix into float32; this goes through it once.
         w_NK, x_RK = jax.lax.optimization_barrier((w_NK, x_RK))
         return (w_NK.astype(jnp.float32) * x_RK.astype(jnp.float32)).sum(axis=1)[None]
-    return jax.lax.dot_general(x_RK, w_NK, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
+    return _dot(x_RK, w_NK, 1, 1, written)
+
+
+def _product_forward(platform: str, written: Any, x_RK: Array, w_NK: Array) -> tuple[Array, tuple[Array, Array]]:
+    return _product_of(platform, written, x_RK, w_NK), (x_RK, w_NK)
+
+
+def _product_backward(platform: str, _: Any, kept: tuple[Array, Array], gradient_RN: Array) -> tuple[Array, Array]:
+    x_RK, w_NK = kept
+    gradient_RN = gradient_RN.astype(x_RK.dtype)
+    w_gradient_NK = _dot(gradient_RN, x_RK, 0, 0, _written(platform, w_NK.dtype)).astype(w_NK.dtype)
+    if platform == "gpu":
+        # Where the inputs lie on several devices the sum over them comes in columns, and would go on so: then the
+        # optimizer could not update its arrays in place, and each was copied.
+        w_gradient_NK = with_layout_constraint(w_gradient_NK, Layout(major_to_minor=(0, 1)))
+    x_gradient_RK = _dot(gradient_RN, w_NK, 1, 0, _written(platform, x_RK.dtype)).astype(x_RK.dtype)
+    return x_gradient_RK, w_gradient_NK
+
+
+_product_of.defvjp(_product_forward, _product_backward)
 
 
 def kernel(scheme: str | None, rows: int, platform: str) -> str:
@@ -83,19 +132,55 @@ def kernel(scheme: str | None, rows: int, platform: str) -> str:
     return "integer" if platform == "cpu" and rows <= INTEGER_ROWS else "weight-only"
 
 
-def _quantized_product(x_RK: Array, weight: Quantized, platform: str) -> Array:
-    values, scale = weight.values[...], weight.scale[...]
-    by = kernel(weight.scheme, x_RK.shape[0], platform)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _quantized_product(
+    scheme: str, platform: str, x_RK: Array, values: Array, scale: Array, minimum: Array | None
+) -> Array:
+    """x w^T in float32, [R, N], of what the weight's parts stand for."""
+    by = kernel(scheme, x_RK.shape[0], platform)
     if by == "integer":
         return _integer_product(x_RK, values.reshape(-1, x_RK.shape[1])) * scale.reshape(-1)
     if platform == "cpu":
-        # Never true, but known only when x is: XLA:CPU would unpack all layers' weights ahead, and keep them.
-        never = (x_RK[0, 0] > 1) & (x_RK[0, 0] < -1)
-        values = values ^ never.astype(values.dtype)
+        values = _held_until(x_RK, values)
     if by == "weight-only":
-        return _product(x_RK, values.astype(x_RK.dtype).reshape(-1, x_RK.shape[1]), platform) * scale.reshape(-1)
-    minimum = None if weight.minimum is None else weight.minimum[...]
-    return _product(x_RK, dequantize(values, scale, minimum).astype(x_RK.dtype).reshape(-1, x_RK.shape[1]), platform)
+        return _product(platform, x_RK, values.astype(x_RK.dtype).reshape(-1, x_RK.shape[1])) * scale.reshape(-1)
+    w_NK = dequantize(values, scale, minimum).astype(x_RK.dtype).reshape(-1, x_RK.shape[1])
+    return _product(platform, x_RK, w_NK)
+
+
+def _quantized_forward(scheme: str, platform: str, *arrays: Any) -> tuple[Array, tuple]:
+    return _quantized_product(scheme, platform, *arrays), arrays
+
+
+def _quantized_backward(scheme: str, platform: str, kept: tuple, gradient_RN: Array) -> tuple:
+    x_RK, values, scale, minimum = kept
+    w_NK = values.reshape(gradient_RN.shape[1], -1)
+    if platform == "cpu":
+        w_NK = _held_until(gradient_RN, w_NK)
+    scale_Nx, minimum_Nx = (None if x is None else x.reshape(len(w_NK), -1) for x in (scale, minimum))
+    if WEIGHT_SCHEMES[scheme] is None:
+        # The integers are exact in every dtype; the scale, one for each output channel, joins the gradient.
+        scaled_RN = (gradient_RN * scale.reshape(-1)).astype(x_RK.dtype)
+        into_x_RK = _dot(scaled_RN, w_NK.astype(x_RK.dtype), 1, 0)
+    else:
+        whole_NK = dequantize(w_NK, scale_Nx, minimum_Nx).astype(x_RK.dtype)
+        into_x_RK = _dot(gradient_RN.astype(x_RK.dtype), whole_NK, 1, 0)
+    # What only training of the scales would ask for; otherwise nothing uses it, and the compiler drops it.
+    into_w_NK = _dot(gradient_RN.astype(x_RK.dtype), x_RK, 0, 0)
+    into_parts = jax.vjp(lambda *parts: dequantize(w_NK, *parts), scale_Nx, minimum_Nx)[1](into_w_NK)
+    into_scale, into_minimum = (
+        None if x is None else y.reshape(x.shape) for x, y in zip((scale, minimum), into_parts, strict=True)
+    )
+    return into_x_RK.astype(x_RK.dtype), np.zeros(values.shape, jax.dtypes.float0), into_scale, into_minimum
+
+
+_quantized_product.defvjp(_quantized_forward, _quantized_backward)
+
+
+def _held_until(x_RK: Array, values: Array) -> Array:
+    """The values, known only when x is: XLA:CPU would unpack all layers' weights ahead, and keep them."""
+    never = (x_RK[0, 0] > 1) & (x_RK[0, 0] < -1)
+    return values ^ never.astype(values.dtype)
 
 
 def _integer_product(x_RK: Array, w_NK: Array) -> Array:

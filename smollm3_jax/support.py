@@ -67,6 +67,16 @@ def require_supported() -> None:
         raise SupportError(reason)
 
 
+def keep_to_the_cpu_without_accelerator() -> None:
+    """Where no accelerator is attached, jax leaves alone the plug-ins that are installed only to compile for some:
+    started without a device they print tracebacks. Does nothing where the user says which platforms there are."""
+    import jax
+
+    chosen: str | None = jax.config.jax_platforms  # pyright: ignore[reportAttributeAccessIssue]
+    if not chosen and sys.platform == "linux" and not _has_tpu() and not _has_gpu():
+        jax.config.update("jax_platforms", "cpu")
+
+
 def diagnose() -> dict[str, Any]:
     """Versions, devices, problems and a verdict, for `smollm3 doctor`."""
     versions = {name: version(name) for name in ("python", "smollm3-jax", *SHOWN)}
@@ -93,6 +103,12 @@ def diagnose() -> dict[str, Any]:
     if newer and not problems:
         verdict = f"untested: {', '.join(newer)} is newer than what the tests run on"
     return {"verdict": verdict, "problems": problems, "versions": versions, "devices": devices}
+
+
+def _has_gpu() -> bool:
+    """Whether the kernel shows a GPU that some plug-in of jax may be for: NVIDIA's, also in WSL, AMD's or another."""
+    devices = (path for name in ("nvidia*", "dxg", "kfd", "dri/renderD*") for path in Path("/dev").glob(name))
+    return Path("/proc/driver/nvidia/version").exists() or any(True for _ in devices)
 
 
 def _has_tpu() -> bool:

@@ -254,30 +254,6 @@ def test_no_kernel_no_word(caplog):
     assert not caplog.records
 
 
-def test_cudnn_is_lowered_for_gpu(monkeypatch):
-    """Lowered only, never run: there is no GPU here, and what asks for one is answered in its place."""
-    from jax._src.cudnn import fused_attention_stablehlo as cudnn
-
-    monkeypatch.setattr(dispatch, "platform_of", lambda sharding: "gpu")
-    monkeypatch.setattr(dispatch, "is_ampere_or_later", lambda sharding: True)
-    monkeypatch.setattr(cudnn, "check_cudnn_version", lambda: 91000)
-    x = jax.ShapeDtypeStruct((2, 64, 8, 128), jnp.bfloat16)
-    kv = jax.ShapeDtypeStruct((2, 64, 2, 128), jnp.bfloat16)
-
-    def lowered(function, *arguments):
-        return jax.jit(function).trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
-
-    assert "__cudnn$fmhaSoftmax" in lowered(attention, x, kv, kv)
-    for other in (x.update(dtype=jnp.float32), x.update(shape=(2, 64, 8, 160))):
-        assert "cudnn" not in lowered(attention, other, other, other)
-    segments = jax.ShapeDtypeStruct((2, 64), jnp.int32)
-
-    def with_documents(q, k, s):
-        return attention(q, k, k, q_segments_BT=s, kv_segments_BS=s)
-
-    assert "cudnn" not in lowered(with_documents, x, kv, segments)
-
-
 @pytest.mark.parametrize("window", [None, 3])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_gradients_are_those_of_the_definition(dtype, window):

@@ -38,11 +38,11 @@ def libtpu():
         pytest.skip("libtpu is not installed: it comes with the extra `plan`")
 
 
-def decoding(raw, name, shape, rules, layers, batch, capacity, stacked=True, cache="bfloat16"):
+def decoding(raw, name, shape, rules, layers, batch, capacity, cache="bfloat16"):
     config = cut(raw, layers)
     _, devices = topology(name)
     mesh = Mesh(np.array(devices).reshape(shape), ("data", "tensor"))
-    return DecodeSetting(config, Sharding.of(mesh, rules), batch, capacity, cache, stacked=stacked)
+    return DecodeSetting(config, Sharding.of(mesh, rules), batch, capacity, cache)
 
 
 def cut(raw, layers):
@@ -53,9 +53,7 @@ def cut(raw, layers):
 
 def layer_weight(setting):
     """Bytes of the smallest matrix of a layer, as one device has it."""
-    stacked = setting.stacked
-    matrices = [x for x in jax.tree.leaves(setting.model.layers) if len(x.shape) > 1 + stacked]
-    return min(share(x) for x in matrices) // (setting.config.num_hidden_layers if stacked else 1)
+    return min(share(x) for x in jax.tree.leaves(setting.model.layers) if len(x.shape) > 1)
 
 
 def check_decode(setting, chip, collectives, kernels):
@@ -67,7 +65,7 @@ def check_decode(setting, chip, collectives, kernels):
     # Donated in place: only what the call chose is new. (Layouts pad small arrays.)
     assert memory.aliased >= share((setting.cache, setting.slots))
     assert memory.outputs - memory.aliased < MIB
-    # The caches stay where they are, and weights are read where they lie, stacked or not.
+    # The caches stay where they are, and weights are read where they lie.
     assert not [op for op in hlo.moves(program, layer_weight(setting)) if not op.in_branch]
     assert not hlo.moves(program, min(share(setting.cache.layers[0].k), 16 * MIB))
     if (scale := setting.cache.layers[0].k_scale) is not None:
@@ -122,7 +120,7 @@ LONG = Counter({"all-gather": 3 * DEEP, "all-reduce": 4 * DEEP + 1 + 2 + 2})
 
 def test_one_long_sequence_at_full_depth(raw_config):
     """131,072 tokens of context, in four parts: each device looks at its own, and parts of sums are put together."""
-    setting = decoding(raw_config, "v5e:2x2", (1, 4), "serve_tp_long", DEEP, 1, 131072, stacked=False)
+    setting = decoding(raw_config, "v5e:2x2", (1, 4), "serve_tp_long", DEEP, 1, 131072)
     check_decode(setting, "v5e", LONG, kernels=0)
 
 

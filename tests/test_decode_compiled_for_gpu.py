@@ -53,7 +53,7 @@ def compiled(shared, tmp_path_factory):
         cut = {**raw, "num_hidden_layers": layers, "no_rope_layers": raw["no_rope_layers"][:layers]}
         config = ModelConfig.from_hf(cut)
         sharding = sharding_for(config, devices, "serve_tp", None)
-        setting = DecodeSetting(config, sharding, batch, 8192, cache, stacked=False)
+        setting = DecodeSetting(config, sharding, batch, 8192, cache)
         lowered = decode.lower(setting.model, setting.cache, setting.slots, setting.scalar(), sharding=sharding)
         dump = tmp_path_factory.mktemp("dump")
         program = compile_for(lowered, {"xla_dump_to": str(dump)})

@@ -4,6 +4,8 @@ import dataclasses
 import importlib.util
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -12,13 +14,18 @@ import pytest
 import tiny
 
 import smollm3_jax as s3
+from sharding import hlo
+from sharding.hardware import CHIPS, chip_of
 from sharding.rules import Sharding
+from smollm3_jax import support
 from smollm3_jax.cli import main
 from smollm3_jax.config import SMOLLM3_3B, ModelConfig
-from smollm3_jax.errors import SupportError
+from smollm3_jax.errors import OptionError, SupportError
 from smollm3_jax.kv_cache import empty_cache
-from smollm3_jax.plan import plan_decode, plan_memory, plan_train, topology, weight_bytes
+from smollm3_jax.plan import count_parameters, plan_decode, plan_memory, plan_train, topology, weight_bytes
+from smollm3_jax.plan_tables import tables
 
+ROOT = Path(__file__).parents[1]
 GOLDENS = Path(__file__).parent / "goldens" / "plan"
 LAYERS = 4
 
@@ -30,6 +37,9 @@ def proxy(layers: int = LAYERS) -> ModelConfig:
 
 SHORT = {"vocab_size": 1024, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 FULL = pytest.mark.skipif(not os.environ.get("FULL"), reason="takes minutes: `make test-full`")
+needs_cuda = pytest.mark.skipif(
+    importlib.util.find_spec("jax_cuda13_plugin") is None, reason="the compiler for NVIDIA GPUs is not installed"
+)
 needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
 
 
@@ -91,6 +101,47 @@ def test_without_the_compiler_an_error_says_where_to_get_it(monkeypatch, capsys)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(SupportError, match=r"smollm3-jax\[plan\]"):
         topology("v5e:4x4")
+
+
+@needs_cuda
+@pytest.mark.parametrize(("name", "kind", "count"), [("h100:1", "H100 80GB HBM3", 1), ("h200:8", "H200", 8)])
+def test_hosts_of_gpus(name, kind, count):
+    chip, devices = topology(name)
+    assert [device.device_kind for device in devices] == [f"NVIDIA {kind}"] * count
+    assert chip_of(devices[0]) == chip == CHIPS[name[:4]]
+
+
+@needs_cuda
+def test_there_is_one_host_of_gpus():
+    with pytest.raises(OptionError, match="h100:8 is one host"):
+        topology("h100:8", slices=2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("arguments", "code"),
+    [
+        pytest.param(["plan", "train", "--topology", "h100:2", "--batch", "3"], 2, marks=needs_cuda),
+        pytest.param(["plan", "train", "--topology", "v5e:1x1", "--mesh", "fsdp=5"], 2, marks=needs_libtpu),
+        (["doctor"], 0),
+    ],
+)
+def test_plugins_that_only_compile_are_not_asked_for_devices(arguments, code):
+    """The command as a user starts it, who has not told jax which platform to take."""
+    if support._has_gpu() or support._has_tpu():
+        pytest.skip("an accelerator is attached")
+    environment = {name: value for name, value in os.environ.items() if name != "JAX_PLATFORMS"}
+    done = subprocess.run(
+        [sys.executable, "-m", "smollm3_jax.cli", *arguments],
+        cwd=ROOT,
+        env=environment | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == code, done.stderr
+    assert "Traceback" not in done.stderr
+    # libtpu has warnings of its own before ours.
+    assert done.stderr.splitlines()[-1].startswith("smollm3: ") if code else not done.stderr
 
 
 @needs_libtpu
@@ -171,7 +222,7 @@ def test_the_largest_batch_fits_and_the_next_is_refused():
     assert plan_decode(config, "v5e:1x1", "serve_tp", rows - rows // 50, 8192, axes={"data": 1}, prompt=128)["fits"]
 
 
-@pytest.mark.skipif(importlib.util.find_spec("jax_cuda13_plugin") is None, reason="the compiler for H100 is missing")
+@needs_cuda
 @pytest.mark.slow
 def test_eight_h100_scatter_gradients_and_gather_ahead():
     """Four layers with a short vocabulary, through the compiler for CUDA."""
@@ -181,6 +232,53 @@ def test_eight_h100_scatter_gradients_and_gather_ahead():
     assert found["reduce-scatter"]["count"] >= LAYERS
     assert found["all-gather"]["hidden"] and "all-reduce" not in found
     assert 0 < report["hbm"]["total"] < report["hbm"]["limit"]
+    # The products of all eight devices: six operations a parameter and token, but for the embedding's lookup; and of
+    # attention over all pairs, since plain XLA leaves few out.
+    program = report["program"]
+    tokens, width = 8 * 2048, config.num_attention_heads * config.head_dim
+    least = 6 * tokens * (count_parameters(config) + LAYERS * width * 2048)
+    assert least < 8 * program["flops"] < 1.3 * least
+    assert 0 <= program["float32_products"] < program["products"]
+    assert program["launches"] > 100 * LAYERS
+
+
+@pytest.fixture(scope="module")
+def small_on_h100(tmp_path_factory):
+    """A plan for decoding by two layers with a short vocabulary, and the file that it wrote."""
+    config = ModelConfig.from_hf({**SMOLLM3_3B, **SHORT, "num_hidden_layers": 2, "no_rope_layers": [1, 0]})
+    dump = tmp_path_factory.mktemp("plan") / "decode.hlo"
+    return plan_decode(config, "h100:1", "serve_tp", 4, 2048, prompt=256, dump=dump), dump
+
+
+@needs_cuda
+@pytest.mark.slow
+def test_decoding_on_an_h100(small_on_h100):
+    report, dump = small_on_h100
+    assert report["fits"]
+    # All weights and the whole cache are read once, and little else is moved.
+    floor = report["hbm"]["weights"] + report["hbm"]["cache"]
+    assert floor < report["program"]["bytes_moved"] < 1.25 * floor
+    assert 20 < report["program"]["launches"] < 200
+    assert "launches cost no time" in report["assumptions"]
+    found = hlo.operations(dump.read_text())
+    assert sum(op.opcode == "while" and op.in_entry for op in found) == 1
+    printed = "\n".join(str(cell) for part in tables(report) for cell in cells(part))
+    assert f"{report['program']['launches']:,}" in printed and "launches" in printed
+
+
+def cells(part):
+    return [part] if isinstance(part, str) else [cell for column in part.columns for cell in column.cells]
+
+
+@needs_cuda
+@pytest.mark.slow
+def test_what_an_h100_has_no_memory_for_is_refused():
+    """The compiler for GPUs compiles it all the same."""
+    config = ModelConfig.from_hf({**SMOLLM3_3B, **SHORT, "num_hidden_layers": 1, "no_rope_layers": [1]})
+    report = plan_decode(config, "h100:1", "serve_tp", 8192, 8192, prompt=128)
+    assert not report["fits"]
+    assert report["hbm"]["total"] > report["hbm"]["limit"] == CHIPS["h100"].hbm
+    assert 0 < report["largest_batch"] < 8192
 
 
 # --- at full depth: `make test-full` ----------------------------------------------------------------------

@@ -22,6 +22,7 @@ from smollm3_jax.kv_cache import empty_cache
 from smollm3_jax.model import SmolLM3
 from smollm3_jax.quantize import (
     INTEGER_ROWS,
+    Quantized,
     best_scales,
     dequantize,
     kernel,
@@ -124,6 +125,58 @@ def test_linear_is_the_product_with_what_the_weight_stands_for(scheme, platform,
     by = kernel(scheme, rows, platform)
     relative = 2.0**-8 if dtype == "bfloat16" and by == "dequantized" else 2.0**-14
     assert np.abs(np.asarray(got)[:, 0] - expected).max() <= relative * np.abs(expected).max()
+
+
+def unpacked(values: np.ndarray, scheme: str, groups: int) -> np.ndarray:
+    """The integers [N, groups, numbers that share a scale]."""
+    values = np.asarray(values, np.int64).reshape(len(values), groups, -1)
+    return np.concatenate([values & 15, values >> 4], axis=-1) if scheme == "int4" else values
+
+
+def gradients_of(x, into_out, scheme, values, scale=None, minimum=None):
+    """Of sum(x w^T * into_out), in float64: of x, and of the weight or of its scale and minimum."""
+    if scheme is None:
+        return into_out @ values, into_out.T @ x
+    integers = unpacked(values, scheme, scale.size // len(values))
+    scale_N_G = scale.reshape(*integers.shape[:2], 1)
+    whole = (integers * scale_N_G + (0 if minimum is None else minimum.reshape(scale_N_G.shape))).reshape(
+        len(values), -1
+    )
+    into_weight = (into_out.T @ x).reshape(integers.shape)
+    into_scale = (into_weight * integers).sum(axis=-1).reshape(scale.shape)
+    into_minimum = () if minimum is None else (into_weight.sum(axis=-1).reshape(scale.shape),)
+    return into_out @ whole, into_scale, *into_minimum
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("platform", "rows"), [*(("cpu", rows) for rows in (1, 2, 5, INTEGER_ROWS, INTEGER_ROWS + 1, 200)), ("tpu", 5)]
+)
+@pytest.mark.parametrize("scheme", [None, *WEIGHT_SCHEMES])
+def test_gradients_are_those_of_the_dequantized_weight(scheme, platform, rows, dtype):
+    """Of activations, scales and minima, whatever the forward product does with that number of rows."""
+    weight = nnx.Param(jnp.asarray(matrix(24, 256), dtype), axes=("mlp", "embed"))
+    packed = quantized(weight, scheme) if scheme else weight
+    parts = (packed.values, packed.scale, packed.minimum) if isinstance(packed, Quantized) else (packed,)
+    parts = [part[...] for part in parts if part is not None]
+    x, into_out = jnp.asarray(matrix(rows, 256, seed=1), dtype), jnp.asarray(matrix(rows, 24, seed=2))
+
+    def product(x, *parts):
+        params = [nnx.Param(part) for part in parts]
+        return linear(x, Quantized(scheme, *params) if scheme else params[0], platform=platform)
+
+    found = jax.vjp(product, x, *parts)[1](into_out)
+    assert not scheme or found[1].dtype == jax.dtypes.float0
+    found = [gradient for gradient in found if gradient.dtype != jax.dtypes.float0]
+    exact = [np.asarray(array, np.float64) for array in (x, into_out, *parts)]
+    wanted = gradients_of(exact[0], exact[1], scheme, *exact[2:])
+    # Sums of at most 256 terms, of each of which two factors were rounded to the dtype; then the result is, to its own.
+    sizes = gradients_of(*map(np.abs, exact[:2]), scheme, *map(np.abs, exact[2:]))
+    relative = 2.01 * 2.0**-8 if dtype == "bfloat16" else 256 * 2.0**-24
+    for gradient, want, size in zip(found, wanted, sizes, strict=True):
+        bound = relative * size + jnp.finfo(gradient.dtype).eps * np.abs(want)
+        assert (np.abs(np.asarray(gradient, np.float64) - want) <= bound).all()
+        assert (np.abs(want) > bound).mean() > 0.25  # no gradient of zeros would pass
 
 
 def test_kernels():

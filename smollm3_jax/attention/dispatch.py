@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.ad_checkpoint import checkpoint_name
 
 from sharding.rules import Sharding, platform_of, say_once
 
@@ -65,8 +66,8 @@ def attention(
     obstacles = {
         "a window": window is not None,
         "heads and key-value heads on different axes of the mesh": not together(sharding, "heads", kv_axis),
-        f"rows of {length} tokens on {shards} devices": shards > 1 and length % (LANES * 2 * shards) != 0,
     }
+    rows = f"rows of {length} tokens on {shards} devices"
     match platform_of(sharding):
         case "tpu" if takes(
             "splash attention",
@@ -74,28 +75,29 @@ def attention(
             | {
                 f"{q_BTHE.dtype} values": q_BTHE.dtype not in (jnp.bfloat16, jnp.float32),
                 f"heads of width {width}": width % 64 != 0,
+                rows: shards > 1 and length % (LANES * 2 * shards) != 0,
             },
         ):
             kernel = splash_kernel(heads // (1 if sharding is None else sharding.parts("heads")), length, past, shards)
             if sharding is not None and shards > 1:
-                return splash_over_length(kernel, q_BTHE, k_BSKE, v_BSKE, segments, kv_axis, sharding)
+                return _kept(splash_over_length(kernel, q_BTHE, k_BSKE, v_BSKE, segments, kv_axis, sharding))
             kernel = functools.partial(splash, kernel)
+            return _kept(_on_own_parts(kernel, q_BTHE, (k_BSKE, v_BSKE), segments, kv_axis, sharding))
         case "gpu" if takes(
             "cuDNN attention",
             obstacles
-            | {"queries with a past": past > 0}
+            | {"queries with a past": past > 0, rows: shards > 1 and length % (2 * shards) != 0}
             | _gpu_obstacles(q_BTHE, sharding, packed=bool(segments) or shards > 1),
         ):
             if sharding is not None and shards > 1:
                 documents_BT = segments[0] if segments else jnp.ones(q_BTHE.shape[:2], jnp.int32)
                 return gpu.causal_over_length(q_BTHE, k_BSKE, v_BSKE, documents_BT, kv_axis, sharding)
-            kernel = gpu.causal
+            return _on_own_parts(gpu.causal, q_BTHE, (k_BSKE, v_BSKE), segments, kv_axis, sharding)
         case _:
             if order is not None:
                 k_BSKE, v_BSKE = (x[:, np.argsort(order)] for x in (k_BSKE, v_BSKE))
                 segments = (*segments[:1], *(x[:, np.argsort(order)] for x in segments[1:]))
-            return dense(q_BTHE, k_BSKE, v_BSKE, segments, gap_B, window, order)
-    return _on_own_parts(kernel, q_BTHE, (k_BSKE, v_BSKE), segments, kv_axis, sharding)
+            return _kept(dense(q_BTHE, k_BSKE, v_BSKE, segments, gap_B, window, order))
 
 
 def attention_after(
@@ -140,6 +142,12 @@ def attention_after(
         window=window,
         sharding=sharding,
     )
+
+
+def _kept(out_BTHE: Array) -> Array:
+    """The output by the name that training keeps it by. (cuDNN's backward pass keeps it by itself: under a second name
+    it would be there twice.)"""
+    return checkpoint_name(out_BTHE, "attention")
 
 
 def _keys_of_heads(

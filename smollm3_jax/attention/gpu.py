@@ -6,7 +6,8 @@ their normalizers in float32; then each call's backward pass gets what came of a
 Shapes: B batch, T query length, S key length, H query heads, K key-value heads, E head width, N documents of a call.
 """
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -48,7 +49,8 @@ def causal(q_BTHE: Array, k_BTKE: Array, v_BTKE: Array, *segments: Array) -> Arr
     if not segments:
         if cudnn.is_known():
             return _attend(q_BTHE, k_BTKE, v_BTKE, None, None)
-        return jax.nn.dot_product_attention(q_BTHE, k_BTKE, v_BTKE, is_causal=True, implementation="cudnn")
+        out_BTHE = jax.nn.dot_product_attention(q_BTHE, k_BTKE, v_BTKE, is_causal=True, implementation="cudnn")
+        return checkpoint_name(out_BTHE, "attention")
     segments_BT = segments[0]
     return _attend(q_BTHE, _refused(k_BTKE, segments_BT), v_BTKE, document_numbers(segments_BT), None)
 
@@ -109,7 +111,8 @@ def document_numbers(segments_BT: Array) -> Array:
     """
     before_BT = jnp.pad(segments_BT, ((0, 0), (1, 0)))[:, :-1]
     begins_BT = (segments_BT != before_BT) | (jnp.arange(segments_BT.shape[1]) == 0)
-    return jnp.cumsum(begins_BT.reshape(-1), dtype=jnp.int32) - 1
+    number_X = jnp.cumsum(begins_BT.reshape(-1), dtype=jnp.int32) - 1
+    return checkpoint_name(number_X, "attention_residuals")
 
 
 def _refused(k_BTKE: Array, segments_BS: Array) -> Array:
@@ -117,7 +120,7 @@ def _refused(k_BTKE: Array, segments_BS: Array) -> Array:
     are not numbers, and nothing that comes of the row is."""
     highest_BS = jax.lax.cummax(segments_BS, axis=1)
     wrong_BS = (segments_BS[:, 1:] != segments_BS[:, :-1]) & (segments_BS[:, 1:] <= highest_BS[:, :-1])
-    wrong_B = (wrong_BS & (segments_BS[:, 1:] != 0)).any(axis=1)
+    wrong_B = checkpoint_name((wrong_BS & (segments_BS[:, 1:] != 0)).any(axis=1), "attention_residuals")
     return jnp.where(wrong_B[:, None, None, None], jnp.nan, k_BTKE)
 
 
@@ -133,11 +136,16 @@ def _continued(piece_BT: Array, row_BS: Array, start: Array) -> Ranges:
     first_B = jnp.where(other_BS, index_S + 1, 0).max(axis=1)
     row_B = jnp.arange(batch)
     kv_length_B, first_B = (jnp.where(goes_on_B, x, 0) for x in (start - first_B, first_B))
-    ranges = Ranges(q_length_B, kv_length_B, row_B * length, row_B * keys + first_B)
-    # cuDNN has ranges anywhere where a row may have two.
-    ends = (0, 0, batch * length, batch * keys)
+
+    def padded(x_B: Array, end: int = 0) -> Array:
+        """cuDNN has ranges anywhere where a row may have two: as many again, empty ones."""
+        return jnp.pad(x_B.astype(jnp.int32), (0, batch), constant_values=end)
+
     return Ranges(
-        *(jnp.pad(x.astype(jnp.int32), (0, batch), constant_values=end) for x, end in zip(ranges, ends, strict=True))
+        padded(q_length_B),
+        padded(kv_length_B),
+        padded(row_B * length, batch * length),
+        padded(row_B * keys + first_B, batch * keys),
     )
 
 
@@ -279,7 +287,7 @@ def _documents_backward(
     return _all_calls(some, number_X, len(q_BTHE))
 
 
-def _all_calls(some, number_X: Array, batch: int):
+def _all_calls(some: Callable[[Array | int], tuple[Any, Any]], number_X: Array, batch: int) -> Any:
     """What all calls give together: `some` maps a call's number to its arrays, and where they are the call's own.
 
     Nearly always the first is the only one: how many there are is known when the step runs.
@@ -289,7 +297,7 @@ def _all_calls(some, number_X: Array, batch: int):
     if len(number_X) <= count:
         return first
 
-    def more(state):
+    def more(state: tuple) -> tuple:
         call, old = state
         new, mine = some(call)
         return call + 1, tuple(jnp.where(*x) for x in zip(mine, new, old, strict=True))

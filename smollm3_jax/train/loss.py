@@ -16,12 +16,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.experimental.layout import Layout, with_layout_constraint
 
 from sharding.rules import Sharding, platform_of
 
 # What one chunk's float32 logits may take on a device. Every chunk reads and writes the embedding's whole
-# gradient, so an accelerator wants few of them; a CPU's caches want small ones.
+# gradient, so an accelerator wants few of them, a GPU a single one for a row of 4,096 tokens; a CPU's caches want small
+# ones.
 CPU_LOGIT_BYTES = 2**25
+GPU_LOGIT_BYTES = 2**31
 ACCELERATOR_LOGIT_BYTES = 2**29
 
 
@@ -90,7 +93,8 @@ def _everywhere(
     mask_BT: Array,
 ) -> tuple:
     """The sums and, if asked for, the gradients of x and head: each device its own tokens and words."""
-    logit_bytes = CPU_LOGIT_BYTES if platform_of(sharding) == "cpu" else ACCELERATOR_LOGIT_BYTES
+    by_platform = {"cpu": CPU_LOGIT_BYTES, "gpu": GPU_LOGIT_BYTES}
+    logit_bytes = by_platform.get(platform_of(sharding), ACCELERATOR_LOGIT_BYTES)
     logit_bytes = logit_bytes // 4 if by_words else logit_bytes
     if sharding is None:
         arrays = (x_BTD, head_VD, labels_BT, mask_BT)
@@ -106,6 +110,9 @@ def _everywhere(
     def settle(gradient_VD: Array) -> Array:
         if spread_axes:
             gradient_VD = jax.lax.psum_scatter(gradient_VD, spread_axes, scatter_dimension=1, tiled=True)
+        if spread_axes and platform_of(sharding) == "gpu":
+            # It comes in columns, and would go on so: see `_product_backward` in quantize.py.
+            gradient_VD = with_layout_constraint(gradient_VD, Layout(major_to_minor=(0, 1)))
         return jax.lax.psum(gradient_VD, summed_axes) if summed_axes else gradient_VD
 
     def part(*arrays: Array) -> tuple:

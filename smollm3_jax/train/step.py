@@ -15,7 +15,7 @@ from flax import nnx
 from jax import Array
 from jax.sharding import NamedSharding
 
-from sharding.rules import Sharding
+from sharding.rules import Sharding, platform_of
 
 from ..model import SmolLM3
 from .loss import cross_entropy, next_tokens
@@ -121,6 +121,9 @@ def loss_sums(
 ) -> tuple[Array, tuple[Array, Array]]:
     """(what is minimised, (cross-entropy, labels)), all of them sums over the batch, float32."""
     cast = jax.tree.map(lambda x: x.astype(options.dtype), model)
+    if platform_of(sharding) == "gpu":
+        # Left to itself XLA for GPU rounds the table after every device has gathered it, at twice the bytes.
+        cast.embed = jax.lax.optimization_barrier(cast.embed)
     tokens_BT, segments_BT = batch.tokens, batch.segment_ids
     labels_BT, mask_BT = next_tokens(tokens_BT, segments_BT)
     positions_BT = None

@@ -189,7 +189,7 @@ def from_pretrained(
     rules: str | Mapping[str, Any] | None = None,
     *,
     weights: str | None = None,
-    stacked: bool | None = None,
+    stacked: bool = False,
     revision: str | None = None,
     token: str | None = None,
 ) -> SmolLM3:
@@ -202,8 +202,8 @@ def from_pretrained(
       rules: a strategy of `sharding.rules` or a table of one's own; None with a mesh means "fsdp".
       weights: quantize them on the way: "int8", "int8-g64", "int8-g32" or "int4" (see quantize.py); dtype is
         then the activations'. None keeps them as they are, quantized or not.
-      stacked: the layers' parameters as one array (compiles fast; what training wants) or as one a layer
-        (what decoding on a CPU wants: three times as fast); None takes the latter on one CPU alone.
+      stacked: one array holds a parameter of all layers, which training scans over, in place of one array a layer.
+        Decoding wants the latter on every platform: out of a stack, layers are copied before they are used.
       revision, token: of the hub.
 
     Raises:
@@ -221,7 +221,7 @@ def load(
     rules: str | Mapping[str, Any] | None = None,
     *,
     weights: str | None = None,
-    stacked: bool | None = None,
+    stacked: bool = False,
 ) -> SmolLM3:
     """As `from_pretrained`, from an open checkpoint."""
     config, tensors = checkpoint.config, checkpoint.tensors
@@ -246,8 +246,6 @@ def load(
     if any(tensor.dtype != target for tensor in plain):
         log.info("casting %s tensors to %s", own, target)
     config = dataclasses.replace(config, dtype=target) if target != (config.dtype or own) else config
-    if stacked is None:
-        stacked = mesh is not None or jax.default_backend() != "cpu"
     model = abstract_model(config, target, checkpoint.generation_config, stacked)
     params = parameters(model)
     by_param: dict[str, list[StoredTensor]] = {}

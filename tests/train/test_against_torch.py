@@ -1,4 +1,4 @@
-"""Twenty steps of AdamW beside torch.optim.AdamW on transformers' model."""
+"""Gradients and twenty steps of AdamW beside torch's, on transformers' model."""
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +8,7 @@ import tiny
 
 import smollm3_jax as s3
 from smollm3_jax.train.optimizer import adamw, schedule
-from smollm3_jax.train.step import Batch, StepOptions, init_state, train_step
+from smollm3_jax.train.step import Batch, StepOptions, init_state, loss_sums, train_step
 from smollm3_jax.weights.save import tensors_of
 
 STEPS = 20
@@ -48,3 +48,38 @@ def test_twenty_steps_are_those_of_torch(tmp_path):
     for tensor in tensors_of(jax.device_get(state.model)):
         want = trained[tensor.name]
         assert np.abs(tensor.read() - want).max() <= 1e-4 * np.abs(want).max(), tensor.name
+
+
+@pytest.mark.slow
+@pytest.mark.torch
+def test_bfloat16_gradients_are_as_good_as_torch_autocasts(tmp_path):
+    """Each parameter's error against float32, relative to the gradient's size, is at most 1.5 times autocast's."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    folder = tiny.tiny_checkpoint(tmp_path)
+    tokens = np.random.RandomState(0).randint(3, 160, (4, 24))
+    ids = torch.tensor(tokens)
+
+    def theirs(autocast):
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        return {name: x.grad.numpy() for name, x in model.named_parameters()}
+
+    def ours():
+        batch = Batch(jnp.asarray(tokens, jnp.int32), jnp.ones(tokens.shape, jnp.int32))
+        model = s3.from_pretrained(folder, dtype="float32", stacked=True)
+        gradient = jax.jit(jax.grad(loss_sums, has_aux=True), static_argnums=2)
+        gradients, (_, count) = gradient(model, batch, StepOptions(dtype="bfloat16"))
+        return {x.name: x.read() / float(count) for x in tensors_of(jax.device_get(gradients))}
+
+    exact, autocast, found = theirs(False), theirs(True), ours()
+
+    def error(gradients, names):
+        return np.sqrt(sum(np.square(gradients[name] - exact[name]).sum() for name in names))
+
+    for name in exact:
+        assert error(found, [name]) <= 1.5 * error(autocast, [name]), name
+    assert 0 < error(found, exact) <= 1.2 * error(autocast, exact)

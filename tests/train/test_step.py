@@ -1,4 +1,5 @@
 import dataclasses
+import re
 
 import jax
 import jax.numpy as jnp
@@ -58,6 +59,21 @@ def test_what_the_backward_pass_computes_again_changes_nothing(config, batch):
     for remat, found in gradients.items():
         for got, want in zip(found, gradients["none"], strict=True):
             np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5 * np.abs(want).max(), err_msg=remat)
+
+
+@pytest.mark.parametrize("remat", ["dots", "full"])
+def test_products_have_operands_in_the_compute_dtype_and_sums_in_float32(config, batch, remat):
+    """All of a step: forward, recomputed and backward, the layers', attention's and the loss's."""
+    optimizer = optax.sgd(1.0)
+    found = {}
+    for dtype in ("bfloat16", "float32"):
+        options = StepOptions(dtype=dtype, remat=remat)
+        state = init_state(new_model(config), optimizer)
+        text = train_step.lower(state, batch, optimizer=optimizer, options=options).as_text()
+        types = re.findall(r"dot_general.*: \(tensor<[^>]*x(\w+)>, tensor<[^>]*x(\w+)>\) -> tensor<[^>]*x(\w+)>", text)
+        assert len(types) == text.count("stablehlo.dot_general") > 20
+        found[dtype] = set(types)
+    assert found == {"bfloat16": {("bf16", "bf16", "f32")}, "float32": {("f32", "f32", "f32")}}
 
 
 def test_micro_batches_equal_the_batch(config, batch):

@@ -229,7 +229,7 @@ def test_integers_without_a_quantization_config(packed, tmp_path, capsys):
 def test_on_a_mesh(packed):
     mesh = jax.make_mesh((1,), ("all",))
     placed = s3.from_pretrained(packed["int4"], mesh=mesh)
-    same(placed, s3.from_pretrained(packed["int4"], stacked=True))
+    same(placed, s3.from_pretrained(packed["int4"]))
     assert all(param[...].sharding.mesh.axis_names == ("all",) for param in parameters(placed).values())
 
 

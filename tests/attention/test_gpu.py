@@ -1,0 +1,225 @@
+import json
+import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import no_gpu
+import numpy as np
+import pytest
+
+from smollm3_jax.attention import attention, attention_after, cudnn, dispatch, gpu
+
+HERE = Path(__file__).resolve().parent
+BATCH, LENGTH, HEADS, KV_HEADS, WIDTH = 2, 24, 4, 2, 8
+
+# Rows of documents; the first has more than most bounds below, with one of a single token.
+DOCUMENTS = {
+    "several": [[1] * 5 + [2] + [3] * 10 + [7] * 8, [1] * 9 + [2] * 6 + [0] * 9],
+    "one": [[1] * LENGTH] * 2,
+    "padding between": [[0] * 3 + [1] * 4 + [0] * 2 + [4] * 15, [0] * LENGTH],
+    "many": [list(range(1, LENGTH + 1)), [1 + i // 2 for i in range(LENGTH)]],
+}
+
+
+@pytest.fixture
+def as_on_gpu(monkeypatch):
+    """Kernels are chosen as on an H100, and computed by their definition."""
+    monkeypatch.setattr(dispatch, "platform_of", lambda sharding: "gpu")
+    monkeypatch.setattr(gpu, "compute_capability", lambda sharding: (9, 0))
+    monkeypatch.setattr(cudnn, "is_known", lambda: True)
+    monkeypatch.setattr(cudnn, "forward", no_gpu.forward)
+    monkeypatch.setattr(cudnn, "backward", no_gpu.backward)
+    return monkeypatch
+
+
+def arrays(dtype, *shapes):
+    return [jnp.asarray(np.random.RandomState(i).standard_normal(shape), dtype) for i, shape in enumerate(shapes)]
+
+
+def qkvg(dtype=jnp.float16):
+    """q, k, v and a cotangent."""
+    q, k = (BATCH, LENGTH, HEADS, WIDTH), (BATCH, LENGTH, KV_HEADS, WIDTH)
+    return arrays(dtype, q, k, k, q)
+
+
+def anew(function, *arguments, **options):
+    """As one program, of which JAX does not remember what another test traced under the same name."""
+    return jax.jit(lambda *arguments: function(*arguments, **options))(*arguments)
+
+
+def out_and_gradients(q, k, v, g, segments=None):
+    def compute(q, k, v, g, segments):
+        masks = {} if segments is None else {"q_segments_BT": segments, "kv_segments_BS": segments}
+        out, back = jax.vjp(lambda q, k, v: attention(q, k, v, **masks), q, k, v)
+        return out, *back(g)
+
+    return anew(compute, q, k, v, g, segments)
+
+
+def same(got, expected, allowed):
+    for x, y in zip(got, expected, strict=True):
+        assert x.dtype == y.dtype
+        np.testing.assert_allclose(np.asarray(x, np.float32), np.asarray(y, np.float32), atol=allowed, rtol=allowed)
+
+
+@pytest.mark.parametrize("bound", [2, 3, 64])
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_documents_equal_plain_attention(name, bound, as_on_gpu):
+    """Forward and back, also where a batch has more documents than a call of the kernel takes."""
+    q, k, v, g = qkvg()
+    segments = jnp.asarray(DOCUMENTS[name], jnp.int32)
+    real = (segments != 0)[:, :, None, None]
+    # No gradient comes from padding: it has no label.
+    g = jnp.where(real, g, 0)
+    as_on_gpu.setattr(gpu, "DOCUMENTS", bound)
+    calls = []
+    as_on_gpu.setattr(cudnn, "forward", lambda *a: calls.append(a) or no_gpu.forward(*a))
+    out, *gradients = out_and_gradients(q, k, v, g, segments)
+    assert calls and np.isfinite(np.asarray(out, np.float32)).all()
+    as_on_gpu.setattr(dispatch, "platform_of", lambda sharding: "cpu")
+    plain, *plain_gradients = out_and_gradients(q, k, v, g, segments)
+    same([jnp.where(real, out, 0)], [jnp.where(real, plain, 0)], 2e-3)
+    same(gradients, plain_gradients, 5e-3)
+
+
+def test_without_documents(as_on_gpu):
+    expected = out_and_gradients(*qkvg())
+    as_on_gpu.setattr(dispatch, "platform_of", lambda sharding: "cpu")
+    same(expected, out_and_gradients(*qkvg()), 5e-3)
+
+
+def test_a_document_in_two_parts_is_refused(as_on_gpu):
+    """Its row is not a number, so that a step finds it bad; the other row stays as it is."""
+    q, k, v, g = qkvg()
+    good = jnp.asarray(DOCUMENTS["several"], jnp.int32)
+    expected = out_and_gradients(q, k, v, g, good)
+    for row in ([1] * 8 + [2] * 8 + [1] * 8, [1] * 8 + [0] * 8 + [1] * 8, [2] * 8 + [1] * 16):
+        got = out_and_gradients(q, k, v, g, good.at[0].set(jnp.asarray(row)))
+        assert np.isnan(np.asarray(got[0][0], np.float32)).all()
+        assert np.isnan(np.asarray(got[1][0], np.float32)).all()
+        same([x[1:] for x in got], [x[1:] for x in expected], 1e-3)
+
+
+@pytest.mark.parametrize("padding", [0, 5])
+def test_a_past_equals_one_sequence(padding, as_on_gpu):
+    """Of no, some and all of the tokens that there is room for; what lies behind them may be anything."""
+    past, lengths = 16, jnp.asarray([0, 7, 16])
+    new, old = (3, LENGTH, HEADS, WIDTH), (3, past, KV_HEADS, WIDTH)
+    q, k, v, past_k, past_v = arrays(jnp.float16, new, *[(3, LENGTH, KV_HEADS, WIDTH)] * 2, old, old)
+    real = jnp.arange(LENGTH) < LENGTH - padding
+    options = {"length_B": lengths, "segments_BT": jnp.broadcast_to(real.astype(jnp.int32), (3, LENGTH))}
+    unused = (jnp.arange(past) >= lengths[:, None])[:, :, None, None]
+    anything = [jnp.where(unused, 60000, x).astype(x.dtype) for x in (past_k, past_v)]
+    got = anew(attention_after, q, k, v, *anything, **options)
+    assert np.isfinite(np.asarray(got, np.float32)).all()
+    as_on_gpu.setattr(dispatch, "platform_of", lambda sharding: "cpu")
+    expected = anew(attention_after, q, k, v, past_k, past_v, **options)
+    same([got[:, real]], [expected[:, real]], 2e-3)
+
+
+def test_merging_is_in_float32(as_on_gpu):
+    """Large scores, whose normalizers bfloat16 rounds to whole numbers: a past of one key beside one new key."""
+    q, k = jnp.full((1, 1, 1, 8), 8.0, jnp.bfloat16), jnp.full((1, 1, 1, 8), 8.0, jnp.bfloat16)
+    scores = 8 * 64 / 8**0.5, 8 * 62 / 8**0.5
+    past_k, ones = jnp.full_like(k, 7.75), jnp.ones_like(k)
+    one = jnp.ones(1, jnp.int32)
+    out = anew(attention_after, q, k, ones, past_k, ones * 0, length_B=one, segments_BT=one[None])
+    np.testing.assert_allclose(np.asarray(out, np.float32), 1 / (1 + np.exp(scores[1] - scores[0])), rtol=4e-3)
+
+
+@pytest.mark.slow
+def test_rows_on_several_devices_equal_whole_rows():
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(str(HERE.parents[i]) for i in (1, 0)), "JAX_PLATFORMS": "cpu"}
+    env["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "true"
+    script = [sys.executable, str(HERE / "gpu_on_several_devices.py")]
+    run = subprocess.run(script, capture_output=True, text=True, env=env, check=False)
+    assert run.returncode == 0, run.stderr
+    report = json.loads(run.stdout.splitlines()[-1])
+    assert len(report) == 4
+    for name, differences in report.items():
+        assert max(differences) < 5e-3, (name, differences)
+
+
+def lowered(function, *arguments):
+    return (
+        jax.jit(lambda *arguments: function(*arguments)).trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
+    )
+
+
+def shape(*dims, dtype=jnp.bfloat16):
+    return jax.ShapeDtypeStruct(dims, dtype)
+
+
+@pytest.fixture
+def h100(monkeypatch):
+    """Programs are lowered for an H100; nothing runs."""
+    from jax._src.cudnn import fused_attention_stablehlo as private
+
+    monkeypatch.setattr(dispatch, "platform_of", lambda sharding: "gpu")
+    monkeypatch.setattr(gpu, "compute_capability", lambda sharding: (9, 0))
+    # What JAX's public function asks of the GPU that there is not.
+    monkeypatch.setattr(private, "check_cudnn_version", lambda: 91000)
+    monkeypatch.setattr(private, "check_compute_capability", lambda capability: True)
+    return monkeypatch
+
+
+def test_rows_without_documents_are_lowered_to_cudnn(h100):
+    q, k = shape(2, 64, 8, 128), shape(2, 64, 2, 128)
+    assert "__cudnn$fmhaSoftmax" in lowered(attention, q, k, k)
+    for other in (shape(2, 64, 8, 128, dtype=jnp.float32), shape(2, 64, 8, 160)):
+        assert "cudnn" not in lowered(attention, other, other, other)
+    h100.setattr(gpu, "compute_capability", lambda sharding: (7, 5))
+    assert "cudnn" not in lowered(attention, q, k, k)
+
+
+@pytest.mark.skipif(not cudnn.is_known(), reason="before jax 0.11.2 documents are computed wrong")
+def test_documents_and_a_past_are_lowered_to_cudnn(h100):
+    q, k, segments = shape(2, 256, 8, 128), shape(2, 256, 2, 128), shape(2, 256, dtype=jnp.int32)
+
+    def loss(q, k, segments):
+        return attention(q, k, k, q_segments_BT=segments, kv_segments_BS=segments).astype(jnp.float32).sum()
+
+    text = lowered(jax.grad(loss, (0, 1)), q, k, segments)
+    assert text.count("@__cudnn$fmhaSoftmaxBackward") == text.count("@__cudnn$fmhaSoftmax(") == 2
+    assert text.count("PADDING_CAUSAL") == 4 and "max_seg_per_batch" in text and "256x256x" not in text
+    past = shape(2, 512, 2, 128)
+
+    def after(q, k, past, length, segments):
+        return attention_after(q, k, k, past, past, length_B=length, segments_BT=segments)
+
+    text = lowered(after, q, k, past, shape(2, dtype=jnp.int32), segments)
+    assert text.count("@__cudnn$fmhaSoftmax(") == 2 and "256x768" not in text
+
+
+def with_documents(q, k, segments):
+    return attention(q, k, k, q_segments_BT=segments, kv_segments_BS=segments)
+
+
+@pytest.mark.parametrize(
+    ("capability", "known", "word"),
+    [
+        ((8, 6), True, "documents on a device older than compute capability 9.0"),
+        ((0, 0), True, "a device older than compute capability 8.0"),
+        ((9, 0), False, f"documents in jax {jax.__version__}"),
+    ],
+)
+def test_where_there_is_no_kernel_for_documents_that_is_said_once(capability, known, word, h100, caplog):
+    dispatch.say_once.cache_clear()
+    h100.setattr(gpu, "compute_capability", lambda sharding: capability)
+    h100.setattr(cudnn, "is_known", lambda: known)
+    with caplog.at_level(logging.INFO):
+        for _ in range(2):
+            arguments = shape(2, 64, 8, 128), shape(2, 64, 2, 128), shape(2, 64, dtype=jnp.int32)
+            assert "cudnn" not in lowered(with_documents, *arguments)
+    assert [record.getMessage() for record in caplog.records if record.name == dispatch.__name__] == [
+        f"cuDNN attention does not take {word}: plain XLA computes attention, which is slower"
+    ]
+
+
+def test_versions():
+    """Read in these, and not before: 0.10.2 computes documents wrong."""
+    assert cudnn.is_known() == ((0, 11, 2) <= jax.__version_info__ < (0, 13))
