@@ -1,148 +1,104 @@
-"""Measures this machine's accelerator, beside what was modelled for it, and writes one JSON to send in.
+"""Measures this machine's accelerator with SmolLM3-3B's shape and random weights, which need no network.
 
-    python scripts/on_device.py [--model demo|DIR] [--out on_device.json]
+    python scripts/on_device.py                              # all of it: ten minutes on one H100
+    python scripts/on_device.py --half first                 # ceilings, parity, decoding; five minutes
+    python scripts/on_device.py --half second                # training, prefill, PyTorch; five minutes
+    python scripts/on_device.py --tiny                       # all of it on a small model and a CPU, to try the run
+    python scripts/on_device.py --merge FOLDER [FOLDER ...]  # keeps a machine's results in benchmarks/
+    python scripts/on_device.py --table                      # the README's table of accelerators, from benchmarks/
 
-Parity (logits against the CPU's, float32 at the highest precision), prefill, decoding, and the training step, on all
-local devices. On a machine without a TPU or GPU it runs on the CPU, and says so: nothing is modelled for one.
+Parts are processes of their own with limits. Each result is a line of FOLDER/results.jsonl the moment it is known; a
+part that fails is tried once more without CUDA graphs, and loses nothing of what others found. Exit code: 0; 1 if
+something failed or was skipped for want of time; 4 if a comparison is out of its bounds.
 """
 
 import argparse
-import json
-import platform
-import statistics
+import importlib
+import os
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-import jax
-import jax.numpy as jnp
-import numpy as np
+from device import benchmarks, report
+from device.run import Run, lines
+from device.schedule import HALVES, PARTS, PATIENCE, chosen, part_command, run_parts
 
-import smollm3_jax as s3
-from sharding import hlo
-from sharding.hardware import chip_of
-from sharding.mesh import make_mesh
-from sharding.roofline import roofline
-from sharding.rules import Sharding
-from smollm3_jax.errors import SmolLM3Error
-from smollm3_jax.plan import TrainSetting
-from smollm3_jax.progress import busy
-from smollm3_jax.support import version
-from smollm3_jax.train.optimizer import adamw
-from smollm3_jax.train.step import COMPILER_OPTIONS, Batch, StepOptions, init_state, state_shardings, train_step
-from smollm3_jax.weights.demo import pull_demo
-
-ROUNDS = 5
+HALF_SECONDS = 285
 
 
-def seconds(run: Callable[[], Any]) -> float:
-    """The median of ROUNDS, after one to warm up."""
-    jax.block_until_ready(run())
-    times = []
-    for _ in range(ROUNDS):
-        begin = time.perf_counter()
-        jax.block_until_ready(run())
-        times.append(time.perf_counter() - begin)
-    return statistics.median(times)
+def main(argv: list[str] | None = None) -> int:
+    args = parse(argv)
+    if args.list:
+        for part in PARTS:
+            print(f"{part.half:7}{part.name:24}at most {part.limit} s")
+        return 0
+    if args.table:
+        print(benchmarks.markdown())
+        return 0
+    if args.merge:
+        try:
+            print(benchmarks.merge(args.merge, benchmarks.FOLDER))
+        except benchmarks.MergeError as error:
+            print(f"on_device: {error}", file=sys.stderr)
+            return 3
+        return 0
+    if args.part:
+        return run_part(Run(args.part, args.out, args.tiny, not args.without_graphs))
+    if lines(args.out):
+        print(f"on_device: {args.out} holds results already: name another folder by --out", file=sys.stderr)
+        return 2
+    args.out.mkdir(parents=True, exist_ok=True)
+    return measure(args)
 
 
-def parity(folder: Path, tokens: np.ndarray) -> dict[str, Any]:
-    """The largest difference of logits between the default device and the CPU, and of what size they are."""
-    with jax.default_matmul_precision("highest"):
-        model = s3.from_pretrained(folder, dtype="float32", stacked=True)
-        here = np.asarray(model(jnp.asarray(tokens)))
-        cpu = jax.devices("cpu")[0]
-        with jax.default_device(cpu):
-            there = np.asarray(jax.device_put(model, cpu)(jax.device_put(tokens, cpu)))
-    difference = float(np.abs(here - there).max())
-    agree = float((here.argmax(-1) == there.argmax(-1)).mean())
-    return {"max_abs": difference, "max_logit": float(np.abs(there).max()), "argmax_agreement": agree}
+def measure(args: argparse.Namespace) -> int:
+    """Runs the chosen parts and prints the table."""
+    seconds = HALF_SECONDS * (1 if args.half else len(HALVES)) * (PATIENCE if args.tiny else 1)
+    parts = chosen(args.half, args.only)
+    command = part_command(Path(__file__).resolve(), args.out, args.tiny)
+    good = run_parts(parts, args.out, args.budget or seconds, command, args.tiny)
+    found = lines(args.out)
+    text = report.table(found)
+    (args.out / "report.txt").write_text(text)
+    print(f"\n{text}")
+    if not all(line["passed"] for line in report.of_kind(found, "parity")):
+        return 4
+    return 0 if good else 1
 
 
-def inference(folder: Path, tokens: np.ndarray) -> dict[str, Any]:
-    """Tokens a second of prefill and of decoding at batch 1 and 8, in bfloat16 on one device."""
-    model = s3.from_pretrained(folder, dtype="bfloat16")
-    prompt = tokens[0].tolist()
-    found: dict[str, Any] = {}
-    for rows in (1, 8):
-        prompts = [prompt[i : i + 32] for i in range(rows)]
-
-        def run(new: int, prompts: list[list[int]] = prompts) -> list[list[int]]:
-            return s3.generate(model, prompts, s3.SamplingParams(max_new_tokens=new, temperature=0, ignore_eos=True))
-
-        found[f"decode_batch_{rows}"] = rows * 64 / (seconds(lambda: run(65)) - seconds(lambda: run(1)))
-    greedy = s3.SamplingParams(max_new_tokens=1, temperature=0)
-    found[f"prefill_{len(prompt)}"] = len(prompt) / seconds(lambda: s3.generate(model, [prompt], greedy))
-    return found
+def run_part(run: Run) -> int:
+    """What a part's process does: 1 if a case of it failed."""
+    importlib.import_module(f"device.{run.part}").part(run)
+    own = [line for line in lines(run.out) if line["part"] == run.part]
+    done = {line["case"] for line in own if line["kind"] == "done"}
+    return int(any(line["kind"] == "error" and line["case"] not in done for line in own))
 
 
-def training(folder: Path, length: int) -> dict[str, Any]:
-    """Seconds of a training step over all devices, a row of `length` a device, measured and modelled."""
-    model = s3.from_pretrained(folder, dtype="float32", mesh=make_mesh({"fsdp": -1}), rules="fsdp")
-    sharding = Sharding.of(make_mesh({"fsdp": -1}), "fsdp").fitted(model.config.axis_sizes)
-    optimizer, options = adamw(1e-5), StepOptions()
-    state = init_state(model, optimizer)
-    state = jax.device_put(state, state_shardings(state, sharding))
-    rows = jax.device_count()
-    tokens = jnp.asarray(np.random.RandomState(0).randint(0, model.config.vocab_size, (rows, length)), jnp.int32)
-    at = jax.sharding.NamedSharding(sharding.mesh, sharding.spec("batch", None))
-    batch = jax.device_put(Batch(tokens, jnp.ones_like(tokens)), at)
-    static = {"optimizer": optimizer, "options": options, "sharding": sharding}
-    compiler_options = COMPILER_OPTIONS.get(sharding.platform)
-    compiled = train_step.lower(state, batch, **static).compile(compiler_options=compiler_options)
-    box = [state]
-
-    def run() -> Any:
-        box[0], metrics = compiled(box[0], batch)
-        return metrics
-
-    measured, chip = seconds(run), chip_of(jax.devices()[0])
-    result: dict[str, Any] = {"rows": rows, "length": length, "seconds": measured}
-    result["memory_bytes"] = hlo.memory(compiled).total
-    if chip is not None:
-        setting = TrainSetting(model.config, chip, sharding, rows, length, options)
-        result["modelled_seconds"] = roofline(hlo.operations(compiled), chip, setting.kernel_cost).seconds
-    return result
-
-
-def main() -> int:
+def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="demo", metavar="DIR", help="a model folder (default: demo)")
-    parser.add_argument("--out", type=Path, default=Path("on_device.json"), metavar="FILE")
-    parser.add_argument("--length", type=int, default=512, metavar="N", help="of prompts and rows (default: 512)")
-    args = parser.parse_args()
-    try:
-        folder = pull_demo() if args.model == "demo" else Path(args.model)
-        device = jax.devices()[0]
-        accelerator = device.platform != "cpu"
-        if not accelerator:
-            print("no TPU or GPU here: this measures the CPU, for which nothing is modelled", file=sys.stderr)
-        vocab = s3.ModelConfig.from_hf(folder).vocab_size
-        tokens = np.random.RandomState(0).randint(0, vocab, (1, args.length)).astype(np.int32)
-        report: dict[str, Any] = {
-            "accelerator": accelerator,
-            "device": f"{jax.device_count()} x {device.device_kind}",
-            "chip": getattr(chip_of(jax.devices()[0]), "name", None),
-            "host": platform.platform(),
-            "versions": {name: version(name) for name in ("jax", "jaxlib", "flax", "libtpu")},
-            "model": folder.name,
-        }
-        for name, part in (
-            ("parity", lambda: parity(folder, tokens)),
-            ("inference", lambda: inference(folder, tokens)),
-            ("training", lambda: training(folder, args.length)),
-        ):
-            with busy(name):
-                report[name] = part()
-    except SmolLM3Error as error:
-        print(f"on_device: {error}", file=sys.stderr)
-        return error.exit_code
-    text = json.dumps(report, indent=2)
-    args.out.write_text(text + "\n")
-    print(text)
-    return 0
+    parser.add_argument("--half", choices=HALVES, help="one of the two halves (default: both)")
+    parser.add_argument("--only", type=_names, default=(), metavar="PART,PART", help="these parts alone; see --list")
+    parser.add_argument(
+        "--budget", type=float, metavar="SECONDS", help=f"for everything (default: {HALF_SECONDS} a half)"
+    )
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="default: $OUT, or measured, or measured-HALF")
+    parser.add_argument("--tiny", action="store_true", help="a small model on the CPU: tries the run, measures nothing")
+    parser.add_argument("--list", action="store_true", help="the parts in their order")
+    parser.add_argument("--merge", type=Path, nargs="+", metavar="FOLDER", help="keep the results of one machine")
+    parser.add_argument("--table", action="store_true", help="print the README's table of accelerators")
+    parser.add_argument("--part", help=argparse.SUPPRESS)  # a part's own process
+    parser.add_argument("--without-graphs", action="store_true", help=argparse.SUPPRESS)
+    args = parser.parse_args(argv)
+    own = "measured" if args.half is None else f"measured-{args.half}"
+    args.out = args.out or Path(os.environ.get("OUT") or own)
+    return args
+
+
+def _names(text: str) -> tuple[str, ...]:
+    names, known = tuple(text.split(",")), [part.name for part in PARTS]
+    for name in names:
+        if name not in known:
+            raise argparse.ArgumentTypeError(f"there is no part {name!r}; choose of {', '.join(dict.fromkeys(known))}")
+    return names
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax import Array
+from jax.core import Tracer
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 log = logging.getLogger(__name__)
@@ -95,6 +96,20 @@ class Sharding:
                         f"the rule {axis} -> {mesh_axis} names no axis of the mesh, which has {mesh.axis_names}"
                     )
         return cls(mesh, tuple(sorted((axis, _mesh_axes(target, mesh)) for axis, target in rules.items())))
+
+    @classmethod
+    def of_array(cls, x: Any) -> "Sharding | None":
+        """The mesh that an array lies on, and no rules: what is computed there, every device computes whole.
+
+        It keeps kernels, which the compiler cannot divide, apart from arrays that it does. None for what lies on
+        one device, and for what is being traced, which does not say where it lies.
+        """
+        at = None if isinstance(x, Tracer) else getattr(x, "sharding", None)
+        if not isinstance(at, NamedSharding) or at.mesh.size == 1:
+            return None
+        said = f"the model lies on {at.mesh.size} devices, and no sharding= says how they divide the work"
+        say_once(log, logging.WARNING, f"{said}: each of them does all of it")
+        return cls.of(at.mesh, {})  # pyright: ignore[reportArgumentType]
 
     def fitted(self, sizes: Mapping[str, int]) -> "Sharding":
         """The same, but for key-value heads that the mesh does not divide: they stay whole on every device.

@@ -157,12 +157,14 @@ def stream(
       steps: how many tokens of each sequence come at a time, at most 16.
       lookup: how many tokens to draft from the text so far and verify at once (see `lookup`); 0 is off.
         The share of them that was accepted is logged at the end.
-      sharding: the mesh and rules that the model was placed by; None on one device.
+      sharding: the mesh and rules that the model was placed by; None on one device, or for every device of the
+        model's mesh to compute everything.
 
     Raises:
       OptionError: a request that cannot be run, when its turn comes.
     """
     enable()
+    sharding = sharding or Sharding.of_array(model.norm[...])
     config = model.config, model.generation_config
     if capacity is None:
         requests = list(requests)

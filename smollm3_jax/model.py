@@ -19,15 +19,14 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
-from jax.ad_checkpoint import checkpoint_name
 
 from sharding.rules import Sharding, platform_of
 
-from . import rope
+from . import rope, xla_cpu
 from .attention import attention, attention_after, decode_attention, decode_step
 from .config import GenerationConfig, ModelConfig
 from .kv_cache import KVCache, advance, read, rows, write
-from .quantize import Weight, linear, lookup, quantized, scheme_of
+from .quantize import Quantized, Weight, linear, lookup, quantized, scheme_of
 
 
 class Block(nnx.Module):
@@ -106,7 +105,8 @@ class SmolLM3(nnx.Module):
           segment_ids: int32 [B, T]; 0 is padding, other values name documents; None is one document.
             With a cache a row is one document, and padding may only stand at its end.
           cache: what came before these tokens. It is not donated: the old one stays valid.
-          sharding: the mesh and rules that parameters and cache were placed by; None on one device.
+          sharding: the mesh and rules that parameters and cache were placed by; None on one device, or for
+            every device of the parameters' mesh to compute everything.
 
         Returns:
           float32 [B, T, V]; with a cache, also the cache that holds these tokens.
@@ -114,6 +114,7 @@ class SmolLM3(nnx.Module):
         tokens = jnp.asarray(tokens)
         chex.assert_rank(tokens, 2)
         chex.assert_equal_shape([x for x in (tokens, positions, segment_ids) if x is not None])
+        sharding = sharding or Sharding.of_array(self.norm[...])
         return _logits(self, tokens, positions, segment_ids, cache, sharding=sharding)
 
     def hidden(
@@ -155,11 +156,11 @@ class SmolLM3(nnx.Module):
 
     def unembed(self, x: Array, sharding: Sharding | None = None) -> Array:
         """Logits, float32 [..., V], of final hidden states [..., D]."""
-        return linear(x, self.embed if self.head is None else self.head, platform=platform_of(sharding))
+        return linear(x, self.embed if self.head is None else self.head, sharding=sharding)
 
     def layer_states(self, tokens: Array) -> Array:
         """What enters the first layer and what leaves each, [L + 1, B, T, D]: for finding where models part."""
-        return _layer_states(self, tokens)
+        return _layer_states(self, tokens, sharding=Sharding.of_array(self.norm[...]))
 
 
 @functools.partial(jax.jit, static_argnames="sharding")
@@ -177,10 +178,10 @@ def _logits(
     return logits_BTV if new_cache is None else (logits_BTV, new_cache)
 
 
-@jax.jit
-def _layer_states(model: SmolLM3, tokens_BT: Array) -> Array:
-    first_BTD = _embed(model, tokens_BT)
-    _, states_LBTD, _ = _run_layers(model, tokens_BT, keep_states=True)
+@functools.partial(jax.jit, static_argnames="sharding")
+def _layer_states(model: SmolLM3, tokens_BT: Array, *, sharding: Sharding | None = None) -> Array:
+    first_BTD = _embed(model, tokens_BT, sharding)
+    _, states_LBTD, _ = _run_layers(model, tokens_BT, sharding=sharding, keep_states=True)
     return jnp.concatenate([first_BTD[None], states_LBTD])
 
 
@@ -210,6 +211,8 @@ def _run_layers(
 
     def step(x_BTD: Array, layer: tuple) -> tuple[Array, Any]:
         weights, use_rope, window, cached = layer
+        if cached is None:
+            weights = _in_dtype(weights, x_BTD.dtype)
 
         def attend(q_BTHE: Array, k_BTKE: Array, v_BTKE: Array) -> tuple[Array, Any]:
             if cached is not None and past is None and slot is None:
@@ -294,6 +297,15 @@ def unstacked(model: SmolLM3) -> SmolLM3:
     return out
 
 
+def _in_dtype(weights: Block, dtype: Any) -> Block:
+    """Weights that are not quantized, in the activations' dtype, which they have but where training leaves it to us."""
+
+    def is_quantized(x: Any) -> bool:
+        return isinstance(x, Quantized)
+
+    return jax.tree.map(lambda x: x if is_quantized(x) else x.astype(dtype), weights, is_leaf=is_quantized)
+
+
 def _int_or_none(x: Any) -> Array | None:
     return None if x is None else jnp.array(x, jnp.int32)
 
@@ -317,29 +329,31 @@ def block(
     def placed(x_BTD: Array) -> Array:
         return x_BTD if sharding is None else sharding.constrain(x_BTD, "batch", "length", "residual")
 
-    multiply = functools.partial(_linear, platform=platform_of(sharding))
-    x_BTD = checkpoint_name(x_BTD, "input")
+    platform = platform_of(sharding)
+    multiply = functools.partial(_linear, sharding=sharding)
+    named = functools.partial(xla_cpu.named, platform=platform)
+    x_BTD = named(x_BTD, "input_bits" if xla_cpu.keeps_bits(x_BTD, platform) else "input")
     h_BTD = norm(x_BTD, p.attn_norm[...], config.rms_norm_eps)
-    q_BTHE = checkpoint_name(multiply(h_BTD, p.q, p.q_bias), "q")
-    k_BTKE = checkpoint_name(multiply(h_BTD, p.k, p.k_bias), "k")
-    v_BTKE = checkpoint_name(multiply(h_BTD, p.v, p.v_bias), "v")
+    q_BTHE = named(multiply(h_BTD, p.q, p.q_bias), "q")
+    k_BTKE = named(multiply(h_BTD, p.k, p.k_bias), "k")
+    v_BTKE = named(multiply(h_BTD, p.v, p.v_bias), "v")
     out_BTHE, kept = attend(q_BTHE, k_BTKE, v_BTKE)
     addends = x_BTD, multiply(out_BTHE, p.o, p.o_bias, contracted=2)
     x_BTD = placed(addends[0] + addends[1])
 
     h_BTD = norm(x_BTD, p.mlp_norm[...], config.rms_norm_eps, addends)
-    gate_BTF = jax.nn.silu(checkpoint_name(multiply(h_BTD, p.gate, p.gate_bias), "gate"))
-    up_BTF = checkpoint_name(multiply(h_BTD, p.up, p.up_bias), "up")
+    gate_BTF = jax.nn.silu(named(multiply(h_BTD, p.gate, p.gate_bias), "gate"))
+    up_BTF = named(multiply(h_BTD, p.up, p.up_bias), "up")
     return placed(x_BTD + multiply(gate_BTF * up_BTF, p.down, p.down_bias)), kept
 
 
 def _linear(
-    x: Array, weight: Weight, bias: nnx.Param | None, contracted: int = 1, platform: str | None = None
+    x: Array, weight: Weight, bias: nnx.Param | None, contracted: int = 1, sharding: Sharding | None = None
 ) -> Array:
     """The product and the bias are added up in float32, then rounded once to x's dtype."""
     if bias is None:
-        return linear(x, weight, contracted, platform, dtype=x.dtype)
-    return (linear(x, weight, contracted, platform) + bias[...]).astype(x.dtype)
+        return linear(x, weight, contracted, sharding=sharding, dtype=x.dtype)
+    return (linear(x, weight, contracted, sharding=sharding) + bias[...]).astype(x.dtype)
 
 
 def _norm_for(tokens_BT: Array, cached: bool, sharding: Sharding | None) -> Callable[..., Array]:

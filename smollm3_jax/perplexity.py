@@ -98,6 +98,7 @@ def perplexity(
       json.dumps: None in place of numbers that are not finite.
     """
     enable()
+    sharding = sharding or Sharding.of_array(model.norm[...])
     rows = [(language, document) for language, of in documents.items() for document in of]
     batch = min(ROWS, len(rows))
     dtype = jnp.dtype(cache_dtype or model.cache_dtype)

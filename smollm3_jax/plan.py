@@ -357,7 +357,9 @@ class DecodeSetting:
         return roofline(hlo.operations(compiled), self.chip, self.kernel_cost, branches=False)
 
     def kernel_cost(self, op: hlo.Operation) -> KernelCost | None:
-        """Of paged attention, which reads a layer's cache (here: a full one), and of splash attention."""
+        """Of a TPU's kernels: paged attention, which reads a layer's cache (here: a full one), and splash attention."""
+        if self.sharding.platform != "tpu":
+            return None
         heads, width = self.config.num_attention_heads // self.sharding.parts("heads"), self.config.head_dim
         if "paged_attention" in op.name + op.op_name:
             rows = self.batch // self.sharding.parts("batch")

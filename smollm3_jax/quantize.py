@@ -20,7 +20,11 @@ from flax import nnx
 from jax import Array
 from jax.experimental.layout import Layout, with_layout_constraint
 
+from sharding.rules import Sharding, platform_of
+
+from . import xla_cpu
 from .config import WEIGHT_SCHEMES
+from .quantize_kernels import Place, unpacked_product
 
 # On CPU, up to so many rows of activations are multiplied as integers; more are worth unpacking the weight for.
 INTEGER_ROWS = 128
@@ -50,7 +54,12 @@ Weight = nnx.Param | Quantized
 
 
 def linear(
-    x: Array, weight: Weight, contracted: int = 1, platform: str | None = None, dtype: Any = jnp.float32
+    x: Array,
+    weight: Weight,
+    contracted: int = 1,
+    platform: str | None = None,
+    sharding: Sharding | None = None,
+    dtype: Any = jnp.float32,
 ) -> Array:
     """Sums over the last `contracted` dimensions of x and of the weight: [..., *out] in `dtype`.
 
@@ -60,15 +69,20 @@ def linear(
     those of a quantized weight's scale and minimum; its integers have none.
 
     Args:
-      platform: what this will run on; None is JAX's default.
+      platform: what this will run on; None is where the weight lies.
+      sharding: where the weight lies; None on one device.
       dtype: what the float32 sums are rounded to.
     """
     split = len(weight.shape) - contracted
     x_RK = x.reshape(-1, math.prod(weight.shape[split:]))
-    platform = platform or jax.default_backend()
+    platform = platform or platform_of(sharding)
     if isinstance(weight, Quantized):
+        values, scale = weight.values[...], weight.scale[...]
         minimum = None if weight.minimum is None else weight.minimum[...]
-        out_RN: Any = _quantized_product(weight.scheme, platform, x_RK, weight.values[...], weight.scale[...], minimum)
+        # The axes of a layer in a stack are those of the stack, without its first.
+        axes = None if sharding is None else weight.values.get_metadata("axes")[-values.ndim :]
+        place = None if sharding is None else (sharding, axes)
+        out_RN: Array = _quantized_product(weight.scheme, platform, place, x_RK, values, scale, minimum)
     else:
         out_RN = _product(platform, x_RK, weight[...].reshape(-1, x_RK.shape[1]), dtype)
     return out_RN.reshape(*x.shape[: x.ndim - contracted], *weight.shape[:split]).astype(dtype)
@@ -93,15 +107,17 @@ def _product(platform: str, x_RK: Array, w_NK: Array, dtype: Any = jnp.float32) 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _product_of(platform: str, written: Any, x_RK: Array, w_NK: Array) -> Array:
     """Left to itself, autodiff would widen x and w to meet a float32 output's gradient."""
-    if platform == "cpu" and x_RK.shape[0] == 1 and x_RK.dtype != jnp.float32:
-        # For a product with one row XLA:CPU would first turn the whole matrix into float32; this goes through it once.
-        w_NK, x_RK = jax.lax.optimization_barrier((w_NK, x_RK))
-        return (w_NK.astype(jnp.float32) * x_RK.astype(jnp.float32)).sum(axis=1)[None]
+    return _plain_product(platform, x_RK, w_NK, written)
+
+
+def _plain_product(platform: str, x_RK: Array, w_NK: Array, written: Any = jnp.float32) -> Array:
+    if platform == "cpu" and x_RK.shape[0] == 1:
+        return xla_cpu.one_row_product(x_RK, w_NK)
     return _dot(x_RK, w_NK, 1, 1, written)
 
 
 def _product_forward(platform: str, written: Any, x_RK: Array, w_NK: Array) -> tuple[Array, tuple[Array, Array]]:
-    return _product_of(platform, written, x_RK, w_NK), (x_RK, w_NK)
+    return _plain_product(platform, x_RK, w_NK, written), (x_RK, w_NK)
 
 
 def _product_backward(platform: str, _: Any, kept: tuple[Array, Array], gradient_RN: Array) -> tuple[Array, Array]:
@@ -132,31 +148,40 @@ def kernel(scheme: str | None, rows: int, platform: str) -> str:
     return "integer" if platform == "cpu" and rows <= INTEGER_ROWS else "weight-only"
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def _quantized_product(
-    scheme: str, platform: str, x_RK: Array, values: Array, scale: Array, minimum: Array | None
+    scheme: str,
+    platform: str,
+    place: Place | None,
+    x_RK: Array,
+    values: Array,
+    scale: Array,
+    minimum: Array | None,
 ) -> Array:
     """x w^T in float32, [R, N], of what the weight's parts stand for."""
+    out_RN = unpacked_product(x_RK, values, scale, minimum, WEIGHT_SCHEMES[scheme], platform, place)
+    if out_RN is not None:
+        return out_RN
     by = kernel(scheme, x_RK.shape[0], platform)
     if by == "integer":
         return _integer_product(x_RK, values.reshape(-1, x_RK.shape[1])) * scale.reshape(-1)
     if platform == "cpu":
-        values = _held_until(x_RK, values)
+        values = xla_cpu.held_until(x_RK, values)
     if by == "weight-only":
-        return _product(platform, x_RK, values.astype(x_RK.dtype).reshape(-1, x_RK.shape[1])) * scale.reshape(-1)
+        return _plain_product(platform, x_RK, values.astype(x_RK.dtype).reshape(-1, x_RK.shape[1])) * scale.reshape(-1)
     w_NK = dequantize(values, scale, minimum).astype(x_RK.dtype).reshape(-1, x_RK.shape[1])
-    return _product(platform, x_RK, w_NK)
+    return _plain_product(platform, x_RK, w_NK)
 
 
-def _quantized_forward(scheme: str, platform: str, *arrays: Any) -> tuple[Array, tuple]:
-    return _quantized_product(scheme, platform, *arrays), arrays
+def _quantized_forward(scheme: str, platform: str, place: Place | None, *arrays: Any) -> tuple[Array, tuple]:
+    return _quantized_product(scheme, platform, place, *arrays), arrays
 
 
-def _quantized_backward(scheme: str, platform: str, kept: tuple, gradient_RN: Array) -> tuple:
+def _quantized_backward(scheme: str, platform: str, _: Place | None, kept: tuple, gradient_RN: Array) -> tuple:
     x_RK, values, scale, minimum = kept
     w_NK = values.reshape(gradient_RN.shape[1], -1)
     if platform == "cpu":
-        w_NK = _held_until(gradient_RN, w_NK)
+        w_NK = xla_cpu.held_until(gradient_RN, w_NK)
     scale_Nx, minimum_Nx = (None if x is None else x.reshape(len(w_NK), -1) for x in (scale, minimum))
     if WEIGHT_SCHEMES[scheme] is None:
         # The integers are exact in every dtype; the scale, one for each output channel, joins the gradient.
@@ -177,12 +202,6 @@ def _quantized_backward(scheme: str, platform: str, kept: tuple, gradient_RN: Ar
 _quantized_product.defvjp(_quantized_forward, _quantized_backward)
 
 
-def _held_until(x_RK: Array, values: Array) -> Array:
-    """The values, known only when x is: XLA:CPU would unpack all layers' weights ahead, and keep them."""
-    never = (x_RK[0, 0] > 1) & (x_RK[0, 0] < -1)
-    return values ^ never.astype(values.dtype)
-
-
 def _integer_product(x_RK: Array, w_NK: Array) -> Array:
     """x w^T, float32 [R, N], of an int8 w: x as two int8 rows, the second the remainder of the first.
 
@@ -194,7 +213,10 @@ def _integer_product(x_RK: Array, w_NK: Array) -> Array:
     x = x / jnp.where(step_R1 == 0, 1, step_R1)
     high = jnp.round(x)
     rows_2RK = jnp.concatenate([high, jnp.round((x - high) * 254)]).astype(jnp.int8)
-    out_2RN = jax.lax.dot_general(rows_2RK, w_NK, (((1,), (1,)), ((), ())), preferred_element_type=jnp.int32)
+    if len(rows_2RK) == 2:
+        out_2RN = xla_cpu.two_row_integer_product(rows_2RK, w_NK)
+    else:
+        out_2RN = jax.lax.dot_general(rows_2RK, w_NK, (((1,), (1,)), ((), ())), preferred_element_type=jnp.int32)
     high_RN, low_RN = jnp.split(out_2RN.astype(jnp.float32), 2)
     return (high_RN + low_RN / 254) * step_R1
 
@@ -208,6 +230,9 @@ def lookup(table: Weight, index: Array, dtype: Any, platform: str | None = None)
         # asked for, where in a loop it would turn the whole table into float32 ahead, and keep it.
         nothing = jnp.zeros((*index.shape, table.shape[1]), table.dtype)
         return jax.lax.cond(index.min() >= 0, lambda: table[...][index], lambda: nothing)
+    if (platform or jax.default_backend()) == "tpu" and index.size == 1:
+        # One row would be a slice, for which XLA for TPU first copies the whole table; two it gathers in place.
+        return lookup(table, jnp.repeat(index.reshape(1), 2), dtype, platform)[:1].reshape(*index.shape, -1)
     # The barrier keeps XLA:CPU from turning the whole table into floats before it looks up a few rows.
     parts = [part if part is None else part[...][index] for part in (table.values, table.scale, table.minimum)]
     return dequantize(*jax.lax.optimization_barrier(parts)).astype(dtype)

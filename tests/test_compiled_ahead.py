@@ -1,6 +1,6 @@
 """What the TPU compiler makes of inference, asked without a TPU: programs are compiled here and run nowhere.
 
-The functions are those that `generate` calls, for SmolLM3-3B in bfloat16 and devices that are not there.
+The functions are those that `generate` calls, for SmolLM3-3B with one array a layer and devices that are not there.
 Needs libtpu (`pip install smollm3-jax[tpu]`), of the very version that jaxlib was built with.
 """
 
@@ -10,14 +10,17 @@ import os
 from collections import Counter
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import Mesh
 
 from sharding import hlo
 from sharding.rules import Sharding
+from smollm3_jax import model, quantize
 from smollm3_jax.config import ModelConfig
 from smollm3_jax.plan import DecodeSetting, share, topology
+from smollm3_jax.weights.quantized import with_scheme
 
 pytestmark = pytest.mark.slow
 
@@ -38,8 +41,9 @@ def libtpu():
         pytest.skip("libtpu is not installed: it comes with the extra `plan`")
 
 
-def decoding(raw, name, shape, rules, layers, batch, capacity, cache="bfloat16"):
+def decoding(raw, name, shape, rules, layers, batch, capacity, weights=None, cache="bfloat16"):
     config = cut(raw, layers)
+    config = config if weights is None else with_scheme(config, weights)
     _, devices = topology(name)
     mesh = Mesh(np.array(devices).reshape(shape), ("data", "tensor"))
     return DecodeSetting(config, Sharding.of(mesh, rules), batch, capacity, cache)
@@ -53,7 +57,7 @@ def cut(raw, layers):
 
 def layer_weight(setting):
     """Bytes of the smallest matrix of a layer, as one device has it."""
-    return min(share(x) for x in jax.tree.leaves(setting.model.layers) if len(x.shape) > 1)
+    return min(share(x) for x in jax.tree.leaves(setting.model.layers[0]) if x.ndim > 1 and x.dtype != jnp.float32)
 
 
 def check_decode(setting, chip, collectives, kernels):
@@ -65,7 +69,8 @@ def check_decode(setting, chip, collectives, kernels):
     # Donated in place: only what the call chose is new. (Layouts pad small arrays.)
     assert memory.aliased >= share((setting.cache, setting.slots))
     assert memory.outputs - memory.aliased < MIB
-    # The caches stay where they are, and weights are read where they lie.
+    # The caches stay where they are, and weights are read where they lie: the table of embeddings too, whose rows are
+    # looked up and which is multiplied with.
     assert not [op for op in hlo.moves(program, layer_weight(setting)) if not op.in_branch]
     assert not hlo.moves(program, min(share(setting.cache.layers[0].k), 16 * MIB))
     if (scale := setting.cache.layers[0].k_scale) is not None:
@@ -93,18 +98,28 @@ def tensor_parallel(layers, data):
 
 
 @pytest.mark.parametrize(
-    ("topology", "shape", "cache"),
+    ("topology", "tensor", "batch", "weights", "cache"),
     [
-        ("v6e:2x2", (1, 4), "bfloat16"),
-        ("v5e:1x1", (1, 1), "bfloat16"),
-        ("v5e:1x1", (1, 1), "int8"),
-        pytest.param("v6e:2x2", (1, 4), "int8", marks=FULL),
+        pytest.param("v6e:2x2", 4, 64, None, "bfloat16", marks=FULL),
+        ("v5e:1x1", 1, 8, None, "bfloat16"),
+        ("v5e:1x1", 1, 1, "int8", "int8"),
+        ("v6e:2x2", 4, 64, "int8", "int8"),
     ],
 )
-def test_decode_step(topology, shape, cache, raw_config):
-    setting = decoding(raw_config, topology, shape, "serve_tp", 2, 64 if shape[1] == 4 else 8, 8192, cache=cache)
-    collectives = tensor_parallel(2, shape[0]) if shape[1] == 4 else Counter()
+def test_decode_step(topology, tensor, batch, weights, cache, raw_config):
+    setting = decoding(raw_config, topology, (1, tensor), "serve_tp", 2, batch, 8192, weights, cache)
+    collectives = tensor_parallel(2, 1) if tensor > 1 else Counter()
+    if weights and tensor > 1:
+        collectives["all-reduce"] += 1  # the scales of the embeddings that were looked up
     check_decode(setting, topology[:3], collectives, kernels=2)
+
+
+def test_looking_up_one_row_of_integers_would_copy_the_table(raw_config, monkeypatch):
+    """What `lookup` does about it is not for nothing."""
+    monkeypatch.setattr(model, "lookup", lambda *arguments: quantize.lookup(*arguments[:3], "gpu"))
+    setting = decoding(raw_config, "v5e:1x1", (1, 1), "serve_tp", 1, 1, 256, "int8")
+    table = share(setting.model.embed.values)
+    assert [op.bytes for op in hlo.moves(hlo.operations(setting.compile()), table)] == [table]
 
 
 @pytest.mark.parametrize(("topology", "shape"), [pytest.param("v5e:2x2", (1, 4), marks=FULL), ("v5e:4x4", (4, 4))])
@@ -124,9 +139,31 @@ def test_one_long_sequence_at_full_depth(raw_config):
     check_decode(setting, "v5e", LONG, kernels=0)
 
 
+def test_a_kernel_beside_split_weights(raw_config, monkeypatch):
+    """A caller who says nothing of the mesh: `Sharding.of_array` finds it, and keeps the kernel apart from what is
+    split. Without that the compiler refuses."""
+    setting = decoding(raw_config, "v5e:2x2", (1, 4), "fsdp", 1, 1, 128)
+
+    def logits(sharding):
+        return model._logits.lower(setting.model, setting.scalar(1, 128), None, None, None, sharding=sharding).compile()
+
+    program = hlo.operations(logits(Sharding.of(setting.sharding.mesh, {})))
+    kernels = [op.name for op in program if op.target == "tpu_custom_call"]
+    assert len(kernels) == 1 and kernels[0].startswith("splash_mha_fwd")
+    assert hlo.collectives(program)
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    with pytest.raises(NotImplementedError, match="cannot be automatically partitioned"):
+        logits(None)
+
+
 def test_prefill(raw_config):
     setting = decoding(raw_config, "v5e:2x2", (1, 4), "serve_tp", 2, 16, 8192)
     check_prefill(setting, 8192, past=0)
+
+
+def test_prefill_with_int8_weights(raw_config):
+    setting = decoding(raw_config, "v6e:1x1", (1, 1), "serve_tp", 2, 1, 8192, "int8")
+    check_prefill(setting, 2048, past=2048)
 
 
 def test_prefill_behind_a_past(raw_config):
@@ -147,3 +184,5 @@ def check_prefill(setting, length, past):
     scores = Counter([length, length + past])
     assert not [op for op in program for shape in op.shapes if Counter(shape.dims) >= scores]
     assert not hlo.moves(program, share(setting.cache.layers[0].k))
+    weights = {x.sharding.shard_shape(x.shape) for x in jax.tree.leaves(setting.model) if x.ndim > 1}
+    assert not [op for op in hlo.moves(program, layer_weight(setting)) if op.shapes[0].dims in weights]

@@ -294,8 +294,9 @@ def test_sixteen_v5e_train_smollm3():
     modelled = report["modelled"]
     assert report["fits"] and report["hbm"]["total"] <= 15 * GB
     assert modelled["dot_seconds"] <= 0.455
-    assert modelled["exposed_collective_seconds"] <= 0.156
-    assert modelled["mfu"] >= 0.55
+    # Gradients are reduced beside the next weight's product: all but a layer's last, and the embedding's.
+    assert modelled["exposed_collective_seconds"] <= 0.07
+    assert modelled["mfu"] >= 0.60
 
 
 @FULL

@@ -211,6 +211,7 @@ def test_lookup_of_rows(scheme):
     index = jnp.array([[3, 9], [0, 3]])
     np.testing.assert_array_equal(jax.jit(lookup, static_argnums=2)(packed, index, "float32"), whole[index])
     assert lookup(packed, index, "bfloat16").dtype == jnp.bfloat16
+    np.testing.assert_array_equal(lookup(packed, index[:1, :1], "float32", "tpu"), whole[index[:1, :1]])
 
 
 @pytest.mark.parametrize("scheme", ["int8", "int4"])

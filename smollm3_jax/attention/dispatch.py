@@ -15,10 +15,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jax.ad_checkpoint import checkpoint_name
 
 from sharding.rules import Sharding, platform_of, say_once
 
+from .. import xla_cpu
 from ..kv_cache import AXES, LayerCache
 from . import cudnn, gpu
 from .decode import cache_mix, cache_scores, decode_over_context
@@ -80,9 +80,9 @@ def attention(
         ):
             kernel = splash_kernel(heads // (1 if sharding is None else sharding.parts("heads")), length, past, shards)
             if sharding is not None and shards > 1:
-                return _kept(splash_over_length(kernel, q_BTHE, k_BSKE, v_BSKE, segments, kv_axis, sharding))
+                return _kept(splash_over_length(kernel, q_BTHE, k_BSKE, v_BSKE, segments, kv_axis, sharding), sharding)
             kernel = functools.partial(splash, kernel)
-            return _kept(_on_own_parts(kernel, q_BTHE, (k_BSKE, v_BSKE), segments, kv_axis, sharding))
+            return _kept(_on_own_parts(kernel, q_BTHE, (k_BSKE, v_BSKE), segments, kv_axis, sharding), sharding)
         case "gpu" if takes(
             "cuDNN attention",
             obstacles
@@ -97,7 +97,7 @@ def attention(
             if order is not None:
                 k_BSKE, v_BSKE = (x[:, np.argsort(order)] for x in (k_BSKE, v_BSKE))
                 segments = (*segments[:1], *(x[:, np.argsort(order)] for x in segments[1:]))
-            return _kept(dense(q_BTHE, k_BSKE, v_BSKE, segments, gap_B, window, order))
+            return _kept(dense(q_BTHE, k_BSKE, v_BSKE, segments, gap_B, window, order), sharding)
 
 
 def attention_after(
@@ -144,10 +144,10 @@ def attention_after(
     )
 
 
-def _kept(out_BTHE: Array) -> Array:
+def _kept(out_BTHE: Array, sharding: Sharding | None) -> Array:
     """The output by the name that training keeps it by. (cuDNN's backward pass keeps it by itself: under a second name
     it would be there twice.)"""
-    return checkpoint_name(out_BTHE, "attention")
+    return xla_cpu.named(out_BTHE, "attention", platform_of(sharding))
 
 
 def _keys_of_heads(

@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable, Generator, Mapping
 from typing import Any
 
-import grain
 import jax
 import numpy as np
 from jax.sharding import NamedSharding
@@ -22,7 +21,7 @@ from ..config import ModelConfig
 from ..errors import DataError, OptionError
 from .packing import EndOfData, Rows
 from .settings import Settings, Source, stage_at
-from .sources import BadRecord, Documents, find_files, open_documents
+from .sources import BadRecord, Documents, find_files, grain, open_documents
 from .step import Batch
 
 log = logging.getLogger(__name__)
@@ -130,7 +129,7 @@ def training_rows(name: str, documents: Documents, encode: Encode, settings: Set
     numbers = _Kept(len(documents), settings.data.eval_every_nth)
     if not len(numbers):
         raise DataError(f"source {name}: nothing is left beside what is held out")
-    order: Any = grain.MapDataset.source(numbers).seed(settings.run.seed)
+    order: Any = grain().MapDataset.source(numbers).seed(settings.run.seed)
     order = (order.shuffle() if settings.data.shuffle else order).repeat()
     options = {"epochs": settings.data.epochs, "bad_records": settings.data.bad_records}
     return Rows(name, documents, encode, order=order, epoch=len(numbers), **options)

@@ -61,7 +61,16 @@ from .monitor import Monitor
 from .optimizer import adamw, schedule
 from .packing import EndOfData
 from .settings import Settings, Stage, as_table, parse, stage_at, starts
-from .step import COMPILER_OPTIONS, Batch, StepOptions, TrainState, init_state, loss_sums, state_shardings, train_step
+from .step import (
+    Batch,
+    StepOptions,
+    TrainState,
+    compiler_options,
+    init_state,
+    loss_sums,
+    state_shardings,
+    train_step,
+)
 
 log = logging.getLogger(__name__)
 
@@ -257,7 +266,7 @@ class _Run:
             )
             platform = self.sharding.platform if self.sharding else jax.default_backend()
             with self.monitor.busy("compiling the step"), _room(self.progress.state, batch):
-                self.compiled[key] = lowered.compile(compiler_options=COMPILER_OPTIONS.get(platform))
+                self.compiled[key] = lowered.compile(compiler_options(platform, s.step.deterministic))
         return self.compiled[key]
 
     # --- checkpoints --------------------------------------------------------------------------------------

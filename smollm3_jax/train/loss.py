@@ -102,6 +102,8 @@ def _everywhere(
     batch, length = (sharding.fitting(a, n) for a, n in zip(("batch", "length"), labels_BT.shape, strict=True))
     vocab, embed = (sharding.fitting(a, n) for a, n in zip(("vocab", "embed"), head_VD.shape, strict=True))
     token_axes = sharding.mesh_axes(batch) + sharding.mesh_axes(length)
+    # Words on an axis of the mesh that tokens lie on as well: every device needs all words for its own tokens.
+    vocab = None if set(sharding.mesh_axes(vocab)) & set(token_axes) else vocab
     # The gradient of the head goes where the head is kept: summed over some axes of the mesh, spread over others.
     embed = embed if set(sharding.mesh_axes(embed)) <= set(token_axes) else None
     spread_axes = sharding.mesh_axes(embed)

@@ -108,11 +108,15 @@ class Optimizer:
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """remat: a key of step.REMAT. micro_batches: a step's rows are computed in so many goes. z_loss: its weight."""
+    """remat: a key of step.REMAT. micro_batches: a step's rows are computed in so many goes. z_loss: its weight.
+
+    deterministic: two equal steps give equal bits on a GPU too, which costs speed; a CPU and a TPU do so anyway.
+    """
 
     remat: str = "dots"
     micro_batches: int = 1
     z_loss: float = 0.0
+    deterministic: bool = False
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,6 +7,7 @@ A document is its text, or its token ids if it comes from `smollm3 tokenize`. Pa
 import bisect
 import functools
 import hashlib
+import importlib
 import itertools
 import json
 import os
@@ -61,6 +62,18 @@ class Documents:
             return self._reads[part](index - (self._ends[part - 1] if part else 0))
         except OSError as error:
             raise DataError(f"{self.files[part][0]} can no longer be read: {error}") from error
+
+
+def grain() -> Any:
+    """The package grain, imported at its first use: nothing but corpora needs it.
+
+    Raises:
+      SupportError: it is not installed.
+    """
+    try:
+        return importlib.import_module("grain")
+    except ImportError as error:
+        raise SupportError(f"corpora need the package grain ({error}): pip install 'grain>=0.2.18'") from error
 
 
 def open_documents(name: str, source: Source, max_bytes: int) -> Documents:
@@ -252,10 +265,9 @@ def _open_tokens(file: epath.Path, field: str, max_bytes: int) -> tuple[int, Cal
 
 
 def _records(file: epath.Path) -> Any:
-    from grain.sources import ArrayRecordDataSource
-
+    open_records = grain().sources.ArrayRecordDataSource
     try:
-        return ArrayRecordDataSource([str(file)])
+        return open_records([str(file)])
     except (ValueError, RuntimeError) as error:
         raise DataError(f"{file} is no ArrayRecord file: {str(error).splitlines()[0][:200]}") from None
 

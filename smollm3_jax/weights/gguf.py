@@ -15,7 +15,7 @@ import numpy as np
 
 from ..config import ARCHITECTURES
 from ..errors import CheckpointFormatError, TokenizerError
-from .gguf_header import NUMBER, PLAIN, REQUIRED, Entry, metadata_value, read_header
+from .gguf_header import NUMBER, PLAIN, REQUIRED, Entry, gguf_package, metadata_value, read_header
 from .gguf_tokenizer import tokenizer_files
 from .stored import NUMPY_DTYPES, StoredTensor
 
@@ -175,9 +175,7 @@ def _read(path: Path, entry: Entry, order: np.ndarray | None) -> np.ndarray:
     if entry.kind in PLAIN:
         array = raw.view(NUMPY_DTYPES[PLAIN[entry.kind]]).reshape(entry.shape)
         return array if order is None else array[order]
-    from gguf import GGMLQuantizationType
-    from gguf.quants import dequantize
-
+    kinds, dequantize = gguf_package().GGMLQuantizationType, gguf_package("gguf.quants").dequantize
     rows, width = entry.shape
     raw, out = raw.reshape(rows, -1), np.empty(entry.shape, np.float32)
     step = max(1, CHUNK_BYTES // (4 * width))
@@ -185,5 +183,5 @@ def _read(path: Path, entry: Entry, order: np.ndarray | None) -> np.ndarray:
         for start in range(0, rows, step):
             part = slice(start, start + step)
             packed = raw[part] if order is None else raw[order[part]]
-            out[part] = dequantize(packed, GGMLQuantizationType[entry.kind])
+            out[part] = dequantize(packed, kinds[entry.kind])
     return out

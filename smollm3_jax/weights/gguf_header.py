@@ -5,11 +5,14 @@ it busy for ever or pass as sound (its sizes wrap at 64 bits), and a vocabulary 
 supplies the sizes of the block formats. Source of the layout: ggml's docs/gguf.md.
 """
 
+import importlib
 import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+
+from ..errors import SupportError
 
 # Tensor formats by gguf's names. The plain ones keep their dtype; the others are read as float32.
 PLAIN = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
@@ -32,10 +35,25 @@ class Entry(NamedTuple):
     nbytes: int
 
 
-def read_header(path: Path) -> tuple[dict[str, Any], list[Entry]]:
-    """(metadata, tensors); the tensors lie one after the other, and all of them inside the file."""
-    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+def gguf_package(module: str = "gguf") -> Any:
+    """The package gguf, or a module of it, imported at its first use: nothing but GGUF files needs it.
 
+    Raises:
+      SupportError: it is not installed.
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise SupportError(f"GGUF files need the package gguf ({error}): pip install 'gguf>=0.17'") from error
+
+
+def read_header(path: Path) -> tuple[dict[str, Any], list[Entry]]:
+    """(metadata, tensors); the tensors lie one after the other, and all of them inside the file.
+
+    Raises:
+      SupportError: the package gguf is not installed.
+    """
+    gguf = gguf_package()
     size = path.stat().st_size
     if size < 24:
         raise ValueError(f"{size} bytes are too few for a GGUF file; fetch it again")
@@ -86,7 +104,7 @@ def read_header(path: Path) -> tuple[dict[str, Any], list[Entry]]:
     alignment = metadata_value(metadata, "general.alignment", int, 32)
     if alignment < 1 or alignment & (alignment - 1):
         raise ValueError(f"general.alignment is {alignment}, not a power of two")
-    kinds = {kind.value: kind for kind in GGMLQuantizationType}
+    kinds = {kind.value: kind for kind in gguf.GGMLQuantizationType}
     entries: dict[str, Entry] = {}
     end = 0  # of the tensors so far, from where the first begins
     for _ in range(tensor_count):
@@ -100,7 +118,7 @@ def read_header(path: Path) -> tuple[dict[str, Any], list[Entry]]:
         if kind is None or kind.name not in (*PLAIN, *QUANTIZED):
             what = kind.name if kind else f"of the unknown type {kind_number}"
             raise ValueError(f"tensor {name} is {what}; supported are {', '.join((*PLAIN, *QUANTIZED))}")
-        block, block_bytes = GGML_QUANT_SIZES[kind]
+        block, block_bytes = gguf.GGML_QUANT_SIZES[kind]
         if shape[-1] % block or (kind.name in QUANTIZED and rank != 2):
             raise ValueError(f"tensor {name} of shape {list(shape)} cannot be {kind.name}; fetch it again")
         # As llama.cpp demands: no overlaps, and no holes but the padding.

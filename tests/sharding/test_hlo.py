@@ -141,6 +141,25 @@ def test_collectives_and_moves(program):
     assert [op.name for op in hlo.moves(program, 4097)] == ["fusion.1"]
 
 
+def test_zeros_are_no_move():
+    """As XLA for GPU makes two stacks of them, in which a loop then keeps what it has computed."""
+    text = """
+%zeros () -> (f32[64,64], f32[64,64]) {
+  %zero = f32[] constant(0)
+  %broadcast.1 = f32[64,64]{1,0} broadcast(%zero), dimensions={}
+  %copy.1 = f32[64,64]{1,0} copy(%broadcast.1)
+  ROOT %tuple.1 = (f32[64,64]{1,0}, f32[64,64]{1,0}) tuple(%broadcast.1, %copy.1)
+}
+
+ENTRY %main () -> (f32[64,64], f32[64,64]) {
+  ROOT %fusion.1 = (f32[64,64]{1,0}, f32[64,64]{1,0}) fusion(), kind=kLoop, calls=%zeros
+}
+"""
+    assert not hlo.moves(hlo.operations(text), 0)
+    copied = text.replace("constant(0)", "parameter(0)").replace("fusion()", "fusion(%elsewhere)")
+    assert [op.name for op in hlo.moves(hlo.operations(copied), 0)] == ["fusion.1"]
+
+
 def test_a_program_compiled_here():
     @jax.jit
     def f(x, w):

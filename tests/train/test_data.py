@@ -1,4 +1,5 @@
 import json
+import sys
 import time
 
 import numpy as np
@@ -6,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from smollm3_jax.errors import DataError
+from smollm3_jax.errors import DataError, SupportError
 from smollm3_jax.train.data import Batches, _Kept, ahead, held_out_rows
 from smollm3_jax.train.packing import EndOfData
 from smollm3_jax.train.settings import parse
@@ -160,3 +161,9 @@ def test_a_thread_that_fails_or_hangs_is_told_of(corpora, monkeypatch):
     monkeypatch.setattr(batches, "next", fail)
     with pytest.raises(DataError, match="broken"):
         list(ahead(batches, 0, 3, 5, asked=lambda: False))
+
+
+def test_without_grain_training_says_what_to_install(corpora, monkeypatch):
+    monkeypatch.setitem(sys.modules, "grain", None)
+    with pytest.raises(SupportError, match=r"corpora need the package grain .*pip install 'grain"):
+        batches_of(corpora)

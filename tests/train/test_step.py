@@ -1,5 +1,6 @@
 import dataclasses
 import re
+from collections import Counter
 
 import jax
 import jax.numpy as jnp
@@ -10,8 +11,12 @@ import tiny
 from flax import nnx
 
 import smollm3_jax as s3
+from sharding import hlo
+from sharding.hardware import CHIPS
+from smollm3_jax.plan import TrainSetting
+from smollm3_jax.plan_devices import compile_for, sharding_for, topology
 from smollm3_jax.train.optimizer import adamw
-from smollm3_jax.train.step import REMAT, Batch, StepOptions, init_state, loss_sums, train_step
+from smollm3_jax.train.step import REMAT, Batch, StepOptions, compiler_options, init_state, loss_sums, train_step
 
 FLOAT32 = StepOptions(dtype="float32")
 
@@ -152,3 +157,37 @@ def test_the_old_state_is_donated(config, batch):
     state = init_state(new_model(config), optimizer)
     train_step(state, batch, optimizer=optimizer, options=FLOAT32)
     assert all(x.is_deleted() for x in jax.tree.leaves(state.model))
+
+
+def test_equal_steps_give_equal_bits_on_a_cpu_whether_asked_to_or_not(config, batch):
+    assert compiler_options("cpu", deterministic=True) is None  # there is nothing to change
+    assert compiler_options("tpu", deterministic=True) == compiler_options("tpu")
+    assert compiler_options("gpu", deterministic=True)["xla_gpu_exclude_nondeterministic_ops"]
+    optimizer = adamw(1e-3)
+    state = init_state(new_model(config), optimizer)
+    lowered = train_step.lower(state, batch, optimizer=optimizer, options=FLOAT32)
+    found = []
+    for deterministic in (False, True, True):
+        step = lowered.compile(compiler_options("cpu", deterministic))
+        found.append(leaves(step(init_state(new_model(config), optimizer), batch)))
+    for others in found[1:]:
+        for a, b in zip(found[0], others, strict=True):
+            np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+@pytest.mark.skipif(jax.__version_info__ < (0, 11, 2), reason="kernels for GPUs need jax 0.11.2")
+def test_on_a_gpu_a_deterministic_step_sorts_before_it_adds_up(config):
+    """Compiled for an H100, run nowhere: without the setting the embedding's gradient is a scatter in any order."""
+    _, devices = topology("h100:1")
+    setting = TrainSetting(config, CHIPS["h100"], sharding_for(config, devices, "fsdp", None), 1, 128, FLOAT32)
+    state, batch = setting.arguments
+    static = {"optimizer": adamw(1e-3), "options": FLOAT32, "sharding": setting.sharding}
+    found = {}
+    for deterministic in (False, True):
+        options = compiler_options("gpu", deterministic)
+        compiled = compile_for(train_step, state, batch, compiler_options=options, **static)
+        found[deterministic] = Counter(op.opcode for op in hlo.operations(compiled))
+    assert found[False]["scatter"] and not found[False]["sort"]
+    assert found[True]["sort"]

@@ -20,7 +20,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, trainers
 from tokenizers.pre_tokenizers import ByteLevel
 
 from smollm3_jax.config import ModelConfig, RopeScaling
-from smollm3_jax.errors import CheckpointFormatError
+from smollm3_jax.errors import CheckpointFormatError, SupportError
 from smollm3_jax.weights import gguf as reader
 from smollm3_jax.weights import gguf_header, gguf_tokenizer
 
@@ -687,3 +687,9 @@ def test_smollm3_tokenizer_on_six_languages(tmp_path):
 def test_importing_the_reader_does_not_import_gguf():
     code = "import sys, smollm3_jax.weights.gguf; sys.exit('gguf' in sys.modules or 'tokenizers' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2])
+
+
+def test_without_gguf_the_reader_says_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    with pytest.raises(SupportError, match=r"GGUF files need the package gguf .*pip install 'gguf"):
+        reader.open_gguf(tmp_path / "model.gguf", lambda name: name)

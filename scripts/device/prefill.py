@@ -1,0 +1,92 @@
+"""Prefill at full size, in the pieces that `generate` makes of a prompt, beside the floor of its products."""
+
+import dataclasses
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.stages import Compiled
+
+from sharding import hlo
+from sharding.roofline import Roofline, roofline
+from smollm3_jax.decode import prefill
+from smollm3_jax.generate import ACCELERATOR_CHUNK, pieces
+from smollm3_jax.kv_cache import empty_cache
+from smollm3_jax.model import SmolLM3
+from smollm3_jax.plan import DecodeSetting
+from smollm3_jax.plan_devices import sharding_for
+
+from . import shape
+from .modelled import say_modelled
+from .run import Run, timed
+
+# (tokens of the prompt, tokens that the slot holds already)
+CASES = ((8192, 0), (2048, 0), (2048, 8192))
+TINY_CASES = ((128, 0), (64, 128))
+TINY_CHUNK = 64
+
+
+def part(run: Run) -> None:
+    model = shape.random_model(shape.config(run.tiny))
+    for length, past in TINY_CASES if run.tiny else CASES:
+        case = name_of(length, past)
+        run.attempt(case, one, run, case, model, length, past)
+
+
+def name_of(length: int, past: int) -> str:
+    return f"prefill {length:,}" + (f" after {past:,}" if past else "")
+
+
+def one(run: Run, case: str, model: SmolLM3, length: int, past: int) -> None:
+    begin = time.perf_counter()
+    capacity = 1 << (length + past).bit_length()
+    chunk = TINY_CHUNK if run.tiny else ACCELERATOR_CHUNK
+    tokens = shape.random_tokens(model.config, 1, past + length)
+    state: dict[str, Any] = {"cache": empty_cache(model.config, 1, capacity, jnp.dtype("bfloat16"))}
+    # As `generate` cuts a prompt of this length, moved to after what the slot is said to hold.
+    todo = [(past + start, count, padded) for start, count, padded, _ in pieces(length, chunk, capacity)]
+
+    def arguments(start: int, count: int, padded: int) -> tuple[tuple, int]:
+        """What `prefill` takes after the cache, and its static bound on the tokens before."""
+        piece = jnp.zeros((1, padded), jnp.int32).at[:, :count].set(tokens[:, start : start + count])
+        bound = 0 if start == 0 else min(capacity, 1 << (start - 1).bit_length())
+        return (jnp.int32(0), piece, piece[0], jnp.int32(count)), bound
+
+    prepared = [arguments(*piece) for piece in todo]
+
+    def reset() -> None:
+        length = jax.block_until_ready(jnp.full((1,), past, jnp.int32))
+        state["cache"] = dataclasses.replace(state["cache"], length=length)
+
+    def call() -> None:
+        for rest, bound in prepared:
+            state["cache"], _ = prefill(model, state["cache"], *rest, past=bound)
+        jax.block_until_ready(state["cache"])
+
+    reset()
+    call()
+    first = time.perf_counter() - begin
+    times = timed(call, 3 if run.tiny else 7, before=reset)
+    flops, product = shape.forward_flops(model.config, length, past), run.ceiling("product")
+    run.say(
+        "speed",
+        case,
+        engine="ours",
+        **times,
+        tokens_per_second=1e3 * length / times["ms"],
+        floor_ms=None if product is None else 1e3 * flops / product,
+        flops=flops,
+        pieces=[padded for _, _, padded in todo],
+        first_seconds=first,
+    )
+    rest, bound = prepared[-1]
+    compiled = prefill.lower(model, state["cache"], *rest, past=bound).compile()
+    start, whole = todo[-1][0], len(todo) == 1
+    here = sharding_for(model.config, jax.devices()[:1], "serve_tp", None)
+    setting = DecodeSetting(model.config, here, 1, capacity)
+
+    def model_of(compiled: Compiled) -> Roofline:
+        return roofline(hlo.operations(compiled), setting.chip, setting.kernel_cost)
+
+    say_modelled(run, case if whole else f"{case}: its piece from {start:,} on", compiled, model_of)

@@ -1,0 +1,83 @@
+"""Ways around what XLA:CPU does slowly, for programs that run there. They change no number, but the order of sums.
+
+What they go around: XLA:CPU computes with 16-bit floats by turning whole operands into float32 first, also where an
+operation reads or writes a small part of an array.
+
+Shapes: N output channels, K inputs.
+"""
+
+import functools
+import re
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.ad_checkpoint import checkpoint_name
+
+
+def named(x: Array, name: str, platform: str) -> Array:
+    """`checkpoint_name`; on a CPU a policy keeps the bits (uint16) of 16-bit floats under that name.
+
+    What a scan keeps for its backward pass is written, a layer at a time, into an array of all layers. If that holds
+    bfloat16, XLA:CPU turns the whole of it into float32 and back for every layer.
+    """
+    return _through_bits(name, x) if keeps_bits(x, platform) else checkpoint_name(x, name)
+
+
+def keeps_bits(x: Array, platform: str) -> bool:
+    """Whether `named` keeps the bits of x."""
+    return platform == "cpu" and x.dtype.itemsize == 2
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _through_bits(name: str, x: Array) -> Array:
+    bits = checkpoint_name(jax.lax.bitcast_convert_type(x, jnp.uint16), name)
+    return jax.lax.bitcast_convert_type(bits, x.dtype)
+
+
+@_through_bits.defjvp
+def _through_bits_jvp(name: str, primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
+    bits = checkpoint_name(jax.lax.bitcast_convert_type(primals[0], jnp.uint16), name)
+    return jax.lax.bitcast_convert_type(bits, primals[0].dtype), tangents[0]
+
+
+@functools.cache
+def processor() -> frozenset[str]:
+    """What this processor has, in Linux's words ("avx512_vnni", "amx_tile"); nothing where Linux does not say."""
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return frozenset()
+    flags = re.search(r"^flags\s*:(.*)", text, re.MULTILINE)
+    return frozenset(flags[1].split() if flags else ())
+
+
+def one_row_product(x_1K: Array, w_NK: Array) -> Array:
+    """x w^T of one row of activations, float32 [1, N]. The forms differ by the rounding of float32 sums alone."""
+    multiply = functools.partial(
+        jax.lax.dot_general, dimension_numbers=(((1,), (1,)), ((), ())), preferred_element_type=jnp.float32
+    )
+    if "amx_tile" in processor():
+        # With AMX fastest in every dtype: w x^T, of a second row as well.
+        return multiply(w_NK, jnp.pad(x_1K, ((0, 1), (0, 0))))[:, 0][None]
+    if x_1K.dtype == jnp.float32:
+        return multiply(x_1K, w_NK)
+    # For a product with one row XLA:CPU would first turn the whole matrix into float32; this goes through it once.
+    w_NK, x_1K = jax.lax.optimization_barrier((w_NK, x_1K))
+    return (w_NK.astype(jnp.float32) * x_1K.astype(jnp.float32)).sum(axis=1)[None]
+
+
+def two_row_integer_product(x_2K: Array, w_NK: Array) -> Array:
+    """x w^T of two rows of int8 with an int8 weight, int32 [2, N]: exact, and so the same in every form."""
+    # Larger matrices lose by it where there is no AMX (jax 0.12: 11,008 x 2,048 takes four times as long).
+    small = w_NK.size <= 2**23 and "avx512_vnni" in processor()
+    a, b = (w_NK, x_2K) if small or "amx_tile" in processor() else (x_2K, w_NK)
+    out = jax.lax.dot_general(a, b, (((1,), (1,)), ((), ())), preferred_element_type=jnp.int32)
+    return out if a is x_2K else out.T
+
+
+def held_until(x: Array, values: Array) -> Array:
+    """The integer values, known only when x is: XLA:CPU would unpack all layers' weights ahead, and keep them."""
+    never = (x[0, 0] > 1) & (x[0, 0] < -1)
+    return values ^ never.astype(values.dtype)
