@@ -15,7 +15,7 @@ import pytest
 from sharding import hlo
 from smollm3_jax.config import ModelConfig
 from smollm3_jax.decode import decode
-from smollm3_jax.plan import DecodeSetting, compile_for, sharding_for, share, topology
+from smollm3_jax.plan import DecodeSetting, sharding_for, share, topology
 
 pytestmark = [
     pytest.mark.slow,
@@ -56,7 +56,7 @@ def compiled(shared, tmp_path_factory):
         setting = DecodeSetting(config, sharding, batch, 8192, cache)
         lowered = decode.lower(setting.model, setting.cache, setting.slots, setting.scalar(), sharding=sharding)
         dump = tmp_path_factory.mktemp("dump")
-        program = compile_for(lowered, {"xla_dump_to": str(dump)})
+        program = lowered.compile({"xla_dump_to": str(dump)})
         return setting, program, next(dump.glob("*jit_decode*.thunk_sequence_after_thunk_passes.txt")).read_text()
 
     return compile
