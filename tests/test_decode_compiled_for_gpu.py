@@ -18,6 +18,7 @@ from smollm3_jax.decode import decode
 from smollm3_jax.plan import DecodeSetting, compile_for, sharding_for, share, topology
 
 pytestmark = [
+    pytest.mark.gpu,
     pytest.mark.slow,
     pytest.mark.skipif(importlib.util.find_spec("jax_plugins.xla_cuda13") is None, reason="no compiler for H100"),
     # Pallas' Triton backend is to go; what it compiles today is what these tests are about.
@@ -54,9 +55,9 @@ def compiled(shared, tmp_path_factory):
         config = ModelConfig.from_hf(cut)
         sharding = sharding_for(config, devices, "serve_tp", None)
         setting = DecodeSetting(config, sharding, batch, 8192, cache, stacked=False)
-        lowered = decode.lower(setting.model, setting.cache, setting.slots, setting.scalar(), sharding=sharding)
+        arguments = (setting.model, setting.cache, setting.slots, setting.scalar())
         dump = tmp_path_factory.mktemp("dump")
-        program = compile_for(lowered, {"xla_dump_to": str(dump)})
+        program = compile_for(decode, *arguments, sharding=sharding, compiler_options={"xla_dump_to": str(dump)})
         return setting, program, next(dump.glob("*jit_decode*.thunk_sequence_after_thunk_passes.txt")).read_text()
 
     return compile
