@@ -15,9 +15,11 @@ import pytest
 from sharding import hlo
 from smollm3_jax.config import ModelConfig
 from smollm3_jax.decode import decode
-from smollm3_jax.plan import DecodeSetting, sharding_for, share, topology
+from smollm3_jax.plan import DecodeSetting, share
+from smollm3_jax.plan_devices import compile_for, sharding_for, topology
 
 pytestmark = [
+    pytest.mark.gpu,
     pytest.mark.slow,
     pytest.mark.skipif(importlib.util.find_spec("jax_plugins.xla_cuda13") is None, reason="no compiler for H100"),
     # Pallas' Triton backend is to go; what it compiles today is what these tests are about.
@@ -54,9 +56,9 @@ def compiled(shared, tmp_path_factory):
         config = ModelConfig.from_hf(cut)
         sharding = sharding_for(config, devices, "serve_tp", None)
         setting = DecodeSetting(config, sharding, batch, 8192, cache)
-        lowered = decode.lower(setting.model, setting.cache, setting.slots, setting.scalar(), sharding=sharding)
+        arguments = (setting.model, setting.cache, setting.slots, setting.scalar())
         dump = tmp_path_factory.mktemp("dump")
-        program = lowered.compile({"xla_dump_to": str(dump)})
+        program = compile_for(decode, *arguments, sharding=sharding, compiler_options={"xla_dump_to": str(dump)})
         return setting, program, next(dump.glob("*jit_decode*.thunk_sequence_after_thunk_passes.txt")).read_text()
 
     return compile
