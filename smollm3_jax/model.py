@@ -22,7 +22,7 @@ from jax import Array
 
 from sharding.rules import Sharding, platform_of
 
-from . import rope, xla_cpu
+from . import nvidia, rope, xla_cpu
 from .attention import attention, attention_after, decode_attention, decode_step
 from .config import GenerationConfig, ModelConfig
 from .kv_cache import KVCache, advance, read, rows, write
@@ -139,7 +139,7 @@ class SmolLM3(nnx.Module):
           remat: a policy of `jax.checkpoint` for each layer: what its backward pass finds kept, by the names
             that `block` gives; None keeps everything.
         """
-        norm = _norm_for(tokens, cache is not None, sharding)
+        norm = _norm_for(self.config, tokens, cache is not None, sharding)
         states, _, cache = _run_layers(self, tokens, positions, segment_ids, cache, slot, past, sharding, remat=remat)
         return norm(states, self.norm[...], self.config.rms_norm_eps), cache
 
@@ -207,7 +207,7 @@ def _run_layers(
         length_B = cache.length if slot is None else cache.length[slot][None]
         index_BT = index_BT + length_B[:, None]
     cos, sin = rope.cos_sin(config, index_BT if positions_BT is None else positions_BT)
-    norm = _norm_for(tokens_BT, cache is not None, sharding)
+    norm = _norm_for(config, tokens_BT, cache is not None, sharding)
 
     def step(x_BTD: Array, layer: tuple) -> tuple[Array, Any]:
         weights, use_rope, window, cached = layer
@@ -356,13 +356,14 @@ def _linear(
     return (linear(x, weight, contracted, sharding=sharding) + bias[...]).astype(x.dtype)
 
 
-def _norm_for(tokens_BT: Array, cached: bool, sharding: Sharding | None) -> Callable[..., Array]:
+def _norm_for(config: ModelConfig, tokens_BT: Array, cached: bool, sharding: Sharding | None) -> Callable[..., Array]:
     """`_rms_norm`, or its kernel: for one token on one GPU, and with a cache, as then nothing asks for gradients."""
-    if cached and tokens_BT.size == 1 and platform_of(sharding) == "gpu":
+    alone = sharding is None or sharding.mesh.size == 1
+    fits = config.hidden_size.bit_count() == 1
+    if cached and alone and fits and tokens_BT.size == 1 and platform_of(sharding) == "gpu" and nvidia.kernels_fit():
         from . import rms_norm_gpu
 
-        if rms_norm_gpu.is_there(sharding):
-            return functools.partial(rms_norm_gpu.rms_norm, sharding=sharding)
+        return functools.partial(rms_norm_gpu.rms_norm, sharding=sharding)
     return _rms_norm
 
 

@@ -35,12 +35,6 @@ SHARED_TILES = 4
 VECTORS = 16
 
 
-def capability(device: Any) -> int:
-    """The compute capability's first number; 0 for what is no NVIDIA GPU."""
-    major = str(getattr(device, "compute_capability", "")).split(".")[0]
-    return int(major) if major.isdecimal() else 0  # AMD's say gfx...
-
-
 def geometry(rows: int, channels: int, groups: int) -> tuple[int, int, int] | None:
     """(lanes along groups, channels of each lane, warpgroups that share a channel); None if channels do not divide."""
     lanes = min(LANES, 1 << groups.bit_length() - 1)

@@ -19,7 +19,7 @@ from jax.sharding import PartitionSpec
 
 from sharding.rules import Sharding, say_once
 
-from . import quantize_gpu, quantize_tpu, quantize_wgmma
+from . import nvidia, quantize_gpu, quantize_tpu, quantize_wgmma
 
 log = logging.getLogger(__name__)
 
@@ -113,15 +113,15 @@ def _kernel(
     dtypes: tuple[Any, ...] = (jnp.bfloat16, jnp.float32)
     match platform:
         case "gpu" if groups is not None and rows <= quantize_wgmma.ROWS:
-            device = jax.devices()[0] if place is None else place[0].mesh.devices.flat[0]
+            generation, _ = nvidia.compute_capability(place and place[0])
             if rows <= quantize_gpu.ROWS:
                 kernel, fits = quantize_gpu.product, quantize_gpu.geometry(rows, channels, groups) is not None
-                obstacles["a device before Hopper"] = quantize_gpu.capability(device) < 9
+                obstacles["a device before Hopper"] = generation < 9
             else:
                 kernel, fits = quantize_wgmma.product, quantize_wgmma.fits(channels, groups)
-                obstacles["a device other than Hopper"] = quantize_gpu.capability(device) != 9
+                obstacles["a device other than Hopper"] = generation != 9
                 dtypes = (jnp.bfloat16,)
-            obstacles["jax before 0.11.2"] = jax.__version_info__ < (0, 11, 2)
+            obstacles[f"jax {jax.__version__}"] = not nvidia.kernels_fit()
         case "tpu" if rows <= quantize_tpu.ROWS[groups is not None]:
             kernel, fits = quantize_tpu.product, quantize_tpu.fits(channels, width, groups)
         case _:

@@ -11,13 +11,6 @@ from jax.experimental.pallas import triton
 
 from sharding.rules import Sharding
 
-from .attention.paged_gpu import FIRST_JAX
-
-
-def is_there(sharding: Sharding | None) -> bool:
-    """Whether the kernel can be compiled for these devices: several of them would have to be told how to share it."""
-    return (sharding is None or sharding.mesh.size == 1) and jax.__version_info__ >= FIRST_JAX
-
 
 def rms_norm(
     x_11D: Array,
@@ -28,7 +21,7 @@ def rms_norm(
     sharding: Sharding | None = None,
     interpret: bool = False,
 ) -> Array:
-    """What `model._rms_norm` computes of one token; it has no gradient.
+    """What `model._rms_norm` computes of one token; it has no gradient. The width D is a power of two, as Triton's are.
 
     addends: what x is the sum of, each of x's shape: they are added up here, so that no other kernel has to.
     """
@@ -49,11 +42,7 @@ def rms_norm(
 
 def _rms_norm(eps: float, weight_ref: Any, *refs: Any) -> None:
     *x_refs, out_ref = refs
-    (width,) = out_ref.shape
-    tile = pl.next_power_of_2(width)
-    lanes, there_D = pl.ds(0, tile), jnp.arange(tile) < width
-    weight_D, *addends = (triton.load(ref.at[lanes], mask=there_D, other=0) for ref in (weight_ref, *x_refs))
-    x_D = functools.reduce(jnp.add, addends)
+    x_D = functools.reduce(jnp.add, (ref[...] for ref in x_refs))
     wide_D = x_D.astype(jnp.float32)
-    wide_D = wide_D * jax.lax.rsqrt((wide_D * wide_D).sum() / width + eps)
-    triton.store(out_ref.at[lanes], wide_D.astype(x_D.dtype) * weight_D, mask=there_D)
+    wide_D = wide_D * jax.lax.rsqrt((wide_D * wide_D).sum() / wide_D.size + eps)
+    out_ref[...] = wide_D.astype(x_D.dtype) * weight_ref[...]

@@ -2,7 +2,7 @@
 
 JAX's public function gives normalizers in the dtype of the output, too coarse to merge by, has no documents, and no
 backward pass for normalizers that came of several calls. So these are the primitives below it: a private interface of
-JAX, which is used here alone, and only in the versions that it was read in.
+JAX, which is used here alone, and only in the versions that `nvidia.py` names.
 
 Shapes: B batch, T query length, S key length, H query heads, K key-value heads, E head width, M ranges of a row.
 """
@@ -12,10 +12,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array
-
-# Before 0.11.2 JAX computes documents with fewer key-value heads than query heads silently wrong
-# (github.com/jax-ml/jax/issues/39521).
-VERSIONS = ((0, 11, 2), (0, 13))
 
 
 class Ranges(NamedTuple):
@@ -30,11 +26,6 @@ class Ranges(NamedTuple):
     kv_length: Array
     q_first: Array | None = None
     kv_first: Array | None = None
-
-
-def is_known() -> bool:
-    """Whether this version of JAX has the interface that this file was written for."""
-    return VERSIONS[0] <= jax.__version_info__ < VERSIONS[1]
 
 
 def forward(q_BTHE: Array, k_BSKE: Array, v_BSKE: Array, causal: bool, ranges: Ranges | None) -> tuple[Array, Array]:

@@ -18,9 +18,9 @@ from jax import Array
 
 from sharding.rules import Sharding, platform_of, say_once
 
-from .. import xla_cpu
+from .. import nvidia, xla_cpu
 from ..kv_cache import AXES, LayerCache
-from . import cudnn, gpu
+from . import gpu
 from .decode import cache_mix, cache_scores, decode_over_context
 from .dense import dense
 from .tpu import LANES, PAGES, paged, splash, splash_kernel, splash_over_length
@@ -127,7 +127,7 @@ def attention_after(
     kv_axis, of_heads = _keys_of_heads(heads, keys, sharding)
     apart = not together(sharding, "heads", kv_axis)
     obstacles = {"a window": window is not None, "heads and key-value heads on different axes of the mesh": apart}
-    obstacles |= {f"a past in jax {jax.__version__}": not cudnn.is_known()} | _gpu_obstacles(q_BTHE, sharding)
+    obstacles |= {f"a past in jax {jax.__version__}": not nvidia.kernels_fit()} | _gpu_obstacles(q_BTHE, sharding)
     if platform_of(sharding) == "gpu" and takes("cuDNN attention", obstacles):
         return _on_own_parts(gpu.causal_after, q_BTHE, of_heads, (length_B,), kv_axis, sharding)
     past = past_k_BSKE.shape[1]
@@ -164,14 +164,14 @@ def _keys_of_heads(
 
 def _gpu_obstacles(q_BTHE: Array, sharding: Sharding | None, packed: bool = False) -> dict[str, bool]:
     """What cuDNN does not take. packed: several documents a row, or a part of one."""
-    capability, width = gpu.compute_capability(sharding), q_BTHE.shape[-1]
+    capability, width = nvidia.compute_capability(sharding), q_BTHE.shape[-1]
     devices = 1 if sharding is None else math.prod(sharding.parts(axis) for axis in ("batch", "length", "heads"))
     return {
         f"{q_BTHE.dtype} values": q_BTHE.dtype not in (jnp.bfloat16, jnp.float16),
         f"heads of width {width}": width > 128 or width % 8 != 0,
         "a device older than compute capability 8.0": capability < (8, 0),
         "documents on a device older than compute capability 9.0": packed and (8, 0) <= capability < (9, 0),
-        f"documents in jax {jax.__version__}": packed and not cudnn.is_known(),
+        f"documents in jax {jax.__version__}": packed and not nvidia.kernels_fit(),
         # They are found by int32 offsets.
         "documents in 2**31 values": packed and q_BTHE.size // devices >= 2**31,
     }
@@ -258,7 +258,9 @@ def decode_step(
     Returns:
       What `decode_attention` returns, and the cache that holds the tokens; None where no kernel takes the call.
     """
-    if platform_of(sharding) != "gpu":
+    if platform_of(sharding) != "gpu" or not takes(
+        "paged attention", {f"jax {jax.__version__}": not nvidia.kernels_fit()}
+    ):
         return None
     from . import paged_gpu
 
@@ -274,8 +276,7 @@ def decode_step(
             f"a capacity of {capacity}": capacity % paged_gpu.BLOCKS[-1] != 0,
             "heads and the cache's on different axes of the mesh": not together(sharding, "heads", "cache_heads"),
             "a context on several devices": sharding is not None and sharding.parts("context") > 1,
-            "a device older than compute capability 8.0": gpu.compute_capability(sharding) < (8, 0),
-            f"jax {jax.__version__}": jax.__version_info__ < paged_gpu.FIRST_JAX,
+            "a device older than compute capability 8.0": nvidia.compute_capability(sharding) < (8, 0),
         },
     ):
         return None

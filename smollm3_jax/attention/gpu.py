@@ -17,6 +17,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from sharding.rules import Sharding
 
+from .. import nvidia
 from . import cudnn
 from .cudnn import Ranges
 
@@ -36,18 +37,10 @@ class Past(NamedTuple):
     ranges: Ranges
 
 
-def compute_capability(sharding: Sharding | None) -> tuple[int, int]:
-    """Of the device that a program is for, such as (9, 0); (0, 0) if it is not NVIDIA's."""
-    device = jax.devices()[0] if sharding is None else sharding.mesh.devices.flat[0]
-    major, _, minor = str(getattr(device, "compute_capability", "")).partition(".")
-    # AMD's say gfx...
-    return (int(major), int(minor)) if major.isdecimal() and minor.isdecimal() else (0, 0)
-
-
 def causal(q_BTHE: Array, k_BTKE: Array, v_BTKE: Array, *segments: Array) -> Array:
     """Causal attention of rows, within documents if there are segments (of queries and of keys, which are the same)."""
     if not segments:
-        if cudnn.is_known():
+        if nvidia.kernels_fit():
             return _attend(q_BTHE, k_BTKE, v_BTKE, None, None)
         out_BTHE = jax.nn.dot_product_attention(q_BTHE, k_BTKE, v_BTKE, is_causal=True, implementation="cudnn")
         return checkpoint_name(out_BTHE, "attention")

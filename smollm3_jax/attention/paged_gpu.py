@@ -20,8 +20,6 @@ from jax.experimental.pallas import triton
 
 from ..kv_cache import LayerCache
 
-# With earlier ones the kernels here were never compiled.
-FIRST_JAX = (0, 11, 2)
 # A program goes through its keys in blocks of the largest of these that divides a page.
 BLOCKS = (64, 32, 16)
 # Keys are split until there are about this many programs: two for each of an H100's 132 multiprocessors.

@@ -11,6 +11,7 @@ import numpy as np
 
 from sharding.mesh import make_mesh
 from sharding.rules import Sharding
+from smollm3_jax import nvidia
 from smollm3_jax.attention import attention, cudnn, dispatch, gpu
 
 LENGTH, HEADS, KV_HEADS, WIDTH = 64, 4, 2, 8
@@ -45,8 +46,8 @@ def main() -> None:
     plain = {name: compute(q, k, v, g, x, None) for name, x in (("documents", segments), ("none", None))}
 
     dispatch.platform_of = lambda sharding: "gpu"
-    gpu.compute_capability = lambda sharding: (9, 0)
-    cudnn.is_known = lambda: True
+    nvidia.compute_capability = lambda sharding: (9, 0)
+    nvidia.kernels_fit = lambda: True
     calls = []
     cudnn.forward = lambda *arguments: calls.append(arguments) or no_gpu.forward(*arguments)
     cudnn.backward = no_gpu.backward

@@ -11,6 +11,7 @@ import no_gpu
 import numpy as np
 import pytest
 
+from smollm3_jax import nvidia
 from smollm3_jax.attention import attention, attention_after, cudnn, dispatch, gpu
 
 HERE = Path(__file__).resolve().parent
@@ -29,8 +30,8 @@ DOCUMENTS = {
 def as_on_gpu(monkeypatch):
     """Kernels are chosen as on an H100, and computed by their definition."""
     monkeypatch.setattr(dispatch, "platform_of", lambda sharding: "gpu")
-    monkeypatch.setattr(gpu, "compute_capability", lambda sharding: (9, 0))
-    monkeypatch.setattr(cudnn, "is_known", lambda: True)
+    monkeypatch.setattr(nvidia, "compute_capability", lambda sharding: (9, 0))
+    monkeypatch.setattr(nvidia, "kernels_fit", lambda: True)
     monkeypatch.setattr(cudnn, "forward", no_gpu.forward)
     monkeypatch.setattr(cudnn, "backward", no_gpu.backward)
     return monkeypatch
@@ -160,7 +161,7 @@ def h100(monkeypatch):
     from jax._src.cudnn import fused_attention_stablehlo as private
 
     monkeypatch.setattr(dispatch, "platform_of", lambda sharding: "gpu")
-    monkeypatch.setattr(gpu, "compute_capability", lambda sharding: (9, 0))
+    monkeypatch.setattr(nvidia, "compute_capability", lambda sharding: (9, 0))
     # What JAX's public function asks of the GPU that there is not.
     monkeypatch.setattr(private, "check_cudnn_version", lambda: 91000)
     monkeypatch.setattr(private, "check_compute_capability", lambda capability: True)
@@ -172,11 +173,11 @@ def test_rows_without_documents_are_lowered_to_cudnn(h100):
     assert "__cudnn$fmhaSoftmax" in lowered(attention, q, k, k)
     for other in (shape(2, 64, 8, 128, dtype=jnp.float32), shape(2, 64, 8, 160)):
         assert "cudnn" not in lowered(attention, other, other, other)
-    h100.setattr(gpu, "compute_capability", lambda sharding: (7, 5))
+    h100.setattr(nvidia, "compute_capability", lambda sharding: (7, 5))
     assert "cudnn" not in lowered(attention, q, k, k)
 
 
-@pytest.mark.skipif(not cudnn.is_known(), reason="before jax 0.11.2 documents are computed wrong")
+@pytest.mark.skipif(not nvidia.kernels_fit(), reason="before jax 0.11.2 documents are computed wrong")
 def test_documents_and_a_past_are_lowered_to_cudnn(h100):
     q, k, segments = shape(2, 256, 8, 128), shape(2, 256, 2, 128), shape(2, 256, dtype=jnp.int32)
 
@@ -209,8 +210,8 @@ def with_documents(q, k, segments):
 )
 def test_where_there_is_no_kernel_for_documents_that_is_said_once(capability, known, word, h100, caplog):
     dispatch.say_once.cache_clear()
-    h100.setattr(gpu, "compute_capability", lambda sharding: capability)
-    h100.setattr(cudnn, "is_known", lambda: known)
+    h100.setattr(nvidia, "compute_capability", lambda sharding: capability)
+    h100.setattr(nvidia, "kernels_fit", lambda: known)
     with caplog.at_level(logging.INFO):
         for _ in range(2):
             arguments = shape(2, 64, 8, 128), shape(2, 64, 2, 128), shape(2, 64, dtype=jnp.int32)
@@ -222,4 +223,4 @@ def test_where_there_is_no_kernel_for_documents_that_is_said_once(capability, kn
 
 def test_versions():
     """Read in these, and not before: 0.10.2 computes documents wrong."""
-    assert cudnn.is_known() == ((0, 11, 2) <= jax.__version_info__ < (0, 13))
+    assert nvidia.kernels_fit() == ((0, 11, 2) <= jax.__version_info__ < (0, 13))
