@@ -223,6 +223,7 @@ def test_the_largest_batch_fits_and_the_next_is_refused():
 
 
 @needs_cuda
+@pytest.mark.gpu
 @pytest.mark.slow
 def test_eight_h100_scatter_gradients_and_gather_ahead():
     """Four layers with a short vocabulary, through the compiler for CUDA."""
@@ -251,6 +252,7 @@ def small_on_h100(tmp_path_factory):
 
 
 @needs_cuda
+@pytest.mark.gpu
 @pytest.mark.slow
 def test_decoding_on_an_h100(small_on_h100):
     report, dump = small_on_h100
@@ -271,6 +273,7 @@ def cells(part):
 
 
 @needs_cuda
+@pytest.mark.gpu
 @pytest.mark.slow
 def test_what_an_h100_has_no_memory_for_is_refused():
     """The compiler for GPUs compiles it all the same."""
