@@ -27,7 +27,7 @@ BYTES = 512
 
 
 def fits(channels: int, width: int, groups: int | None) -> bool:
-    """Whether blocks divide a weight of so many channels, bytes a channel and groups (None: one scale a channel)."""
+    """Whether blocks divide a weight: its channels, bytes of a channel, and groups (None: one scale a channel)."""
     if channels % BLOCKS[-1]:
         return False
     if groups is None:

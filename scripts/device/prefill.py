@@ -44,7 +44,7 @@ def one(run: Run, case: str, model: SmolLM3, length: int, past: int) -> None:
     chunk = TINY_CHUNK if run.tiny else ACCELERATOR_CHUNK
     tokens = shape.random_tokens(model.config, 1, past + length)
     state: dict[str, Any] = {"cache": empty_cache(model.config, 1, capacity, jnp.dtype("bfloat16"))}
-    # As `generate` cuts a prompt of this length, moved to after what the slot is said to hold.
+    # As `generate` cuts a prompt of this length, moved to after what the slot holds.
     todo = [(past + start, count, padded) for start, count, padded, _ in pieces(length, chunk, capacity)]
 
     def arguments(start: int, count: int, padded: int) -> tuple[tuple, int]:

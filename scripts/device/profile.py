@@ -12,7 +12,7 @@ import jax
 from .run import Run
 
 TOP = 25
-MOST_BYTES = 15 * 2**20  # a larger trace stays behind
+MOST_BYTES = 15 * 2**20  # a larger trace is left there
 
 
 def profile(run: Run, case: str, call: Callable[[], Any], calls: int) -> None:

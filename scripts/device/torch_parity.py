@@ -15,7 +15,7 @@ from .parity_gradients import exact_gradients, gradients
 from .run import Run, relative
 
 LENGTH, TINY_LENGTH = 512, 64
-# Ours may be so many times as far from float32 as PyTorch's own bfloat16.
+# How many times as far from float32 as PyTorch's own bfloat16 ours may be.
 TIMES_TORCH = 1.5
 # float32 gradients: of all parameters together.
 GRADIENTS = 3e-4

@@ -13,7 +13,8 @@ from jax.ad_checkpoint import checkpoint_name
 
 # What the float32 scores of one call may take; longer sequences go through a few queries at a time.
 SCORE_BYTES = 2**28
-# A row is cut into so many pieces, of at least so many queries; a piece looks at no key behind its end.
+# A row is cut into at most this number of pieces, of at least this number of queries; a piece looks at no key after
+# its end.
 PIECES = 8
 PIECE_QUERIES = 64
 
@@ -49,7 +50,7 @@ def dense(
 
     def piece(first: int, end: int) -> Array:
         """Of the queries of a piece of the row: as few at a time as their scores allow."""
-        # What comes behind a piece's end is hidden from it. Where queries lie in another order, they see any key.
+        # What comes after a piece's end is hidden from it. Where queries lie in another order, they see any key.
         keys = past + (end if order is None else length)
         index_T = past + (jnp.arange(first, end) if order is None else jnp.array(order[first:end]))
         parts = (q_BKGTE[:, :, :, first:end], index_T, *(x[:, first:end] for x in segments[:1]))

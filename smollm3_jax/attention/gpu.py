@@ -1,7 +1,7 @@
 """Attention of whole sequences on GPUs, by cuDNN: packed documents, a past, rows split along their length.
 
 No array of scores is in memory, forward or backward. What a query sees may be several calls' work, put together by
-their normalizers in float32; then each call's backward pass gets what came of all of them.
+their normalizers in float32; then each call's backward pass is given the output and normalizers of all calls.
 
 Shapes: B batch, T query length, S key length, H query heads, K key-value heads, E head width, N documents of a call.
 """

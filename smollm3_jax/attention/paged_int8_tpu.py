@@ -19,7 +19,7 @@ from ..kv_cache import LayerCache
 
 # A step of the kernel takes the keys of all heads in blocks of the largest of these that divides the capacity.
 BLOCKS = (1024, 512, 256, 128)
-# Scales of so many rows lie together in memory, and are read together.
+# The scales of this number of rows lie together in memory, and are read together.
 SUBLANES = 8
 
 
@@ -34,7 +34,7 @@ def paged_int8(q_B1HE: Array, cache: LayerCache, length_B: Array, *, interpret: 
     kv_heads, _, capacity, _ = cache.k.shape
     block = next(block for block in BLOCKS if capacity % block == 0)
     sublanes = min(SUBLANES, batch)
-    # A full row wrote nothing, and has no block behind its last.
+    # A full row wrote nothing, and has no block after its last.
     seen_B = jnp.minimum(length_B + 1, capacity)
 
     def of_row(row: Any, step: Any, seen_ref: Any) -> tuple[Any, ...]:

@@ -134,7 +134,7 @@ def paged(q_B1HE: Array, cache: LayerCache, length_B: Array) -> Array:
         q_B1HE[:, 0].astype(jnp.float32) * width**-0.5,
         k_pages,
         v_pages,
-        # A full row wrote nothing, and has no page behind its last.
+        # A full row wrote nothing, and has no page after its last.
         jnp.minimum(length_B + 1, capacity),
         jnp.arange(k_pages.shape[1], dtype=jnp.int32).reshape(batch, -1),
         pages_per_compute_block=1,

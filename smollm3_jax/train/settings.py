@@ -108,7 +108,8 @@ class Optimizer:
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """remat: a key of step.REMAT. micro_batches: a step's rows are computed in so many goes. z_loss: its weight.
+    """remat: a key of step.REMAT. micro_batches: into how many parts a step's rows are split, which
+    are computed one after the other. z_loss: its weight.
 
     deterministic: two equal steps give equal bits on a GPU too, which costs speed; a CPU and a TPU do so anyway.
     """

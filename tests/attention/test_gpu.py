@@ -107,7 +107,7 @@ def test_a_document_in_two_parts_is_refused(as_on_gpu):
 
 @pytest.mark.parametrize("padding", [0, 5])
 def test_a_past_equals_one_sequence(padding, as_on_gpu):
-    """Of no, some and all of the tokens that there is room for; what lies behind them may be anything."""
+    """Of no, some and all of the tokens that there is capacity for; what lies after them may be anything."""
     past, lengths = 16, jnp.asarray([0, 7, 16])
     new, old = (3, LENGTH, HEADS, WIDTH), (3, past, KV_HEADS, WIDTH)
     q, k, v, past_k, past_v = arrays(jnp.float16, new, *[(3, LENGTH, KV_HEADS, WIDTH)] * 2, old, old)
