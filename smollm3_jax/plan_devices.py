@@ -76,6 +76,9 @@ def _use_libtpu() -> None:
     # Neither a metadata server to ask nor a TPU to lock: another process may have it.
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    # What libtpu looks for on a TPU's host, and warns of at length where it is not: any answer does.
+    os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-16")
+    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
 
 
 def sharding_for(
