@@ -317,8 +317,26 @@ def _rms_norm(x_BTD: Array, weight_D: Array, eps: float, addends: tuple[Array, .
     """
     x = x_BTD.astype(jnp.float32)
     x = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + eps)
-    # A product of two bfloat16 numbers is exact in float32: rounded once, it is theirs, and its gradients are float32.
-    return (x.astype(x_BTD.dtype).astype(jnp.float32) * weight_D.astype(jnp.float32)).astype(x_BTD.dtype)
+    return _scaled(x.astype(x_BTD.dtype), weight_D)
+
+
+@jax.custom_vjp
+def _scaled(x_BTD: Array, weight_D: Array) -> Array:
+    """x times the weight, whose gradient is added up over all tokens in float32."""
+    return x_BTD * weight_D
+
+
+def _scaled_forward(x_BTD: Array, weight_D: Array) -> tuple[Array, tuple[Array, Array]]:
+    return x_BTD * weight_D, (x_BTD, weight_D)
+
+
+def _scaled_backward(kept: tuple[Array, Array], gradient_BTD: Array) -> tuple[Array, Array]:
+    x_BTD, weight_D = kept
+    by_token_BTD = gradient_BTD.astype(jnp.float32) * x_BTD.astype(jnp.float32)
+    return gradient_BTD * weight_D, by_token_BTD.sum(axis=(0, 1)).astype(weight_D.dtype)
+
+
+_scaled.defvjp(_scaled_forward, _scaled_backward)
 
 
 def block(
