@@ -61,7 +61,8 @@ def start(place, run, *words, steps=3, **options):
 
 
 def losses(run):
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    whole = (run / "metrics.jsonl").read_text().rpartition("\n")[0]  # the last line may be half written
+    lines = [json.loads(line) for line in whole.splitlines()]
     return {line["step"]: line["loss"] for line in lines if "loss" in line}
 
 
