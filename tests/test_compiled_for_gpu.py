@@ -30,7 +30,6 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.slow,
     pytest.mark.skipif(OLD, reason="kernels for GPUs need jax 0.11.2"),
-    pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated:DeprecationWarning"),
 ]
 
 GB, GIB, MIB = 1e9, 2**30, 2**20
