@@ -6,15 +6,16 @@ require_supported()
 
 from .config import GenerationConfig, ModelConfig, RopeScaling  # noqa: E402
 from .errors import SmolLM3Error  # noqa: E402
-from .generate import generate  # noqa: E402
+from .generation.api import Request, generate, stream  # noqa: E402
+from .generation.sampling import SamplingParams  # noqa: E402
 from .model import SmolLM3  # noqa: E402
-from .sampling import SamplingParams  # noqa: E402
 from .weights.load import from_pretrained  # noqa: E402
 from .weights.save import convert, save_pretrained  # noqa: E402
 
 __all__ = [
     "GenerationConfig",
     "ModelConfig",
+    "Request",
     "RopeScaling",
     "SamplingParams",
     "SmolLM3",
@@ -23,4 +24,5 @@ __all__ = [
     "from_pretrained",
     "generate",
     "save_pretrained",
+    "stream",
 ]

@@ -33,10 +33,10 @@ from .config import (
     with_yarn,
 )
 from .errors import OptionError, SmolLM3Error
+from .generation.sampling import MAX_LOGPROBS, SamplingParams
 from .model import SmolLM3
 from .perplexity import LENGTH, MAX_TOKENS, perplexity, read_documents
 from .progress import busy
-from .sampling import MAX_LOGPROBS, SamplingParams
 from .support import keep_to_the_cpu_without_accelerator
 from .tokenizer import Tokenizer, load_tokenizer
 from .weights.load import Checkpoint, load, open_checkpoint
@@ -57,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(format="smollm3: %(levelname)s: %(message)s", level=logging.WARNING)
     for package in ("smollm3_jax", "sharding"):
         logging.getLogger(package).setLevel(logging.INFO)
-    logging.getLogger("smollm3_jax.generate").setLevel(logging.WARNING)
+    logging.getLogger("smollm3_jax.generation.api").setLevel(logging.WARNING)
     keep_to_the_cpu_without_accelerator()
     try:
         return args.run(args)
@@ -426,8 +426,8 @@ def _inspect(args: argparse.Namespace) -> int:
 
 
 def _generate(args: argparse.Namespace) -> int:
-    from .batch import encode_messages, spell_logprobs, spell_prompt_logprobs
-    from .generate import Completion, Request, check_request, stream
+    from .generation.api import Completion, Request, check_request, stream
+    from .generation.jsonl import encode_messages, spell_logprobs, spell_prompt_logprobs
 
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # not every encoding has what a model says
@@ -450,7 +450,7 @@ def _generate(args: argparse.Namespace) -> int:
     check_request(checkpoint.config, checkpoint.generation_config, request, tokenizer, lookup=args.lookup)
     model = _load(args, checkpoint)
     if args.stats or args.lookup:  # which sizes everything was rounded up to, and how many drafts were accepted
-        logging.getLogger("smollm3_jax.generate").setLevel(logging.INFO)
+        logging.getLogger("smollm3_jax.generation.api").setLevel(logging.INFO)
     samples = [Completion.empty() for _ in range(params.n)]
     live = params.n == 1 and not args.json
     arrivals = []
@@ -503,7 +503,7 @@ def _prompt(args: argparse.Namespace) -> str:
 
 
 def _generate_many(args: argparse.Namespace) -> int:
-    from .batch import SLOTS, Batch
+    from .generation.jsonl import SLOTS, Batch
 
     if args.output is None:
         raise OptionError("--input needs --output, the file that the answers go to")
@@ -695,7 +695,7 @@ def _chat(args: argparse.Namespace) -> int:
     from .chat import terminal
     from .chat.screen import Screen, is_interactive, line_reader
     from .chat.tools import load_tools
-    from .generate import Delta, Request, check_request, stream, think_ids
+    from .generation.api import Delta, Request, check_request, stream, think_ids
     from .weights.hub import cache_dir
 
     for file, errors in ((sys.stdin, "replace"), (sys.stdout, "backslashreplace")):

@@ -25,11 +25,11 @@ from sharding.roofline import Roofline, roofline
 from sharding.rules import Sharding
 
 from .config import WEIGHT_SCHEMES, ModelConfig
-from .decode import Slots, decode, prefill, slot_shardings
 from .errors import ConfigError, OptionError
+from .generation.device_loop import Slots, decode, prefill, slot_shardings
+from .generation.sampling import MAX_STOP_IDS, Choice, SamplingParams
 from .kv_cache import KVCache, cache_bytes, cache_shardings, empty_cache
 from .plan_devices import DoesNotFit, compile_for, sharding_for, topology
-from .sampling import MAX_STOP_IDS, Choice, SamplingParams
 from .train.optimizer import adamw
 from .train.step import COMPILER_OPTIONS, REMAT, Batch, StepOptions, init_state, state_shardings, train_step
 from .weights.key_map import abstract_model

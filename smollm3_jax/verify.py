@@ -14,10 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from .errors import CheckpointFormatError, OptionError, SupportError
-from .generate import generate
+from .generation.api import generate
+from .generation.sampling import SamplingParams
 from .model import SmolLM3
 from .progress import busy
-from .sampling import SamplingParams
 from .tokenizer import load_tokenizer
 from .weights import hub
 from .weights.load import Checkpoint, common_dtype, load, open_checkpoint

@@ -297,9 +297,9 @@ from jax.sharding import Mesh
 import smollm3_jax as s3
 from sharding.mesh import make_mesh
 from sharding.rules import Sharding
-from smollm3_jax import generate as generate_module
+from smollm3_jax.generation import api
 from smollm3_jax.attention import attention, decode_attention, dispatch
-from smollm3_jax.generate import Request, complete
+from smollm3_jax.generation.api import Request, complete
 from smollm3_jax.kv_cache import LayerCache, cache_shardings, copy_row, empty_cache
 from tiny import raw_config
 
@@ -314,7 +314,7 @@ def place(sharding):
         return param.replace(jax.device_put(value, sharding.named("", axes, value.shape)))
     return jax.tree.map(one, model, is_leaf=lambda x: isinstance(x, nnx.Variable))
 
-generate_module.CHUNK = {"cpu": 16}  # prompts in several pieces
+api.CHUNK = {"cpu": 16}  # prompts in several pieces
 prompts = np.random.RandomState(0).randint(3, 160, (2, 70))
 common = {"max_new_tokens": 12, "logprobs": 0, "ignore_eos": True}
 requests = [

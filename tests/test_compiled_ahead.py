@@ -115,7 +115,7 @@ def test_decode_step(topology, tensor, batch, weights, cache, raw_config):
 
 
 def test_looking_up_one_row_of_integers_would_copy_the_table(raw_config, monkeypatch):
-    """What `lookup` does about it is not for nothing."""
+    """What `prompt_lookup` does about it is not for nothing."""
     monkeypatch.setattr(model, "lookup", lambda *arguments: quantize.lookup(*arguments[:3], "gpu"))
     setting = decoding(raw_config, "v5e:1x1", (1, 1), "serve_tp", 1, 1, 256, "int8")
     table = share(setting.model.embed.values)

@@ -17,7 +17,7 @@ from jax.stages import Compiled
 from sharding import hlo
 from sharding.products import product
 from smollm3_jax.config import SMOLLM3_3B, ModelConfig
-from smollm3_jax.decode import decode
+from smollm3_jax.generation.device_loop import decode
 from smollm3_jax.kv_cache import cache_bytes
 from smollm3_jax.plan import DecodeSetting, TrainSetting, count_parameters, share, weight_bytes
 from smollm3_jax.plan_devices import compile_for, sharding_for, topology

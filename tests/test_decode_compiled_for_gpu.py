@@ -13,7 +13,7 @@ import pytest
 
 from sharding import hlo
 from smollm3_jax.config import ModelConfig
-from smollm3_jax.decode import decode
+from smollm3_jax.generation.device_loop import decode
 from smollm3_jax.plan import DecodeSetting, share
 from smollm3_jax.plan_devices import compile_for, sharding_for, topology
 

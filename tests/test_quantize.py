@@ -15,9 +15,9 @@ from tiny import random_tokens, raw_config
 
 from sharding.rules import Sharding
 from smollm3_jax.config import WEIGHT_SCHEMES, ModelConfig, Quantization
-from smollm3_jax.decode import decode
 from smollm3_jax.errors import ConfigError
-from smollm3_jax.generate import _no_slots
+from smollm3_jax.generation.api import _no_slots
+from smollm3_jax.generation.device_loop import decode
 from smollm3_jax.kv_cache import empty_cache
 from smollm3_jax.model import SmolLM3
 from smollm3_jax.quantize import (

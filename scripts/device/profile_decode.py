@@ -1,6 +1,6 @@
 """The dearest kernels of decoding a token, at batch 1."""
 
-from smollm3_jax.decode import MAX_STEPS
+from smollm3_jax.generation.device_loop import MAX_STEPS
 
 from . import shape
 from .decode import CASES, TINY_CASES, decoder, name_of

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import OptionError, SmolLM3Error
-from ..generate import Delta
-from ..sampling import SamplingParams
+from ..generation.api import Delta
+from ..generation.sampling import SamplingParams
 from ..tokenizer import Tokenizer
 from .parse import Event, Parser, Text, Thinking, ToolCall
 from .screen import PROMPT, Answer, Screen

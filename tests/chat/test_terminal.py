@@ -29,8 +29,8 @@ from smollm3_jax.chat.screen import Screen
 from smollm3_jax.chat.terminal import Chat, converse
 from smollm3_jax.cli import main
 from smollm3_jax.errors import OptionError, TokenizerError
-from smollm3_jax.generate import Delta
-from smollm3_jax.sampling import SamplingParams
+from smollm3_jax.generation.api import Delta
+from smollm3_jax.generation.sampling import SamplingParams
 from smollm3_jax.tokenizer import Tokenizer
 
 TEMPLATE = """\

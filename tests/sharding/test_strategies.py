@@ -88,7 +88,7 @@ import numpy as np
 import smollm3_jax as s3
 from sharding.mesh import make_mesh
 from sharding.rules import Sharding
-from smollm3_jax.generate import Request, complete
+from smollm3_jax.generation.api import Request, complete
 from tiny import YARN, random_tensors, raw_config, write_checkpoint
 
 raw = raw_config("plain") | {"rope_scaling": YARN}

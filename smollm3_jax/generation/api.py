@@ -1,4 +1,4 @@
-"""Text generation: the host's side of `decode`. It keeps slots full, and hands out tokens as they come.
+"""Text generation: the host's side of `device_loop`. It keeps slots full, and hands out tokens as they come.
 
 Lengths are rounded up to a few sizes, so that few programs serve all requests: a prompt goes in as one
 piece of a power of two (16 to CHUNK) and then whole CHUNKs; rows of the cache hold a power of two of
@@ -19,15 +19,15 @@ from jax.sharding import NamedSharding
 
 from sharding.rules import Sharding
 
-from .compile_cache import enable
-from .config import GenerationConfig, ModelConfig
-from .decode import MAX_STEPS, Chosen, Slots, decode, free, insert, prefill, slot_shardings
-from .errors import OptionError
-from .kv_cache import KVCache, empty_cache
-from .lookup import MAX_DRAFT, can_draft, decode_lookup, remember
-from .model import SmolLM3
+from ..compile_cache import enable
+from ..config import GenerationConfig, ModelConfig
+from ..errors import OptionError
+from ..kv_cache import KVCache, empty_cache
+from ..model import SmolLM3
+from ..tokenizer import Tokenizer
+from .device_loop import MAX_STEPS, Chosen, Slots, decode, free, insert, prefill, slot_shardings
+from .prompt_lookup import MAX_DRAFT, can_draft, decode_lookup, remember
 from .sampling import MAX_STOP_IDS, Choice, SamplingParams
-from .tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
 
@@ -155,7 +155,7 @@ def stream(
       capacity: the most tokens that a sequence may have, its prompt included.
       cache_dtype: None is what the checkpoint says, or else the activations'; "int8" halves it.
       steps: how many tokens of each sequence come at a time, at most 16.
-      lookup: how many tokens to draft from the text so far and verify at once (see `lookup`); 0 is off.
+      lookup: how many tokens to draft from the text so far and verify at once (see `prompt_lookup`); 0 is off.
         The share of them that was accepted is logged at the end.
       sharding: the mesh and rules that the model was placed by; None on one device, or for every device of the
         model's mesh to compute everything.

@@ -1,5 +1,4 @@
 import dataclasses
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -10,10 +9,9 @@ from tiny import random_tokens, raw_config, tiny_checkpoint
 import smollm3_jax as s3
 from smollm3_jax.config import GenerationConfig
 from smollm3_jax.errors import OptionError
-from smollm3_jax.generate import Request, complete, pieces, stream
+from smollm3_jax.generation import api as module
+from smollm3_jax.generation.api import Request, complete, pieces, stream
 
-# The package's attribute of that name is the function.
-module = sys.modules["smollm3_jax.generate"]
 PROMPTS = [[5, 9, 11], [7], [3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20]]
 
 

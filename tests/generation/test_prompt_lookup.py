@@ -7,8 +7,8 @@ from tiny import tiny_checkpoint
 import smollm3_jax as s3
 from smollm3_jax.config import GenerationConfig
 from smollm3_jax.errors import OptionError
-from smollm3_jax.generate import Request, complete
-from smollm3_jax.lookup import _draft
+from smollm3_jax.generation.api import Request, complete
+from smollm3_jax.generation.prompt_lookup import _draft
 
 # A tiny random model soon repeats itself, so its own text is drafted from.
 PROMPTS = [[5, 9, 11], [7], [3, 4, 5, 6, 7, 3, 4, 5, 6, 7, 3, 4]]
@@ -27,7 +27,7 @@ def test_the_text_is_that_of_greedy_decoding(model, limits, caplog):
         Request(prompt, s3.SamplingParams(max_new_tokens=limit)) for prompt, limit in zip(PROMPTS, limits, strict=True)
     ]
     expected = [completion.token_ids for completion in complete(model, requests)]
-    with caplog.at_level(logging.INFO, logger="smollm3_jax.generate"):
+    with caplog.at_level(logging.INFO, logger="smollm3_jax.generation.api"):
         found = complete(model, requests, lookup=6)
     assert [completion.token_ids for completion in found] == expected
     assert [completion.finish_reason for completion in found] == ["length"] * 3

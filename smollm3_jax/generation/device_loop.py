@@ -20,8 +20,8 @@ from jax.sharding import NamedSharding
 
 from sharding.rules import Sharding
 
-from .kv_cache import KVCache, copy_row
-from .model import SmolLM3
+from ..kv_cache import KVCache, copy_row
+from ..model import SmolLM3
 from .sampling import MAX_LOGPROBS, Choice, choose, log_probabilities
 
 # On a GPU all of a call's tokens are one CUDA graph, so that nothing of them is launched by the host; by default a loop

@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from smollm3_jax import sampling
 from smollm3_jax.errors import OptionError
-from smollm3_jax.sampling import MAX_BIASES, Choice, SamplingParams
+from smollm3_jax.generation import sampling
+from smollm3_jax.generation.sampling import MAX_BIASES, Choice, SamplingParams
 
 VOCAB = 40
 cut, choose = jax.jit(sampling.cut), jax.jit(sampling.choose)

@@ -14,15 +14,16 @@ import pytest
 from tiny import talking_checkpoint
 
 import smollm3_jax as s3
-from smollm3_jax import batch, progress
-from smollm3_jax.batch import Batch
+from smollm3_jax import progress
 from smollm3_jax.cli import main
 from smollm3_jax.config import ModelConfig
 from smollm3_jax.errors import OptionError, SaveError, TokenizerError
-from smollm3_jax.generate import Completion, Request, complete
+from smollm3_jax.generation import jsonl
+from smollm3_jax.generation.api import Completion, Request, complete
+from smollm3_jax.generation.jsonl import Batch
 from smollm3_jax.tokenizer import Tokenizer, load_tokenizer
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 PARAMS = s3.SamplingParams(max_new_tokens=5)
 
 
@@ -156,7 +157,7 @@ def test_context_limits_lines(model, tokenizer, tmp_path, monkeypatch):
     assert got[1]["completion_tokens"] == 5
     assert got[0]["error"] == "the prompt has 40 tokens; with max_new_tokens 5 that exceeds the room of a slot of 44"
     rooms = []
-    monkeypatch.setattr(batch, "stream", lambda *_, capacity, **__: rooms.append(capacity) or [])
+    monkeypatch.setattr(jsonl, "stream", lambda *_, capacity, **__: rooms.append(capacity) or [])
     for context in (None, 100, 10**9):
         run(model, tokenizer, source, tmp_path / "more", options={"context": context})
     assert rooms == [45, 100, 512]  # what is needed, what is asked for, what the model can
@@ -303,7 +304,7 @@ def test_too_little_memory(model, tokenizer, tmp_path, monkeypatch):
     def stream(*_: Any, **__: Any):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 1 bytes.")
 
-    monkeypatch.setattr(batch, "stream", stream)
+    monkeypatch.setattr(jsonl, "stream", stream)
     with pytest.raises(OptionError, match="1 slots of 6 tokens do not fit"):
         run(model, tokenizer, write(tmp_path / "in", {"prompt": "w5"}), tmp_path / "out")
 
@@ -333,8 +334,8 @@ def test_a_full_disk(model, tokenizer, tmp_path, monkeypatch):
 # The command's file handling, with answers of many lengths that no model has to think of.
 QUICK = """
 import sys, time
-from smollm3_jax import batch
-from smollm3_jax.generate import Delta
+from smollm3_jax.generation import jsonl
+from smollm3_jax.generation.api import Delta
 
 def stream(model, requests, **options):
     for number, request in enumerate(requests):
@@ -346,8 +347,8 @@ class Anything:
     encode = lambda self, text: [1]
     config = generation_config = property(lambda self: self)
 
-batch.stream = stream
-with batch.Batch(sys.argv[1], sys.argv[2]) as job:
+jsonl.stream = stream
+with jsonl.Batch(sys.argv[1], sys.argv[2]) as job:
     print("started", flush=True)
     job.run(Anything(), Anything(), context=1000)
 """
@@ -419,7 +420,7 @@ def test_killed_and_interrupted_for_real(talking, tmp_path):
 
 def test_ctrl_c_keeps_what_is_done(talking, tmp_path, monkeypatch, capsys):
     source, target = write(tmp_path / "in", *[{"prompt": f"w{i}"} for i in range(5)]), tmp_path / "out"
-    real = batch.stream
+    real = jsonl.stream
 
     def stream(*arguments: Any, **options: Any):
         for delta in real(*arguments, **options):
@@ -427,7 +428,7 @@ def test_ctrl_c_keeps_what_is_done(talking, tmp_path, monkeypatch, capsys):
                 raise KeyboardInterrupt
             yield delta
 
-    monkeypatch.setattr(batch, "stream", stream)
+    monkeypatch.setattr(jsonl, "stream", stream)
     command = ["generate", "--model", talking, "--input", source, "--output", target, "--max-new-tokens", 3]
     assert main([*map(str, command), "--slots", "1"]) == 130
     message = f"smollm3: interrupted; 2 of 5 lines are in {target}; the same command goes on from there\n"

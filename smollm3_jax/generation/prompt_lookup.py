@@ -17,9 +17,9 @@ from jax import Array
 
 from sharding.rules import Sharding
 
-from .decode import COMPILER_OPTIONS, MAX_STEPS, Slots, slot_shardings
-from .kv_cache import KVCache
-from .model import SmolLM3
+from ..kv_cache import KVCache
+from ..model import SmolLM3
+from .device_loop import COMPILER_OPTIONS, MAX_STEPS, Slots, slot_shardings
 from .sampling import SamplingParams
 
 # So many tokens must have occurred before, in the same order.
@@ -60,7 +60,7 @@ def decode_lookup(
     draft: int,
     sharding: Sharding | None = None,
 ) -> tuple[KVCache, Slots, Array, Array, Array]:
-    """As `decode.decode`, for greedy slots, until one of them has `steps` new tokens.
+    """As `device_loop.decode`, for greedy slots, until one of them has `steps` new tokens.
 
     Args:
       history_BS: int32, every token of each slot by its place, its current one included. Prompt and

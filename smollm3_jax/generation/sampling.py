@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from .errors import OptionError
+from ..errors import OptionError
 
 # Limits of what one slot carries on the device.
 MAX_STOP_IDS = 16

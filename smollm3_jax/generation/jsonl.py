@@ -26,13 +26,13 @@ import jax
 
 from sharding.rules import Sharding
 
-from .chat.template import encode_chat, render
-from .errors import OptionError, SaveError, SmolLM3Error
-from .generate import Completion, Request, check_request, stream
-from .model import SmolLM3
-from .progress import busy, tally
+from ..chat.template import encode_chat, render
+from ..errors import OptionError, SaveError, SmolLM3Error
+from ..model import SmolLM3
+from ..progress import busy, tally
+from ..tokenizer import Tokenizer
+from .api import Completion, Request, check_request, stream
 from .sampling import SamplingParams
-from .tokenizer import Tokenizer
 
 SLOTS = 16
 SAMPLING_FIELDS = tuple(field.name for field in dataclasses.fields(SamplingParams))
