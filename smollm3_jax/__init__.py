@@ -1,16 +1,22 @@
 """SmolLM3 in JAX: run it, train it, convert it."""
 
+import importlib
+import sys
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
 from .support import require_supported
 
 require_supported()
 
-from .config import GenerationConfig, ModelConfig, RopeScaling  # noqa: E402
-from .errors import SmolLM3Error  # noqa: E402
-from .generate import generate  # noqa: E402
-from .model import SmolLM3  # noqa: E402
-from .sampling import SamplingParams  # noqa: E402
-from .weights.load import from_pretrained  # noqa: E402
-from .weights.save import convert, save_pretrained  # noqa: E402
+if TYPE_CHECKING:
+    from .config import GenerationConfig, ModelConfig, RopeScaling
+    from .errors import SmolLM3Error
+    from .generate import generate
+    from .model import SmolLM3
+    from .sampling import SamplingParams
+    from .weights.load import from_pretrained
+    from .weights.save import convert, save_pretrained
 
 __all__ = [
     "GenerationConfig",
@@ -24,3 +30,42 @@ __all__ = [
     "generate",
     "save_pretrained",
 ]
+
+# Where each name comes from. They are imported when they are asked for: `smollm3 --help` needs no jax.
+_HOME = {
+    "config": ("GenerationConfig", "ModelConfig", "RopeScaling"),
+    "errors": ("SmolLM3Error",),
+    "generate": ("generate",),
+    "model": ("SmolLM3",),
+    "sampling": ("SamplingParams",),
+    "weights.load": ("from_pretrained",),
+    "weights.save": ("convert", "save_pretrained"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("smollm3-jax")
+    for module, names in _HOME.items():
+        if name in names:
+            value = getattr(importlib.import_module(f".{module}", __name__), name)
+            globals()[name] = value
+            return value
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__, "__version__"})
+
+
+class _Package(ModuleType):
+    """Importing a submodule binds its name here: not where a function has that name."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not (name in __all__ and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package
