@@ -158,7 +158,7 @@ def main() -> int:
     }
     plan = None
     if args.plan:
-        command = [sys.executable, "-m", "smollm3_jax.cli", "plan", "train", "--topology", args.plan, "--json"]
+        command = [sys.executable, "-m", "smollm3_jax", "plan", "train", "--topology", args.plan, "--json"]
         plan = json.loads(subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout)
     if args.json:
         print(json.dumps({**settings, "engines": rows, "ratios": ratios, "plan": plan}, indent=2))

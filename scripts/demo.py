@@ -2,7 +2,7 @@
 
 import sys
 
-from smollm3_jax.cli import main
+from smollm3_jax.commands.main import main
 from smollm3_jax.weights.demo import pull_demo
 
 QUESTION = "What is the capital of France?"

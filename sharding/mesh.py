@@ -15,12 +15,10 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import Mesh
 
-from .rules import STRATEGIES, ShardingError
+from .strategies import AXES, STRATEGIES, ShardingError
 
 log = logging.getLogger(__name__)
 
-# From the slowest network to the fastest: `data` may span slices, `tensor` wants neighbours.
-AXES = ("data", "fsdp", "context", "tensor")
 # What a strategy's mesh is, unless it is told; -1 takes the devices that are left.
 DEFAULT_AXES: dict[str, dict[str, int]] = {
     "single": {},

@@ -1,16 +1,20 @@
 """SmolLM3 in JAX: run it, train it, convert it."""
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from .support import require_supported
 
 require_supported()
 
-from .config import GenerationConfig, ModelConfig, RopeScaling  # noqa: E402
-from .errors import SmolLM3Error  # noqa: E402
-from .generation.api import Request, generate, stream  # noqa: E402
-from .generation.sampling import SamplingParams  # noqa: E402
-from .model import SmolLM3  # noqa: E402
-from .weights.load import from_pretrained  # noqa: E402
-from .weights.save import convert, save_pretrained  # noqa: E402
+if TYPE_CHECKING:
+    from .config import GenerationConfig, ModelConfig, RopeScaling
+    from .errors import SmolLM3Error
+    from .generation.api import Request, generate, stream
+    from .generation.sampling import SamplingParams
+    from .model import SmolLM3
+    from .weights.load import from_pretrained
+    from .weights.save import convert, save_pretrained
 
 __all__ = [
     "GenerationConfig",
@@ -26,3 +30,31 @@ __all__ = [
     "save_pretrained",
     "stream",
 ]
+
+# Where each name comes from. They are imported when they are asked for: `smollm3 --help` needs no jax.
+_HOME = {
+    "config": ("GenerationConfig", "ModelConfig", "RopeScaling"),
+    "errors": ("SmolLM3Error",),
+    "generation.api": ("Request", "generate", "stream"),
+    "generation.sampling": ("SamplingParams",),
+    "model": ("SmolLM3",),
+    "weights.load": ("from_pretrained",),
+    "weights.save": ("convert", "save_pretrained"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("smollm3-jax")
+    for module, names in _HOME.items():
+        if name in names:
+            value = getattr(importlib.import_module(f".{module}", __name__), name)
+            globals()[name] = value
+            return value
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__, "__version__"})

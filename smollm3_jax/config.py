@@ -16,6 +16,8 @@ from typing import Any
 from .errors import ConfigError, OptionError
 
 DTYPES = ("float32", "bfloat16", "float16")
+# What a folder of weights may be written as.
+FORMATS = ("safetensors", "torch")
 # How weights may be quantized (see quantize.py) -> how many inputs share a scale, None being all of them; and
 # what keys and values may be kept in besides the activations' dtype.
 WEIGHT_SCHEMES = {"int8": None, "int8-g64": 64, "int8-g32": 32, "int4": 32}

@@ -29,9 +29,6 @@ from .progress import tally
 from .quantize import kernel
 from .tokenizer import Tokenizer
 
-# Four documents of each of SmolLM3's six languages.
-MAX_TOKENS = 6 * 4 * 512
-LENGTH = 512
 ROWS = 24
 # So many steps a call; the program is compiled once.
 STEPS = 32

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from smollm3_jax.cli import main
+from smollm3_jax.commands.main import main
 
 
 def refusal(capsys, folder: Path) -> str:

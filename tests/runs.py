@@ -19,7 +19,7 @@ def write_corpus(path, documents=50, seed=0):
 
 def command(place, run, *words, corpus="corpus.jsonl"):
     settings = [f"run.dir={run}", f"model.path={place / 'model'}", f"data.path={place / corpus}"]
-    return [sys.executable, "-m", "smollm3_jax.cli", "train", "--config", place / "run.toml", *settings, *words]
+    return [sys.executable, "-m", "smollm3_jax", "train", "--config", place / "run.toml", *settings, *words]
 
 
 def environment(**more):

@@ -11,7 +11,7 @@ from tiny import talking_checkpoint
 
 import smollm3_jax as s3
 from smollm3_jax import perplexity as module
-from smollm3_jax.cli import main
+from smollm3_jax.commands.main import main
 from smollm3_jax.errors import OptionError
 from smollm3_jax.perplexity import perplexity, read_documents
 from smollm3_jax.tokenizer import load_tokenizer

@@ -19,7 +19,7 @@ from sharding import hlo
 from sharding.hardware import CHIPS, chip_of
 from sharding.rules import Sharding
 from smollm3_jax import support
-from smollm3_jax.cli import main
+from smollm3_jax.commands.main import main
 from smollm3_jax.config import SMOLLM3_3B, ModelConfig
 from smollm3_jax.errors import OptionError, SupportError
 from smollm3_jax.kv_cache import empty_cache
@@ -133,7 +133,7 @@ def test_plugins_that_only_compile_are_not_asked_for_devices(arguments, code):
         pytest.skip("an accelerator is attached")
     environment = {name: value for name, value in os.environ.items() if name != "JAX_PLATFORMS"}
     done = subprocess.run(
-        [sys.executable, "-m", "smollm3_jax.cli", *arguments],
+        [sys.executable, "-m", "smollm3_jax", *arguments],
         cwd=ROOT,
         env=environment | {"PYTHONPATH": str(ROOT)},
         capture_output=True,

@@ -9,7 +9,7 @@ import pytest
 from parity import reference_logits, reference_model
 
 import smollm3_jax as s3
-from smollm3_jax.cli import main
+from smollm3_jax.commands.main import main
 from smollm3_jax.tokenizer import load_tokenizer
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("programs_as_users_run_them")]

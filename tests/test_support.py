@@ -14,12 +14,12 @@ import pytest
 
 import smollm3_jax
 from smollm3_jax import support
-from smollm3_jax.cli import main
+from smollm3_jax.commands.main import main
 from smollm3_jax.support import FLOOR, NEWEST
 
 ROOT = Path(__file__).parents[1]
 # What pip makes of the entry point in pyproject.toml.
-LAUNCHER = "import sys\nfrom smollm3_jax.cli import main\nsys.exit(main())\n"
+LAUNCHER = "import sys\nfrom smollm3_jax.commands.main import main\nsys.exit(main())\n"
 
 
 def run(*command: str, path: Path | None = None, **environment: str | None) -> subprocess.CompletedProcess[str]:
@@ -289,7 +289,7 @@ def test_what_an_import_loads_and_takes():
     """
     _, allowed = imported("")
     seconds, ours = imported("import smollm3_jax")
-    for names in (ours, imported("import smollm3_jax.cli")[1]):
+    for names in (ours, imported("import smollm3_jax.commands.main")[1]):
         assert "smollm3_jax" in names
         assert not (names - allowed) & HEAVY
     assert seconds < 1.0 or any(imported("import smollm3_jax")[0] < 1.0 for _ in range(4))

@@ -5,7 +5,7 @@ import pytest
 from safetensors.numpy import load_file
 from tiny import random_tensors, raw_config, tiny_checkpoint, write_checkpoint
 
-from smollm3_jax.cli import main
+from smollm3_jax.commands.main import main
 from smollm3_jax.errors import CheckpointFormatError
 from smollm3_jax.verify import verify
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from ..config import GenerationConfig, ModelConfig
+from ..config import FORMATS, GenerationConfig, ModelConfig
 from ..errors import OptionError, SaveError
 from ..model import SmolLM3
 from ..progress import progress
@@ -25,7 +25,6 @@ from .load import check_dtype, common_dtype, open_checkpoint
 from .quantized import dequantized, quantized, with_scheme
 from .stored import NUMPY_DTYPES, StoredTensor
 
-FORMATS = ("safetensors", "torch")
 # What belongs to the model that a folder held before, and goes with it.
 _OLD_MODEL = re.compile(
     r"(model|pytorch_model)(-\d{5}-of-\d{5})?\.(safetensors|bin)(\.index\.json)?|(generation_)?config\.json"

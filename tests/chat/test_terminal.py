@@ -27,7 +27,7 @@ from tokenizers import decoders, models, pre_tokenizers
 from smollm3_jax.chat import screen, terminal
 from smollm3_jax.chat.screen import Screen
 from smollm3_jax.chat.terminal import Chat, converse
-from smollm3_jax.cli import main
+from smollm3_jax.commands.main import main
 from smollm3_jax.errors import OptionError, TokenizerError
 from smollm3_jax.generation.api import Delta
 from smollm3_jax.generation.sampling import SamplingParams
@@ -511,13 +511,13 @@ def talker(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ],
 )
 def test_mistakes_are_found_before_the_model_is_loaded(talker, capsys, monkeypatch, arguments, code, words):
-    monkeypatch.setattr("smollm3_jax.cli.load", lambda *_, **__: pytest.fail("loaded"))
+    monkeypatch.setattr("smollm3_jax.weights.load.load", lambda *_, **__: pytest.fail("loaded"))
     assert main(["chat", "--model", str(talker), *arguments]) == code
     out, err = capsys.readouterr()
     assert out == "" and words in err and len(err.splitlines()) == 1
 
 
-COMMAND = [sys.executable, "-c", "import sys; from smollm3_jax.cli import main; sys.exit(main())", "chat"]
+COMMAND = [sys.executable, "-c", "import sys; from smollm3_jax.commands.main import main; sys.exit(main())", "chat"]
 # As a shell starts it: Ctrl-C at its terminal reaches a process only if the terminal is its session's.
 LOG_IN = "import fcntl, os, sys, termios; os.setsid(); fcntl.ioctl(0, termios.TIOCSCTTY, 0)\n"
 

@@ -15,7 +15,7 @@ from tiny import talking_checkpoint
 
 import smollm3_jax as s3
 from smollm3_jax import progress
-from smollm3_jax.cli import main
+from smollm3_jax.commands.main import main
 from smollm3_jax.config import ModelConfig
 from smollm3_jax.errors import OptionError, SaveError, TokenizerError
 from smollm3_jax.generation import jsonl
@@ -392,7 +392,7 @@ def test_killed_and_interrupted_for_real(talking, tmp_path):
     """The command itself: killed in the middle, then Ctrl-C, then to the end."""
     lines = [{"prompt": f"w{i % 160}", "max_new_tokens": 60, "ignore_eos": True} for i in range(150)]
     source, target = write(tmp_path / "in", *lines), tmp_path / "out"
-    code = "import sys; from smollm3_jax.cli import main; sys.exit(main())"
+    code = "import sys; from smollm3_jax.commands.main import main; sys.exit(main())"
     command = [sys.executable, "-c", code, "generate", "--model", talking, "--input", source, "--output", target]
     seen = 0
     for end in (signal.SIGKILL, signal.SIGINT, None):

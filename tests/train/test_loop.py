@@ -130,7 +130,7 @@ def test_the_data_may_end_before_the_steps(place):
 
 def test_the_folder_that_comes_out_loads(whole, place):
     out = place / "exported"
-    export = [sys.executable, "-m", "smollm3_jax.cli", "export", whole.name, out]
+    export = [sys.executable, "-m", "smollm3_jax", "export", whole.name, out]
     subprocess.run([*export, "--average", "3"], env=environment(), check=True, cwd=place)
     assert {"tokenizer.json", "config.json"} <= {file.name for file in out.iterdir()}
     average = open_checkpoint(out).tensors["model.embed_tokens.weight"].read()
@@ -168,7 +168,7 @@ def test_logs_that_cannot_be_written_stop_nothing(place):
 
 def test_tokens_made_beforehand_train_the_same(whole, place):
     out = place / "tokens"
-    tokenize = [sys.executable, "-m", "smollm3_jax.cli", "tokenize", place / "corpus.jsonl", out]
+    tokenize = [sys.executable, "-m", "smollm3_jax", "tokenize", place / "corpus.jsonl", out]
     subprocess.run([*tokenize, "--model", place / "model", "--workers", "2"], env=environment(), check=True)
     run = place / "from-tokens"
     train(place, run, f"data.path={out}")

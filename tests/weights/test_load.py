@@ -17,7 +17,7 @@ from refusal import refusal
 from tiny import LLAMA, random_tensors, random_tokens, raw_config, tiny_checkpoint, write_checkpoint
 
 import smollm3_jax
-from smollm3_jax.cli import main
+from smollm3_jax.commands.main import main
 from smollm3_jax.errors import (
     CheckpointFormatError,
     ConfigError,

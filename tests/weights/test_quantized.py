@@ -13,7 +13,7 @@ from safetensors.numpy import load_file, save_file
 from tiny import random_tensors, random_tokens, raw_config, write_checkpoint
 
 import smollm3_jax as s3
-from smollm3_jax.cli import main
+from smollm3_jax.commands.main import main
 from smollm3_jax.config import WEIGHT_SCHEMES, ModelConfig, Quantization
 from smollm3_jax.errors import ConfigError, OptionError
 from smollm3_jax.quantize import best_scales, dequantize, quantize

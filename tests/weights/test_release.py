@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from smollm3_jax.cli import main
+from smollm3_jax.commands.main import main
 
 ROOT = Path(__file__).resolve().parents[2]
 

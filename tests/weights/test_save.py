@@ -18,7 +18,7 @@ import safetensors
 from tiny import raw_config, tiny_checkpoint
 
 import smollm3_jax
-from smollm3_jax.cli import main
+from smollm3_jax.commands.main import main
 from smollm3_jax.config import GenerationConfig, ModelConfig
 from smollm3_jax.errors import OptionError, SaveError, SupportError
 from smollm3_jax.weights import save
@@ -222,7 +222,7 @@ def test_failed_without_exchange(tmp_path, no_exchange, monkeypatch):
 FULL_DISK = """
 import contextlib, io, json, os, resource, subprocess, sys
 from pathlib import Path
-from smollm3_jax.cli import main
+from smollm3_jax.commands.main import main
 
 source, out, limit, remount, more = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), sys.argv[4], sys.argv[5:]
 report = []

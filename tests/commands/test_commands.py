@@ -11,7 +11,7 @@ import pytest
 from tiny import raw_config, talking_checkpoint
 
 import smollm3_jax as s3
-from smollm3_jax.cli import main
+from smollm3_jax.commands.main import main
 
 
 @pytest.fixture(scope="module")
@@ -274,7 +274,7 @@ def test_usage_errors_exit_2(arguments, capsys):
 
 def test_a_reader_that_leaves_is_no_error(talking):
     """As `smollm3 inspect DIR --json | head -0`: the pipe is closed before anything is written."""
-    code = "import sys; from smollm3_jax.cli import main; sys.exit(main())"
+    code = "import sys; from smollm3_jax.commands.main import main; sys.exit(main())"
     command = [sys.executable, "-c", code, "inspect", str(talking), "--json"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout and process.stderr

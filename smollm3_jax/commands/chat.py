@@ -1,0 +1,71 @@
+"""`smollm3 chat`."""
+
+import argparse
+import dataclasses
+import io
+import sys
+from collections.abc import Generator
+
+from ..errors import OptionError
+from .shared import add_model, add_sampling, console, load_model, open_model, sampling_params
+
+
+def add(parser: argparse.ArgumentParser) -> None:
+    add_model(parser)
+    parser.add_argument("--system", metavar="TEXT", help="the system message")
+    parser.add_argument("--no-think", action="store_true", help="answer without reasoning first")
+    parser.add_argument("--load", metavar="FILE", help="go on with a conversation that /save wrote")
+    parser.add_argument("--tools", metavar="FILE.py", help="let the model call the public functions of this file")
+    parser.add_argument("--yes", action="store_true", help="run the tools that it calls without a question")
+    add_sampling(parser)
+    parser.epilog = (
+        "--max-new-tokens is here by default 4096 for a model that can think, else 1024. Where output is no terminal, "
+        "answers are printed without the reasoning."
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from ..chat import terminal
+    from ..chat.screen import Screen, is_interactive, line_reader
+    from ..chat.tools import load_tools
+    from ..generation.api import Delta, Request, check_request, stream, think_ids
+    from ..generation.sampling import SamplingParams
+    from ..weights.hub import cache_dir
+
+    for file, errors in ((sys.stdin, "replace"), (sys.stdout, "backslashreplace")):
+        if isinstance(file, io.TextIOWrapper):
+            file.reconfigure(errors=errors)
+    checkpoint, tokenizer = open_model(args)
+    if args.max_new_tokens is None:
+        args.max_new_tokens = 1024 if -1 in think_ids(tokenizer) else 4096
+    params = sampling_params(args, checkpoint.generation_config)
+    if params.n != 1 or params.logprobs is not None or params.prompt_logprobs:
+        raise OptionError("--n, --logprobs and --prompt-logprobs are for `smollm3 generate`: a chat shows one answer")
+    probe = Request([0], dataclasses.replace(params, max_new_tokens=1))
+    check_request(checkpoint.config, checkpoint.generation_config, probe, tokenizer)
+
+    def generate(prompt: list[int], params: SamplingParams, capacity: int) -> Generator[Delta, None, None]:
+        # Few steps at a time: an answer should flow.
+        options = {"max_slots": 1, "capacity": capacity, "cache_dtype": args.cache, "steps": 4}
+        yield from stream(model, [Request(prompt, params)], tokenizer=tokenizer, **options)
+
+    chat = terminal.Chat(
+        tokenizer=tokenizer,
+        context=checkpoint.config.max_position_embeddings,
+        params=params,
+        generate=generate,
+        read=line_reader(cache_dir() / "history"),
+        screen=Screen(console(), Console(stderr=True)),
+        interactive=is_interactive(),
+        tools=load_tools(args.tools) if args.tools else {},
+        yes=args.yes,
+        think=not args.no_think,
+    )
+    if args.load:
+        terminal.load(chat, args.load)
+    if args.system is not None:
+        chat.system = args.system
+    model = load_model(args, checkpoint)  # not before all else has been found right
+    return terminal.converse(chat)

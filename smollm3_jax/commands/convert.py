@@ -1,0 +1,22 @@
+"""`smollm3 convert`."""
+
+import argparse
+
+from ..config import DTYPES, FORMATS
+from .shared import folder
+
+
+def add(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", metavar="SRC", help="a model folder, a .gguf file, or a hub id")
+    parser.add_argument("folder", metavar="DST", help="the folder to write")
+    parser.add_argument("--dtype", choices=DTYPES, help="cast all tensors (default: keep each as it is)")
+    parser.add_argument("--format", choices=FORMATS, default="safetensors")
+    parser.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="default: 5GB")
+
+
+def run(args: argparse.Namespace) -> int:
+    from ..weights.save import convert
+
+    convert(folder(args.source), args.folder, args.dtype, args.format, args.max_shard_size)
+    print(args.folder)
+    return 0

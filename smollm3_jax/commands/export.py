@@ -1,0 +1,23 @@
+"""`smollm3 export`."""
+
+import argparse
+from pathlib import Path
+
+from ..config import DTYPES
+
+
+def add(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run_folder", metavar="RUN")
+    parser.add_argument("folder", metavar="DIR", help="the folder to write")
+    parser.add_argument("--step", type=int, metavar="N", help="default: the newest that is sound")
+    parser.add_argument("--average", type=int, default=1, metavar="N", help="the mean of the last N checkpoints")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32")
+
+
+def run(args: argparse.Namespace) -> int:
+    from ..train.checkpoint import run_folder
+    from ..train.export import export
+
+    steps = export(run_folder(args.run_folder), Path(args.folder), args.step, args.average, args.dtype)
+    print(f"{args.folder}: step {', '.join(map(str, steps))}")
+    return 0

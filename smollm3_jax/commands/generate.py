@@ -1,0 +1,142 @@
+"""`smollm3 generate`."""
+
+import argparse
+import contextlib
+import io
+import json
+import logging
+import re
+import sys
+import time
+from pathlib import Path
+
+from ..errors import OptionError
+from ..progress import busy
+from .shared import add_model, add_sampling, load_model, open_model, sampling_params
+
+SOME_FAILED = 3
+
+
+def add(parser: argparse.ArgumentParser) -> None:
+    add_model(parser)
+    prompt = parser.add_mutually_exclusive_group(required=True)
+    prompt.add_argument("--prompt", metavar="TEXT", help="- reads standard input, without the newline at its end")
+    prompt.add_argument("--prompt-file", metavar="FILE", help="the same from a file")
+    prompt.add_argument("--input", metavar="FILE", help='many: JSON lines, each with a "prompt" or "messages"')
+    parser.add_argument("--chat", action="store_true", help="the prompt is a user's message: apply the chat template")
+    parser.add_argument("--no-think", action="store_true", help="with --chat: answer without reasoning first")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("--stats", action="store_true", help="speed on standard error, as a terminal always has it")
+    lookup_help = "greedy only: draft N tokens at a time from the text so far, and verify them at once"
+    parser.add_argument("--lookup", type=int, default=0, metavar="N", help=lookup_help)
+    add_sampling(parser)
+    many = parser.add_argument_group(
+        "many prompts (--input)",
+        'A line of the input may have an "id" and any sampling option for itself, such as "max_new_tokens": 9. A line '
+        "that cannot be run is answered with an error, and the exit code is then 3. A run that was stopped goes on "
+        "when the same command is given again.",
+    )
+    many.add_argument("--output", metavar="FILE", help="gets a JSON line for each, as they finish")
+    many.add_argument("--slots", type=int, metavar="N", help="sequences side by side, a power of two (default: 16)")
+    many.add_argument("--context", type=int, metavar="N", help="most tokens of one, prompt included (default: counted)")
+
+
+def run(args: argparse.Namespace) -> int:
+    from ..generation.api import Completion, Request, check_request, stream
+    from ..generation.jsonl import encode_messages, spell_logprobs, spell_prompt_logprobs
+
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # not every encoding has what a model says
+    if args.input is not None:
+        return _generate_many(args)
+    if given := [name for name in ("output", "slots", "context") if getattr(args, name) is not None]:
+        raise OptionError(f"--{given[0]} is for many prompts: give --input too")
+    if args.no_think and not args.chat:
+        raise OptionError("--no-think changes the chat template: give --chat too")
+    if (args.logprobs is not None or args.prompt_logprobs) and not args.json:
+        raise OptionError("--logprobs and --prompt-logprobs add to what --json prints: give --json too")
+    checkpoint, tokenizer = open_model(args)
+    params = sampling_params(args, checkpoint.generation_config)
+    text = _prompt(args)
+    if args.chat:
+        prompt = encode_messages(tokenizer, [{"role": "user", "content": text}], not args.no_think)
+    else:
+        prompt = tokenizer.encode(text)
+    request = Request(prompt, params)
+    check_request(checkpoint.config, checkpoint.generation_config, request, tokenizer, lookup=args.lookup)
+    model = load_model(args, checkpoint)
+    if args.stats or args.lookup:  # which sizes everything was rounded up to, and how many drafts were accepted
+        logging.getLogger("smollm3_jax.generation.api").setLevel(logging.INFO)
+    samples = [Completion.empty() for _ in range(params.n)]
+    live = params.n == 1 and not args.json
+    arrivals = []
+    begin = time.monotonic()
+    with contextlib.ExitStack() as waiting:
+        waiting.enter_context(busy("generating"))
+        for delta in stream(model, [request], tokenizer=tokenizer, cache_dtype=args.cache, lookup=args.lookup):
+            arrivals.append((time.monotonic() - begin, len(delta.token_ids)))
+            samples[delta.sample].add(delta)
+            if live:
+                waiting.close()  # or the spinner would write into the text
+                print(delta.text, end="", flush=True)
+    if live:
+        print()
+    elif args.json:
+        shared = {"prompt_token_ids": prompt, **spell_prompt_logprobs(samples[0], prompt, tokenizer)}
+        results = [
+            {
+                "text": sample.text,
+                "token_ids": sample.token_ids,
+                **(shared if params.n == 1 else {}),
+                "finish_reason": sample.finish_reason,
+                **spell_logprobs(sample, tokenizer),
+            }
+            for sample in samples
+        ]
+        print(json.dumps(results[0] if params.n == 1 else {**shared, "samples": results}))
+    else:
+        for i, sample in enumerate(samples, 1):
+            print(f"--- sample {i} of {params.n} ---\n{sample.text}")
+    if args.stats or sys.stderr.isatty():
+        (first, count), (last, _) = arrivals[0], arrivals[-1]
+        tokens = sum(number for _, number in arrivals)
+        # One sequence's speed without its prompt; several begin and end at different times.
+        rate = (tokens - count) / (last - first) if params.n == 1 and tokens > count else tokens / last
+        print(f"{tokens} tokens in {last:.2f} s, {rate:.1f} tokens/s; the first after {first:.2f} s", file=sys.stderr)
+    return 0
+
+
+def _prompt(args: argparse.Namespace) -> str:
+    if args.prompt_file is None and args.prompt != "-":
+        return args.prompt
+    try:
+        if args.prompt_file is None and sys.stdin is None:
+            raise ValueError("it is closed")
+        content = sys.stdin.buffer.read() if args.prompt_file is None else Path(args.prompt_file).read_bytes()
+        return re.sub(r"\r?\n\Z", "", content.decode())
+    except (OSError, ValueError) as error:
+        raise OptionError(f"the prompt of {args.prompt_file or 'standard input'} cannot be read: {error}") from None
+
+
+def _generate_many(args: argparse.Namespace) -> int:
+    from ..generation.jsonl import SLOTS, Batch
+
+    if args.output is None:
+        raise OptionError("--input needs --output, the file that the answers go to")
+    if given := [name for name in ("json", "stats", "lookup") if getattr(args, name)]:
+        raise OptionError(f"--{given[0]} is for one prompt: leave it out with --input")
+    checkpoint, tokenizer = open_model(args)
+    params = sampling_params(args, checkpoint.generation_config)
+    # A folder under all of its names; a hub id stays one.
+    settings = {"model": str(Path(args.model).resolve()) if Path(args.model).exists() else args.model}
+    settings |= {name: getattr(args, name) for name in ("dtype", "weights", "cache", "yarn")}
+    with Batch(args.input, args.output, params, chat=args.chat, thinking=not args.no_think, settings=settings) as batch:
+        if batch.left:
+            slots = SLOTS if args.slots is None else args.slots
+            batch.run(
+                load_model(args, checkpoint), tokenizer, slots=slots, context=args.context, cache_dtype=args.cache
+            )
+    speed = f"; {batch.tokens} tokens, {batch.tokens / batch.seconds:.1f} tokens/s" if batch.tokens else ""
+    failed = f", {batch.failed} of them errors" if batch.failed else ""
+    print(f"smollm3: {batch.done} lines in {args.output}{failed}{speed}", file=sys.stderr)
+    return SOME_FAILED if batch.failed else 0

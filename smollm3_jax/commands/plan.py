@@ -1,0 +1,133 @@
+"""`smollm3 plan`."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from ..config import RELEASE, SMOLLM3_3B, WEIGHT_SCHEMES, ModelConfig
+from ..errors import OptionError
+from .shared import console, folder, print_json
+
+
+def add(parser: argparse.ArgumentParser) -> None:
+    from sharding.strategies import AXES, STRATEGIES
+
+    plans = parser.add_subparsers(required=True, metavar="PLAN")
+
+    def plan(name: str, run: Any, help: str, compiles: bool) -> argparse.ArgumentParser:
+        sub = plans.add_parser(name, help=help, description=help)
+        sub.set_defaults(plan=run)
+        model_help = f"a model folder, whose config.json is read; default: the shape of {RELEASE}"
+        sub.add_argument("--model", metavar="DIR", help=model_help)
+        sub.add_argument("--json", action="store_true")
+        if compiles:
+            sub.add_argument(
+                "--topology", default="v5e:4x4", metavar="CHIP:SHAPE", help="such as v5e:4x4 (the default) or h100:8"
+            )
+            sub.add_argument("--mesh", metavar="AXIS=N,...", help=f"of {', '.join(AXES)}; -1 fills; default: by rules")
+            sub.add_argument("--dump-hlo", type=Path, metavar="FILE", help="write the compiled program")
+        return sub
+
+    train = plan("train", _plan_train, "memory, collectives and modelled time of a training step", True)
+    train.add_argument("--slices", type=int, default=1, metavar="N", help="so many of the topology (default: 1)")
+    train.add_argument("--rules", default="fsdp", choices=STRATEGIES, help="default: fsdp")
+    train.add_argument("--batch", type=int, default=16, metavar="ROWS", help="over all devices (default: 16)")
+    train.add_argument("--length", type=int, default=4096, metavar="N", help="tokens of a row (default: 4096)")
+    remat_help = "what the backward pass computes again (default: as little as fits)"
+    train.add_argument("--remat", metavar="POLICY", help=remat_help)
+    train.add_argument("--micro-batches", type=int, default=1, metavar="N", help="default: 1")
+
+    decode = plan("decode", _plan_decode, "memory and modelled time of decoding and prefill", True)
+    decode.add_argument("--rules", default="serve_tp", choices=STRATEGIES, help="default: serve_tp")
+    decode.add_argument("--batch", type=int, default=64, metavar="SLOTS", help="over all devices (default: 64)")
+    decode.add_argument("--context", type=int, default=8192, metavar="N", help="tokens of a slot (default: 8192)")
+    decode.add_argument("--weights", choices=WEIGHT_SCHEMES, help="default: bfloat16")
+    decode.add_argument("--cache", choices=("bfloat16", "int8"), default="bfloat16")
+
+    memory = plan("memory", _plan_memory, "weights by format and cache by context, exact to the byte", False)
+    memory.add_argument("--batch", type=int, default=1, metavar="ROWS", help="sequences in the cache (default: 1)")
+    memory.add_argument("--out", type=Path, metavar="FILE.png", help="draw it (needs the extra `bench`)")
+
+    scale = plan("scale", _plan_scale, "a training step on more and more devices (v5e), and SmolLM3's own run", False)
+    scale.add_argument("--devices", default="16,64,256", metavar="N,N,...", help="default: 16,64,256")
+    scale.add_argument("--length", type=int, default=4096, metavar="N", help="tokens of a row (default: 4096)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Runs one of the plans. They need no device: an accelerator that there is stays with whoever has it, and a plug-in
+    that is here to compile is not asked for one."""
+    import jax
+
+    jax.config.update("jax_platforms", "cpu")
+    return args.plan(args)
+
+
+def _plan_config(args: argparse.Namespace) -> ModelConfig:
+    return ModelConfig.from_hf(folder(args.model) if args.model else SMOLLM3_3B)
+
+
+def _plan_train(args: argparse.Namespace) -> int:
+    from sharding.mesh import parse_axes
+
+    from ..plan import plan_train
+
+    axes = parse_axes(args.mesh) if args.mesh else None
+    options = {"axes": axes, "slices": args.slices, "remat": args.remat, "micro_batches": args.micro_batches}
+    report = plan_train(
+        _plan_config(args), args.topology, args.rules, args.batch, args.length, **options, dump=args.dump_hlo
+    )
+    return _show_plan(args, report)
+
+
+def _plan_decode(args: argparse.Namespace) -> int:
+    from sharding.mesh import parse_axes
+
+    from ..plan import plan_decode
+
+    options = {"axes": parse_axes(args.mesh) if args.mesh else None, "weights": args.weights, "cache": args.cache}
+    report = plan_decode(
+        _plan_config(args), args.topology, args.rules, args.batch, args.context, **options, dump=args.dump_hlo
+    )
+    return _show_plan(args, report)
+
+
+def _show_plan(args: argparse.Namespace, report: dict[str, Any]) -> int:
+    if args.json:
+        print_json(report)
+    else:
+        from ..plan_tables import tables
+
+        for part in tables(report):
+            console().print(part, highlight=False)
+    return 0
+
+
+def _plan_memory(args: argparse.Namespace) -> int:
+    from ..plan import plan_memory
+    from ..plan_tables import draw_memory, memory_table
+
+    report = plan_memory(_plan_config(args), args.batch)
+    if args.out:
+        draw_memory(report, args.out)
+    if args.json:
+        print_json(report)
+    else:
+        console().print(memory_table(report))
+    return 0
+
+
+def _plan_scale(args: argparse.Namespace) -> int:
+    from ..plan import plan_scale
+    from ..plan_tables import scale_tables
+
+    try:
+        devices = [int(part) for part in args.devices.split(",")]
+    except ValueError:
+        raise OptionError(f"--devices {args.devices}: not numbers, with commas between them") from None
+    report = plan_scale(_plan_config(args), devices, args.length)
+    if args.json:
+        print_json(report)
+    else:
+        for part in scale_tables(report):
+            console().print(part, highlight=False)
+    return 0

@@ -1,0 +1,16 @@
+"""`smollm3 pull`."""
+
+import argparse
+
+from .shared import folder
+
+
+def add(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", help='"demo", or a hub id such as HuggingFaceTB/SmolLM3-3B')
+    parser.add_argument("--revision", help="branch, tag or commit of the hub's repository")
+    parser.add_argument("--token", help="access token of the hub (default: HF_TOKEN, or the login of hf)")
+
+
+def run(args: argparse.Namespace) -> int:
+    print(folder(args.model, args.revision, args.token))
+    return 0

@@ -1,0 +1,22 @@
+"""`smollm3 quantize`."""
+
+import argparse
+
+from ..config import CACHE_SCHEMES, WEIGHT_SCHEMES
+from .shared import folder
+
+
+def add(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", metavar="SRC", help="a model folder, a .gguf file, or a hub id")
+    parser.add_argument("folder", metavar="DST", help="the folder to write")
+    parser.add_argument("--weights", choices=WEIGHT_SCHEMES, required=True)
+    parser.add_argument("--cache", choices=CACHE_SCHEMES, help="what keys and values are to be kept in by default")
+    parser.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="default: 5GB")
+
+
+def run(args: argparse.Namespace) -> int:
+    from ..weights.save import quantize
+
+    quantize(folder(args.source), args.folder, args.weights, args.cache, args.max_shard_size)
+    print(args.folder)
+    return 0

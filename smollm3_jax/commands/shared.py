@@ -1,0 +1,114 @@
+"""Arguments and steps that several commands have."""
+
+import argparse
+import dataclasses
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..config import DTYPES, WEIGHT_SCHEMES, GenerationConfig, with_yarn
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from ..generation.sampling import SamplingParams
+    from ..model import SmolLM3
+    from ..tokenizer import Tokenizer
+    from ..weights.load import Checkpoint
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+    """The model and how it is held in memory; see `open_model`."""
+    group = parser.add_argument_group("model")
+    group.add_argument("--model", required=True, metavar="DIR", help="a model folder, a hub id, or demo")
+    group.add_argument("--dtype", choices=DTYPES, help="default: the checkpoint's own")
+    group.add_argument("--weights", choices=WEIGHT_SCHEMES, help="quantize the weights at loading")
+    group.add_argument("--cache", choices=("bfloat16", "int8"), help="what keys and values are kept in")
+    group.add_argument("--yarn", type=float, metavar="FACTOR", help="stretch the context this many times (YaRN)")
+
+
+def add_sampling(parser: argparse.ArgumentParser) -> None:
+    """One option for each field of SamplingParams, under its name; see `sampling_params`."""
+    group = parser.add_argument_group("sampling")
+    own = "default: the model's generation_config.json"
+
+    def option(name: str, kind: Any, metavar: str, help: str) -> None:
+        group.add_argument(name, type=kind, metavar=metavar, help=help)
+
+    def several(name: str, kind: Any, metavar: str, help: str) -> None:
+        group.add_argument(name, type=kind, metavar=metavar, help=f"{help}; may be repeated", action="append")
+
+    option("--max-new-tokens", int, "N", "default: 128")
+    option("--temperature", float, "T", f"0 is greedy; {own}")
+    option("--top-k", int, "K", f"sample among the K likeliest tokens; {own}")
+    option("--top-p", float, "P", f"sample among the fewest tokens that hold this probability; {own}")
+    option("--min-p", float, "P", "sample among tokens at least P times as likely as the likeliest")
+    option("--repetition-penalty", float, "X", "above 1: tokens of the prompt and the text become less likely")
+    option("--presence-penalty", float, "X", "subtracted from the logit of every token that was generated")
+    option("--frequency-penalty", float, "X", "the same, once for each time that it was")
+    several("--logit-bias", _bias, "ID=VALUE", "add VALUE to this token's logit")
+    several("--stop", str, "TEXT", "end before this text")
+    several("--stop-token-id", int, "ID", "end with this token")
+    group.add_argument("--ignore-eos", action="store_true", help="go on after the model's own end (for benchmarks)")
+    option("--seed", int, "S", "default: 0")
+    option("--n", int, "N", "how many samples; sample i draws with seed + i")
+    option("--logprobs", int, "N", "log-probabilities, of the N likeliest tokens too (0 to 20)")
+    group.add_argument("--prompt-logprobs", action="store_true", help="log-probabilities of the prompt's tokens")
+    option("--max-thinking-tokens", int, "N", "after so many tokens of thinking the model has to answer")
+
+
+def _bias(text: str) -> tuple[int, float]:
+    token, _, value = text.partition("=")
+    try:
+        return int(token), float(value)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not ID=VALUE, such as 42=-1.5") from None
+
+
+def sampling_params(args: argparse.Namespace, own: GenerationConfig) -> "SamplingParams":
+    """What was given; for the rest the model's own settings, then the defaults of SamplingParams."""
+    from ..generation.sampling import SamplingParams
+
+    given = {field.name: getattr(args, field.name, None) for field in dataclasses.fields(SamplingParams)}
+    given["logit_bias"] = dict(args.logit_bias or ())
+    given["stop_token_ids"] = args.stop_token_id
+    settings = {"temperature": own.temperature * own.do_sample, "top_p": own.top_p, "top_k": own.top_k}
+    return SamplingParams(**settings | {name: value for name, value in given.items() if value is not None})
+
+
+def folder(model: str, revision: str | None = None, token: str | None = None) -> Path:
+    """The model's folder, fetched where it is not there yet."""
+    from ..weights.demo import model_folder
+
+    return model_folder(model, revision, token)
+
+
+def open_model(args: argparse.Namespace) -> "tuple[Checkpoint, Tokenizer]":
+    """The model of `add_model` as it will be loaded, headers only."""
+    from ..tokenizer import load_tokenizer
+    from ..weights.load import open_checkpoint
+
+    path = folder(args.model)
+    checkpoint = open_checkpoint(path)
+    if args.yarn is not None:
+        checkpoint = dataclasses.replace(checkpoint, config=with_yarn(checkpoint.config, args.yarn))
+    return checkpoint, load_tokenizer(path, checkpoint.config)
+
+
+def load_model(args: argparse.Namespace, checkpoint: "Checkpoint") -> "SmolLM3":
+    from ..weights.load import load
+
+    return load(checkpoint, args.dtype, **({"weights": args.weights} if args.weights else {}))
+
+
+def print_json(content: Any) -> None:
+    text = json.dumps(content, ensure_ascii=False, indent=2)
+    print(text.encode(errors="backslashreplace").decode())  # half a surrogate pair cannot be printed
+
+
+def console() -> "Console":
+    """Tables keep their width where standard output is a file or a pipe."""
+    from rich.console import Console
+
+    return Console(width=None if sys.stdout.isatty() else 160)

@@ -1,0 +1,37 @@
+"""`smollm3 tokenize`."""
+
+import argparse
+import os
+from pathlib import Path
+
+from .shared import folder, print_json
+
+
+def add(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", metavar="SRC", help="a file or folder of documents")
+    parser.add_argument("folder", metavar="DST", help="the folder to write; a run that was stopped goes on")
+    parser.add_argument("--model", required=True, metavar="DIR", help="whose tokenizer: a model folder or hub id")
+    parser.add_argument("--field", default="text", help="of JSON lines and columns (default: text)")
+    parser.add_argument("--workers", type=int, metavar="N", help="processes (default: one a core)")
+    parser.add_argument("--shard-documents", type=int, default=10_000, metavar="N", help="default: 10000")
+    parser.add_argument("--bad-records", type=int, default=100, metavar="N", help="how many may be skipped")
+    parser.add_argument("--json", action="store_true")
+
+
+def run(args: argparse.Namespace) -> int:
+    from ..train.tokenize import tokenize
+
+    report = tokenize(
+        args.source,
+        Path(args.folder),
+        folder(args.model),
+        field=args.field,
+        workers=args.workers or os.cpu_count() or 1,
+        shard_documents=args.shard_documents,
+        bad_records=args.bad_records,
+    )
+    if args.json:
+        print_json(report)
+    else:
+        print(f"{report['documents']:,} documents, {report['tokens']:,} tokens, {report['shards']} shards")
+    return 0

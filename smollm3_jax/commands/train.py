@@ -1,0 +1,74 @@
+"""`smollm3 train`."""
+
+import argparse
+import os
+import sys
+from typing import NoReturn
+
+from .shared import console, print_json
+
+
+def add(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--config", required=True, metavar="FILE.toml|RECIPE", help="settings; see smollm3_jax/train/recipes"
+    )
+    parser.add_argument("settings", nargs="*", metavar="section.key=value", help="over those of the file")
+    parser.add_argument("--resume", choices=("auto",), help="go on from the newest sound checkpoint, if there is one")
+    parser.add_argument("--allow-restart", action="store_true", help="begin anew if all checkpoints are damaged")
+    parser.add_argument("--allow-changes", action="store_true", help="go on with settings or data that have changed")
+    parser.add_argument("--clean", action="store_true", help="remove what broken-off saves left in the run folder")
+    parser.add_argument("--dry-run", action="store_true", help="print steps, tokens, stages, mixture and memory")
+    parser.add_argument("--json", action="store_true", help="print the result as one JSON object")
+    job = parser.add_argument_group("a job of several processes (found by itself on TPU pods, Slurm, Kubernetes)")
+    job.add_argument("--coordinator", metavar="HOST:PORT", help="of process 0")
+    job.add_argument("--processes", type=int, metavar="N")
+    job.add_argument("--process", type=int, metavar="I", help="which this is, from 0")
+    job.add_argument("--wait", type=int, default=300, metavar="SECONDS", help="for the others (default: 300)")
+    job.add_argument("--heartbeat", type=int, default=100, metavar="SECONDS", help="of silence: lost (default: 100)")
+
+
+def run(args: argparse.Namespace) -> int:
+    import jax
+
+    from sharding.mesh import start
+
+    from ..train.settings import read_settings
+
+    settings = read_settings(args.config, args.settings)
+    if args.dry_run:
+        from ..train.dry_run import describe, tables
+
+        report = describe(settings)
+        if args.json:
+            print_json(report)
+        else:
+            for part in tables(report):
+                console().print(part, highlight=False)
+        return 0
+    start(args.coordinator, args.processes, args.process, args.wait, args.heartbeat)
+    from ..train.loop import STOPPED, train
+    from ..train.monitor import plain
+
+    result = train(
+        settings,
+        resume=args.resume == "auto",
+        allow_restart=args.allow_restart,
+        allow_changes=args.allow_changes,
+        clean=args.clean,
+    )
+    if args.json:
+        print_json(plain(result))
+    else:
+        how = "stopped" if result["stopped"] else "done"
+        loss = "none yet" if result["loss"] is None else f"{result['loss']:.4f}"
+        print(f"{how} at step {result['step']}, loss {loss}, checkpoints in {settings.run.dir}/checkpoints")
+    if jax.distributed.is_initialized():
+        jax.distributed.shutdown()  # waits for the others
+    leave(STOPPED if result["stopped"] else 0)
+
+
+def leave(code: int) -> NoReturn:
+    """Ends the process at once: a normal exit waits for threads (data, a failed save) or breaks off in their midst."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
