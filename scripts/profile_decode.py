@@ -1,0 +1,77 @@
+"""Where a CPU's time goes while a token is decoded: XLA's operations by kind, in milliseconds and as shares.
+
+    python scripts/profile_decode.py [--model DIR|demo] [--dtype bfloat16] [--weights int8] [--held 128] [--new 65]
+
+Products of matrices are called "ynn_fusion", "dot" or "convolution"; where they are nearly all, a faster token needs
+a faster product of XLA's, for which `bench_products.py` has the rates. Profiling itself costs time: "a token" is
+measured without it, and the operations' sum is larger.
+"""
+
+import argparse
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import jax
+from rich.console import Console
+from rich.table import Table
+
+import smollm3_jax as s3
+from smollm3_jax.weights.demo import pull_demo
+
+TOP = 12
+
+
+def operation_times(trace: Path, program: str) -> tuple[Counter[str], Counter[str]]:
+    """Kind of operation -> nanoseconds, and -> how often it ran, in one program."""
+    times, counts = Counter[str](), Counter[str]()
+    for plane in jax.profiler.ProfileData.from_file(str(trace)).planes:
+        for event in (event for line in plane.lines for event in line.events):
+            about = dict(event.stats)
+            if about.get("hlo_module") == program:
+                kind = str(about["hlo_op"]).split(".")[0]
+                if kind not in ("while", "call", "conditional"):  # what they run is listed itself
+                    times[kind] += int(event.duration_ns)
+                    counts[kind] += 1
+    return times, counts
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="demo")
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--weights", choices=("int8", "int8-g64", "int4"))
+    parser.add_argument("--held", type=int, default=128, metavar="N", help="tokens of the prompt")
+    parser.add_argument("--new", type=int, default=65, metavar="N", help="tokens that are decoded")
+    args = parser.parse_args()
+    folder = pull_demo() if args.model == "demo" else Path(args.model)
+    quantized: dict[str, Any] = {} if args.weights is None else {"weights": args.weights}
+    model = s3.from_pretrained(folder, args.dtype, **quantized)
+    prompt = [list(range(1, args.held + 1))]
+
+    def seconds(new: int) -> float:
+        begin = time.perf_counter()
+        s3.generate(model, prompt, s3.SamplingParams(max_new_tokens=new, temperature=0.0, ignore_eos=True))
+        return time.perf_counter() - begin
+
+    for new in (1, args.new):  # compilation
+        seconds(new)
+    token = min((seconds(args.new) - seconds(1)) / (args.new - 1) for _ in range(3))
+    options = jax.profiler.ProfileOptions()
+    options.host_tracer_level, options.python_tracer_level = 2, 0
+    with tempfile.TemporaryDirectory(prefix="profile-") as kept:
+        with jax.profiler.trace(kept, profiler_options=options):
+            seconds(args.new)
+        times, counts = operation_times(next(Path(kept).rglob("*.xplane.pb")), "jit_decode")
+    whole = times.total()
+    table = Table("operation", "a token", "ms a token", "share", title=f"{token * 1e3:.1f} ms a token")
+    for kind, taken in times.most_common(TOP):
+        per_token = f"{counts[kind] / (args.new - 1):.0f}"
+        table.add_row(kind, per_token, f"{taken / (args.new - 1) / 1e6:.2f}", f"{taken / whole:.1%}")
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    main()
