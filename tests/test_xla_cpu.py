@@ -15,14 +15,16 @@ def processor(request, monkeypatch):
     monkeypatch.setattr(xla_cpu, "processor", lambda: PROCESSORS[request.param])
 
 
+@pytest.mark.parametrize("shape", [(24, 256), (1000, 4200)])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_one_row_is_multiplied_as_many_are(processor, dtype):
+def test_one_row_is_multiplied_as_many_are(processor, dtype, shape):
+    outputs, inputs = shape
     random = np.random.RandomState(0)
-    x, w = (jnp.asarray(random.standard_normal(shape), dtype) for shape in ((1, 256), (24, 256)))
+    x, w = (jnp.asarray(random.standard_normal(shape), dtype) for shape in ((1, inputs), shape))
     got = xla_cpu.one_row_product(x, w)
-    assert got.shape == (1, 24) and got.dtype == jnp.float32
+    assert got.shape == (1, outputs) and got.dtype == jnp.float32
     x, w = np.asarray(x, np.float64), np.asarray(w, np.float64)
-    assert (np.abs(got - x @ w.T) <= 256 * 2.0**-24 * (np.abs(x) @ np.abs(w).T)).all()
+    assert (np.abs(got - x @ w.T) <= inputs * 2.0**-24 * (np.abs(x) @ np.abs(w).T)).all()
 
 
 def test_integers_are_multiplied_exactly(processor):
