@@ -532,14 +532,17 @@ def _keep_texts(source: Path, folder: epath.Path) -> None:
     check_links(source)
     texts = {name: file.read_bytes() for name, file in text_files(source).items()}
     try:
-        with contextlib.nullcontext(folder) if is_remote(folder) else new_folder(folder) as new:
+        if is_remote(folder):
             for name, content in texts.items():
-                (new / name).parent.mkdir(parents=True, exist_ok=True)
+                write(folder / name, content)
+            return
+        with new_folder(folder) as new:
+            for name, content in texts.items():
+                (new / name).parent.mkdir(exist_ok=True)
                 write(new / name, content)
-            if not is_remote(folder) and folder.is_dir():
-                for path in Path(folder).iterdir():
-                    if not is_text_file(path.name):
-                        carry(path, new / path.name)
+            for path in Path(folder).iterdir() if folder.is_dir() else ():
+                if not is_text_file(path.name):
+                    carry(path, new / path.name)
     except OSError as error:
         raise OptionError(f"run.dir: {folder} cannot be written: {error.strerror or error}") from None
 

@@ -335,7 +335,11 @@ def test_io_error_at_every_step(where, target, tmp_path, monkeypatch):
     step = Counted()
     sync = os.fsync
     if where == "write":
-        monkeypatch.setattr(files, "open", lambda *args, **more: Broken(open(*args, **more), step), raising=False)
+
+        def open_broken(*args, **more):
+            return Broken(open(*args, **more), step)  # noqa: SIM115
+
+        monkeypatch.setattr(files, "open", open_broken, raising=False)
     else:
         monkeypatch.setattr(os, "fsync", lambda fd: (step(), sync(fd)))
     base = tmp_path / "base"
@@ -514,16 +518,16 @@ def test_to_torch_and_back(dtype, tmp_path):
     torch = pytest.importorskip("torch")
     original = tiny_checkpoint(tmp_path / "hf", "untied", dtype=dtype)
     wanted = contents(original)
-    for size, files in (("5GB", {"pytorch_model.bin"}), ("70KB", None)):
+    for size, wanted_files in (("5GB", {"pytorch_model.bin"}), ("70KB", None)):
         folder = tmp_path / f"torch-{size}"
         arguments = ["--format", "torch", "--max-shard-size", size]
         assert main(["convert", str(original), str(folder), *arguments]) == 0
-        if files is None:
+        if wanted_files is None:
             index = json.loads((folder / "pytorch_model.bin.index.json").read_bytes())
-            files = set(index["weight_map"].values()) | {"pytorch_model.bin.index.json"}
-            assert len(files) > 3 and index["weight_map"].keys() == wanted.keys()
+            wanted_files = set(index["weight_map"].values()) | {"pytorch_model.bin.index.json"}
+            assert len(wanted_files) > 3 and index["weight_map"].keys() == wanted.keys()
             assert index["metadata"]["total_size"] == sum(len(data) for _, _, data in wanted.values())
-        assert names(folder) == files | {"config.json"}
+        assert names(folder) == wanted_files | {"config.json"}
         state = {}
         for path in folder.glob("*.bin"):
             state |= torch.load(path, weights_only=True)
