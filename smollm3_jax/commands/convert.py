@@ -12,11 +12,13 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=DTYPES, help="cast all tensors (default: keep each as it is)")
     parser.add_argument("--format", choices=FORMATS, default="safetensors")
     parser.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="default: 5GB")
+    parser.add_argument("--force", action="store_true", help="DST may be there: replace the model in it")
 
 
 def run(args: argparse.Namespace) -> int:
-    from ..weights.save import convert
+    from ..weights.save import check_target, convert
 
-    convert(folder(args.source), args.folder, args.dtype, args.format, args.max_shard_size)
+    check_target(args.folder, args.force)  # before anything is fetched
+    convert(folder(args.source), args.folder, args.dtype, args.format, args.max_shard_size, args.force)
     print(args.folder)
     return 0

@@ -12,12 +12,13 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--step", type=int, metavar="N", help="default: the newest that is sound")
     parser.add_argument("--average", type=int, default=1, metavar="N", help="the mean of the last N checkpoints")
     parser.add_argument("--dtype", choices=DTYPES, default="float32")
+    parser.add_argument("--force", action="store_true", help="DIR may be there: replace the model in it")
 
 
 def run(args: argparse.Namespace) -> int:
     from ..train.checkpoint import run_folder
     from ..train.export import export
 
-    steps = export(run_folder(args.run_folder), Path(args.folder), args.step, args.average, args.dtype)
+    steps = export(run_folder(args.run_folder), Path(args.folder), args.step, args.average, args.dtype, args.force)
     print(f"{args.folder}: step {', '.join(map(str, steps))}")
     return 0

@@ -20,7 +20,7 @@ from etils import epath
 from jax import Array
 
 from ..errors import OptionError, SmolLM3Error, TrainingError
-from ..weights.bucket import is_remote
+from ..files import is_remote, remove
 from .job import together
 
 log = logging.getLogger(__name__)
@@ -103,7 +103,7 @@ class Checkpoints:
         for step in old[: -self._keep]:
             if jax.process_index() == 0 and not (self._keep_every and step % self._keep_every == 0):
                 with contextlib.suppress(OSError):
-                    (self.folder / f"{step:08d}").rmtree()
+                    remove(self.folder / f"{step:08d}")
 
     def close(self) -> None:
         try:

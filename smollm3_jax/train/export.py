@@ -11,7 +11,7 @@ from etils import epath
 from ..config import GenerationConfig, ModelConfig
 from ..errors import OptionError, TrainingError
 from ..weights.key_map import abstract_model
-from ..weights.save import cast, tensors_of, write_folder
+from ..weights.save import cast, check_target, tensors_of, write_folder
 from . import checkpoint as checkpoints
 from .checkpoint import Damaged
 
@@ -19,19 +19,26 @@ TOKENIZER = "tokenizer"  # the run folder's copy of the model's text files
 
 
 def export(
-    run: epath.Path, folder: Path, step: int | None = None, average: int = 1, dtype: str = "float32"
+    run: epath.Path,
+    folder: Path,
+    step: int | None = None,
+    average: int = 1,
+    dtype: str = "float32",
+    force: bool = False,
 ) -> list[int]:
     """Writes a checkpoint of a run as a model folder; returns the steps that went into it.
 
     Args:
       step: None is the newest that is sound.
       average: write the mean of so many checkpoints, that one and those before it.
+      force: the folder may be there, and its model is replaced.
 
     Raises:
-      OptionError: there is no such checkpoint, or not so many.
+      OptionError: there is no such checkpoint, or not so many; or there is something in the folder already.
       TrainingError: it is damaged.
       SaveError: the folder cannot be written.
     """
+    check_target(folder, force)
     place = run / "checkpoints"
     there = checkpoints.steps(place)
     if not there:
@@ -54,12 +61,19 @@ def export(
             break
     if model is None or len(found) < average:
         raise TrainingError(f"{run} has {len(found)} sound checkpoints up to there, not {average}{damage}")
-    files = {file.name: file.read_bytes() for file in sorted((run / TOKENIZER).iterdir())}
+    files = {name: (run / TOKENIZER / name).read_bytes() for name in _names(run / TOKENIZER)}
     config = ModelConfig.from_hf(checkpoints.read_about(place, found[0])["config"])
     config = dataclasses.replace(config, dtype=dtype)
     tensors = [cast(tensor, dtype) for tensor in tensors_of(model)]
-    write_folder(folder, config, model.generation_config, tensors, files)
+    write_folder(folder, config, model.generation_config, tensors, files, force=force)
     return found
+
+
+def _names(folder: epath.Path) -> list[str]:
+    """Of the files in a folder and in those in it."""
+    here = sorted(folder.iterdir())
+    below = [f"{place.name}/{file.name}" for place in here if place.is_dir() for file in sorted(place.iterdir())]
+    return [file.name for file in here if file.is_file()] + below
 
 
 @functools.partial(jax.jit, donate_argnums=(0, 1))

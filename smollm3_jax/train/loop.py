@@ -16,7 +16,6 @@ All that a run needs to go on is in its folder:
 import contextlib
 import copy
 import dataclasses
-import fcntl
 import functools
 import hashlib
 import json
@@ -45,13 +44,14 @@ from sharding.rules import Sharding
 from .. import compile_cache
 from ..config import ModelConfig
 from ..errors import DataError, OptionError, TrainingError
+from ..files import carry, is_remote, locked, new_folder, remove, write
 from ..model import SmolLM3
 from ..support import SHOWN, version
 from ..tokenizer import load_tokenizer
 from ..weights import demo
-from ..weights.bucket import is_remote
 from ..weights.key_map import abstract_model
-from ..weights.load import TEXT_FILES, load, open_checkpoint
+from ..weights.load import load, open_checkpoint
+from ..weights.texts import check_links, is_text_file, text_files
 from . import checkpoint as checkpoints
 from .checkpoint import Checkpoints, Damaged, run_folder
 from .data import Batches, ahead, encoder, expanded, held_out_rows, on_mesh
@@ -156,7 +156,7 @@ def train(
         if clean and jax.process_index() == 0:
             for left in checkpoints.left_overs(folder / "checkpoints"):
                 log.warning("removing %s", left)
-                left.rmtree() if left.is_dir() else left.unlink()
+                remove(left)
         return _Run(settings, stop, allow_restart, allow_changes).train()
 
 
@@ -168,15 +168,15 @@ def _only_one(folder: epath.Path) -> Iterator[None]:
         return
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = (folder / "lock").open("w")
+        lock = locked(folder / "lock")
+    except BlockingIOError:
+        raise OptionError(f"another process trains in {folder}") from None
     except OSError as error:
-        raise OptionError(f"run.dir={folder}: {error.strerror}") from None
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise OptionError(f"another process trains in {folder}") from None
+        raise OptionError(f"run.dir={folder}: {error.strerror}: {error.filename}") from None
+    try:
         yield
+    finally:
+        os.close(lock)
 
 
 class _Run:
@@ -187,12 +187,10 @@ class _Run:
         self.allow_restart, self.allow_changes = allow_restart, allow_changes
         self.folder = run_folder(settings.run.dir)
         with together():
-            source, self.shapes, self.load, self.sharding = open_model(settings)
+            self.source, self.shapes, self.load, self.sharding = open_model(settings)
             self.config = self.shapes.config
-            tokenizer = load_tokenizer(source, self.config)
-            self.tokenizer_digest = hashlib.sha256((source / "tokenizer.json").read_bytes()).hexdigest()
-            if jax.process_index() == 0:
-                _keep_tokenizer(source, self.folder / TOKENIZER)
+            tokenizer = load_tokenizer(self.source, self.config)
+            self.tokenizer_digest = hashlib.sha256((self.source / "tokenizer.json").read_bytes()).hexdigest()
             self.encode = encoder(tokenizer, self.config)
             self.batches = Batches(settings, self.encode)
         agree("models", [self.config.to_hf(), self.tokenizer_digest])
@@ -355,6 +353,9 @@ class _Run:
             resumed = self.restore()
             if not resumed:
                 progress.state = self.first_state()
+            with together():
+                if jax.process_index() == 0:  # not before a resume has found that the tokenizer is the same
+                    _keep_texts(self.source, self.folder / TOKENIZER)
             self.monitor.begin(progress.step, resumed, self.describe())
             if not self.monitor.has_held_out(progress.step):
                 self.evaluate()
@@ -524,15 +525,26 @@ def open_model(settings: Settings) -> tuple[Path, SmolLM3, Callable[[], SmolLM3]
     return path, shapes, load_it, sharding
 
 
-def _keep_tokenizer(source: Path, folder: epath.Path) -> None:
-    """The text files of the model, for exports."""
+def _keep_texts(source: Path, folder: epath.Path) -> None:
+    """The text files of the model, for exports; whatever else the folder holds stays in it."""
+    if not source.is_dir():  # a .gguf
+        return
+    check_links(source)
+    texts = {name: file.read_bytes() for name, file in text_files(source).items()}
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for name in TEXT_FILES:
-            if (source / name).is_file():
-                (folder / name).write_bytes((source / name).read_bytes())
+        if is_remote(folder):
+            for name, content in texts.items():
+                write(folder / name, content)
+            return
+        with new_folder(folder) as new:
+            for name, content in texts.items():
+                (new / name).parent.mkdir(exist_ok=True)
+                write(new / name, content)
+            for path in Path(folder).iterdir() if folder.is_dir() else ():
+                if not is_text_file(path.name):
+                    carry(path, new / path.name)
     except OSError as error:
-        raise OptionError(f"run.dir: {folder} cannot be written: {error}") from None
+        raise OptionError(f"run.dir: {folder} cannot be written: {error.strerror or error}") from None
 
 
 def adapted(config: ModelConfig, settings: Settings) -> ModelConfig:

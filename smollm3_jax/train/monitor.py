@@ -14,7 +14,7 @@ from typing import Any
 import jax
 from etils import epath
 
-from ..weights.bucket import is_remote
+from ..files import append, is_remote, write
 from .settings import Settings, as_table
 
 log = logging.getLogger(__name__)
@@ -220,9 +220,7 @@ class Monitor:
 
     def _write(self, name: str, text: str) -> None:
         with self._surviving(name):
-            temporary = self._folder / f".{name}.new"
-            temporary.write_text(text)
-            temporary.replace(self._folder / name)
+            write(self._folder / name, text)
             self._behind.pop(name, None)
 
     def _append(self, name: str, line: Mapping[str, Any]) -> None:
@@ -232,8 +230,8 @@ class Monitor:
         if is_remote(self._folder):
             self._behind[name] = self._behind.get(name, "") + text
             return
-        with self._surviving(name), (self._folder / name).open("a") as file:
-            file.write(text)
+        with self._surviving(name):
+            append(self._folder / name, text)
 
     def flush(self) -> None:
         """Object stores know no appending: there, logs are written again whole, and so less often."""

@@ -2,6 +2,7 @@
 
 import html
 import importlib.util
+import io
 import json
 import math
 from collections.abc import Sequence
@@ -9,6 +10,7 @@ from typing import Any
 
 from etils import epath
 
+from ..files import write
 from .monitor import read_lines
 
 WIDTH, HEIGHT, MARGIN = 720, 240, 48
@@ -28,10 +30,11 @@ def write_report(folder: epath.Path) -> None:
         for title, content in (("settings", settings), ("environment", environment))
     )
     style = "body{font:15px sans-serif;max-width:760px;margin:2em auto}text{font:11px sans-serif}h2{font-size:16px}"
-    (folder / "report.html").write_text(
+    write(
+        folder / "report.html",
         f"<!doctype html><meta charset=utf-8><title>{name}</title><style>{style}</style><h1>{name}</h1>"
         + "".join(parts)
-        + tables
+        + tables,
     )
     if importlib.util.find_spec("matplotlib") is not None:
         _draw(charts, folder / "report.png")
@@ -96,5 +99,6 @@ def _draw(charts: dict[str, dict[str, Curve]], path: epath.Path) -> None:
         axes.set_title(title)
         if len(lines) > 1:
             axes.legend()
-    with path.open("wb") as file:
-        figure.savefig(file, dpi=110, format="png")
+    drawn = io.BytesIO()
+    figure.savefig(drawn, dpi=110, format="png")
+    write(path, drawn.getvalue())

@@ -18,7 +18,7 @@ import numpy as np
 from etils import epath
 
 from ..errors import DataError, SupportError
-from ..weights.bucket import is_remote
+from ..files import is_remote
 from .settings import Source
 
 # How file names end -> the format.

@@ -1,6 +1,5 @@
 """Models in object stores (gs://, s3://), copied to this machine once."""
 
-import fcntl
 import hashlib
 import json
 import os
@@ -9,14 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import HubError, SupportError
+from ..files import locked, new_file, write
 from ..progress import progress
 
 COPIED = ".copied"  # what the local files are copies of: name -> fsspec's key of its contents
-
-
-def is_remote(path: str | os.PathLike[str]) -> bool:
-    """Whether a path is of an object store."""
-    return "://" in os.fspath(path)
 
 
 def copy_of(folder: str, into: Path, endings: tuple[str, ...]) -> Path:
@@ -39,9 +34,11 @@ def copy_of(folder: str, into: Path, endings: tuple[str, ...]) -> Path:
         if "config.json" not in files:
             raise HubError(f"{folder} holds no config.json: give the folder of a model")
         local.mkdir(parents=True, exist_ok=True)
-        with (local / ".lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # of several processes one copies
+        lock = locked(local / ".lock", wait=True)  # of several processes one copies
+        try:
             _copy(store, files, local, folder)
+        finally:
+            os.close(lock)
     except ImportError as error:
         raise SupportError(f"{folder}: {error}; pip install 'smollm3-jax[remote]'") from None
     except HubError:
@@ -61,11 +58,10 @@ def _copy(store: Any, files: Mapping[str, Any], local: Path, folder: str) -> Non
             (local / name).unlink(missing_ok=True)
     with progress(f"fetching {folder}", sum(files[name]["size"] for name in wanted)) as report:
         for name in wanted:
-            with store.open(files[name]["name"], "rb") as source, (local / f".{name}").open("wb") as target:
+            with store.open(files[name]["name"], "rb") as source, new_file(local / name) as target:
                 while block := source.read(2**24):
                     target.write(block)
                     report(len(block))
                 if target.tell() != files[name]["size"]:
-                    raise HubError(f"{folder}: {name} ended behind {target.tell()} of {files[name]['size']} bytes")
-            os.replace(local / f".{name}", local / name)
-    note.write_text(json.dumps(keys))
+                    raise HubError(f"{folder}: {name} ended after {target.tell()} of {files[name]['size']} bytes")
+    write(note, json.dumps(keys))

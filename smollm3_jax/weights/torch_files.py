@@ -1,13 +1,13 @@
 """PyTorch state dicts (.bin, .pt), through torch's restricted unpickler only."""
 
 import errno
-import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ..errors import CheckpointFormatError, SupportError
+from ..files import new_file
 from .safetensors import read_weight_map
 from .stored import NUMPY_DTYPES, StoredTensor
 
@@ -95,10 +95,8 @@ def rewrite(shard: Path, target: Path) -> None:
     from safetensors.torch import load_file
 
     try:
-        with target.open("xb") as file:
+        with new_file(target) as file:
             torch.save(load_file(shard), file)
-            file.flush()
-            os.fsync(file.fileno())
     except RuntimeError as error:  # torch's writer, which hides what the system said
         hidden = error.__context__
         raise hidden if isinstance(hidden, OSError) else OSError(errno.EIO, str(error).split("\n")[0]) from None

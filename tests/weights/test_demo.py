@@ -22,7 +22,7 @@ def test_the_hub_comes_first(cache, monkeypatch):
 def test_without_a_hub_the_gguf_is_converted_once(cache, monkeypatch):
     calls = []
 
-    def convert(source, folder, dtype):
+    def convert(source, folder, dtype, force):
         calls.append((source, dtype))
         folder.mkdir()
         (folder / "config.json").write_text("{}")

@@ -60,6 +60,7 @@ class Server(http.server.ThreadingHTTPServer):
         self.served = {}  # by file name: the bytes that come instead of the right ones
         self.refusals = {}  # by a part of "METHOD /path": the status and the X-Error-Code to answer with
         self.silent = ()  # the same parts: requests that get no answer
+        self.forged = {}  # names that come instead of the right ones: sha, commit, etag, linked, oid, path
         self.cut = None  # the next download of the weights ends after so many bytes
         self.log = []
 
@@ -83,16 +84,18 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 return self.answer(status, {"X-Error-Code": code} if code else {})
         if "/tree/" in path:
             files = [{"type": "file", "path": k, "size": len(v), "oid": name_of(v)} for k, v in hub.files.items()]
+            files[-1] |= {key: value for key, value in hub.forged.items() if key in ("oid", "path", "lfs")}
             if "recursive=true" not in self.path.lower():
                 files = [file for file in files if "/" not in file["path"]] + [
                     {"type": "directory", "path": "onnx", "oid": "0"}
                 ]
             return self.answer(200, body=json.dumps(files).encode())
         if path.startswith("/api/"):
-            return self.answer(200, body=json.dumps({"id": "org/tiny", "sha": COMMIT}).encode())
+            return self.answer(200, body=json.dumps({"id": "org/tiny", "sha": hub.forged.get("sha", COMMIT)}).encode())
         name = path.split(f"/{COMMIT}/")[1]
         body = hub.served.get(name, hub.files[name])
         headers = {"X-Repo-Commit": COMMIT, "ETag": '"not-this-one"', "X-Linked-Etag": f'"{name_of(hub.files[name])}"'}
+        headers |= {key: value for key, value in hub.forged.items() if key in headers}
         if span := re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", "")):
             start = int(span[1])
             headers["Content-Range"] = f"bytes {start}-{len(body) - 1}/{len(body)}"
@@ -289,6 +292,73 @@ def test_a_corrupt_transfer_is_deleted_and_fetched_again(server, pull, tmp_path)
     assert outcome == "HubError" and "corrupt" in message
 
 
+CLIMB = "../../../../victim"
+FORGED = [
+    *({"sha": sha} for sha in (CLIMB, "main", "a" * 40 + "\n", None)),
+    {"X-Repo-Commit": CLIMB},
+    *({"X-Linked-Etag": tag} for tag in (f'"{CLIMB}"', '".."', 'W/"a/b"', '"a\\b"', '""')),
+    {"oid": CLIMB},
+    *({"path": path} for path in (CLIMB, "/etc/x", "a/../../x", "a\\..\\x", "x\0")),
+    {"lfs": {"oid": CLIMB, "size": 3, "pointerSize": 3}},
+]
+
+
+@pytest.mark.parametrize("forged", FORGED, ids=str)
+def test_names_that_a_hub_makes_up(forged, server, pull, tmp_path):
+    """A commit, a hash and a file's name become paths here: what is none of these is refused, and nothing written."""
+    server.forged = forged
+    (tmp_path / "victim").write_text("mine")
+    outcome, message = pull()
+    assert outcome == "HubError" and "the hub's answer is unsound" in message and "\n" not in message
+    outside = {path for path in tmp_path.rglob("*") if not path.is_relative_to(tmp_path / "hf")}
+    assert outside == {tmp_path / "victim"} and (tmp_path / "victim").read_text() == "mine"
+
+
+@pytest.mark.parametrize("token", ["hf_secret\nX-Evil: 1", "hf_secret two", "hf_secr\u00e4t", "hf_secret\x00"])
+def test_a_token_is_never_printed(token, pull):
+    with pytest.raises(HubError, match="the token holds ") as caught:
+        hub.pull("org/tiny", None, token)
+    assert "secr" not in str(caught.value)
+    if "\0" not in token:  # which no environment holds
+        assert "secr" not in str(pull(HF_TOKEN=token)[1])
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:{port}", "127.0.0.1:{port}/x", "[::1]:{port}"])
+def test_a_password_in_the_address_is_never_printed(address, pull, closed_port):
+    endpoint = "http://anna:pass%40word@" + address.format(port=closed_port)
+    outcome, message = pull(HF_ENDPOINT=endpoint)
+    assert outcome == "HubUnreachable" and "word" not in message and "anna" not in message
+    assert f"://***@{address.format(port=closed_port)}" in message
+
+
+def test_secrets_are_taken_out_of_whatever_a_library_says():
+    said = {
+        "Illegal header value b'Bearer hf_abc\\nX'": "Illegal header value b'Bearer ***'",
+        "https://me:pw@host/x?y and http://a:b:c@host": "https://***@host/x?y and http://***@host",
+        "no access with hf_abcDEF1": "no access with hf_***",
+        "mail me@host": "mail me@host",
+    }
+    assert {text: hub._without_secrets(text) for text in said} == said
+
+
+@pytest.mark.parametrize("at", ["blob", "snapshot"])
+def test_what_a_link_leads_to_is_not_deleted(at, pull, tmp_path):
+    """A blob, or what a snapshot links to, may be a link to a file of the user's that no cache knows of."""
+    victim = tmp_path / "victim" / SHA256
+    repository = tmp_path / "hf" / "hub" / "models--org--tiny"
+    snapshot = repository / "snapshots" / COMMIT
+    for folder in (victim.parent, repository / "blobs", repository / "refs", snapshot):
+        folder.mkdir(parents=True)
+    victim.write_text("not the weights")
+    (repository / "refs" / "main").write_text(COMMIT)
+    (repository / "blobs" / SHA256).symlink_to(victim)
+    link = Path("../../blobs") / SHA256 if at == "blob" else victim
+    (snapshot / "model.safetensors").symlink_to(link)
+    outcome, message = pull(HF_HUB_OFFLINE="1")
+    assert outcome == "HubError" and "corrupt" in message
+    assert victim.read_text() == "not the weights" and not (snapshot / "model.safetensors").is_symlink()
+
+
 @pytest.mark.parametrize("content", [WEIGHTS, WEIGHTS[::-1]])
 def test_blobs_in_a_shared_store_are_checked_by_their_own_name(pull, tmp_path, content):
     cache = tmp_path / "hf" / "hub"
@@ -302,7 +372,8 @@ def test_blobs_in_a_shared_store_are_checked_by_their_own_name(pull, tmp_path, c
     (snapshot / "model.safetensors").symlink_to(Path("../../blobs") / SHA256)
     outcome, _ = pull(HF_HUB_OFFLINE="1")
     assert outcome == ("ok" if content == WEIGHTS else "HubError")
-    assert store.exists() == (content == WEIGHTS)
+    assert store.read_bytes() == content  # what a blob leads to may be anybody's file
+    assert (repository / "blobs" / SHA256).is_symlink() == (content == WEIGHTS)
 
 
 @pytest.mark.parametrize("torch_file", [True, False])

@@ -18,6 +18,7 @@ import safetensors
 from tiny import raw_config, tiny_checkpoint
 
 import smollm3_jax
+from smollm3_jax import files
 from smollm3_jax.commands.main import main
 from smollm3_jax.config import GenerationConfig, ModelConfig
 from smollm3_jax.errors import OptionError, SaveError, SupportError
@@ -42,7 +43,7 @@ def write_version(folder: Path, version: int, shard_size: int | str = "20KB", re
         return np.full(shape, version, np.float32)
 
     tensors = [StoredTensor(n, "float32", s, "", lambda s=s: (read or fill)(s)) for n, s in SHAPES.items()]
-    save.write_folder(folder, config, GenerationConfig.from_hf({}, config), tensors, {}, shard_size)
+    save.write_folder(folder, config, GenerationConfig.from_hf({}, config), tensors, {}, shard_size, force=True)
 
 
 def version_of(folder: Path) -> int:
@@ -147,7 +148,7 @@ def test_killed_at_any_moment(tmp_path, python):
 def test_everything_is_on_the_disk_before_it_is_in_place(tmp_path, monkeypatch):
     """Against power cuts: all files and their folder are synced before the exchange, and its parent after."""
     synced: list[int] = []
-    real_sync, real_swap = os.fsync, save._swap
+    real_sync, real_swap = os.fsync, files._swap
     monkeypatch.setattr(os, "fsync", lambda fd: (synced.append(os.fstat(fd).st_ino), real_sync(fd)))
 
     def swap(new: Path, folder: Path) -> None:
@@ -156,7 +157,7 @@ def test_everything_is_on_the_disk_before_it_is_in_place(tmp_path, monkeypatch):
         synced.clear()
         real_swap(new, folder)
 
-    monkeypatch.setattr(save, "_swap", swap)
+    monkeypatch.setattr(files, "_swap", swap)
     for version in (1, 2):
         write_version(tmp_path / "model", version)
         assert synced == [tmp_path.stat().st_ino]
@@ -166,7 +167,7 @@ def test_everything_is_on_the_disk_before_it_is_in_place(tmp_path, monkeypatch):
 @pytest.fixture
 def no_exchange(monkeypatch):
     """A system, or a network file system, that cannot exchange two folders."""
-    monkeypatch.setattr(save.ctypes, "CDLL", lambda *_, **__: object())
+    monkeypatch.setattr(files.ctypes, "CDLL", lambda *_, **__: object())
 
 
 def test_without_exchange(tmp_path, no_exchange):
@@ -229,7 +230,7 @@ report = []
 def convert():
     stderr = io.StringIO()
     with contextlib.redirect_stderr(stderr):
-        code = main(["convert", source, str(out), *more])
+        code = main(["convert", source, str(out), "--force", *more])
     content = {path.name: len(path.read_bytes()) for path in out.iterdir()} if out.exists() else None
     report.append([code, stderr.getvalue(), content, sorted(path.name for path in out.parent.iterdir())])
 convert()
@@ -332,14 +333,13 @@ def tree(folder: Path) -> dict[Path, bytes | None]:
 def test_io_error_at_every_step(where, target, tmp_path, monkeypatch):
     """Nothing is left behind, neither beside the old version nor where there was nothing."""
     step = Counted()
-    open_, sync = Path.open, os.fsync
+    sync = os.fsync
     if where == "write":
 
-        def open_broken(path, mode="r", *rest, **more):
-            file = open_(path, mode, *rest, **more)
-            return Broken(file, step) if mode in ("wb", "xb") else file
+        def open_broken(*args, **more):
+            return Broken(open(*args, **more), step)  # noqa: SIM115
 
-        monkeypatch.setattr(Path, "open", open_broken)
+        monkeypatch.setattr(files, "open", open_broken, raising=False)
     else:
         monkeypatch.setattr(os, "fsync", lambda fd: (step(), sync(fd)))
     base = tmp_path / "base"
@@ -430,7 +430,7 @@ def test_second_writer_is_refused(end, hf, tmp_path, capsys, python):
     assert holder.stdout.readline() == "writing\n", holder.stderr.read()
     with pytest.raises(SaveError, match=f"{folder} is being written by another process"):
         write_version(folder, 3)
-    assert main(["convert", str(hf), str(folder)]) == 3
+    assert main(["convert", str(hf), str(folder), "--force"]) == 3
     assert f"{folder} is being written by another process; wait" in capsys.readouterr().err
     assert version_of(folder) == 1
     write_version(tmp_path / "neighbour", 4)  # the lock is the folder's own
@@ -472,7 +472,7 @@ def test_second_writer_while_the_first_tidies_up(moment, tmp_path, monkeypatch):
 
 def test_first_writer_finishes_just_before_the_lock(tmp_path, monkeypatch):
     """What is locked then is the new model in its place, not an empty folder beside it."""
-    folder, flock, calls = tmp_path / "model", save.fcntl.flock, iter(range(99))
+    folder, flock, calls = tmp_path / "model", files.fcntl.flock, iter(range(99))
     write_version(folder, 1)
 
     def flock_later(*arguments):
@@ -480,7 +480,7 @@ def test_first_writer_finishes_just_before_the_lock(tmp_path, monkeypatch):
             write_version(folder, 3)
         flock(*arguments)
 
-    monkeypatch.setattr(save.fcntl, "flock", flock_later)
+    monkeypatch.setattr(files.fcntl, "flock", flock_later)
     with pytest.raises(SaveError, match="is being written by another process"):
         write_version(folder, 2)
     assert version_of(folder) == 3 and names(tmp_path) == {"model"}
@@ -494,9 +494,9 @@ def test_convert_in_place(tmp_path):
     folder = tiny_checkpoint(tmp_path / "model")
     mapped = {name: tensor.read() for name, tensor in open_checkpoint(folder).tensors.items()}
     wanted = contents(folder)
-    assert main(["convert", str(folder), str(folder), "--max-shard-size", "100KB"]) == 0
+    assert main(["convert", str(folder), str(folder), "--force", "--max-shard-size", "100KB"]) == 0
     assert contents(folder) == wanted and "model.safetensors" not in names(folder)
-    assert main(["convert", str(folder), str(folder), "--dtype", "bfloat16"]) == 0
+    assert main(["convert", str(folder), str(folder), "--force", "--dtype", "bfloat16"]) == 0
     assert names(folder) == {"config.json", "model.safetensors"} and names(tmp_path) == {"model"}
     for name, (tag, _, data) in contents(folder).items():
         assert mapped[name].tobytes() == wanted[name][2]
@@ -518,25 +518,25 @@ def test_to_torch_and_back(dtype, tmp_path):
     torch = pytest.importorskip("torch")
     original = tiny_checkpoint(tmp_path / "hf", "untied", dtype=dtype)
     wanted = contents(original)
-    for size, files in (("5GB", {"pytorch_model.bin"}), ("70KB", None)):
+    for size, wanted_files in (("5GB", {"pytorch_model.bin"}), ("70KB", None)):
         folder = tmp_path / f"torch-{size}"
         arguments = ["--format", "torch", "--max-shard-size", size]
         assert main(["convert", str(original), str(folder), *arguments]) == 0
-        if files is None:
+        if wanted_files is None:
             index = json.loads((folder / "pytorch_model.bin.index.json").read_bytes())
-            files = set(index["weight_map"].values()) | {"pytorch_model.bin.index.json"}
-            assert len(files) > 3 and index["weight_map"].keys() == wanted.keys()
+            wanted_files = set(index["weight_map"].values()) | {"pytorch_model.bin.index.json"}
+            assert len(wanted_files) > 3 and index["weight_map"].keys() == wanted.keys()
             assert index["metadata"]["total_size"] == sum(len(data) for _, _, data in wanted.values())
-        assert names(folder) == files | {"config.json"}
+        assert names(folder) == wanted_files | {"config.json"}
         state = {}
         for path in folder.glob("*.bin"):
             state |= torch.load(path, weights_only=True)
         assert {name: str(tensor.dtype) for name, tensor in state.items()} == dict.fromkeys(wanted, f"torch.{dtype}")
-        assert main(["convert", str(folder), str(tmp_path / "back")]) == 0
-        assert contents(tmp_path / "back") == wanted
+        assert main(["convert", str(folder), str(tmp_path / f"back-{size}")]) == 0
+        assert contents(tmp_path / f"back-{size}") == wanted
     # In place there and back: what belongs to the other format goes.
     for format, suffix in (("torch", ".bin"), ("safetensors", ".safetensors")):
-        arguments = ["--format", format, "--max-shard-size", "70KB"]
+        arguments = ["--force", "--format", format, "--max-shard-size", "70KB"]
         assert main(["convert", str(original), str(original), *arguments]) == 0
         assert {path.suffix for path in original.iterdir()} == {".json", suffix}
     assert contents(original) == wanted
@@ -560,7 +560,8 @@ def test_odd_weight_names_do_not_survive_beside_torch_files(tmp_path):
     wanted = contents(folder)
     (folder / "model.safetensors").rename(folder / "weights-a.safetensors")
     (folder / INDEX).write_text(json.dumps({"weight_map": dict.fromkeys(wanted, "weights-a.safetensors")}))
-    assert main(["convert", str(folder), str(folder), "--format", "torch"]) == 0
+    assert main(["convert", str(folder), str(folder), "--format", "torch", "--force"]) == 0
+    assert names(folder) == {"config.json", "pytorch_model.bin"}
     assert main(["convert", str(folder), str(tmp_path / "back")]) == 0
     assert contents(tmp_path / "back") == wanted
 

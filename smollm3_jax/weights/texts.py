@@ -1,0 +1,57 @@
+"""The files of a model folder beside its weights and configs: tokenizer, templates, licence."""
+
+import os
+import re
+from pathlib import Path
+
+from ..errors import CheckpointFormatError
+
+TEMPLATES = "additional_chat_templates"
+_TEXT = re.compile(
+    r"tokenizer\.json|tokenizer_config\.json|special_tokens_map\.json|added_tokens\.json|vocab\.(json|txt)|merges\.txt"
+    r"|chat_template\.(jinja|json)|(tokenizer|spiece|sentencepiece\.bpe|tiktoken)\.model(\.v\d+)?"
+    r"|(LICEN[SC]E|NOTICE|COPYING|USE_POLICY)(\.\w+)?"
+)
+_CONFIG_OR_WEIGHTS = re.compile(
+    r"(generation_)?config\.json|.*\.(safetensors|bin|pt|pth|gguf)|.*\.(safetensors|bin)\.index\.json|\..*", re.DOTALL
+)
+
+
+def is_text_file(name: str) -> bool:
+    """Whether a file or folder of this name, at the top of a model folder, is a text file of the model's."""
+    return name == TEMPLATES or _TEXT.fullmatch(name) is not None
+
+
+def text_files(folder: Path) -> dict[str, Path]:
+    """The text files that a model folder holds, by their names in it, "additional_chat_templates/x.jinja" too."""
+    found = {path.name: path for path in folder.iterdir() if is_text_file(path.name)}
+    found |= {f"{TEMPLATES}/{path.name}": path for path in (folder / TEMPLATES).glob("*.jinja")}
+    return {name: found[name] for name in sorted(found) if found[name].is_file()}
+
+
+def left_out(folder: Path) -> list[str]:
+    """What a model folder holds beside all that belongs to the model; folders end with a slash."""
+    names = (path.name + "/" * path.is_dir() for path in folder.iterdir())
+    return sorted(x for x in names if not is_text_file(x.removesuffix("/")) and not _CONFIG_OR_WEIGHTS.fullmatch(x))
+
+
+def check_links(folder: Path) -> None:
+    """Refuses to copy what only looks like a model's file.
+
+    The links of a Hugging Face cache, from snapshots/COMMIT into blobs, belong to it.
+
+    Raises:
+      CheckpointFormatError: a text file is a link that leads out of the folder.
+    """
+    inside = [os.path.realpath(folder)]
+    if Path(inside[0]).parent.name == "snapshots":
+        inside.append(str(Path(inside[0]).parents[1] / "blobs"))
+    for name, path in text_files(folder).items():
+        # One step and no further: a blob may itself be a link, to a store that several caches share.
+        step = os.path.join(os.path.realpath(path.parent), os.readlink(path)) if path.is_symlink() else str(path)
+        target = os.path.join(os.path.realpath(os.path.dirname(step)), os.path.basename(step))
+        if not any(Path(target).is_relative_to(place) for place in inside):
+            raise CheckpointFormatError(
+                f"{folder / name} is a link that leads out of the folder, to {target}, and would be copied: "
+                "put a copy in its place if that is a file of the model's"
+            )
