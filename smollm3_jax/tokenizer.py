@@ -1,12 +1,19 @@
-"""tokenizer.json through the `tokenizers` library, with the chat template and special tokens beside it."""
+"""tokenizer.json through the `tokenizers` library, with the chat templates and special tokens beside it."""
 
+import contextlib
 import dataclasses
-from collections.abc import Callable
+import functools
+import io
+import json
+import logging
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .config import ModelConfig, read_json
-from .errors import ConfigError, OptionError, TokenizerError
+from .config import ModelConfig
+from .errors import OptionError, SmolLM3Error, TokenizerError
 
 # A model may have more embedding rows than its tokenizer has tokens: trainers round the vocabulary up, to a
 # multiple of 64 or 128 and at most (Megatron's 128 for each of 8 tensor-parallel ranks) of 1024. Rounding up
@@ -17,38 +24,110 @@ MAX_SPARE_FRACTION = 0.5
 # The names under which transformers hands special tokens to a chat template.
 SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
+# Far above any tokenizer there is; a larger file is refused before it is read.
+MAX_FILE_BYTES = 1 << 28
+# What is read beside tokenizer.json, and the folder of further templates, a .jinja file each.
+NAMES = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja")
+TEMPLATES = "additional_chat_templates"
+ANCHOR = 16  # tokens of a prompt that are decoded with what follows them
+
+log = logging.getLogger(__name__)
+
 
 @dataclasses.dataclass(frozen=True)
 class Tokenizer:
-    """Text to token ids and back, and what a chat template needs; see `load_tokenizer`."""
+    """Text to token ids and back, and what a chat template needs; see `load_tokenizer`.
+
+    special_tokens: what transformers hands to a template, by name ("bos_token", ...).
+    templates: all chat templates by name; `chat_template` is the one named "default".
+    """
 
     backend: Any = dataclasses.field(repr=False)
     chat_template: str | None = dataclasses.field(repr=False)
     special_tokens: dict[str, str]
+    templates: Mapping[str, str] = dataclasses.field(default_factory=dict, repr=False)
 
-    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+    @property
+    def eos_token_id(self) -> int | None:
+        """What the tokenizer itself takes for the end; None where its files do not say."""
+        token = self.special_tokens.get("eos_token")
+        return None if token is None else self.backend.token_to_id(token)
+
+    def special_id(self, text: str) -> int | None:
+        """The id of a special token, given as all of its text; None for any other text."""
+        token_id = self.backend.token_to_id(text)
+        return token_id if token_id in self._added and self._added[token_id].special else None
+
+    def template(self, tools: Sequence[Any] | None = None) -> str:
+        """The chat template: the one named "tool_use" where there are tools and such a template, as in transformers.
+
+        Raises:
+          TokenizerError: there is none.
+        """
+        named = self.templates.get("tool_use") if tools is not None else None
+        if (found := named or self.chat_template) is not None:
+            return found
+        if self.templates:
+            raise TokenizerError(
+                f"the model has the chat templates {', '.join(sorted(self.templates))}, but none named default, which "
+                "a chat of this kind needs: copy one to chat_template.jinja beside the tokenizer"
+            )
+        raise TokenizerError(
+            "the model has no chat template: neither chat_template.jinja nor an entry of tokenizer_config.json"
+        )
+
+    def encode(self, text: str, add_special_tokens: bool = True, *, context: int | None = None) -> list[int]:
         """Token ids of a text, with what tokenizer.json's post-processor adds (nothing in SmolLM3).
 
         A rendered chat holds its special tokens already: encode it with add_special_tokens=False.
 
+        Args:
+          context: refuse a text that is too long for so many tokens, before any work is done on it.
+
         Raises:
-          OptionError: the text holds half of a surrogate pair, so it is no Unicode text.
+          OptionError: the text holds half of a surrogate pair, so it is no Unicode text; or it is too long.
+          TokenizerError: the tokenizer cannot encode it.
         """
+        return self.encoding(text, add_special_tokens, context=context).ids
+
+    def encoding(self, text: str, add_special_tokens: bool = True, *, context: int | None = None) -> Any:
+        """As `encode`, with all that `tokenizers` says of each token."""
+        self.check_length(text, context)
         try:
             text.encode()
         except UnicodeEncodeError as error:
             raise OptionError(f"the text is not valid Unicode: a lone surrogate at character {error.start}") from None
-        return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
+        with _typed(f"the tokenizer cannot encode a text of {len(text):,} characters"):
+            return self.backend.encode(text, add_special_tokens=add_special_tokens)
 
-    def decode(self, ids: list[int], skip_special_tokens: bool = True) -> str:
+    def check_length(self, text: str, context: int | None) -> None:
+        """Refuses a text that cannot fit into `context` tokens, however it is cut; None is any number.
+
+        Raises:
+          OptionError: with the numbers.
+        """
+        if context is not None and len(text) > context * self._longest:
+            raise OptionError(
+                f"the text has {len(text):,} characters, which is more than {context:,} tokens can hold (a token of "
+                f"this model is at most {self._longest} characters); shorten it"
+            )
+
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """The text of token ids; ids of padding rows, which no token has, give nothing."""
-        return self.backend.decode(ids, skip_special_tokens=skip_special_tokens)
+        with _typed("the tokenizer cannot decode"):
+            return self.backend.decode(ids, skip_special_tokens=skip_special_tokens)
 
-    def decode_stream(self, skip_special_tokens: bool = True) -> Callable[[int | None], str]:
+    def decode_stream(
+        self, skip_special_tokens: bool = True, prompt: Sequence[int] = ()
+    ) -> Callable[[int | None], str]:
         """A function from the next token id to the text that has become certain.
 
         A character may take several tokens. None ends the text: what is then incomplete comes out as
         `decode` writes it, so that the pieces joined are what `decode` gives for all ids.
+
+        Args:
+          prompt: the ids before the first one. Some decoders strip the space that begins a text, so new tokens are
+            decoded after the prompt's last ones, whose text is left out.
         """
         from tokenizers.decoders import DecodeStream
 
@@ -62,42 +141,116 @@ class Tokenizer:
                 piece = self.decode(ids, skip_special_tokens)[said:]
             else:
                 ids.append(token)
-                piece = pieces.step(self.backend, token) or ""
+                with _typed("the tokenizer cannot decode"):
+                    piece = pieces.step(self.backend, token) or ""
             said += len(piece)
             return piece
 
+        for token in self._anchor(prompt, skip_special_tokens):
+            step(token)
         return step
 
+    def _anchor(self, prompt: Sequence[int], skip_special_tokens: bool) -> Sequence[int]:
+        """The end of a prompt, from a token on that is whole characters, and with some text if there is any near."""
+        prompt = [int(token) for token in prompt[-8 * ANCHOR :]]
+        start = len(prompt)
+        while start > 0:
+            start = max(0, start - ANCHOR)
+            while start > 0 and "\ufffd" in self.decode(prompt[start : start + 1], False):
+                start -= 1
+            if self.decode(prompt[start:], skip_special_tokens):
+                break
+        return prompt[start:]
 
-def load_tokenizer(folder: str | Path, config: ModelConfig) -> Tokenizer:
+    @functools.cached_property
+    def _added(self) -> Mapping[int, Any]:
+        return self.backend.get_added_tokens_decoder()
+
+    @functools.cached_property
+    def _longest(self) -> int:
+        """The most characters that become one token. In a byte-level vocabulary a token's spelling has one a byte."""
+        longest = max(map(len, self.backend.get_vocab(with_added_tokens=True)), default=1)
+        return longest if self.backend.normalizer is None else 4 * longest  # which may join characters
+
+
+@contextlib.contextmanager
+def _typed(what: str) -> Iterator[None]:
+    """`tokenizers` raises bare exceptions, and where it panics a BaseException that is no Exception."""
+    try:
+        yield
+    except (SmolLM3Error, KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise
+    except BaseException as error:
+        raise TokenizerError(f"{what}: {error}") from None
+
+
+def load_tokenizer(folder: str | Path, config: ModelConfig | None = None) -> Tokenizer:
     """Reads a model folder's tokenizer and checks that it belongs to the model.
+
+    Args:
+      config: the model's; None is that of the folder, if it has one.
 
     Raises:
       TokenizerError: a file is missing or unreadable, or the vocabularies of tokenizer and model differ.
+      ConfigError: the folder's config.json cannot be read.
+    """
+    folder = Path(folder)
+    if folder.is_file():
+        raise TokenizerError(f"{folder} is a single file; this command works on a folder: smollm3 convert it first")
+    if config is None and (folder / "config.json").exists():
+        config = ModelConfig.from_hf(folder)
+    names = ["tokenizer.json", *NAMES]
+    names += sorted(f"{TEMPLATES}/{path.name}" for path in (folder / TEMPLATES).glob("*.jinja"))
+    files = {name: _read(folder / name) for name in names if (folder / name).exists()}
+    return build_tokenizer(files, folder, config)
+
+
+def build_tokenizer(files: Mapping[str, bytes], folder: str | Path, config: ModelConfig | None = None) -> Tokenizer:
+    """A tokenizer from the contents of its files, as transformers builds it.
+
+    Args:
+      files: by their names in a model folder; others than a tokenizer's may be among them.
+      folder: where they come from, for messages.
+
+    Raises:
+      TokenizerError: as for `load_tokenizer`.
     """
     import tokenizers
 
-    if Path(folder).is_file():
-        raise TokenizerError(f"{folder} is a single file; this command works on a folder: smollm3 convert it first")
-    path = Path(folder) / "tokenizer.json"
-    if not path.exists():
+    folder = Path(folder)
+    path = folder / "tokenizer.json"
+    if "tokenizer.json" not in files:
         raise TokenizerError(
             f"{path} is missing; this command works on text: copy tokenizer.json from the model's release "
             "next to config.json"
         )
     try:
-        backend = tokenizers.Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises nothing more specific
+        with _typed("tokenizers"):
+            backend = tokenizers.Tokenizer.from_buffer(files["tokenizer.json"])
+    except TokenizerError as error:
         raise TokenizerError(
-            f"{path} cannot be read as a tokenizer ({error}); copy it again from the model's release"
+            f"{path} cannot be read as a tokenizer ({str(error).removeprefix('tokenizers: ')}); copy it again from the "
+            "model's release"
         ) from None
-    _check_vocabulary(path, backend, config)
     # Files saved in the middle of a training carry its limits, which would cut every text without a word.
     backend.no_truncation()
     backend.no_padding()
+    named, extra, added = _special_tokens(files, folder)
+    _add_tokens(path, backend, config, named, extra, added)
+    templates = _chat_templates(files, folder)
+    return Tokenizer(backend, templates.get("default"), named, templates)
 
-    raw = _tokenizer_config(Path(folder) / "tokenizer_config.json")
-    return Tokenizer(backend, _chat_template(Path(folder), raw), _special_tokens(raw))
+
+def _read(path: Path) -> bytes:
+    try:
+        if not path.is_file():
+            raise OSError("it is no regular file")
+        if (size := path.stat().st_size) > MAX_FILE_BYTES:
+            raise OSError(f"it has {size:,} bytes; at most {MAX_FILE_BYTES:,} are read")
+        return path.read_bytes()
+    except OSError as error:
+        kind = "a tokenizer" if path.name == "tokenizer.json" else "text"
+        raise TokenizerError(f"{path} cannot be read as {kind}: {error.strerror or error}") from None
 
 
 def _check_vocabulary(path: Path, backend: Any, config: ModelConfig) -> None:
@@ -110,38 +263,155 @@ def _check_vocabulary(path: Path, backend: Any, config: ModelConfig) -> None:
         )
 
 
-def _tokenizer_config(path: Path) -> dict[str, Any]:
-    if not path.exists():
+def _object(files: Mapping[str, bytes], folder: Path, name: str) -> dict[str, Any]:
+    """The JSON object in a file; empty where there is no such file."""
+    if name not in files:
         return {}
     try:
-        return read_json(path)
-    except ConfigError as error:
-        raise TokenizerError(str(error)) from None
+        content = json.loads(files[name])
+    except (ValueError, RecursionError) as error:
+        raise TokenizerError(f"{folder / name} cannot be read as JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise TokenizerError(f"{folder / name} must hold a JSON object, not a {type(content).__name__}")
+    return content
 
 
-def _chat_template(folder: Path, raw: dict[str, Any]) -> str | None:
-    """The folder's own file first, as transformers does, then the entry of tokenizer_config.json."""
-    path = folder / "chat_template.jinja"
-    if path.exists():
-        try:
-            return path.read_text(encoding="utf-8")
-        except (OSError, ValueError) as error:
-            raise TokenizerError(f"{path} cannot be read as text: {error}") from None
-    entry = raw.get("chat_template")
+def _chat_templates(files: Mapping[str, bytes], folder: Path) -> dict[str, str]:
+    """By name: the folder's own files if there are any, as transformers does, or else tokenizer_config.json's entry."""
+    own: dict[str, str] = {}
+    for name, content in files.items():
+        if name == "chat_template.jinja" or (name.startswith(f"{TEMPLATES}/") and name.endswith(".jinja")):
+            try:
+                text = io.TextIOWrapper(io.BytesIO(content), encoding="utf-8").read()  # with \n for every line break
+            except ValueError as error:
+                raise TokenizerError(f"{folder / name} cannot be read as text: {error}") from None
+            own["default" if name == "chat_template.jinja" else Path(name).stem] = text
+    if own:
+        return own
+    entry = _object(files, folder, "tokenizer_config.json").get("chat_template")
+    found: Any
     try:
-        template = {t["name"]: t["template"] for t in entry}.get("default") if isinstance(entry, list) else entry
+        found = {t["name"]: t["template"] for t in entry} if isinstance(entry, list) else entry
     except (KeyError, TypeError):
-        template = entry
-    if not isinstance(template, str | None):
+        found = {"": None}
+    found = found if isinstance(found, dict) else {} if found is None else {"default": found}
+    if not all(isinstance(name, str) and isinstance(text, str) for name, text in found.items()):
         raise TokenizerError(
             f"{folder / 'tokenizer_config.json'}: chat_template must be a string, or a list of objects with "
             "name and template"
         )
-    return template
+    return found
 
 
-def _special_tokens(raw: dict[str, Any]) -> dict[str, str]:
-    """The special tokens that are set; null ones stay out, so that a template finds them undefined."""
-    found = {name: raw.get(name) for name in SPECIAL_TOKENS}
-    found = {name: token.get("content") if isinstance(token, dict) else token for name, token in found.items()}
-    return {name: token for name, token in found.items() if isinstance(token, str)}
+def _special_tokens(files: Mapping[str, bytes], folder: Path) -> tuple[dict[str, str], list[str], list[dict[str, Any]]]:
+    """The special tokens by name, those without one, and the tokens that were added to the vocabulary, in order.
+
+    What counts if several files say something is transformers' rule: special_tokens_map.json goes before
+    tokenizer_config.json, but where that has added_tokens_decoder, neither it nor added_tokens.json is read.
+    Null ones stay out, so that a template finds them undefined.
+    """
+    raw = _object(files, folder, "tokenizer_config.json")
+    where, extra = (
+        folder / "tokenizer_config.json",
+        raw.get("extra_special_tokens") or raw.get("additional_special_tokens"),
+    )
+    # Named by the model: "image_token", say.
+    named = {
+        name: token
+        for name, token in raw.items()
+        if name in SPECIAL_TOKENS or (name.endswith("_token") and (_content(token) or ""))
+    }
+    added = raw.get("added_tokens_decoder")
+    if added is None:
+        where = folder / "special_tokens_map.json"
+        overriding = _object(files, folder, "special_tokens_map.json")
+        other = overriding.pop("extra_special_tokens", None) or overriding.pop("additional_special_tokens", None)
+        named |= {name: token for name, token in overriding.items() if name.endswith("_token")}
+        if isinstance(extra, list) and isinstance(other, list):
+            other = extra + [token for token in other if token not in extra]
+        elif isinstance(extra, dict) and isinstance(other, dict):
+            other = extra | other
+        extra = extra if other is None else other
+    if isinstance(extra, dict):
+        named, extra = named | extra, []
+    if not isinstance(extra, list | None) or any(_content(token) is None for token in extra or []):
+        raise TokenizerError(f"{where}: extra_special_tokens must be a list of tokens, or an object of them by name")
+    found = {name: _content(token) for name, token in named.items() if token is not None}
+    if wrong := [name for name, token in found.items() if token is None]:
+        raise TokenizerError(
+            f"{where}: {wrong[0]} is {named[wrong[0]]!r:.80}; it must be a text, or an object with content"
+        )
+    texts = {name: token for name, token in found.items() if token}
+    others = [str(_content(token)) for token in extra or []]
+    if added is None:
+        where, listed = folder / "added_tokens.json", _object(files, folder, "added_tokens.json")
+        special = {*texts.values(), *others}
+        entries = [{"content": text, "id": number, "special": text in special} for text, number in listed.items()]
+    else:
+        is_object = isinstance(added, dict) and all(isinstance(token, dict) for token in added.values())
+        entries = [{**token, "id": number} for number, token in added.items()] if is_object else [{}]
+    for entry in entries:
+        if not isinstance(entry.get("content"), str) or not re.fullmatch(r"\d{1,18}", str(entry["id"]), re.ASCII):
+            raise TokenizerError(f"{where}: every added token must have a text and a number")
+        entry["id"] = int(entry["id"])
+    return texts, others, sorted(entries, key=lambda entry: entry["id"])
+
+
+def _content(token: Any) -> str | None:
+    """The text of a token in either spelling; None for what is none."""
+    token = token.get("content") if isinstance(token, dict) else token
+    return token if isinstance(token, str) else None
+
+
+_FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
+
+
+def _add_tokens(
+    path: Path,
+    backend: Any,
+    config: ModelConfig | None,
+    named: Mapping[str, str],
+    extra: Sequence[str],
+    added: Sequence[Mapping[str, Any]],
+) -> None:
+    """Adds the tokens that tokenizer.json lacks, with the next free ids, and the flags that others say differently."""
+    from tokenizers import AddedToken
+
+    known = {token.content: token for token in backend.get_added_tokens_decoder().values()}
+    new: dict[str, Any] = {}
+    for entry in added:
+        flags = {flag: entry[flag] for flag in _FLAGS if isinstance(entry.get(flag), bool)}
+        token = AddedToken(entry["content"], **{"normalized": not flags.get("special", False)} | flags)
+        before = known.get(token.content)
+        if before is None or any(getattr(before, flag) != getattr(token, flag) for flag in _FLAGS):
+            new[token.content] = token
+    for text in dict.fromkeys([*named.values(), *extra]):
+        before = new.get(text) or known.get(text)
+        if before is None:
+            new[text] = AddedToken(text, special=True, normalized=False)
+        elif not before.special:
+            flags = {flag: getattr(before, flag) for flag in _FLAGS}
+            new[text] = AddedToken(text, **flags | {"special": True})
+    vocabulary = backend.get_vocab(with_added_tokens=True)
+    count = max(vocabulary.values(), default=-1) + 1
+    beyond = count + sum(text not in vocabulary for text in new)
+    # What is added here may lie beyond the model's rows: a token for padding that no training ever used, say.
+    if config is not None and beyond > config.vocab_size:
+        _check_vocabulary(path, backend, config)
+    with _typed(f"{path}: its added tokens are not sound"):
+        backend.add_tokens(list(new.values()))
+    if config is not None and beyond <= config.vocab_size:
+        _check_vocabulary(path, backend, config)
+    given = {entry["content"]: entry["id"] for entry in added}
+    ids = {text: backend.token_to_id(text) for text in new}
+    rows = math.inf if config is None else config.vocab_size
+    for what, found in (
+        ("have no row in the model, so that a prompt with one is refused", [t for t in new if (ids[t] or 0) >= rows]),
+        (
+            "get other ids than the file says, those after the largest",
+            [t for t in given if ids.get(t, given[t]) != given[t]],
+        ),
+    ):
+        if found:
+            names = ", ".join(f"{text!r:.40} ({ids[text]})" for text in found[:10])
+            log.warning("%s: %d added tokens %s: %s", path.parent, len(found), what, names)

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from smollm3_jax.chat.template import render
 from smollm3_jax.config import ModelConfig
 from smollm3_jax.errors import OptionError, TokenizerError
 from smollm3_jax.tokenizer import Tokenizer, _check_vocabulary, load_tokenizer
@@ -184,9 +185,193 @@ def test_special_tokens_in_every_spelling(folder: Path):
         "image_token": "<image>",
     }
     write(folder / "tokenizer_config.json", tokens)
+    tokenizer = load_tokenizer(folder, config(TINY_SIZE + 1))
+    assert tokenizer.special_tokens == {"bos_token": "<s>", "eos_token": "</s>", "image_token": "<image>"}
+    assert repr(tokenizer).startswith("Tokenizer(special_tokens={'bos_token': '<s>', 'eos_token': '</s>', ")
+
+
+# name -> files beside tokenizer.json: what the last bugs of real folders were about, each for one rule of transformers.
+FAST = {"tokenizer_class": "PreTrainedTokenizerFast"}
+X, IMG = {"content": "<x>", "lstrip": True}, {"content": "<img>", "special": True}
+
+
+def added(one: Any, other: Any, *ids: str) -> dict[str, Any]:
+    return FAST | {"added_tokens_decoder": dict(zip(ids or ("258", "259"), (one, other), strict=True))}
+
+
+BESIDE: dict[str, dict[str, Any]] = {
+    "nothing": {},
+    "a map alone": {"special_tokens_map.json": {"bos_token": "<s>", "eos_token": {"content": "</s>", "lstrip": False}}},
+    "a map over the config": {
+        "tokenizer_config.json": FAST | {"eos_token": "<s>"},
+        "special_tokens_map.json": {"eos_token": "</s>"},
+    },
+    "null in the map": {
+        "tokenizer_config.json": FAST | {"eos_token": "<s>"},
+        "special_tokens_map.json": {"eos_token": None},
+    },
+    "a map where the config has the added tokens": {
+        "tokenizer_config.json": FAST | {"added_tokens_decoder": {"256": {"content": "<s>", "special": True}}},
+        "special_tokens_map.json": {"eos_token": "</s>"},
+    },
+    "extra tokens by name": {
+        "tokenizer_config.json": FAST | {"extra_special_tokens": {"image_token": "<img>", "bos_token": "<s>"}}
+    },
+    "extra tokens by name in the map": {"special_tokens_map.json": {"extra_special_tokens": {"image_token": "<img>"}}},
+    "extra tokens in a list": {"tokenizer_config.json": FAST | {"extra_special_tokens": ["<img>", "<x>"]}},
+    "additional tokens": {"tokenizer_config.json": FAST | {"additional_special_tokens": ["<img>"]}},
+    "extra tokens in both files": {
+        "tokenizer_config.json": FAST | {"extra_special_tokens": ["<x>"]},
+        "special_tokens_map.json": {"extra_special_tokens": ["<img>", "<x>"]},
+    },
+    "a token that the model names": {"tokenizer_config.json": FAST | {"image_token": "<img>"}},
+    "padding that nobody trained": {"tokenizer_config.json": FAST | {"pad_token": "[PAD]"}},
+    "added_tokens_decoder": {"tokenizer_config.json": added(X, IMG)},
+    "added_tokens_decoder with a gap": {
+        "tokenizer_config.json": FAST | {"added_tokens_decoder": {"270": X, "266": IMG}}
+    },
+    "other flags than tokenizer.json": {
+        "tokenizer_config.json": FAST
+        | {"added_tokens_decoder": {"257": {"content": "</s>", "special": True, "lstrip": True}}}
+    },
+    "added_tokens.json": {"added_tokens.json": {"<img>": 259, "<x>": 258}},
+    "added_tokens.json and what of it is special": {
+        "tokenizer_config.json": FAST | {"pad_token": "<img>"},
+        "added_tokens.json": {"<x>": 258, "<img>": 259},
+    },
+    "added_tokens.json beside added_tokens_decoder": {
+        "tokenizer_config.json": FAST | {"added_tokens_decoder": {"258": IMG}},
+        "added_tokens.json": {"<x>": 258},
+    },
+}
+
+
+@pytest.mark.slow
+@pytest.mark.torch
+@pytest.mark.parametrize("case", BESIDE)
+def test_the_files_beside_a_tokenizer_mean_what_they_mean_to_transformers(folder: Path, case: str):
+    transformers = pytest.importorskip("transformers")
+    for name, content in BESIDE[case].items():
+        write(folder / name, content)
+    theirs = transformers.PreTrainedTokenizerFast.from_pretrained(folder)
+    mine = load_tokenizer(folder, config(300))
+    text = "hi <x> [PAD]<img> </s>"
+    assert mine.encode(text) == theirs.encode(text)
+    for skip in (False, True):
+        assert mine.decode(mine.encode(text), skip) == theirs.decode(theirs.encode(text), skip_special_tokens=skip)
+    assert mine.special_tokens == theirs.special_tokens_map
+    if "image_token" in mine.special_tokens:  # a name that a template can use
+        template = "{{ image_token }}"
+        expected = theirs.apply_chat_template([{"role": "user", "content": ""}], chat_template=template, tokenize=False)
+        messages = [{"role": "user", "content": ""}]
+        assert render(template, messages, special_tokens=mine.special_tokens) == expected == "<img>"
+
+
+@pytest.mark.parametrize("token", ["[PAD]", {"content": "[PAD]", "lstrip": True}])
+def test_a_token_without_a_row_is_a_warning(folder: Path, caplog: pytest.LogCaptureFixture, token: Any):
+    write(folder / "tokenizer_config.json", {"pad_token": token})
     tokenizer = load_tokenizer(folder, config(TINY_SIZE))
-    assert tokenizer.special_tokens == {"bos_token": "<s>", "eos_token": "</s>"}
-    assert repr(tokenizer) == "Tokenizer(special_tokens={'bos_token': '<s>', 'eos_token': '</s>'})"
+    assert tokenizer.encode("[PAD]", False) == [TINY_SIZE]
+    assert "1 added tokens have no row in the model" in caplog.text and "'[PAD]' (258)" in caplog.text
+
+
+def test_an_added_token_that_cannot_have_its_id_is_a_warning(folder: Path, caplog: pytest.LogCaptureFixture):
+    write(folder / "added_tokens.json", {"<x>": 270})
+    assert load_tokenizer(folder, config(300)).encode("<x>", False) == [258]
+    assert "get other ids than the file says" in caplog.text and "'<x>' (258)" in caplog.text
+
+
+BOTH = [{"name": name, "template": name} for name in ("default", "tool_use")]
+NO_DEFAULT = [{"name": name, "template": name} for name in ("tool_use", "rag")]
+TEMPLATE_FILES: dict[str, dict[str, Any]] = {
+    "a list": {"tokenizer_config.json": {"chat_template": BOTH}},
+    "an object": {"tokenizer_config.json": {"chat_template": {"default": "default", "tool_use": "tool_use"}}},
+    "files": {"chat_template.jinja": "default", "additional_chat_templates/tool_use.jinja": "tool_use"},
+    "files over the list": {
+        "tokenizer_config.json": {"chat_template": [{"name": "tool_use", "template": "old"}]},
+        "chat_template.jinja": "default",
+    },
+    "a third": {"chat_template.jinja": "default", "additional_chat_templates/rag.jinja": "rag"},
+}
+
+
+@pytest.mark.parametrize("case", TEMPLATE_FILES)
+def test_tools_get_the_template_for_tools(folder: Path, case: str):
+    transformers = pytest.importorskip("transformers")
+    for name, content in TEMPLATE_FILES[case].items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        write(folder / name, content)
+    theirs = transformers.PreTrainedTokenizerFast.from_pretrained(folder)
+    mine = load_tokenizer(folder, config(TINY_SIZE))
+    for tools in (None, [], [{"name": "f"}]):
+        assert mine.template(tools) == theirs.get_chat_template(tools=tools)
+
+
+def test_templates_without_a_default_are_named(folder: Path):
+    write(folder / "tokenizer_config.json", {"chat_template": NO_DEFAULT})
+    tokenizer = load_tokenizer(folder, config(TINY_SIZE))
+    assert tokenizer.template([]) == "tool_use"
+    with pytest.raises(TokenizerError, match="chat templates rag, tool_use, but none named default"):
+        tokenizer.template()
+
+
+@pytest.mark.slow
+def test_a_panic_of_the_library_is_a_typed_error(released: Tokenizer):
+    """A run of spaces is more than the released tokenizer's regular expression can take (a BaseException)."""
+    with pytest.raises(TokenizerError, match=r"cannot encode a text of 12,000,000 characters"):
+        released.encode(" " * 12_000_000)
+    assert released.encode("Hi") == [13347]
+
+
+def test_a_word_that_the_vocabulary_lacks_is_a_typed_error():
+    import tokenizers
+
+    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0}, unk_token="[UNK]"))
+    with pytest.raises(TokenizerError, match="cannot encode a text of 1 characters"):
+        Tokenizer(backend, None, {}).encode("b")
+
+
+@pytest.mark.parametrize("length", [100_000_001, 512 * 5 + 1])
+def test_a_text_that_cannot_fit_is_refused_before_it_is_encoded(folder: Path, length: int):
+    tokenizer = load_tokenizer(folder, config(TINY_SIZE))
+    assert len(tokenizer.encode("a" * 512 * 4, context=512)) == 2049  # perhaps too long, which the ids then show
+    with pytest.raises(OptionError, match=rf"{length:,} characters, which is more than 512 tokens can hold"):
+        tokenizer.encode("a" * length, context=512)
+
+
+def strip_decoder() -> Tokenizer:
+    """As Llama 2's: a space begins every word, and the decoder takes away the one that begins a text."""
+    import tokenizers
+    from tokenizers import decoders, models, pre_tokenizers
+
+    words = ["▁the", "▁cat", *(f"<0x{byte:02X}>" for byte in range(256))]
+    backend = tokenizers.Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="▁the"))
+    backend.pre_tokenizer = pre_tokenizers.Metaspace()
+    parts = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    backend.decoder = decoders.Sequence(parts)
+    backend.add_special_tokens(["</s>"])
+    return Tokenizer(backend, None, {})
+
+
+BYTES = [2 + byte for byte in "🐈".encode()]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "new", "text"),
+    [
+        ([0], [1, 1, 1], " cat cat cat"),
+        ([], [1, 1], "cat cat"),
+        ([258], [1], "cat"),
+        ([0] + 40 * [258], [1], " cat"),
+        ([0, *BYTES], BYTES, "🐈"),
+        ([0, *BYTES * 9], [*BYTES, 1], "🐈 cat"),
+        ([0, *BYTES[:2]], BYTES[2:], "🐈"),
+        ([0], BYTES[:3], "\ufffd\ufffd\ufffd"),
+    ],
+)
+def test_new_tokens_are_decoded_after_their_prompt(prompt: list[int], new: list[int], text: str):
+    step = strip_decoder().decode_stream(prompt=prompt)
+    assert "".join(step(token) for token in [*new, None]) == text
 
 
 def test_a_missing_tokenizer_says_what_to_copy(tmp_path: Path):

@@ -1,25 +1,31 @@
 """Renders a checkpoint's chat template, the Jinja program that turns a conversation into the model's text.
 
-The template is a stranger's program, so it runs in Jinja's immutable sandbox. It is also forgiving: the
-released one drops what it does not know without a word. `normalize` therefore rewrites a conversation
-first into what every template prints, roles and text, or refuses it.
+The template is a stranger's program, so it runs in Jinja's immutable sandbox, and in a process of its own, with limits
+of time, memory and output (see template_process.py). It is also forgiving: the released one drops what it does not know
+without a word. `normalize` therefore rewrites a conversation first into what every template prints, roles and text, or
+refuses it.
 """
 
-import functools
-import itertools
+import atexit
+import contextlib
+import hashlib
 import json
+import os
+import pickle
 import re
-import traceback
-from collections.abc import Callable, Mapping, Sequence
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import datetime
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
-from ..errors import OptionError, TokenizerError
+from ..errors import OptionError, SupportError, TokenizerError
 from ..tokenizer import Tokenizer
 
-if TYPE_CHECKING:
-    import jinja2
-
+SECONDS = 10  # that a rendering may take: it takes milliseconds
 ROLES = ("system", "developer", "user", "assistant", "tool")
 # Servers and libraries disagree on the name; all mean the text between <think> and </think>.
 REASONING_FIELDS = ("reasoning_content", "reasoning", "thinking")
@@ -49,7 +55,8 @@ def render(
 
     Raises:
       OptionError: the messages or tools are malformed, or hold what the template would drop.
-      TokenizerError: the template itself failed; with its own words and, where known, the line.
+      TokenizerError: the template itself failed, with its own words and, where known, the line; or it took too long, or
+        too much memory.
     """
     if template is None:
         raise TokenizerError(
@@ -57,17 +64,21 @@ def render(
         )
     if tools is not None and (isinstance(tools, str) or not all(isinstance(tool, Mapping) for tool in tools)):
         raise OptionError("tools must be a list of JSON schemas, one object a function")
-    context: dict[str, Any] = {"documents": None, "strftime_now": lambda pattern: now().strftime(pattern)}
-    context |= special_tokens or {}
-    context |= variables
-    context |= {"messages": normalize(messages), "tools": tools, "add_generation_prompt": add_generation_prompt}
+    context = {**(special_tokens or {}), **variables, "messages": normalize(messages), "tools": tools}
     try:
-        return _compile(template).render(context)
-    except Exception as error:  # a program can fail in every way there is
-        raise TokenizerError(_explain(error)) from None
+        request = pickle.dumps((template, context | {"add_generation_prompt": add_generation_prompt}, now()))
+    except Exception as error:  # of whatever class a variable is
+        reason = "nested too deep" if isinstance(error, RecursionError) else error
+        raise OptionError(
+            f"a chat template gets plain values (texts, numbers, lists, dicts), not these: {reason}"
+        ) from None
+    with _lock:
+        return _process(request)
 
 
-def encode_chat(tokenizer: Tokenizer, messages: Sequence[Mapping[str, Any]], **options: Any) -> list[int]:
+def encode_chat(
+    tokenizer: Tokenizer, messages: Sequence[Mapping[str, Any]], *, context: int | None = None, **options: Any
+) -> list[int]:
     """Token ids of a conversation in which nobody's words become control tokens.
 
     Control tokens are what the template writes. The text of one that stands in a message of role user or tool
@@ -76,21 +87,24 @@ def encode_chat(tokenizer: Tokenizer, messages: Sequence[Mapping[str, Any]], **o
     without such text give the ids of their rendering, encoded whole.
 
     Args:
+      context: refuse a conversation that is too long for so many tokens, before any work is done on it.
       **options: those of `render`, but for the tokenizer's own.
 
     Raises:
       OptionError, TokenizerError: as `render`.
     """
-    template = tokenizer.chat_template
+    template = tokenizer.template(options.get("tools"))
     messages = normalize(messages)
+    for message in messages:
+        tokenizer.check_length(message["content"], context)
     text = render(template, messages, special_tokens=tokenizer.special_tokens, **options)
-    ids = tokenizer.encode(text, add_special_tokens=False)
+    ids = tokenizer.encode(text, add_special_tokens=False, context=context)
     added = tokenizer.backend.get_added_tokens_decoder()
     # A token that is whitespace is text to everyone, templates included.
     tokens = [token for token in added.values() if not token.content.isspace()]
     # Digits that occur nowhere else part the first character of a token from its rest. They go through the
     # template wherever the text goes, whatever it does to it.
-    gap = next(digits for digits in map(str, itertools.count(10**9)) if digits not in text)
+    gap = next(digits for digits in _digits(text) if digits not in text)
     part_all = _parting([token.content for token in tokens], gap)
     part_special = _parting([token.content for token in tokens if token.special], gap)
     parted = [(part_all if message["role"] in ("user", "tool") else part_special)(message) for message in messages]
@@ -98,7 +112,7 @@ def encode_chat(tokenizer: Tokenizer, messages: Sequence[Mapping[str, Any]], **o
     if (parted, parted_options) == (messages, options):
         return ids
     text = render(template, parted, special_tokens=tokenizer.special_tokens, **parted_options)
-    encoding = tokenizer.backend.encode(text, add_special_tokens=False)
+    encoding = tokenizer.encoding(text, add_special_tokens=False)
     plain = _without_added_tokens(tokenizer)
     ids, done = [], 0
     for token, (start, end) in zip([*encoding.ids, None], [*encoding.offsets, (len(text), len(text))], strict=True):
@@ -108,6 +122,14 @@ def encode_chat(tokenizer: Tokenizer, messages: Sequence[Mapping[str, Any]], **o
             ids += [] if token is None else [token]
             done = end
     return ids
+
+
+def _digits(text: str) -> Iterator[str]:
+    """Numbers that no author of the text can have foreseen, the same every time."""
+    digest = hashlib.sha256(text.encode(errors="surrogatepass"))
+    while True:
+        yield str(10**15 + int.from_bytes(digest.digest()) % 10**15)
+        digest.update(b"again")
 
 
 def _parting(tokens: Sequence[str], gap: str) -> Callable[[Any], Any]:
@@ -230,71 +252,65 @@ def _tool_call(call: Any, where: str) -> str:
     return f"<tool_call>\n{written}\n</tool_call>"
 
 
-@functools.lru_cache(maxsize=8)
-def _compile(template: str) -> "jinja2.Template":
-    """The template in transformers' dialect: its whitespace rules, functions and `generation` blocks."""
-    from jinja2 import Environment, TemplateError, nodes
-    from jinja2.exceptions import SecurityError
-    from jinja2.ext import Extension, loopcontrols
-    from jinja2.parser import Parser
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-    from jinja2.utils import Namespace
+_lock = threading.Lock()
+_running: list[tuple[int, subprocess.Popen[bytes]]] = []  # at most one, and the process that started it
 
-    class Generation(Extension):
-        """{% generation %} marks what the model is trained on; rendering prints its body, in a scope of its own."""
 
-        def __init__(self, environment: Environment) -> None:
-            super().__init__(environment)
-            self.tags = {"generation"}
+def _process(request: bytes) -> str:
+    """The answer of the process that renders, which is started where none is; see template_process.py."""
+    try:
+        worker = _worker()
+        assert worker.stdin is not None and worker.stdout is not None
+        worker.stdin.write(bytes([SECONDS]) + len(request).to_bytes(8, "little") + request)
+        worker.stdin.flush()
+        header = worker.stdout.read(9)
+        answer = worker.stdout.read(int.from_bytes(header[1:], "little"))
+    except OSError as error:
+        _end()
+        raise SupportError(f"the process that renders chat templates cannot be run: {error}") from None
+    except BaseException:  # Ctrl-C: what would come is the answer to this request, not to the next
+        _end()
+        raise
+    if len(header) < 9:
+        code = _end()
+        why = f"it was not done after {SECONDS} s" if code == -signal.SIGALRM else f"it ended its process ({code})"
+        raise TokenizerError(f"the chat template failed: {why}")
+    if header[:1] == b"+":
+        return answer.decode(errors="surrogatepass")
+    raise TokenizerError(answer.decode(errors="replace"))
 
-        def parse(self, parser: Parser) -> nodes.Node:
-            line = next(parser.stream).lineno
-            return nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line)
 
-    class SafeNamespace(Namespace):
-        """Without underscore names: filters call a value's `__html__`, and they do it outside the sandbox."""
-
-        def __init__(*args: Any, **attributes: Any) -> None:  # no named `self`: it is a legal attribute
-            Namespace.__init__(args[0])
-            for name, value in dict(*args[1:], **attributes).items():
-                args[0][name] = value
-
-        def __setitem__(self, name: str, value: Any) -> None:
-            if str(name).startswith("_"):
-                raise SecurityError(f"a namespace cannot have the attribute {name!r}")
-            super().__setitem__(name, value)
-
-    def new_dict(*args: Any, **kwargs: Any) -> dict[Any, Any]:
-        # The class itself would hand out dict.update, which changes even what the sandbox keeps immutable.
-        return dict(*args, **kwargs)
-
-    def raise_exception(message: str) -> None:
-        raise TemplateError(message)
-
-    def tojson(
-        value: Any,
-        ensure_ascii: bool = False,
-        indent: int | None = None,
-        separators: tuple[str, str] | None = None,
-        sort_keys: bool = False,
-    ) -> str:
-        # Jinja's own escapes <, > and & for HTML, which the model never saw.
-        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
+def _worker() -> subprocess.Popen[bytes]:
+    if _running and _running[0][0] == os.getpid() and _running[0][1].poll() is None:
+        return _running[0][1]
+    _end()
+    worker = subprocess.Popen(
+        [sys.executable, "-P", str(Path(__file__).with_name("template_process.py"))],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "PYTHONUTF8": "1"},
+        start_new_session=True,  # Ctrl-C in a terminal is not for it
     )
-    environment.filters["tojson"] = tojson
-    environment.globals |= {"raise_exception": raise_exception, "dict": new_dict, "namespace": SafeNamespace}
-    return environment.from_string(template)
+    _running.append((os.getpid(), worker))
+    return worker
 
 
-def _explain(error: Exception) -> str:
-    """What a failed template says, and the line of its source that said it."""
-    if isinstance(error, SyntaxError):  # of the Python that Jinja compiled it to, whose lines mean nothing here
-        return f"the chat template failed: {error.msg}"
-    # Jinja rewrites tracebacks so that the frames of a template, whose file is "<template>", carry its own lines.
-    lines = [line for frame, line in traceback.walk_tb(error.__traceback__) if frame.f_code.co_filename == "<template>"]
-    line = getattr(error, "lineno", None) or (lines[-1] if lines else None)
-    message = getattr(error, "message", None) or str(error) or type(error).__name__
-    return f"the chat template failed{f' in line {line}' if line else ''}: {message}"
+def _end() -> int | None:
+    """Ends the process; the code that it ended with. One that a parent of this process started is left to that."""
+    if not _running:
+        return None
+    owner, worker = _running.pop()
+    if owner != os.getpid():
+        return None
+    for pipe in (worker.stdin, worker.stdout):
+        with contextlib.suppress(OSError):
+            if pipe is not None:
+                pipe.close()
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        return worker.wait(1)
+    worker.kill()
+    return worker.wait()
+
+
+atexit.register(_end)

@@ -3,7 +3,11 @@
 import copy
 import json
 import os
+import subprocess
+import sys
+import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -12,6 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from smollm3_jax.chat import template as template_module
 from smollm3_jax.chat.template import encode_chat, normalize, render
 from smollm3_jax.config import ModelConfig
 from smollm3_jax.errors import OptionError, TokenizerError
@@ -362,6 +367,86 @@ def test_the_sandbox_holds(source: str):
     with pytest.raises(TokenizerError):
         render(source, [HI], tools=tools)
     assert tools == [WEATHER]
+
+
+BOMB = "{% set n = namespace(l=[1]) %}{% for i in range(60) %}{% set n.l = [n.l, n.l] %}{% endfor %}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("source", "words"),
+    [
+        ("{{ 'x' * 10 ** 9 }}", "1024 MiB of memory"),
+        ("{% set n = namespace(s='x') %}{% for i in range(40) %}{% set n.s = n.s + n.s %}{% endfor %}", "1024 MiB"),
+        ("{% set n = namespace(s='x') %}{% for i in range(40) %}{% set n.s = n.s ~ n.s %}{% endfor %}", "1024 MiB"),
+        ("{{ messages | tojson(indent=10 ** 8) }}", "1024 MiB of memory"),
+        ("{{ messages | tojson(indent=10 ** 7) }}", "it writes more than 33,554,432 characters|1024 MiB of memory"),
+        ("{{ ('x' * 10 ** 6) | replace('x', 'y' * 10 ** 4) }}", "1024 MiB of memory"),
+        ("{{ 'x' | center(10 ** 10) }}", "1024 MiB of memory"),
+        ("{{ ('\\n' * 10 ** 5) | indent(10 ** 5, blank=true) }}", "1024 MiB of memory"),
+        ("{{ '%2000000000d' % 1 }}", "1024 MiB of memory"),
+        ("{{ '{:2000000000d}'.format(1) }}", "1024 MiB of memory"),
+        ("{{ '%2000000000d' | format(1) }}", "1024 MiB of memory"),
+        ("{{ (['x' * 10 ** 6] * 10 ** 5) | join }}", "1024 MiB of memory"),
+        ("{% for i in range(10 ** 5) %}{{ 'x' * 10 ** 4 }}{% endfor %}", "it writes more than 33,554,432 characters"),
+        (
+            "{% macro m(x) %}{{ x }}{{ x }}{% endmacro %}{% set n = namespace(s='x') %}"
+            "{% for i in range(40) %}{% set n.s = m(n.s) %}{% endfor %}",
+            "1024 MiB of memory",
+        ),
+        ("{{ range(10 ** 9) | list }}", "Range too big"),
+        ("{{ (10 ** (10 ** 9)) > 1 }}", "not done after 2 s"),
+        ("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}", "not done after 2 s"),
+        (BOMB + "{{ n.l | tojson | length }}", "not done after 2 s|1024 MiB of memory"),
+        (BOMB + "{{ n.l | string | length }}", "not done after 2 s|1024 MiB of memory"),
+        ("{{ 'x' | batch(10 ** 10, 'y') | list }}", "1024 MiB of memory|not done after 2 s"),
+        ("{{ " + "[" * 150 + "]" * 150 + " }}", "failed"),
+    ],
+)
+def test_a_template_without_limits_is_ended(monkeypatch: pytest.MonkeyPatch, source: str, words: str):
+    """S8: within the time, and what renders the next one is there at once."""
+    monkeypatch.setattr(template_module, "SECONDS", 2)
+    begin = time.monotonic()
+    with pytest.raises(TokenizerError, match=words):
+        render(source, [HI])
+    assert time.monotonic() - begin < 6
+    assert render("{{ messages[0].content }}", [HI]) == "Hi"
+
+
+def test_variables_must_be_plain_values():
+    with pytest.raises(OptionError, match="plain values"):
+        render("{{ x }}", [HI], x=lambda: 1)
+    deep: Any = []
+    for _ in range(10_000):
+        deep = [deep]
+    with pytest.raises(OptionError, match="nested too deep"):
+        render("{{ x }}", [HI], x=deep)
+
+
+def test_many_threads_render_at_once():
+    with ThreadPoolExecutor(8) as pool:
+        texts = list(pool.map(lambda i: render("{{ messages[0].content }}", [turn("user", str(i))]), range(100)))
+    assert texts == [str(i) for i in range(100)]
+
+
+@pytest.mark.slow
+def test_the_process_that_renders_ends_with_its_parent():
+    code = """if True:
+        import os, sys
+        from smollm3_jax.chat import template
+        assert template.render("{{ 1 + 1 }}", [{"role": "user", "content": ""}]) == "2"
+        print(template._running[0][1].pid, flush=True)
+        os._exit(0)
+    """
+    root = Path(__file__).resolve().parents[2]
+    pid = int(subprocess.run([sys.executable, "-c", code], check=True, cwd=root, capture_output=True, text=True).stdout)
+    for _ in range(100):
+        try:
+            os.kill(pid, 0)
+        except ProcessLookupError:
+            return
+        time.sleep(0.1)
+    pytest.fail("it is still there")
 
 
 @pytest.fixture(scope="module")
