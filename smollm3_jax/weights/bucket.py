@@ -10,6 +10,7 @@ from typing import Any
 
 from ..errors import HubError, SupportError
 from ..progress import progress
+from ..support import how_to_install
 
 COPIED = ".copied"  # what the local files are copies of: name -> fsspec's key of its contents
 
@@ -43,7 +44,7 @@ def copy_of(folder: str, into: Path, endings: tuple[str, ...]) -> Path:
             fcntl.flock(lock, fcntl.LOCK_EX)  # of several processes one copies
             _copy(store, files, local, folder)
     except ImportError as error:
-        raise SupportError(f"{folder}: {error}; pip install 'smollm3-jax[remote]'") from None
+        raise SupportError(f"{folder}: {error}; {how_to_install('remote')}") from None
     except HubError:
         raise
     except (OSError, ValueError) as error:
