@@ -47,6 +47,7 @@ from rich.table import Column, Table
 from smollm3_jax.config import SMOLLM3_3B, ModelConfig
 from smollm3_jax.errors import SmolLM3Error, TokenizerError
 from smollm3_jax.progress import busy, progress
+from smollm3_jax.support import how_to_install
 from smollm3_jax.tokenizer import load_tokenizer
 from smollm3_jax.weights.demo import pull_demo
 from smollm3_jax.weights.hub import cache_dir
@@ -436,7 +437,7 @@ def run(args: argparse.Namespace) -> None:
     if LLAMA in engines:
         node_folder()
     if args.out and importlib.util.find_spec("matplotlib") is None:
-        say("no chart: matplotlib is missing; pip install 'smollm3-jax[bench]'")
+        say(f"no chart: matplotlib is missing; {how_to_install('bench')}")
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: args.threads])  # the engines inherit it
     root = str(Path(__file__).resolve().parents[1])
     environment = os.environ | {

@@ -1,6 +1,6 @@
 """SmolLM3's training step beside MaxText's for the same sixteen v5e, compiled by the same compiler, run nowhere.
 
-    pip install maxtext 'smollm3-jax[plan]'     (MaxText 0.2.5 wants Python 3.12)
+    pip install maxtext -e '.[plan]'     (MaxText 0.2.5 wants Python 3.12)
     python scripts/compare_maxtext.py [--only NAME ...] [--json]
 
 MaxText has no SmolLM3; its plain decoder takes the same shape (RoPE on every layer, which costs nothing here). Both

@@ -3,9 +3,10 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from .support import require_supported
+from .support import is_the_command, keep_to_the_cpu_without_accelerator, require_supported, version
 
-require_supported()
+if not is_the_command():  # which says it in a line
+    require_supported()
 
 if TYPE_CHECKING:
     from .config import GenerationConfig, ModelConfig, RopeScaling
@@ -45,11 +46,11 @@ _HOME = {
 
 def __getattr__(name: str) -> Any:
     if name == "__version__":
-        from importlib.metadata import version
-
-        return version("smollm3-jax")
+        return version("smollm3-jax") or "unknown"
     for module, names in _HOME.items():
         if name in names:
+            if module not in ("config", "errors"):
+                keep_to_the_cpu_without_accelerator()
             value = getattr(importlib.import_module(f".{module}", __name__), name)
             globals()[name] = value
             return value

@@ -19,6 +19,7 @@ from sharding.rules import Sharding
 from .config import ModelConfig
 from .errors import OptionError, SupportError
 from .progress import busy
+from .support import how_to_install
 
 
 class DoesNotFit(Exception):
@@ -61,7 +62,7 @@ def _gpus(name: str) -> list[Any]:
     from jax.experimental import topologies
 
     if importlib.util.find_spec("jax_plugins") is None or importlib.util.find_spec("jax_plugins.xla_cuda13") is None:
-        raise SupportError("the compiler for NVIDIA GPUs is not installed: pip install 'smollm3-jax[plan-cuda]'")
+        raise SupportError(f"the compiler for NVIDIA GPUs is not installed: {how_to_install('plan-cuda')}")
     kind, _, shape = name.partition(":")
     count = math.prod(int(x) for x in shape.split("x"))
     described = topologies.get_topology_desc(
@@ -72,7 +73,7 @@ def _gpus(name: str) -> list[Any]:
 
 def _use_libtpu() -> None:
     if importlib.util.find_spec("libtpu") is None:
-        raise SupportError("the TPU compiler, libtpu, is not installed: pip install 'smollm3-jax[plan]'")
+        raise SupportError(f"the TPU compiler, libtpu, is not installed: {how_to_install('plan')}")
     # Neither a metadata server to ask nor a TPU to lock: another process may have it.
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")

@@ -9,6 +9,7 @@ from rich.table import Table
 from sharding.hardware import GIB
 
 from .errors import SupportError
+from .support import how_to_install
 
 
 def tables(report: dict[str, Any]) -> Iterator[Any]:
@@ -97,7 +98,7 @@ def draw_memory(report: dict[str, Any], file: Path) -> None:
     try:
         from matplotlib.figure import Figure  # pyright: ignore[reportMissingImports]
     except ImportError:
-        raise SupportError("drawing needs matplotlib: pip install 'smollm3-jax[bench]'") from None
+        raise SupportError(f"drawing needs matplotlib: {how_to_install('bench')}") from None
     contexts = list(report["cache"]["bfloat16"])
     figure = Figure(figsize=(9, 5), layout="constrained")
     axes = figure.add_subplot()

@@ -1,33 +1,50 @@
-"""Signs of life on standard error for what takes a while; silent, but for `tally`, where nobody is looking."""
+"""Signs of life on standard error for what takes a while; silent, but for `tally`, where nobody is looking.
+
+What is named there may be a file's name, or a shard's: rich reads no markup in it, and the terminal no escapes."""
 
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
+
+from .screen_text import plain
 
 SECONDS_BETWEEN_LINES = 10
+# False with --quiet.
+shown = True
 
 
 @contextmanager
 def progress(what: str, total_bytes: int) -> Iterator[Callable[[int], None]]:
     """Yields a function to call with the bytes that are done."""
     from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+    from rich.progress import BarColumn, DownloadColumn, Progress, TransferSpeedColumn
 
     console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task(what, total=total_bytes)
+    columns = (_description(), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    with Progress(*columns, console=console, transient=True, disable=not (shown and console.is_terminal)) as bar:
+        task = bar.add_task(plain(what), total=total_bytes)
         yield lambda done: bar.advance(task, done)
 
 
 @contextmanager
 def busy(what: str) -> Iterator[None]:
-    """A spinner, for work whose length is not known."""
+    """A spinner and the time, for work whose length is not known."""
     from rich.console import Console
+    from rich.progress import Progress, SpinnerColumn, TimeElapsedColumn
 
-    with Console(stderr=True).status(what):
+    console = Console(stderr=True)
+    columns = (SpinnerColumn(), _description(), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True, disable=not (shown and console.is_terminal)) as bar:
+        bar.add_task(plain(what), total=None)
         yield
+
+
+def _description() -> Any:
+    from rich.progress import TextColumn
+
+    return TextColumn("{task.description}", markup=False)
 
 
 @contextmanager
@@ -40,19 +57,19 @@ def tally(what: str, total: int, done: int = 0) -> Iterator[Callable[[int, int],
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    columns = (_description(), BarColumn(), MofNCompleteColumn())
     columns += (TextColumn("{task.fields[rate]}"), TimeRemainingColumn())
     begin = said = time.monotonic()
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task(what, total=total, completed=done, rate="")
+    with Progress(*columns, console=console, transient=True, disable=not (shown and console.is_terminal)) as bar:
+        task = bar.add_task(plain(what), total=total, completed=done, rate="")
 
         def report(done: int, tokens: int) -> None:
             nonlocal said
             now = time.monotonic()
             rate = f"{tokens / max(now - begin, 1e-9):.1f} tokens/s"
             bar.update(task, completed=done, rate=rate)
-            if not console.is_terminal and now - said >= SECONDS_BETWEEN_LINES:
+            if shown and not console.is_terminal and now - said >= SECONDS_BETWEEN_LINES:
                 said = now
-                print(f"smollm3: {done} of {total} {what}, {rate}", file=sys.stderr, flush=True)
+                print(f"smollm3: {done} of {total} {plain(what)}, {rate}", file=sys.stderr, flush=True)
 
         yield report

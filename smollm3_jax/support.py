@@ -1,10 +1,15 @@
 """What this package runs on, and how to tell that it does not."""
 
+import contextlib
 import importlib.metadata
 import importlib.util
+import json
 import os
 import re
+import signal
+import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +28,7 @@ def version(package: str) -> str | None:
         return ".".join(map(str, sys.version_info[:3]))
     try:
         return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
+    except (importlib.metadata.PackageNotFoundError, KeyError, ValueError):  # not there, or its metadata is damaged
         return None
 
 
@@ -58,13 +63,25 @@ def require_supported() -> None:
     """Called before anything imports jax, which an unsupported version may not survive.
 
     Raises:
-      SupportError: saying what to install. The `smollm3` command prints that and exits instead.
+      SupportError: saying what to install.
     """
     if reason := unsupported():
-        if Path(sys.argv[0]).stem == "smollm3":
-            print(f"smollm3: {reason}", file=sys.stderr)
-            sys.exit(SupportError.exit_code)
         raise SupportError(reason)
+
+
+def is_the_command() -> bool:
+    """Whether this process is `smollm3`, or `python -m smollm3_jax`."""
+    return Path(sys.argv[0]).stem == "smollm3" or sys.orig_argv[1:3] == ["-m", "smollm3_jax"]
+
+
+def how_to_install(name: str) -> str:
+    """How to install one of the package's extras, in pip's words: what it holds, since that can be had anywhere."""
+    try:
+        lines = importlib.metadata.requires("smollm3-jax") or []
+    except importlib.metadata.PackageNotFoundError:
+        lines = []
+    found = [line.split(";")[0].strip() for line in lines if re.search(rf"""extra\s*==\s*["']{name}["']""", line)]
+    return f"pip install {' '.join(map(repr, found or [f'.[{name}]']))}"
 
 
 def keep_to_the_cpu_without_accelerator() -> None:
@@ -73,36 +90,140 @@ def keep_to_the_cpu_without_accelerator() -> None:
     import jax
 
     chosen: str | None = jax.config.jax_platforms  # pyright: ignore[reportAttributeAccessIssue]
-    if not chosen and sys.platform == "linux" and not _has_tpu() and not _has_gpu():
+    if not chosen and _nothing_attached():
         jax.config.update("jax_platforms", "cpu")
 
 
-def diagnose() -> dict[str, Any]:
-    """Versions, devices, problems and a verdict, for `smollm3 doctor`."""
-    versions = {name: version(name) for name in ("python", "smollm3-jax", *SHOWN)}
-    problems = []
-    newer = [f"{name} {versions[name]}" for name, limit in NEWEST.items() if _newer(versions[name] or "", limit)]
-    devices: list[str] = []
-    try:
-        import jax
+def _nothing_attached() -> bool:
+    return sys.platform == "linux" and not _has_tpu() and not _has_gpu()
 
-        devices = [f"{device.platform}:{device.id} {device.device_kind}" for device in jax.devices()]
-        platform = jax.default_backend()
-    except RuntimeError as error:
-        platform = None
-        text = str(error)
-        problems.append(f"jax finds no device: {text.splitlines()[0]}")
-        if "already in use" in text or "libtpu_lockfile" in text:
-            problems.append("another process holds the TPU: end it (sudo lsof -w /dev/accel* /dev/vfio/*), or wait")
+
+def require_devices() -> None:
+    """Called before anything is computed.
+
+    Raises:
+      SupportError: jax finds none of the platforms that JAX_PLATFORMS asks for, or cannot start the one there is.
+    """
+    import jax
+
+    chosen: str | None = jax.config.jax_platforms  # pyright: ignore[reportAttributeAccessIssue]
+    # A plug-in that finds no device says so at length by itself, before it raises.
+    with _silent_stderr() if chosen not in (None, "", "cpu") and _nothing_attached() else contextlib.nullcontext():
+        try:
+            jax.devices()
+            return
+        except Exception as error:  # RuntimeError, or an AssertionError without a word
+            reason = _reason(error)
+    raise SupportError(_no_device(chosen, reason))
+
+
+def _reason(error: object) -> str:
+    return (str(error).splitlines() or [""])[0].split(" (set JAX_PLATFORMS=")[0]
+
+
+def _no_device(chosen: str | None, reason: str) -> str:
+    asked = f"JAX_PLATFORMS asks for {chosen}, and jax finds no such device" if chosen else "jax finds no device"
+    way_out = "unset it, or say JAX_PLATFORMS=cpu" if chosen else "JAX_PLATFORMS=cpu leaves it alone"
+    return f"{asked}{f' ({reason})' if reason else ''}; {way_out}"
+
+
+@contextlib.contextmanager
+def _silent_stderr() -> Iterator[None]:
+    """Of C++ libraries too, which write to the descriptor."""
+    sys.stderr.flush()
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        sys.stderr.flush()
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
+
+
+# Run in a process of its own, since what is broken may end it, or wait for ever.
+_PROBE = """
+import json, sys
+import jax
+devices = [f"{device.platform}:{device.id} {device.device_kind}" for device in jax.devices()]
+print(json.dumps([jax.default_backend(), devices]))
+"""
+_PROBE_SECONDS = 180
+
+
+def _probe() -> tuple[str | None, list[str], str]:
+    """jax's default platform and devices as another process finds them; why there are none."""
+    environment = dict(os.environ)
+    if not environment.get("JAX_PLATFORMS") and _nothing_attached():
+        environment["JAX_PLATFORMS"] = "cpu"
+    command = [sys.executable, "-P", "-c", _PROBE]
+    try:
+        done = subprocess.run(command, env=environment, capture_output=True, timeout=_PROBE_SECONDS)
+    except subprocess.TimeoutExpired:
+        return None, [], f"jax has not found its devices in {_PROBE_SECONDS} seconds"
+    except OSError as error:
+        return None, [], f"Python cannot be started: {error}"
+    try:
+        platform, devices = json.loads(done.stdout.splitlines()[-1])
+        return platform, devices, ""
+    except (ValueError, IndexError):
+        pass
+    said = [line.strip() for line in done.stderr.decode(errors="replace").splitlines() if line.strip()]
+    last = next((line for line in reversed(said) if re.match(r"\w+(\.\w+)*(Error|Exception)\b", line)), "")
+    reason = last.removeprefix("RuntimeError: ") if last else (said[-1] if said else "")
+    if done.returncode < 0:
+        name = signal.Signals(-done.returncode).name
+        return None, [], f"jax was ended by {name} while it looked for devices" + (f": {reason}" if reason else "")
+    if last.startswith(("RuntimeError", "AssertionError")):
+        chosen = os.environ.get("JAX_PLATFORMS")
+        return None, [], _no_device(chosen, _reason(reason).removeprefix("AssertionError").strip(": "))
+    return None, [], f"jax cannot be started: {reason}"
+
+
+def diagnose() -> dict[str, Any]:
+    """Versions, devices, problems and a verdict, for `smollm3 doctor`, in whatever state this environment is."""
+    versions = {name: version(name) for name in ("python", "smollm3-jax", *SHOWN)}
+    variables = {name: value for name, value in sorted(os.environ.items()) if name.startswith(_VARIABLES)}
+    problems = [reason] if (reason := unsupported()) else []
+    newer = [f"{name} {versions[name]}" for name, limit in NEWEST.items() if _newer(versions[name] or "", limit)]
+    platform, devices, why_none = _probe()
+    if why_none:
+        problems.append(why_none)
+    if "already in use" in why_none or ("libtpu_lockfile" in why_none and _has_tpu()):
+        problems.append("another process holds the TPU: end it (sudo lsof -w /dev/accel* /dev/vfio/*), or wait")
+    problems += [f"{name} is not installed: pip install '{line}'" for name, line in _missing()]
     if platform == "cpu" and os.environ.get("JAX_PLATFORMS", "") != "cpu":
         if _has_tpu():
-            problems.append("this is a TPU machine, but jax runs on its CPU: pip install -U 'smollm3-jax[tpu]'")
+            problems.append(f"this is a TPU machine, but jax runs on its CPU: {how_to_install('tpu')}")
         elif Path("/proc/driver/nvidia/version").exists():
-            problems.append("there is an NVIDIA GPU, but jax runs on the CPU: pip install -U 'smollm3-jax[cuda13]'")
+            problems.append(f"there is an NVIDIA GPU, but jax runs on the CPU: {how_to_install('cuda13')}")
     verdict = "not supported" if problems else "supported"
     if newer and not problems:
         verdict = f"untested: {', '.join(newer)} is newer than what the tests run on"
-    return {"verdict": verdict, "problems": problems, "versions": versions, "devices": devices}
+    return {
+        "verdict": verdict,
+        "problems": problems,
+        "versions": versions,
+        "variables": variables,
+        "devices": devices,
+    }
+
+
+# What may be the reason for what one sees.
+_VARIABLES = ("JAX_", "XLA_", "LIBTPU_", "TPU_", "CUDA_VISIBLE_DEVICES", "SMOLLM3_", "HF_HOME", "HF_HUB_OFFLINE")
+
+
+def _missing() -> list[tuple[str, str]]:
+    """What this package cannot do without and does not find: its name, and what to install."""
+    try:
+        lines = importlib.metadata.requires("smollm3-jax") or []
+    except importlib.metadata.PackageNotFoundError:
+        return []
+    needed = [line for line in lines if "extra ==" not in line]
+    names = [re.split(r"[\[><=!~; ]", line)[0] for line in needed]
+    checked = ("jax", "flax")  # by `unsupported`
+    return [(name, line) for name, line in zip(names, needed, strict=True) if name not in checked and not version(name)]
 
 
 def _has_gpu() -> bool:

@@ -18,6 +18,7 @@ from .generation.api import generate
 from .generation.sampling import SamplingParams
 from .model import SmolLM3
 from .progress import busy
+from .support import how_to_install
 from .tokenizer import load_tokenizer
 from .weights import hub
 from .weights.load import Checkpoint, common_dtype, load, open_checkpoint
@@ -174,7 +175,7 @@ def _run_transformers(path: Path, tokens: list[int], room: int) -> _Run:
         import torch
         import transformers
     except ImportError:
-        raise SupportError("transformers is not installed: pip install 'smollm3-jax[torch]'") from None
+        raise SupportError(f"transformers is not installed: {how_to_install('torch')}") from None
     transformers.utils.logging.disable_progress_bar()  # ours says what is going on
     model: Any = transformers.AutoModelForCausalLM.from_pretrained(
         path, dtype=torch.float32, attn_implementation="eager"

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tiny import talking_checkpoint
 
 import smollm3_jax
 from smollm3_jax import support
@@ -49,6 +50,11 @@ def smollm3(tmp_path):
     return call
 
 
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory) -> Path:
+    return talking_checkpoint(tmp_path_factory.mktemp("support") / "talking")
+
+
 def pretend(folder: Path, package: str, version: str) -> Path:
     info = folder / f"{package}-{version}.dist-info"
     info.mkdir(parents=True)
@@ -57,15 +63,11 @@ def pretend(folder: Path, package: str, version: str) -> Path:
 
 
 COMMANDS = [
-    ["doctor"],
-    ["doctor", "--json"],
-    ["--help"],
     ["pull", "demo"],
     ["inspect", "nowhere"],
     ["convert", "nowhere", "out"],
     ["verify", "nowhere", "--against", "transformers"],
     ["generate", "--model", "nowhere", "--prompt", "x"],
-    [],
 ]
 
 
@@ -78,7 +80,13 @@ def test_every_command_refuses_an_old_jax(arguments, smollm3, tmp_path):
     )
 
 
+def test_help_works_with_an_old_jax(smollm3, tmp_path):
+    done = smollm3("--help", path=pretend(tmp_path / "old", "jax", "0.9.0"))
+    assert done.returncode == 0 and done.stdout.startswith("usage: smollm3 ")
+
+
 OTHERS = {
+    "jax": ("0.9.0", "jax 0.9.0 is not supported, it must be at least 0.10.2: pip install -U 'jax>=0.10.2'"),
     "flax": ("0.11.9", "flax 0.11.9 is not supported, it must be at least 0.12.8: pip install -U 'flax>=0.12.8'"),
     "jaxlib": ("0.9.3", "and jaxlib 0.9.3 do not belong together: pip install -U jax jaxlib"),
 }
@@ -86,10 +94,17 @@ OTHERS = {
 
 @pytest.mark.parametrize("package", OTHERS)
 def test_other_packages_are_looked_at_too(package, smollm3, tmp_path):
+    """And the doctor says what it found, whatever that is."""
     version, message = OTHERS[package]
-    done = smollm3("doctor", path=pretend(tmp_path / "old", package, version))
+    path = pretend(tmp_path / "old", package, version)
+    done = smollm3("pull", "demo", path=path)
     assert done.returncode == 3 and done.stdout == ""
     assert done.stderr.startswith("smollm3: ") and message in done.stderr and done.stderr.count("\n") == 1
+    done = smollm3("doctor", path=path)
+    lines = done.stdout.splitlines()
+    assert done.returncode == 3 and done.stderr == "" and lines[-1].split() == ["verdict", "not", "supported"]
+    assert f"{package:18} {version}" in lines
+    assert any(line.startswith("problem") and message in line for line in lines)
 
 
 def test_import_on_an_old_jax_raises(tmp_path):
@@ -190,20 +205,28 @@ def test_tpu_machine_with_jax_for_cpus(smollm3):
         pytest.skip("libtpu is installed")
     done = smollm3("doctor", **environment)
     assert done.returncode == 3
-    assert "this is a TPU machine, but jax runs on its CPU: pip install -U 'smollm3-jax[tpu]'" in done.stdout
+    assert "this is a TPU machine, but jax runs on its CPU: pip install 'jax[tpu]" in done.stdout
     assert done.stdout.splitlines()[-1].split() == ["verdict", "not", "supported"]
     # Where the CPU is asked for, it is what one gets.
     assert smollm3("doctor", TPU_NAME="local").returncode == 0
 
 
 @pytest.mark.slow
-def test_platform_that_is_not_there(smollm3):
-    if support.version("libtpu"):
-        pytest.skip("libtpu is installed")
-    done = smollm3("doctor", JAX_PLATFORMS="tpu")
+@pytest.mark.parametrize("platforms", ["cuda", "tpu", "rocm", "tpu,cpu", "nonsense"])
+@pytest.mark.parametrize(
+    "arguments", [["doctor"], ["generate", "MODEL", "-p", "w5"], ["verify", "MODEL", "--against", "MODEL"]]
+)
+def test_platform_that_is_not_there(smollm3, platforms, arguments, model_folder):
+    """A plain line, and nothing of what libtpu writes by itself."""
+    if support._has_gpu() or support._has_tpu():
+        pytest.skip("an accelerator is attached")
+    words = [str(model_folder) if word == "MODEL" else word for word in arguments]
+    done = smollm3(*words, JAX_PLATFORMS=platforms)
     assert done.returncode == 3
-    assert "jax finds no device: Unable to initialize backend 'tpu'" in done.stdout
-    assert "another process" not in done.stdout, "libtpu is missing, not in use"
+    said = done.stdout if arguments == ["doctor"] else done.stderr
+    assert f"JAX_PLATFORMS asks for {platforms}, and jax finds no such device" in said
+    assert "say JAX_PLATFORMS=cpu" in said and "another process" not in said
+    assert done.stderr.count("\n") == (arguments != ["doctor"])
 
 
 # What libtpu says when a second process opens the chips.
@@ -213,16 +236,62 @@ IN_USE = (
 )
 
 
-def test_tpu_in_use_by_another_process(capsys, monkeypatch):
-    import jax
+def broken_jax(monkeypatch, folder: Path, code: str) -> None:
+    """A jax that is not well, for the process that the doctor starts."""
+    (folder / "jax").mkdir(parents=True)
+    (folder / "jax" / "__init__.py").write_text(code)
+    monkeypatch.setenv("PYTHONPATH", f"{folder}{os.pathsep}{ROOT}")
 
-    def devices():
-        raise RuntimeError(f"{IN_USE} (set JAX_PLATFORMS='' to automatically choose an available backend)\nmore")
 
-    monkeypatch.setattr(jax, "devices", devices)
+def test_tpu_in_use_by_another_process(capsys, monkeypatch, tmp_path):
+    monkeypatch.delenv("JAX_PLATFORMS", raising=False)
+    error = f"{IN_USE} (set JAX_PLATFORMS='' to automatically choose an available backend)"
+    broken_jax(monkeypatch, tmp_path, f"def devices():\n    raise RuntimeError({error!r})")
     said = problems(capsys)
-    assert "jax finds no device" in said and "pid 4711" in said and "more" not in said
+    assert "jax finds no device" in said and "pid 4711" in said and "set JAX_PLATFORMS=''" not in said
     assert "another process holds the TPU: end it" in said
+
+
+@pytest.mark.parametrize(
+    ("code", "words"),
+    [
+        ("raise ImportError('libfoo.so: cannot open shared object')", "jax cannot be started: ImportError: libfoo.so"),
+        ("import os, signal\nos.kill(os.getpid(), signal.SIGILL)", "jax was ended by SIGILL while it looked"),
+        ("import os\nos.abort()", "jax was ended by SIGABRT while it looked"),
+        ("raise SystemExit('no')", "jax cannot be started: no"),
+        ("import time\ntime.sleep(60)", "jax has not found its devices in 2 seconds"),
+        ("def devices(): assert False", "jax finds no such device"),
+        ("def devices(): raise RuntimeError('\x1b[31mred')", "jax finds no such device (\\x1b[31mred)"),
+    ],
+)
+def test_the_doctor_survives(code, words, capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(support, "_PROBE_SECONDS", 2)
+    broken_jax(monkeypatch, tmp_path, code)
+    assert words in problems(capsys)
+
+
+def test_the_doctor_misses_a_package(pretended, capsys):
+    pretended({"safetensors": None})
+    assert "safetensors is not installed: pip install 'safetensors" in problems(capsys)
+
+
+def test_the_doctor_names_variables(monkeypatch, capsys):
+    monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=2")
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    assert main(["doctor"]) == 0
+    out = capsys.readouterr().out
+    assert "variable           XLA_FLAGS=--xla_force_host_platform_device_count=2\n" in out
+    assert "device             cpu:1 cpu\n" in out and "hf_secret" not in out
+
+
+def test_extras_are_named_as_they_can_be_installed():
+    """The package itself need not be on an index for that."""
+    assert support.how_to_install("plan").startswith("pip install 'jax[tpu]")
+    assert support.how_to_install("torch").startswith(
+        "pip install 'torch"
+    ) and "'transformers" in support.how_to_install("torch")
+    for file in [*(ROOT / "smollm3_jax").rglob("*.py"), *(ROOT / "scripts").rglob("*.py")]:
+        assert "smollm3-jax[" not in file.read_text(), file
 
 
 def test_gpu_machine_with_jax_for_cpus(capsys, monkeypatch):
@@ -231,7 +300,7 @@ def test_gpu_machine_with_jax_for_cpus(capsys, monkeypatch):
     monkeypatch.delenv("JAX_PLATFORMS", raising=False)
     monkeypatch.setattr(support, "_has_tpu", lambda: False)
     monkeypatch.setattr(Path, "exists", lambda path: str(path) == "/proc/driver/nvidia/version" or real(path))
-    assert "NVIDIA GPU, but jax runs on the CPU: pip install -U 'smollm3-jax[cuda13]'" in problems(capsys)
+    assert "NVIDIA GPU, but jax runs on the CPU: pip install 'jax[cuda13]" in problems(capsys)
 
 
 @pytest.mark.parametrize("content", ["", '"""Sharding rules of somebody else."""\nclass Rules: ...\n'])
@@ -242,10 +311,11 @@ def test_foreign_sharding_package(content, smollm3, tmp_path):
     (foreign / "__init__.py").write_text("")
     if content:
         (foreign / "rules.py").write_text(content)
-    done = smollm3("doctor", path=foreign.parent)
-    assert done.returncode == 3
-    said = done.stdout + done.stderr
-    assert "`sharding`" in said and str(foreign) in said and "pip uninstall sharding" in said
+    for arguments in (["doctor"], ["plan", "memory"]):
+        done = smollm3(*arguments, path=foreign.parent)
+        assert done.returncode == 3
+        said = done.stdout + done.stderr
+        assert "`sharding`" in said and str(foreign) in said and "pip uninstall sharding" in said
 
 
 # What an import costs

@@ -2,14 +2,14 @@
 
 import argparse
 
-from ..config import DTYPES, FORMATS
-from .shared import folder
+from ..config import FORMATS
+from .shared import MODEL_HELP, add_dtype, folder
 
 
 def add(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("source", metavar="SRC", help="a model folder, a .gguf file, or a hub id")
+    parser.add_argument("source", metavar="SRC", help=MODEL_HELP)
     parser.add_argument("folder", metavar="DST", help="the folder to write")
-    parser.add_argument("--dtype", choices=DTYPES, help="cast all tensors (default: keep each as it is)")
+    add_dtype(parser, "cast all tensors (default: keep each as it is)")
     parser.add_argument("--format", choices=FORMATS, default="safetensors")
     parser.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="default: 5GB")
     parser.add_argument("--force", action="store_true", help="DST may be there: replace the model in it")

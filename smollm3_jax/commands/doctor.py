@@ -2,6 +2,7 @@
 
 import argparse
 
+from ..screen_text import plain
 from .shared import print_json
 
 
@@ -18,9 +19,11 @@ def run(args: argparse.Namespace) -> int:
     else:
         for name, version in report["versions"].items():
             print(f"{name:18} {version or '-'}")
+        for name, value in report["variables"].items():
+            print(f"{'variable':18} {name}={plain(value)}")
         for device in report["devices"]:
-            print(f"{'device':18} {device}")
+            print(f"{'device':18} {plain(device)}")
         for problem in report["problems"]:
-            print(f"{'problem':18} {problem}")
+            print(f"{'problem':18} {plain(problem)}")
         print(f"{'verdict':18} {report['verdict']}")
     return 3 if report["problems"] else 0

@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from ..config import DTYPES
+from .shared import add_dtype
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -11,8 +11,8 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", metavar="DIR", help="the folder to write")
     parser.add_argument("--step", type=int, metavar="N", help="default: the newest that is sound")
     parser.add_argument("--average", type=int, default=1, metavar="N", help="the mean of the last N checkpoints")
-    parser.add_argument("--dtype", choices=DTYPES, default="float32")
     parser.add_argument("--force", action="store_true", help="DIR may be there: replace the model in it")
+    add_dtype(parser, "default: float32", "float32")
 
 
 def run(args: argparse.Namespace) -> int:

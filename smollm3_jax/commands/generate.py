@@ -20,10 +20,11 @@ SOME_FAILED = 3
 def add(parser: argparse.ArgumentParser) -> None:
     add_model(parser)
     prompt = parser.add_mutually_exclusive_group(required=True)
-    prompt.add_argument("--prompt", metavar="TEXT", help="- reads standard input, without the newline at its end")
+    prompt.add_argument("-p", "--prompt", metavar="TEXT", help="- reads standard input, without the newline at its end")
     prompt.add_argument("--prompt-file", metavar="FILE", help="the same from a file")
     prompt.add_argument("--input", metavar="FILE", help='many: JSON lines, each with a "prompt" or "messages"')
     parser.add_argument("--chat", action="store_true", help="the prompt is a user's message: apply the chat template")
+    parser.add_argument("--system", metavar="TEXT", help="with --chat: the system message")
     parser.add_argument("--no-think", action="store_true", help="with --chat: answer without reasoning first")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--stats", action="store_true", help="speed on standard error, as a terminal always has it")
@@ -53,19 +54,24 @@ def run(args: argparse.Namespace) -> int:
         raise OptionError(f"--{given[0]} is for many prompts: give --input too")
     if args.no_think and not args.chat:
         raise OptionError("--no-think changes the chat template: give --chat too")
+    if args.system is not None and not args.chat:
+        raise OptionError("--system is a message of a chat: give --chat too")
     if (args.logprobs is not None or args.prompt_logprobs) and not args.json:
         raise OptionError("--logprobs and --prompt-logprobs add to what --json prints: give --json too")
     checkpoint, tokenizer = open_model(args)
     params = sampling_params(args, checkpoint.generation_config)
     text = _prompt(args)
     if args.chat:
-        prompt = encode_messages(tokenizer, [{"role": "user", "content": text}], not args.no_think)
+        messages = [{"role": "system", "content": args.system}] if args.system is not None else []
+        messages.append({"role": "user", "content": text})
+        prompt = encode_messages(tokenizer, messages, not args.no_think)
     else:
         prompt = tokenizer.encode(text)
     request = Request(prompt, params)
     check_request(checkpoint.config, checkpoint.generation_config, request, tokenizer, lookup=args.lookup)
     model = load_model(args, checkpoint)
-    if args.stats or args.lookup:  # which sizes everything was rounded up to, and how many drafts were accepted
+    if (args.stats or args.lookup) and not args.quiet:
+        # Which sizes everything was rounded up to, and how many drafts were accepted.
         logging.getLogger("smollm3_jax.generation.api").setLevel(logging.INFO)
     samples = [Completion.empty() for _ in range(params.n)]
     live = params.n == 1 and not args.json
@@ -97,7 +103,7 @@ def run(args: argparse.Namespace) -> int:
     else:
         for i, sample in enumerate(samples, 1):
             print(f"--- sample {i} of {params.n} ---\n{sample.text}")
-    if args.stats or sys.stderr.isatty():
+    if args.stats or (sys.stderr.isatty() and not args.quiet):
         (first, count), (last, _) = arrivals[0], arrivals[-1]
         tokens = sum(number for _, number in arrivals)
         # One sequence's speed without its prompt; several begin and end at different times.
@@ -123,7 +129,7 @@ def _generate_many(args: argparse.Namespace) -> int:
 
     if args.output is None:
         raise OptionError("--input needs --output, the file that the answers go to")
-    if given := [name for name in ("json", "stats", "lookup") if getattr(args, name)]:
+    if given := [name for name in ("json", "stats", "lookup", "system") if getattr(args, name)]:
         raise OptionError(f"--{given[0]} is for one prompt: leave it out with --input")
     checkpoint, tokenizer = open_model(args)
     params = sampling_params(args, checkpoint.generation_config)

@@ -3,11 +3,11 @@
 import argparse
 import json
 
-from .shared import console, folder, print_json
+from .shared import add_model_name, console, folder, print_json
 
 
 def add(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("folder", metavar="DIR")
+    add_model_name(parser)
     parser.add_argument("--json", action="store_true")
 
 
@@ -16,7 +16,7 @@ def run(args: argparse.Namespace) -> int:
 
     from ..weights.summary import summarize
 
-    summary = summarize(folder(args.folder))
+    summary = summarize(folder(args.model))
     if args.json:
         print_json(summary)
         return 0

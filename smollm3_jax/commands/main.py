@@ -6,75 +6,151 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
-from typing import Any
+from types import ModuleType
+
+from ..screen_text import plain
+from .parsing import Parser, did_you_mean, leaves
 
 DESCRIPTION = "SmolLM3 in JAX: run it, train it, convert it."
+# Command -> what it does, and how it is called.
 COMMANDS = {
-    "pull": "fetch a model; prints its folder as the last line",
-    "convert": "rewrite a checkpoint as a Hugging Face folder",
-    "verify": "compare a checkpoint's computation with a reference; exit code 0 or 4",
-    "quantize": "rewrite a checkpoint with quantized weights",
-    "inspect": "config, tensors, sizes and parameter count of a checkpoint",
-    "generate": "continue a text, or answer a message",
-    "chat": "talk with a model in the terminal; /help lists what it understands",
-    "perplexity": "how well a model predicts text, computed as it would generate it",
-    "train": "continue pretraining, in a run folder that a restart goes on from",
-    "export": "write a run's checkpoint as a Hugging Face folder",
-    "tokenize": "write a corpus as shards of tokens, once",
-    "plan": "what hardware would give: real programs, compiled for it, without it",
-    "doctor": "versions, devices, and whether they are supported",
+    "pull": ("fetch a model; prints its folder as the last line", "MODEL"),
+    "inspect": ("config, tensors, sizes and parameter count of a checkpoint", "MODEL"),
+    "generate": ("continue a text, or answer a message", "MODEL -p TEXT"),
+    "chat": ("talk with a model in the terminal; /help lists what it understands", "MODEL"),
+    "convert": ("rewrite a checkpoint as a Hugging Face folder", "SRC DST"),
+    "quantize": ("rewrite a checkpoint with quantized weights", "SRC DST --weights SCHEME"),
+    "verify": ("compare a checkpoint's computation with a reference; exit code 0 or 4", "MODEL --against REFERENCE"),
+    "perplexity": ("how well a model predicts text, computed as it would generate it", "MODEL --text FILE.jsonl"),
+    "train": (
+        "continue pretraining, in a run folder that a restart goes on from",
+        "--config FILE.toml|RECIPE [section.key=value ...]",
+    ),
+    "export": ("write a run's checkpoint as a Hugging Face folder", "RUN DIR"),
+    "tokenize": ("write a corpus as shards of tokens, once", "SRC DST -m MODEL"),
+    "plan": ("what hardware would give: real programs, compiled for it, without it", "{train,decode,memory,scale}"),
+    "doctor": ("versions, devices, and whether they are supported", ""),
+    "completion": ("print the lines that let a shell complete this command", "{bash,zsh,fish}"),
 }
+FLAGS = {"-q", "--quiet", "-v", "--verbose"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code: 0, 2 (usage), 3 (bad input), 4 (verification failed)."""
     words = list(sys.argv[1:] if argv is None else argv)
+    if words[:1] == ["__complete"]:  # what the lines of `smollm3 completion` ask
+        from .completion import candidates
+
+        print("\n".join(candidates(words[1:])))
+        return 0
+    if words[:1] == ["help"]:
+        words = [*words[1:2], "--help"]
+    flags = []
+    while words and words[0] in FLAGS:
+        flags.append(words.pop(0))
     if not words or words[0] not in COMMANDS:
-        _top_parser().parse_args(words)
+        _not_a_command(words)
     name, *rest = words
+    command, parser = parser_of(name)
+    return _run(name, command, parse(parser, [*rest[:1], *flags, *rest[1:]] if name == "plan" else [*flags, *rest]))
+
+
+def parser_of(name: str) -> tuple[ModuleType, Parser]:
+    """A command's module and what it understands."""
     command = importlib.import_module(f".{name}", __package__)
-    parser = argparse.ArgumentParser(prog=f"smollm3 {name}", description=COMMANDS[name])
+    help, words = COMMANDS[name]
+    usage = " ".join(filter(None, [f"smollm3 {name}", words, "[OPTION ...]"]))
+    parser = Parser(prog=f"smollm3 {name}", usage=usage, description=help)
     command.add(parser)
-    return _run(command, _parse(parser, rest))
+    for leaf in leaves(parser):
+        group = leaf.add_argument_group("what is said on the way")
+        group.add_argument("-q", "--quiet", action="store_true", help="neither progress nor remarks, but warnings")
+        group.add_argument("-v", "--verbose", action="count", default=0, help="more; -vv still more")
+    return command, parser
 
 
-def _top_parser() -> argparse.ArgumentParser:
-    """Knows the commands' names alone."""
-    parser = argparse.ArgumentParser(prog="smollm3", description=DESCRIPTION)
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for name, help in COMMANDS.items():
-        commands.add_parser(name, help=help)
-    return parser
+def _not_a_command(words: Sequence[str]) -> None:
+    parser = Parser(prog="smollm3", usage="smollm3 COMMAND [OPTION ...]", description=DESCRIPTION)
+    parser.formatter_class = lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=16)
+    parser.epilog = "commands:\n" + "\n".join(f"  {name:11} {help}" for name, (help, _) in COMMANDS.items())
+    parser.epilog += "\n\nsmollm3 COMMAND --help says more of one. A first try: smollm3 chat demo"
+    parser.add_argument("-V", "--version", action="version", version=_version())
+    parser.add_argument("-q", "--quiet", action="store_true", help="neither progress nor remarks, but warnings")
+    parser.add_argument("-v", "--verbose", action="store_true", help="more; -vv still more")
+    if not words:
+        parser.print_help(sys.stderr)
+        raise SystemExit(2)
+    if not words[0].startswith("-"):
+        parser.error(f"there is no command {words[0]}{did_you_mean(words[0], COMMANDS)}")
+    parser.parse_args(words)
+    parser.error("say a command")
 
 
-def _parse(parser: argparse.ArgumentParser, words: list[str]) -> argparse.Namespace:
+def _version() -> str:
+    from .. import __version__
+    from ..support import version
+
+    return f"smollm3 {__version__} (jax {version('jax')}, Python {version('python')})"
+
+
+def parse(parser: Parser, words: list[str]) -> argparse.Namespace:
     args, rest = parser.parse_known_args(words)
+    # argparse takes optional words only where the first of them may stand, before any option.
     if hasattr(args, "settings") and not any(word.startswith("-") for word in rest):
-        args.settings += rest  # argparse takes only those before the first option
-    elif rest:
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+        args.settings += rest
+        rest = []
+    if hasattr(args, "model_word"):
+        if args.model_word is None and rest and not rest[0].startswith("-"):
+            args.model_word = rest.pop(0)
+        if args.model_word is not None and args.model is not None:
+            parser.error(f"two models are named, {args.model_word} and {args.model}")
+        args.model = args.model_word if args.model is None else args.model
+        if args.model is None and args.model_needed:
+            parser.error("name a model: a folder, a .gguf file, a hub id, or demo")
+    if rest:
+        parser.error(f"there is no place for {' '.join(map(repr, rest))}")
     return args
 
 
-def _run(command: Any, args: argparse.Namespace) -> int:
-    from sharding.strategies import ShardingError
-
-    from ..errors import SmolLM3Error
-    from ..support import keep_to_the_cpu_without_accelerator
-
-    logging.basicConfig(format="smollm3: %(levelname)s: %(message)s", level=logging.WARNING)
-    for package in ("smollm3_jax", "sharding"):
-        logging.getLogger(package).setLevel(logging.INFO)
-    logging.getLogger("smollm3_jax.generation.api").setLevel(logging.WARNING)
-    keep_to_the_cpu_without_accelerator()
+def _run(name: str, command: ModuleType, args: argparse.Namespace) -> int:
+    _speak(args.quiet, args.verbose)
     try:
+        if name not in ("doctor", "completion"):  # which work anywhere
+            from ..support import keep_to_the_cpu_without_accelerator, require_supported
+
+            require_supported()
+            keep_to_the_cpu_without_accelerator()
         return command.run(args)
-    except (SmolLM3Error, ShardingError) as error:
-        print(f"smollm3: {error}", file=sys.stderr)
-        return getattr(command, "leave", lambda code: code)(error.exit_code)
     except KeyboardInterrupt as interrupt:
-        print("; ".join(["smollm3: interrupted", *map(str, interrupt.args)]), file=sys.stderr)
+        print("; ".join(["smollm3: interrupted", *map(plain, interrupt.args)]), file=sys.stderr)
         return 130
     except BrokenPipeError:  # the reader of our output has left
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except Exception as error:
+        code = getattr(error, "exit_code", None)
+        if code is None and isinstance(error, OSError):
+            code = 3  # a name that is too long, a full disk, ...
+        if code is None or args.verbose > 1:
+            raise
+        print(f"smollm3: {plain(error)}", file=sys.stderr)
+        return getattr(command, "leave", lambda code: code)(code)
+
+
+def _speak(quiet: bool, verbose: int) -> None:
+    """What is logged, and whether there are bars and spinners."""
+    from .. import progress
+
+    progress.shown = not quiet
+    handler = logging.StreamHandler()
+    handler.setFormatter(_Plain("smollm3: %(levelname)s: %(message)s"))
+    logging.basicConfig(handlers=[handler], level=logging.INFO if verbose > 1 else logging.WARNING)
+    level = logging.WARNING if quiet else logging.DEBUG if verbose > 1 else logging.INFO
+    for package in ("smollm3_jax", "sharding"):
+        logging.getLogger(package).setLevel(level)
+    logging.getLogger("smollm3_jax.generation.api").setLevel(level if verbose else logging.WARNING)
+
+
+class _Plain(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return plain(super().format(record), lines=True)

@@ -1,24 +1,30 @@
 """`smollm3 plan`."""
 
 import argparse
+import os
+import sys
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
 from ..config import RELEASE, SMOLLM3_3B, WEIGHT_SCHEMES, ModelConfig
 from ..errors import OptionError
-from .shared import console, folder, print_json
+from .shared import add_model_name, console, dtype, folder, print_json
 
 
 def add(parser: argparse.ArgumentParser) -> None:
     from sharding.strategies import AXES, STRATEGIES
 
-    plans = parser.add_subparsers(required=True, metavar="PLAN")
+    plans = parser.add_subparsers(required=True, metavar="PLAN", prog="smollm3 plan")
 
     def plan(name: str, run: Any, help: str, compiles: bool) -> argparse.ArgumentParser:
-        sub = plans.add_parser(name, help=help, description=help)
+        usage = f"smollm3 plan {name} [MODEL] [OPTION ...]"
+        sub = plans.add_parser(name, help=help, description=help, usage=usage)
         sub.set_defaults(plan=run)
-        model_help = f"a model folder, whose config.json is read; default: the shape of {RELEASE}"
-        sub.add_argument("--model", metavar="DIR", help=model_help)
+        model_help = f"a model, whose config.json is read; default: the shape of {RELEASE}"
+        add_model_name(sub, help=model_help, needed=False)
         sub.add_argument("--json", action="store_true")
         if compiles:
             sub.add_argument(
@@ -42,11 +48,11 @@ def add(parser: argparse.ArgumentParser) -> None:
     decode.add_argument("--batch", type=int, default=64, metavar="SLOTS", help="over all devices (default: 64)")
     decode.add_argument("--context", type=int, default=8192, metavar="N", help="tokens of a slot (default: 8192)")
     decode.add_argument("--weights", choices=WEIGHT_SCHEMES, help="default: bfloat16")
-    decode.add_argument("--cache", choices=("bfloat16", "int8"), default="bfloat16")
+    decode.add_argument("--cache", type=dtype, choices=("bfloat16", "int8"), default="bfloat16")
 
     memory = plan("memory", _plan_memory, "weights by format and cache by context, exact to the byte", False)
     memory.add_argument("--batch", type=int, default=1, metavar="ROWS", help="sequences in the cache (default: 1)")
-    memory.add_argument("--out", type=Path, metavar="FILE.png", help="draw it (needs the extra `bench`)")
+    memory.add_argument("--out", type=Path, metavar="FILE.png", help="draw it (needs matplotlib)")
 
     scale = plan("scale", _plan_scale, "a training step on more and more devices (v5e), and SmolLM3's own run", False)
     scale.add_argument("--devices", default="16,64,256", metavar="N,N,...", help="default: 16,64,256")
@@ -59,7 +65,29 @@ def run(args: argparse.Namespace) -> int:
     import jax
 
     jax.config.update("jax_platforms", "cpu")
-    return args.plan(args)
+    return _stopped_by_ctrl_c(lambda: args.plan(args))
+
+
+def _stopped_by_ctrl_c(work: Callable[[], int]) -> int:
+    """What `work` returns, in a thread of its own: compilers do not come back to Python to hear of a Ctrl-C."""
+    result: Future[int] = Future()
+
+    def run() -> None:
+        try:
+            result.set_result(work())
+        except BaseException as error:
+            result.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    try:
+        return result.result()
+    except KeyboardInterrupt:
+        if sys.stderr.isatty():
+            print("\r\x1b[2K\x1b[?25h", end="", file=sys.stderr)  # the spinner's line; the cursor that it hid
+        print("smollm3: interrupted", file=sys.stderr)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(130)
 
 
 def _plan_config(args: argparse.Namespace) -> ModelConfig:

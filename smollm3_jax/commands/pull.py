@@ -2,11 +2,11 @@
 
 import argparse
 
-from .shared import folder
+from .shared import add_model_name, folder
 
 
 def add(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", help='"demo", or a hub id such as HuggingFaceTB/SmolLM3-3B')
+    add_model_name(parser, help="demo, or a hub id such as HuggingFaceTB/SmolLM3-3B")
     parser.add_argument("--revision", help="branch, tag or commit of the hub's repository")
     parser.add_argument("--token", help="access token of the hub (default: HF_TOKEN, or the login of hf)")
 

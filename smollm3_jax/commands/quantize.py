@@ -3,11 +3,11 @@
 import argparse
 
 from ..config import CACHE_SCHEMES, WEIGHT_SCHEMES
-from .shared import folder
+from .shared import MODEL_HELP, folder
 
 
 def add(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("source", metavar="SRC", help="a model folder, a .gguf file, or a hub id")
+    parser.add_argument("source", metavar="SRC", help=MODEL_HELP)
     parser.add_argument("folder", metavar="DST", help="the folder to write")
     parser.add_argument("--weights", choices=WEIGHT_SCHEMES, required=True)
     parser.add_argument("--cache", choices=CACHE_SCHEMES, help="what keys and values are to be kept in by default")

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from ..config import DTYPES, WEIGHT_SCHEMES, GenerationConfig, with_yarn
 
+MODEL_HELP = "a model folder, a .gguf file, a hub id such as HuggingFaceTB/SmolLM3-3B, or demo"
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -18,13 +20,35 @@ if TYPE_CHECKING:
     from ..weights.load import Checkpoint
 
 
+# As other programs write them.
+_DTYPE_ALIASES = {"bf16": "bfloat16", "fp16": "float16", "f16": "float16", "half": "float16"}
+_DTYPE_ALIASES |= {"fp32": "float32", "f32": "float32", "float": "float32"}
+
+
+def dtype(text: str) -> str:
+    return _DTYPE_ALIASES.get(text.lower(), text)
+
+
+def add_dtype(parser: Any, help: str, default: str | None = None) -> None:
+    parser.add_argument(*("--dtype",), type=dtype, choices=DTYPES, default=default, help=f"bf16, fp16 or fp32; {help}")
+
+
+def add_model_name(
+    parser: argparse.ArgumentParser, group: Any = None, help: str = MODEL_HELP, needed: bool = True
+) -> None:
+    """The model as a word of its own or behind -m; main.py makes `args.model` of either."""
+    parser.add_argument("model_word", nargs="?", metavar="MODEL", help=help)
+    (group or parser).add_argument("-m", "--model", metavar="MODEL", help="the same")
+    parser.set_defaults(model_needed=needed)
+
+
 def add_model(parser: argparse.ArgumentParser) -> None:
     """The model and how it is held in memory; see `open_model`."""
     group = parser.add_argument_group("model")
-    group.add_argument("--model", required=True, metavar="DIR", help="a model folder, a hub id, or demo")
-    group.add_argument("--dtype", choices=DTYPES, help="default: the checkpoint's own")
+    add_model_name(parser, group)
+    add_dtype(group, "default: the checkpoint's own")
     group.add_argument("--weights", choices=WEIGHT_SCHEMES, help="quantize the weights at loading")
-    group.add_argument("--cache", choices=("bfloat16", "int8"), help="what keys and values are kept in")
+    group.add_argument("--cache", type=dtype, choices=("bfloat16", "int8"), help="what keys and values are kept in")
     group.add_argument("--yarn", type=float, metavar="FACTOR", help="stretch the context this many times (YaRN)")
 
 
@@ -33,14 +57,14 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("sampling")
     own = "default: the model's generation_config.json"
 
-    def option(name: str, kind: Any, metavar: str, help: str) -> None:
-        group.add_argument(name, type=kind, metavar=metavar, help=help)
+    def option(name: str, kind: Any, metavar: str, help: str, *others: str) -> None:
+        group.add_argument(name, *others, type=kind, metavar=metavar, help=help)
 
     def several(name: str, kind: Any, metavar: str, help: str) -> None:
         group.add_argument(name, type=kind, metavar=metavar, help=f"{help}; may be repeated", action="append")
 
-    option("--max-new-tokens", int, "N", "default: 128")
-    option("--temperature", float, "T", f"0 is greedy; {own}")
+    option("--max-new-tokens", int, "N", "default: 128", "--max-tokens")
+    option("--temperature", float, "T", f"0 is greedy; {own}", "--temp")
     option("--top-k", int, "K", f"sample among the K likeliest tokens; {own}")
     option("--top-p", float, "P", f"sample among the fewest tokens that hold this probability; {own}")
     option("--min-p", float, "P", "sample among tokens at least P times as likely as the likeliest")
@@ -86,9 +110,11 @@ def folder(model: str, revision: str | None = None, token: str | None = None) ->
 
 def open_model(args: argparse.Namespace) -> "tuple[Checkpoint, Tokenizer]":
     """The model of `add_model` as it will be loaded, headers only."""
+    from ..support import require_devices
     from ..tokenizer import load_tokenizer
     from ..weights.load import open_checkpoint
 
+    require_devices()
     path = folder(args.model)
     checkpoint = open_checkpoint(path)
     if args.yarn is not None:
@@ -108,7 +134,7 @@ def print_json(content: Any) -> None:
 
 
 def console() -> "Console":
-    """Tables keep their width where standard output is a file or a pipe."""
+    """Tables keep their width where standard output is a file or a pipe. Names in them are no markup."""
     from rich.console import Console
 
-    return Console(width=None if sys.stdout.isatty() else 160)
+    return Console(width=None if sys.stdout.isatty() else 160, markup=False, emoji=False)

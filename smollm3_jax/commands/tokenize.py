@@ -4,13 +4,13 @@ import argparse
 import os
 from pathlib import Path
 
-from .shared import folder, print_json
+from .shared import MODEL_HELP, folder, print_json
 
 
 def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", metavar="SRC", help="a file or folder of documents")
     parser.add_argument("folder", metavar="DST", help="the folder to write; a run that was stopped goes on")
-    parser.add_argument("--model", required=True, metavar="DIR", help="whose tokenizer: a model folder or hub id")
+    parser.add_argument("-m", "--model", required=True, metavar="MODEL", help=f"whose tokenizer: {MODEL_HELP}")
     parser.add_argument("--field", default="text", help="of JSON lines and columns (default: text)")
     parser.add_argument("--workers", type=int, metavar="N", help="processes (default: one a core)")
     parser.add_argument("--shard-documents", type=int, default=10_000, metavar="N", help="default: 10000")

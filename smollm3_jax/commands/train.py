@@ -32,6 +32,7 @@ def run(args: argparse.Namespace) -> int:
 
     from sharding.mesh import start
 
+    from ..support import require_devices
     from ..train.settings import read_settings
 
     settings = read_settings(args.config, args.settings)
@@ -46,6 +47,7 @@ def run(args: argparse.Namespace) -> int:
                 console().print(part, highlight=False)
         return 0
     start(args.coordinator, args.processes, args.process, args.wait, args.heartbeat)
+    require_devices()
     from ..train.loop import STOPPED, train
     from ..train.monitor import plain
 

@@ -2,14 +2,14 @@
 
 import argparse
 
-from .shared import console, folder, print_json
+from .shared import add_model_name, console, folder, print_json
 
 VERIFICATION_FAILED = 4
 
 
 def add(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("folder", metavar="DIR")
-    parser.add_argument("--against", required=True, metavar="DIR2|transformers")
+    add_model_name(parser)
+    parser.add_argument("--against", required=True, metavar="MODEL|transformers")
     parser.add_argument("--prompt", metavar="TEXT", help="the text to compute on (default: a built-in one)")
     parser.add_argument("--json", action="store_true")
 
@@ -17,10 +17,12 @@ def add(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from rich.table import Table
 
+    from ..support import require_devices
     from ..verify import verify
 
+    require_devices()
     against = args.against if args.against == "transformers" else folder(args.against)
-    report = verify(folder(args.folder), against, args.prompt)
+    report = verify(folder(args.model), against, args.prompt)
     if args.json:
         print_json(report)
     else:

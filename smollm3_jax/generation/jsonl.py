@@ -234,7 +234,7 @@ class Batch:
         given = {name: value for name, value in fields.items() if name not in ("id", "prompt", "messages")}
         if unknown := [name for name in given if name not in SAMPLING_FIELDS]:
             raise OptionError(
-                f"no field {unknown[0]!r}; a line has prompt or messages, and may have id, "
+                f"the field {unknown[0]!r} is unknown; a line has prompt or messages, and may have id, "
                 + ", ".join(SAMPLING_FIELDS)
             )
         if ("prompt" in fields) == ("messages" in fields):

@@ -14,7 +14,9 @@ from typing import Any
 import jax
 from etils import epath
 
+from .. import progress, screen_text
 from ..files import append, is_remote, write
+from ..support import how_to_install
 from .settings import Settings, as_table
 
 log = logging.getLogger(__name__)
@@ -187,7 +189,7 @@ class Monitor:
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
         console = Console(stderr=True)
-        if not console.is_terminal:
+        if not (progress.shown and console.is_terminal):
             return
         columns = (TextColumn("{task.fields[what]}"), BarColumn(), MofNCompleteColumn())
         self._bar = Progress(*columns, TextColumn("{task.fields[numbers]}"), TimeRemainingColumn(), console=console)
@@ -214,9 +216,9 @@ class Monitor:
         if not self._first:
             return
         if self._bar is not None:
-            self._bar.console.print(text, highlight=False)
-        else:
-            print(f"smollm3: {text}", file=sys.stderr, flush=True)
+            self._bar.console.print(screen_text.plain(text), highlight=False, markup=False, emoji=False)
+        elif progress.shown:
+            print(f"smollm3: {screen_text.plain(text)}", file=sys.stderr, flush=True)
 
     def _write(self, name: str, text: str) -> None:
         with self._surviving(name):
@@ -285,7 +287,7 @@ def _tensorboard(folder: epath.Path, settings: Settings) -> Callable[[int, Mappi
     try:
         from tensorboardX import SummaryWriter  # pyright: ignore[reportMissingImports]
     except ImportError:
-        log.warning("log.tensorboard: pip install 'smollm3-jax[tensorboard]'; metrics.jsonl has it all")
+        log.warning(f"log.tensorboard: {how_to_install('tensorboard')}; metrics.jsonl has it all")
         return None
     writer = SummaryWriter(str(folder / "tensorboard"))
     return _forgiving("tensorboard", lambda step, values: [writer.add_scalar(k, v, step) for k, v in values.items()])

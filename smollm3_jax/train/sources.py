@@ -19,6 +19,7 @@ from etils import epath
 
 from ..errors import DataError, SupportError
 from ..files import is_remote
+from ..support import how_to_install
 from .settings import Source
 
 # How file names end -> the format.
@@ -117,7 +118,7 @@ def find_files(name: str, source: Source) -> list[epath.Path]:
             if found and not is_remote(path) and not os.path.isfile(path):
                 raise DataError(f"source {name}: {path} is not a plain file")
     except ImportError as error:
-        raise SupportError(f"{source.path}: {error}; pip install 'smollm3-jax[remote]'") from error
+        raise SupportError(f"{source.path}: {error}; {how_to_install('remote')}") from error
     if found and (manifest := path / MANIFEST).exists() and "shards" not in json.loads(manifest.read_text()):
         raise DataError(f"source {name}: {path} is not complete: run `smollm3 tokenize` again, which goes on")
     if not found:
@@ -196,7 +197,7 @@ def _open_parquet(file: epath.Path, field: str, max_bytes: int) -> tuple[int, Ca
     try:
         import pyarrow
     except ImportError:
-        raise SupportError("Parquet needs pyarrow: pip install 'smollm3-jax[parquet]'") from None
+        raise SupportError(f"Parquet needs pyarrow: {how_to_install('parquet')}") from None
     try:
         table = _parquet(file)
     except pyarrow.ArrowInvalid as error:
@@ -278,7 +279,7 @@ def _open_hf(name: str, source: Source) -> Documents:
     try:
         import datasets  # pyright: ignore[reportMissingImports]
     except ImportError:
-        raise SupportError("datasets of the hub need the datasets library: pip install 'smollm3-jax[hf]'") from None
+        raise SupportError(f"datasets of the hub need the datasets library: {how_to_install('hf')}") from None
     repository, _, rest = source.path.partition(":")
     configuration, _, split = rest.partition(":")
     try:

@@ -10,6 +10,7 @@ from typing import Any
 from ..errors import HubError, SupportError
 from ..files import locked, new_file, write
 from ..progress import progress
+from ..support import how_to_install
 
 COPIED = ".copied"  # what the local files are copies of: name -> fsspec's key of its contents
 
@@ -40,7 +41,7 @@ def copy_of(folder: str, into: Path, endings: tuple[str, ...]) -> Path:
         finally:
             os.close(lock)
     except ImportError as error:
-        raise SupportError(f"{folder}: {error}; pip install 'smollm3-jax[remote]'") from None
+        raise SupportError(f"{folder}: {error}; {how_to_install('remote')}") from None
     except HubError:
         raise
     except (OSError, ValueError) as error:

@@ -232,8 +232,8 @@ def load(
         if config.dtype not in (None, own):
             log.warning("config.json says %s, but the tensors are %s: loading them as they are", config.dtype, own)
     target = own if dtype is None else check_dtype(dtype)
-    if any(tensor.dtype != target for tensor in plain):
-        log.info("casting %s tensors to %s", own, target)
+    if others := sorted({tensor.dtype for tensor in plain} - {target}):
+        log.info("casting %s tensors to %s", " and ".join(others), target)
     config = dataclasses.replace(config, dtype=target) if target != (config.dtype or own) else config
     model = abstract_model(config, target, checkpoint.generation_config, stacked)
     params = parameters(model)

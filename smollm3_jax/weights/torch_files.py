@@ -8,6 +8,7 @@ import numpy as np
 
 from ..errors import CheckpointFormatError, SupportError
 from ..files import new_file
+from ..support import how_to_install
 from .safetensors import read_weight_map
 from .stored import NUMPY_DTYPES, StoredTensor
 
@@ -20,7 +21,7 @@ def _torch() -> Any:
         import torch
     except ImportError:
         raise SupportError(
-            "PyTorch files need torch: pip install 'smollm3-jax[torch]'; or convert where torch is installed"
+            f"PyTorch files need torch: {how_to_install('torch')}; or convert where torch is installed"
         ) from None
     return torch
 

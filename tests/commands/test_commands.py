@@ -235,7 +235,7 @@ def test_prompt_files_that_cannot_be_read(talking, capsys, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ([], "--prompt --prompt-file --input is required"),
+        ([], "-p/--prompt --prompt-file --input is required"),
         (["--prompt", "w5", "--prompt-file", "x"], "not allowed with"),
         (["--prompt", "w5", "--logit-bias", "5"], "--logit-bias: '5' is not ID=VALUE"),
         (["--prompt", "w5", "--logit-bias", "w5=1"], "--logit-bias: 'w5=1' is not ID=VALUE"),

@@ -337,7 +337,7 @@ def test_io_error_at_every_step(where, target, tmp_path, monkeypatch):
     if where == "write":
 
         def open_broken(*args, **more):
-            return Broken(open(*args, **more), step)  # noqa: SIM115
+            return Broken(open(*args, **more), step)
 
         monkeypatch.setattr(files, "open", open_broken, raising=False)
     else:
