@@ -27,6 +27,12 @@ REFUSED = {f"rope.scaling.{key}": None for key in ("yarn_attn_factor", "yarn_ext
 REFUSED |= {"rope.scaling.attn_factor": 1, "rope.scaling.yarn_log_multiplier": 0, "expert_count": 0}
 REFUSED |= {"attention.sliding_window": 0, "attention.causal": True, "attention.scale": None}
 REFUSED |= {"logit_scale": None, "residual_scale": None, "embedding_scale": None}
+# general.type of files that are no models -> what to do about it.
+OTHER_TYPES = {
+    "imatrix": ", what llama-imatrix measured for llama-quantize; give the model's own file",
+    "mmproj": ", the part of a model that sees or hears; give the model's own file",
+    "vocab": ", a vocabulary without weights; give the model's own file",
+}
 
 log = logging.getLogger(__name__)
 
@@ -64,12 +70,24 @@ def open_gguf(path: Path, name_of: Callable[[str], str | None]) -> GGUFFile:
 
 def _open(path: Path, name_of: Callable[[str], str | None]) -> GGUFFile:
     metadata, entries = read_header(path)
+    what = metadata_value(metadata, "general.type", str, "model")
+    if "adapter.type" in metadata or what == "adapter":
+        raise ValueError(
+            "it is an adapter (LoRA), not a model: merge it into its base model (llama-export-lora), "
+            "and give the file that this writes"
+        )
+    if what != "model":
+        raise ValueError(f"it is no model: its general.type is {what!r}{OTHER_TYPES.get(what, '')}")
     if (parts := metadata_value(metadata, "split.count", int, 1)) > 1:
         raise ValueError(f"it is one of {parts} parts; join them with llama-gguf-split --merge")
     if any(entry.name == "rope_freqs.weight" for entry in entries):
         raise ValueError(
             "rope_freqs.weight holds llama3 RoPE scaling without its parameters; "
             "convert from the model's Hugging Face folder instead"
+        )
+    if any(entry.name.endswith((".in_sum2", ".lora_a", ".lora_b")) for entry in entries):
+        raise ValueError(
+            "it holds what llama-imatrix measured, or an adapter (LoRA), and no model; give the model's file"
         )
     names = {entry.name: name_of(entry.name) for entry in entries}
     if unknown := [name for name, hf_name in names.items() if hf_name is None]:
@@ -90,7 +108,7 @@ def _open(path: Path, name_of: Callable[[str], str | None]) -> GGUFFile:
     ids = {name: token_id for name, token_id in ids.items() if token_id is not None}
     try:
         files = tokenizer_files(metadata, ids)
-    except TokenizerError as error:
+    except (TokenizerError, ValueError) as error:
         log.warning("%s: its tokenizer is left out: %s", path, error)
         files = {}
     return GGUFFile(config | ids, ids, tensors, files)

@@ -13,10 +13,15 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..errors import SupportError
+from ..file_kind import what_it_is
 
 # Tensor formats by gguf's names. The plain ones keep their dtype; the others are read as float32.
 PLAIN = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-QUANTIZED = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")
+QUANTIZED = (
+    *("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"),
+    *("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "IQ4_NL", "IQ4_XS"),
+    *("TQ1_0", "TQ2_0", "MXFP4", "NVFP4"),
+)
 MAX_HEADER_BYTES = 100_000_000  # the largest vocabularies take 20 MB
 # A value's type number in the file -> numpy's; the numbers that are missing are a string and an array.
 SCALARS = {0: "u1", 1: "i1", 2: "u2", 3: "i2", 4: "u4", 5: "i4", 6: "f4", 7: "?", 10: "u8", 11: "i8", 12: "f8"}
@@ -91,7 +96,8 @@ def read_header(path: Path) -> tuple[dict[str, Any], list[Entry]]:
         return float(str(scalar)) if scalar.dtype == np.float32 else scalar.item()
 
     if bytes(take(4)) != b"GGUF":
-        raise ValueError("it does not begin with GGUF, so it is no GGUF file")
+        what = what_it_is(path, "GGUF")
+        raise ValueError(f"it does not begin with GGUF, so it is no GGUF file{f': {what}' if what else ''}")
     if (version := number(4)) not in (2, 3):
         what = "big-endian" if version & 0xFFFF == 0 else f"GGUF version {version}"
         raise ValueError(f"it is {what}; little-endian versions 2 and 3 are supported")

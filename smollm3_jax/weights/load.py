@@ -3,6 +3,7 @@
 import dataclasses
 import logging
 import math
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,14 +19,16 @@ from jax.sharding import Sharding as Placement
 from sharding.rules import Sharding
 
 from ..config import DTYPES, GenerationConfig, ModelConfig
-from ..errors import CheckpointFormatError, OptionError
+from ..config_file import adapter_in, gguf_in
+from ..errors import CheckpointFormatError, OptionError, TokenizerError
 from ..model import SmolLM3
 from ..progress import progress
-from ..tokenizer import load_tokenizer
+from ..tokenizer import Tokenizer, load_tokenizer
 from . import gguf, hub, safetensors, torch_files
 from .key_map import EMBED_NAME, HEAD_NAME, PARTS, Slot, abstract_model, hf_name_of_gguf, parameters, place, slots
+from .names import canonical, is_head
 from .quantized import quantized, with_scheme
-from .stored import NUMPY_DTYPES, STORED_DTYPES, StoredTensor, is_finite, raw_bytes
+from .stored import NUMPY_DTYPES, STORED_DTYPES, StoredTensor, is_buffer, is_finite, raw_bytes
 
 # Files that make a folder a whole model beside its weights and configs; they are copied as they are.
 TEXT_FILES = (
@@ -37,6 +40,12 @@ TEXT_FILES = (
     "merges.txt",
     "chat_template.jinja",
     "chat_template.json",
+)
+
+PIECE = 1 << 20  # numbers that are compared at once
+_LORA = (
+    "; the lora_ tensors are those of an adapter that is not merged: merge it (PEFT's merge_and_unload), and save the "
+    "model"
 )
 
 log = logging.getLogger(__name__)
@@ -55,6 +64,42 @@ class Checkpoint:
     files: dict[str, bytes]
 
 
+def is_gguf(path: Path) -> bool:
+    """Whether a model is a GGUF file and not a folder."""
+    return path.suffix.lower() == ".gguf" and not path.is_dir()
+
+
+def read_config(path: Path) -> ModelConfig:
+    """The config of a folder or a .gguf file, whatever weights there are.
+
+    Raises:
+      ConfigError, CheckpointFormatError: as `open_checkpoint`.
+    """
+    if not is_gguf(path):
+        return ModelConfig.from_hf(path)
+    return ModelConfig.from_hf(gguf.open_gguf(path, hf_name_of_gguf).config)
+
+
+def read_tokenizer(path: Path, config: ModelConfig) -> Tokenizer:
+    """The tokenizer of a folder, or the one that a .gguf file carries.
+
+    Raises:
+      TokenizerError: there is none, it is unreadable, or it belongs to another model.
+    """
+    if not is_gguf(path):
+        return load_tokenizer(path, config)
+    files = gguf.open_gguf(path, hf_name_of_gguf).tokenizer_files
+    if not files:
+        raise TokenizerError(
+            f"{path} carries no tokenizer that can be rebuilt: `smollm3 convert` it to a folder, and copy "
+            "tokenizer.json from the model's release there"
+        )
+    with tempfile.TemporaryDirectory(prefix="smollm3-") as folder:  # its parts are read as a folder has them
+        for name, text in files.items():
+            (Path(folder) / name).write_text(text, encoding="utf-8")
+        return load_tokenizer(folder, config)
+
+
 def open_checkpoint(path: Path) -> Checkpoint:
     """Opens a Hugging Face folder (safetensors or PyTorch files) or a .gguf file.
 
@@ -63,7 +108,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
       CheckpointFormatError: weights are missing or damaged, or are not those that the config asks for.
       TokenizerError: there is a tokenizer, but it is unreadable or another model's.
     """
-    if path.suffix == ".gguf":
+    if is_gguf(path):
         file = gguf.open_gguf(path, hf_name_of_gguf)
         config = ModelConfig.from_hf(file.config)
         generation = GenerationConfig.from_hf(file.generation_config, config)
@@ -75,7 +120,12 @@ def open_checkpoint(path: Path) -> Checkpoint:
         # Other files of the format may lie beside PyTorch's weights: an adapter, say.
         safe = any((path / name).exists() for name in (safetensors.INDEX, safetensors.SINGLE))
         if safe or (any(path.glob("*.safetensors")) and not torch_files.find(path)):
-            found = safetensors.open_folder(path, quantized=config.quantization is not None)
+            tied = config.tie_word_embeddings
+            if not safe and (what := adapter_in(path)):
+                raise CheckpointFormatError(f"{path} {what}")
+            found = safetensors.open_folder(
+                path, config.quantization is not None, lambda name: is_buffer(name) or (tied and is_head(name))
+            )
         else:
             found = _open_torch(path)
         files = {name: (path / name).read_bytes() for name in TEXT_FILES if (path / name).is_file()}
@@ -87,9 +137,10 @@ def open_checkpoint(path: Path) -> Checkpoint:
 def _open_torch(folder: Path) -> dict[str, StoredTensor]:
     paths = torch_files.find(folder)
     if not paths:
+        what = adapter_in(folder) or gguf_in(folder)
         raise CheckpointFormatError(
             f"{folder} holds no weights: neither {safetensors.INDEX}, {safetensors.SINGLE}, {torch_files.SINGLE} "
-            "nor a .pt file"
+            f"nor a .pt file{f'; it {what}' if what else ''}"
         )
     tensors: dict[str, StoredTensor] = {}
     for tensor in [tensor for path in paths for tensor in torch_files.open_file(path)]:
@@ -106,21 +157,22 @@ def check_tensors(path: Path, config: ModelConfig, found: Mapping[str, StoredTen
       CheckpointFormatError: some are missing, too many, or of another shape than the config says; or a
         tied model comes with an output head that is not its embedding.
     """
-    wanted = slots(config)
-    extra = [name for name in found if name not in wanted]
-    if config.tie_word_embeddings and HEAD_NAME in extra and EMBED_NAME in found:
-        if not _same_bytes(found[HEAD_NAME], found[EMBED_NAME]):
+    wanted, found = slots(config), canonical(path, found)
+    if config.tie_word_embeddings and (head := found.pop(HEAD_NAME, None)):
+        embed = found.setdefault(EMBED_NAME, dataclasses.replace(head, name=EMBED_NAME))
+        if not _same_numbers(head, embed):
             raise CheckpointFormatError(
                 f"{path}: {HEAD_NAME} differs from {EMBED_NAME}, but tie_word_embeddings is true; "
                 "set it to false in config.json, or remove the tensor"
             )
-        extra.remove(HEAD_NAME)
+    extra = [name for name in found if name not in wanted]
     missing = [name for name in wanted if name not in found]
     if missing or extra:
         raise CheckpointFormatError(
             f"{path}: the tensors are not those that config.json asks for"
             + _some("missing", missing)
             + _some("unknown", extra)
+            + _LORA * any("lora_" in name for name in extra)
         )
     for name, slot in wanted.items():
         if found[name].shape != slot.shape:
@@ -151,9 +203,20 @@ def _shape_mismatch(tensor: StoredTensor, slot: Slot) -> str:
     )
 
 
-def _same_bytes(a: StoredTensor, b: StoredTensor) -> bool:
-    same_kind = a.shape == b.shape and a.dtype == b.dtype
-    return same_kind and raw_bytes(a.read()) == raw_bytes(b.read())
+def _same_numbers(a: StoredTensor, b: StoredTensor) -> bool:
+    """Whether two tensors are equal bit for bit; those of different dtypes as float32, which holds all of them."""
+    if a.shape != b.shape:
+        return False
+    if a.read is b.read:
+        return True
+    x, y = a.read(), b.read()
+    if a.dtype == b.dtype:
+        return raw_bytes(x) == raw_bytes(y)
+    x, y = x.reshape(-1), y.reshape(-1)
+    return all(
+        raw_bytes(x[start : start + PIECE].astype(np.float32)) == raw_bytes(y[start : start + PIECE].astype(np.float32))
+        for start in range(0, x.size, PIECE)
+    )
 
 
 def plain_tensors(tensors: Mapping[str, StoredTensor]) -> list[StoredTensor]:

@@ -8,14 +8,15 @@ import json
 import logging
 import os
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ..errors import CheckpointFormatError, SaveError
-from .stored import INTEGER_TAGS, SAFETENSORS_TAGS, STORED_DTYPES, StoredTensor, raw_bytes
+from ..file_kind import what_it_is
+from .stored import INTEGER_TAGS, SAFETENSORS_TAGS, STORED_DTYPES, StoredTensor, is_buffer, raw_bytes
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -24,7 +25,7 @@ log = logging.getLogger(__name__)
 
 
 def open_file(path: Path, quantized: bool = False) -> list[StoredTensor]:
-    """The tensors of one file; nothing but its header is read.
+    """The tensors of one file but for buffers; nothing but its header is read.
 
     Args:
       quantized: there may be integers.
@@ -36,6 +37,8 @@ def open_file(path: Path, quantized: bool = False) -> list[StoredTensor]:
     tags = SAFETENSORS_TAGS | (INTEGER_TAGS if quantized else {})
     from safetensors import SafetensorError, safe_open
 
+    if what := what_it_is(path, "safetensors"):
+        raise CheckpointFormatError(f"{path} is no safetensors file: {what}")
     try:
         # Opening checks the header against the file: sizes, offsets, overlaps, holes, truncation.
         with safe_open(path, framework="numpy"):
@@ -48,9 +51,13 @@ def open_file(path: Path, quantized: bool = False) -> list[StoredTensor]:
     except (SafetensorError, OSError, ValueError, RecursionError) as error:
         raise CheckpointFormatError(f"{path} is not a sound safetensors file: {error}; fetch it again") from None
     header.pop("__metadata__", None)
+    header = {name: entry for name, entry in header.items() if not is_buffer(name)}
     for name, entry in header.items():
         if entry["dtype"] not in tags:
-            raise CheckpointFormatError(f"{path}: tensor {name} is {entry['dtype']}; supported are {', '.join(tags)}")
+            quantized_how = "; it may be quantized by another program" if entry["dtype"] in ("U32", "I32") else ""
+            raise CheckpointFormatError(
+                f"{path}: tensor {name} is {entry['dtype']}; supported are {', '.join(tags)}{quantized_how}"
+            )
     return [
         StoredTensor(
             name=name,
@@ -64,11 +71,12 @@ def open_file(path: Path, quantized: bool = False) -> list[StoredTensor]:
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    names = [name for name, _ in pairs]
-    if len(set(names)) < len(names):
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"{twice} stands twice in the header")
-    return dict(pairs)
+    found: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in found:
+            raise ValueError(f"{name} stands twice in the header")
+        found[name] = value
+    return found
 
 
 def _mapped(path: Path, offset: int, dtype: str, shape: Sequence[int]):
@@ -81,11 +89,14 @@ def _mapped(path: Path, offset: int, dtype: str, shape: Sequence[int]):
     return read
 
 
-def open_folder(folder: Path, quantized: bool = False) -> dict[str, StoredTensor]:
+def open_folder(
+    folder: Path, quantized: bool = False, redundant: Callable[[str], bool] = is_buffer
+) -> dict[str, StoredTensor]:
     """All tensors of a folder: of model.safetensors if it is there, as transformers does, else by the index.
 
     Args:
       quantized: there may be integers.
+      redundant: whether a tensor of that name may be listed and not be there, or the other way round.
 
     Raises:
       CheckpointFormatError: the index or a shard is missing, damaged, or they contradict each other.
@@ -114,6 +125,8 @@ def open_folder(folder: Path, quantized: bool = False) -> dict[str, StoredTensor
         for name in sorted(listed.keys() | tensors.keys()):
             if name not in tensors or name not in listed or Path(tensors[name].file).name != listed[name]:
                 found = Path(tensors[name].file).name if name in tensors else "no shard"
+                if redundant(name):
+                    continue
                 raise CheckpointFormatError(
                     f"{folder / INDEX}: tensor {name} is listed in {listed.get(name, 'no shard')} but is in {found}"
                 )
