@@ -1,9 +1,11 @@
 """Checkpoints of every kind, opened without reading them, and streamed onto their devices."""
 
 import dataclasses
+import hashlib
+import json
 import logging
 import math
-import tempfile
+import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,12 +20,13 @@ from jax.sharding import Sharding as Placement
 
 from sharding.rules import Sharding
 
+from .. import files
 from ..config import DTYPES, GenerationConfig, ModelConfig
 from ..config_file import adapter_in, gguf_in
-from ..errors import CheckpointFormatError, OptionError, TokenizerError
+from ..errors import CheckpointFormatError, OptionError, SaveError
 from ..model import SmolLM3
 from ..progress import progress
-from ..tokenizer import Tokenizer, load_tokenizer
+from ..tokenizer import load_tokenizer
 from . import gguf, hub, safetensors, torch_files
 from .key_map import EMBED_NAME, HEAD_NAME, PARTS, Slot, abstract_model, hf_name_of_gguf, parameters, place, slots
 from .names import canonical, is_head
@@ -69,35 +72,30 @@ def is_gguf(path: Path) -> bool:
     return path.suffix.lower() == ".gguf" and not path.is_dir()
 
 
-def read_config(path: Path) -> ModelConfig:
-    """The config of a folder or a .gguf file, whatever weights there are.
+def text_folder(path: Path) -> Path:
+    """The folder with config.json and the tokenizer of a model: its own, or for a .gguf file one in the cache.
 
     Raises:
-      ConfigError, CheckpointFormatError: as `open_checkpoint`.
+      CheckpointFormatError: the .gguf file is unsound.
+      SaveError: nothing can be written in the cache.
     """
     if not is_gguf(path):
-        return ModelConfig.from_hf(path)
-    return ModelConfig.from_hf(gguf.open_gguf(path, hf_name_of_gguf).config)
-
-
-def read_tokenizer(path: Path, config: ModelConfig) -> Tokenizer:
-    """The tokenizer of a folder, or the one that a .gguf file carries.
-
-    Raises:
-      TokenizerError: there is none, it is unreadable, or it belongs to another model.
-    """
-    if not is_gguf(path):
-        return load_tokenizer(path, config)
-    files = gguf.open_gguf(path, hf_name_of_gguf).tokenizer_files
-    if not files:
-        raise TokenizerError(
-            f"{path} carries no tokenizer that can be rebuilt: `smollm3 convert` it to a folder, and copy "
-            "tokenizer.json from the model's release there"
-        )
-    with tempfile.TemporaryDirectory(prefix="smollm3-") as folder:  # its parts are read as a folder has them
-        for name, text in files.items():
-            (Path(folder) / name).write_text(text, encoding="utf-8")
-        return load_tokenizer(folder, config)
+        return path
+    stat = path.stat()
+    of = f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns}"
+    folder = hub.cache_dir() / "gguf" / hashlib.sha256(os.fsencode(of)).hexdigest()[:16]
+    if not (folder / "config.json").exists():  # it is written last
+        file = gguf.open_gguf(path, hf_name_of_gguf)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            for name, text in (file.tokenizer_files | {"config.json": json.dumps(file.config)}).items():
+                files.write(folder / name, text)
+        except OSError as error:
+            raise SaveError(
+                f"what {path.name} says of its tokenizer cannot be kept in {folder} ({error.strerror or error}); "
+                "SMOLLM3_JAX_CACHE names another folder"
+            ) from None
+    return folder
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
@@ -113,7 +111,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
         config = ModelConfig.from_hf(file.config)
         generation = GenerationConfig.from_hf(file.generation_config, config)
         found = {tensor.name: tensor for tensor in file.tensors}
-        files = {name: text.encode() for name, text in file.tokenizer_files.items()}
+        texts = {name: text.encode() for name, text in file.tokenizer_files.items()}
     else:
         config = ModelConfig.from_hf(path)
         generation = GenerationConfig.from_hf(path, config)
@@ -128,10 +126,10 @@ def open_checkpoint(path: Path) -> Checkpoint:
             )
         else:
             found = _open_torch(path)
-        files = {name: (path / name).read_bytes() for name in TEXT_FILES if (path / name).is_file()}
-        if "tokenizer.json" in files:
+        texts = {name: (path / name).read_bytes() for name in TEXT_FILES if (path / name).is_file()}
+        if "tokenizer.json" in texts:
             load_tokenizer(path, config)  # only to see that it belongs to this model
-    return Checkpoint(config, generation, check_tensors(path, config, found), files)
+    return Checkpoint(config, generation, check_tensors(path, config, found), texts)
 
 
 def _open_torch(folder: Path) -> dict[str, StoredTensor]:

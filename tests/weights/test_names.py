@@ -16,7 +16,7 @@ from safetensors.numpy import save_file
 from tiny import random_tensors, random_tokens, raw_config, write_checkpoint
 
 import smollm3_jax
-from smollm3_jax.cli import main
+from smollm3_jax.commands.main import main
 from smollm3_jax.weights.load import open_checkpoint
 
 EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
