@@ -17,7 +17,7 @@ from ..config import ARCHITECTURES
 from ..errors import CheckpointFormatError, TokenizerError
 from .gguf_header import NUMBER, PLAIN, REQUIRED, Entry, gguf_package, metadata_value, read_header
 from .gguf_tokenizer import tokenizer_files
-from .stored import NUMPY_DTYPES, StoredTensor
+from .stored import NUMPY_DTYPES, StoredTensor, shown
 
 CHUNK_BYTES = 16 << 20  # float32 bytes dequantized at once: the temporaries are a few times this
 # Keys that change the computation -> the value that does not. llama.cpp multiplies attn_factor onto YaRN's own
@@ -77,7 +77,7 @@ def _open(path: Path, name_of: Callable[[str], str | None]) -> GGUFFile:
             "and give the file that this writes"
         )
     if what != "model":
-        raise ValueError(f"it is no model: its general.type is {what!r}{OTHER_TYPES.get(what, '')}")
+        raise ValueError(f"it is no model: its general.type is {shown(repr(what))}{OTHER_TYPES.get(what, '')}")
     if (parts := metadata_value(metadata, "split.count", int, 1)) > 1:
         raise ValueError(f"it is one of {parts} parts; join them with llama-gguf-split --merge")
     if any(entry.name == "rope_freqs.weight" for entry in entries):
@@ -91,7 +91,7 @@ def _open(path: Path, name_of: Callable[[str], str | None]) -> GGUFFile:
         )
     names = {entry.name: name_of(entry.name) for entry in entries}
     if unknown := [name for name, hf_name in names.items() if hf_name is None]:
-        raise ValueError(f"{len(unknown)} tensors are unknown: {', '.join(unknown[:10])}")
+        raise ValueError(f"{len(unknown)} tensors are unknown: {', '.join(map(shown, unknown[:10]))}")
     config = _config(metadata, {entry.name: entry.shape for entry in entries})
     heads = {".attn_q.": config["num_attention_heads"], ".attn_k.": config["num_key_value_heads"]}
     tensors = []
@@ -118,7 +118,7 @@ def _config(metadata: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> dic
     """config.json from the metadata and from which tensors there are, without dtype and token ids."""
     arch = metadata_value(metadata, "general.architecture", str)
     if arch not in ARCHITECTURES:
-        raise ValueError(f"its architecture is {arch!r}; this package runs {' and '.join(ARCHITECTURES)}")
+        raise ValueError(f"its architecture is {shown(repr(arch))}; this package runs {' and '.join(ARCHITECTURES)}")
 
     def get(key: str, kind: Any, default: Any = REQUIRED) -> Any:
         return metadata_value(metadata, f"{arch}.{key}", kind, default)

@@ -14,6 +14,7 @@ import numpy as np
 
 from ..errors import SupportError
 from ..file_kind import what_it_is
+from .stored import shown
 
 # Tensor formats by gguf's names. The plain ones keep their dtype; the others are read as float32.
 PLAIN = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
@@ -105,7 +106,7 @@ def read_header(path: Path) -> tuple[dict[str, Any], list[Entry]]:
     metadata: dict[str, Any] = {}
     for _ in range(key_count):
         if (key := text()) in metadata:
-            raise ValueError(f"key {key} stands twice")
+            raise ValueError(f"key {shown(key)} stands twice")
         metadata[key] = value(number(4))
     alignment = metadata_value(metadata, "general.alignment", int, 32)
     if alignment < 1 or alignment & (alignment - 1):
@@ -115,21 +116,21 @@ def read_header(path: Path) -> tuple[dict[str, Any], list[Entry]]:
     end = 0  # of the tensors so far, from where the first begins
     for _ in range(tensor_count):
         if (name := text()) in entries:
-            raise ValueError(f"tensor {name} stands twice")
+            raise ValueError(f"tensor {shown(name)} stands twice")
         if not 1 <= (rank := number(4)) <= 4:
-            raise ValueError(f"tensor {name} has {rank} dimensions; fetch it again")
+            raise ValueError(f"tensor {shown(name)} has {rank} dimensions; fetch it again")
         # The file's first dimension varies fastest: it is a row, which blocks do not straddle.
         shape = tuple(number(8) for _ in range(rank))[::-1]
         kind = kinds.get(kind_number := number(4))
         if kind is None or kind.name not in (*PLAIN, *QUANTIZED):
             what = kind.name if kind else f"of the unknown type {kind_number}"
-            raise ValueError(f"tensor {name} is {what}; supported are {', '.join((*PLAIN, *QUANTIZED))}")
+            raise ValueError(f"tensor {shown(name)} is {what}; supported are {', '.join((*PLAIN, *QUANTIZED))}")
         block, block_bytes = gguf.GGML_QUANT_SIZES[kind]
         if shape[-1] % block or (kind.name in QUANTIZED and rank != 2):
-            raise ValueError(f"tensor {name} of shape {list(shape)} cannot be {kind.name}; fetch it again")
+            raise ValueError(f"tensor {shown(name)} of shape {list(shape)} cannot be {kind.name}; fetch it again")
         # As llama.cpp demands: no overlaps, and no holes but the padding.
         if (offset := number(8)) != -(-end // alignment) * alignment:
-            raise ValueError(f"tensor {name} does not lie where the one before it ends; fetch it again")
+            raise ValueError(f"tensor {shown(name)} does not lie where the one before it ends; fetch it again")
         entries[name] = Entry(name, kind.name, shape, offset, math.prod(shape) // block * block_bytes)
         end = offset + entries[name].nbytes
     start = -(-position // alignment) * alignment

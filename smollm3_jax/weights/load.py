@@ -31,7 +31,7 @@ from . import gguf, hub, safetensors, torch_files
 from .key_map import EMBED_NAME, HEAD_NAME, PARTS, Slot, abstract_model, hf_name_of_gguf, parameters, place, slots
 from .names import canonical, is_head
 from .quantized import quantized, with_scheme
-from .stored import NUMPY_DTYPES, STORED_DTYPES, StoredTensor, is_buffer, is_finite, raw_bytes
+from .stored import NUMPY_DTYPES, STORED_DTYPES, StoredTensor, is_buffer, is_finite, raw_bytes, shown
 
 # Files that make a folder a whole model beside its weights and configs; they are copied as they are.
 TEXT_FILES = (
@@ -143,7 +143,9 @@ def _open_torch(folder: Path) -> dict[str, StoredTensor]:
     tensors: dict[str, StoredTensor] = {}
     for tensor in [tensor for path in paths for tensor in torch_files.open_file(path)]:
         if tensor.name in tensors:
-            raise CheckpointFormatError(f"tensor {tensor.name} is in {tensors[tensor.name].file} and {tensor.file}")
+            raise CheckpointFormatError(
+                f"tensor {shown(tensor.name)} is in {tensors[tensor.name].file} and {tensor.file}"
+            )
         tensors[tensor.name] = tensor
     return tensors
 
@@ -186,7 +188,7 @@ def _some(what: str, names: Sequence[str]) -> str:
     if not names:
         return ""
     more = f" and {len(names) - 10} more" if len(names) > 10 else ""
-    return f"; {len(names)} {what}: {', '.join(names[:10])}{more}"
+    return f"; {len(names)} {what}: {', '.join(map(shown, names[:10]))}{more}"
 
 
 def _shape_mismatch(tensor: StoredTensor, slot: Slot) -> str:

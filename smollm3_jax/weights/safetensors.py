@@ -16,7 +16,7 @@ import numpy as np
 
 from ..errors import CheckpointFormatError, SaveError
 from ..file_kind import what_it_is
-from .stored import INTEGER_TAGS, SAFETENSORS_TAGS, STORED_DTYPES, StoredTensor, is_buffer, raw_bytes
+from .stored import INTEGER_TAGS, SAFETENSORS_TAGS, STORED_DTYPES, StoredTensor, is_buffer, raw_bytes, shown
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -56,7 +56,7 @@ def open_file(path: Path, quantized: bool = False) -> list[StoredTensor]:
         if entry["dtype"] not in tags:
             quantized_how = "; it may be quantized by another program" if entry["dtype"] in ("U32", "I32") else ""
             raise CheckpointFormatError(
-                f"{path}: tensor {name} is {entry['dtype']}; supported are {', '.join(tags)}{quantized_how}"
+                f"{path}: tensor {shown(name)} is {entry['dtype']}; supported are {', '.join(tags)}{quantized_how}"
             )
     return [
         StoredTensor(
@@ -74,7 +74,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, value in pairs:
         if name in found:
-            raise ValueError(f"{name} stands twice in the header")
+            raise ValueError(f"{shown(name)} stands twice in the header")
         found[name] = value
     return found
 
@@ -114,12 +114,16 @@ def open_folder(
         if missing := [shard for shard in shards if not (folder / shard).exists()]:
             raise CheckpointFormatError(f"{folder}: {missing[0]} is listed in {INDEX} but missing; fetch it again")
     if extra := sorted(present - set(shards)):
-        log.warning("%s: %s not listed in %s, ignored", folder, ", ".join(extra), INDEX if listed else SINGLE)
+        log.warning(
+            "%s: %s not listed in %s, ignored", folder, ", ".join(map(shown, extra)), INDEX if listed else SINGLE
+        )
     tensors: dict[str, StoredTensor] = {}
     for shard in shards:
         for tensor in open_file(folder / shard, quantized):
             if tensor.name in tensors:
-                raise CheckpointFormatError(f"tensor {tensor.name} is in {tensors[tensor.name].file} and {tensor.file}")
+                raise CheckpointFormatError(
+                    f"tensor {shown(tensor.name)} is in {tensors[tensor.name].file} and {tensor.file}"
+                )
             tensors[tensor.name] = tensor
     if listed is not None:
         for name in sorted(listed.keys() | tensors.keys()):
@@ -127,8 +131,9 @@ def open_folder(
                 found = Path(tensors[name].file).name if name in tensors else "no shard"
                 if redundant(name):
                     continue
+                where = listed.get(name, "no shard")
                 raise CheckpointFormatError(
-                    f"{folder / INDEX}: tensor {name} is listed in {listed.get(name, 'no shard')} but is in {found}"
+                    f"{folder / INDEX}: tensor {shown(name)} is listed in {where} but is in {found}"
                 )
     return tensors
 
@@ -143,11 +148,14 @@ def read_weight_map(index: Path) -> dict[str, str]:
         weight_map = json.loads(index.read_bytes(), object_pairs_hook=_unique)["weight_map"]
         entries = list(weight_map.items())
     except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointFormatError(f"{index} has no readable weight_map: {error!r}") from None
+        reason = what_it_is(index) or shown(repr(error))
+        raise CheckpointFormatError(f"{index} has no readable weight_map: {reason}") from None
     for name, shard in entries:
         # Judged by name: the shards of a Hugging Face cache are links that lead out of the folder.
         if not isinstance(shard, str) or shard in ("", ".", "..") or set(shard) & set("/\\\0"):
-            raise CheckpointFormatError(f"{index}: {name} is in {shard!r}, which is not a plain file name")
+            raise CheckpointFormatError(
+                f"{index}: {shown(name)} is in {shown(repr(shard))}, which is not a plain file name"
+            )
     if not entries:
         raise CheckpointFormatError(f"{index}: weight_map is empty")
     return weight_map

@@ -8,6 +8,8 @@ from collections.abc import Callable
 import ml_dtypes
 import numpy as np
 
+from ..screen_text import plain
+
 # Name in config.json and in torch -> numpy's type, and the tag that safetensors headers use.
 NUMPY_DTYPES = {
     "float32": np.dtype(np.float32),
@@ -44,6 +46,12 @@ class StoredTensor:
     def nbytes(self) -> int:
         """Bytes of the whole tensor in `dtype`."""
         return math.prod(self.shape) * STORED_DTYPES[self.dtype].itemsize
+
+
+def shown(name: object) -> str:
+    """A name from a file as messages have it: one line, without control characters, and not without end."""
+    text = plain(name)
+    return text if len(text) <= 200 else f"{text[:200]}..."
 
 
 def is_buffer(name: str) -> bool:

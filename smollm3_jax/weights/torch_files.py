@@ -13,7 +13,7 @@ import numpy as np
 from ..errors import CheckpointFormatError, SupportError
 from ..file_kind import what_it_is
 from .safetensors import read_weight_map
-from .stored import NUMPY_DTYPES, StoredTensor, is_buffer
+from .stored import NUMPY_DTYPES, StoredTensor, is_buffer, shown
 
 INDEX = "pytorch_model.bin.index.json"
 SINGLE = "pytorch_model.bin"
@@ -88,15 +88,17 @@ def open_file(path: Path) -> list[StoredTensor]:
 def _stored(path: Path, name: str, tensor: Any) -> StoredTensor:
     dtype = str(tensor.dtype).removeprefix("torch.")
     if dtype not in NUMPY_DTYPES:
-        raise CheckpointFormatError(f"{path}: tensor {name} is {dtype}; supported are {', '.join(NUMPY_DTYPES)}")
+        raise CheckpointFormatError(f"{path}: tensor {shown(name)} is {dtype}; supported are {', '.join(NUMPY_DTYPES)}")
 
     if tensor.layout is not _torch().strided or tensor.device.type != "cpu":
-        raise CheckpointFormatError(f"{path}: tensor {name} is {tensor.layout} on {tensor.device}; save it dense")
+        raise CheckpointFormatError(
+            f"{path}: tensor {shown(name)} is {tensor.layout} on {tensor.device}; save it dense"
+        )
     # A view may repeat a few numbers without end: it claims more than any memory holds.
     claimed, stored = tensor.numel() * tensor.element_size(), tensor.untyped_storage().nbytes()
     if claimed > stored:
         raise CheckpointFormatError(
-            f"{path}: tensor {name} claims {claimed:,} bytes where the file has {stored:,}; save it contiguous"
+            f"{path}: tensor {shown(name)} claims {claimed:,} bytes where the file has {stored:,}; save it contiguous"
         )
 
     def read() -> np.ndarray:
