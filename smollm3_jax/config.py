@@ -1,47 +1,44 @@
 """ModelConfig: Hugging Face's config.json as a frozen, validated dataclass, and back.
 
-Both spellings are read: transformers v4 (`rope_theta`, `rope_scaling`, `torch_dtype`) and v5
-(`rope_parameters`, `dtype`). Both are written, since v4 silently falls back to its class default
-when it finds only v5's. Nothing about RoPE or NoPE is ever defaulted: a config that leaves it open
-is an error.
+`config_file.py` reads both spellings, transformers v4's (`rope_theta`, `rope_scaling`, `torch_dtype`) and v5's
+(`rope_parameters`, `dtype`). Both are written, since v4 silently falls back to its class default when it finds only
+v5's.
 """
 
 import dataclasses
 import json
-import math
-from collections.abc import Mapping
+import logging
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from .config_file import ARCHITECTURES, DTYPES, QUANT_METHOD, ROPE_FIELDS, read_fields, read_json
+from .config_file import token_ids as _ids
+from .config_file import typed as _typed
 from .errors import ConfigError, OptionError
 
-DTYPES = ("float32", "bfloat16", "float16")
 # What a folder of weights may be written as.
 FORMATS = ("safetensors", "torch")
 # How weights may be quantized (see quantize.py) -> how many inputs share a scale, None being all of them; and
 # what keys and values may be kept in besides the activations' dtype.
 WEIGHT_SCHEMES = {"int8": None, "int8-g64": 64, "int8-g32": 32, "int4": 32}
 CACHE_SCHEMES = ("int8",)
-QUANT_METHOD = "smollm3-jax"
-ARCHITECTURES = {"smollm3": "SmolLM3ForCausalLM", "llama": "LlamaForCausalLM"}
-# What SmolLM3Config and LlamaConfig of transformers take where the file is silent.
-TIED_BY_DEFAULT = {"smollm3": True, "llama": False}
-
-# Lists of one entry a layer are built before anything else is checked.
-MAX_LAYERS = 10_000
-
-# RoPE kind -> (required fields, optional fields), as transformers' modeling_rope_utils reads them.
-ROPE_FIELDS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
-    "linear": (("factor",), ()),
-    "yarn": (
-        ("factor", "original_max_position_embeddings"),
-        ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"),
-    ),
-    "llama3": (
-        ("factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor"),
-        (),
-    ),
+# The range in which a number of config.json makes sense: beyond it, float32 overflows or nothing is left of it.
+FLOAT_RANGES = {
+    "rms_norm_eps": (1e-30, 1.0),
+    "rope_theta": (1.001, 1e30),
+    "factor": (1.0, 2.0**31),
+    "low_freq_factor": (1e-6, 1e6),
+    "high_freq_factor": (1e-6, 1e6),
+    "attention_factor": (1e-3, 1e3),
+    "beta_fast": (1e-6, 1e6),
+    "beta_slow": (1e-6, 1e6),
+    "mscale": (0.0, 1e3),
+    "mscale_all_dim": (0.0, 1e3),
 }
+MAX_PARAMETERS = 2**50  # of one tensor; a petabyte, which no file holds
+
+log = logging.getLogger(__name__)
 
 # SmolLM3's hub id, and what matters of its config.json.
 RELEASE = "HuggingFaceTB/SmolLM3-3B"
@@ -167,7 +164,8 @@ class ModelConfig:
             return None
         assert self.sliding_window is not None
         unlimited = 2**31 - 1
-        return tuple(self.sliding_window if t == "sliding_attention" else unlimited for t in self.layer_types)
+        window = min(self.sliding_window, unlimited)
+        return tuple(window if t == "sliding_attention" else unlimited for t in self.layer_types)
 
     @classmethod
     def from_hf(cls, source: "str | Path | Mapping[str, Any]") -> "ModelConfig":
@@ -176,15 +174,16 @@ class ModelConfig:
         Raises:
           ConfigError: naming the file and the field.
         """
-        if isinstance(source, Mapping):
-            return _parse(dict(source))
-        path = Path(source)
-        path = path / "config.json" if path.is_dir() else path
+        path = None if isinstance(source, Mapping) else Path(source)
+        path = path / "config.json" if path is not None and path.is_dir() else path
         try:
-            return _parse(read_json(path))
+            config, notes = _parse(dict(source) if isinstance(source, Mapping) else read_json(Path(str(path))))
         except ConfigError as error:
             message = str(error)
-            raise ConfigError(message if str(path) in message else f"{path}: {message}") from None
+            raise ConfigError(message if path is None or str(path) in message else f"{path}: {message}") from None
+        for note in notes:
+            log.warning("%s: %s", path or "config.json", note)
+        return config
 
     def to_hf(self) -> dict[str, Any]:
         """config.json's content: every field that was read, plus what the file left out.
@@ -210,12 +209,18 @@ class ModelConfig:
             for name in ("sliding_window", "use_sliding_window", "layer_types"):
                 del out[name]
         source = json.loads(self.source)
+        # A decoder alone, without a name, or under another name for the same: what is written is the whole model.
+        source.pop("architectures", None)
+        for name in ("dtype", "torch_dtype"):
+            if str(source.get(name)).removeprefix("torch.") != self.dtype:
+                source.pop(name, None)
         if self.quantization is not None:
             out["quantization_config"] = self.quantization.to_hf()
         else:
             source.pop("quantization_config", None)
-        if source and _parse(source) == self:
+        if source and _parse(source)[0] == self:
             return out | source
+        source.pop("original_max_position_embeddings", None)  # rope_scaling has it
         return {k: v for k, v in source.items() if k not in out} | out
 
 
@@ -289,201 +294,12 @@ class GenerationConfig:
         return json.loads(self.source)
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON file that must hold an object.
-
-    Raises:
-      ConfigError: the file is missing, is not UTF-8 JSON, or holds something else.
-    """
-    try:
-        content = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        raise ConfigError(f"{path} is missing; a model folder needs it") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise ConfigError(f"{path} cannot be read as JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise ConfigError(f"{path} must hold a JSON object, not a {type(content).__name__}")
-    return content
-
-
-def _typed(raw: Mapping[str, Any], field: str, kind: Any, default: Any = dataclasses.MISSING) -> Any:
-    """raw[field] checked for its type; null counts as absent."""
-    value = raw.get(field)
-    if value is None:
-        if default is dataclasses.MISSING:
-            raise ConfigError(f"{field} is missing; add it, as the model's own release has it")
-        return default
-    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-        raise ConfigError(f"{field} is {value!r}, a {type(value).__name__}; it must be {_name(kind)}")
-    if isinstance(value, int) and abs(value) >= 2**63:
-        raise ConfigError(f"{field} has {len(str(value))} digits; that is too large a number")
-    return value
-
-
-def _name(kind: Any) -> str:
-    return " or ".join(k.__name__ for k in kind) if isinstance(kind, tuple) else kind.__name__
-
-
-def _ids(field: str, value: Any) -> tuple[int, ...]:
-    ids = value if isinstance(value, list | tuple) else [] if value is None else [value]
-    if not all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in ids):
-        raise ConfigError(f"{field} is {value!r}; it must be a token id or a list of them")
-    return tuple(ids)
-
-
-def _parse(raw: dict[str, Any]) -> ModelConfig:
-    number = (int, float)
-    model_type = _typed(raw, "model_type", str)
-    if model_type not in ARCHITECTURES:
-        raise ConfigError(f"model_type is {model_type!r}; this package runs {' and '.join(ARCHITECTURES)}")
-    if _typed(raw, "hidden_act", str, "silu") != "silu":
-        raise ConfigError(f"hidden_act is {raw['hidden_act']!r}; only silu is supported")
-    if _typed(raw, "partial_rotary_factor", number, 1.0) != 1.0:
-        raise ConfigError("partial_rotary_factor is not 1; partial rotation is not supported")
-    layers = _typed(raw, "num_hidden_layers", int)
-    heads = _typed(raw, "num_attention_heads", int)
-    hidden = _typed(raw, "hidden_size", int)
-    if not 1 <= layers <= MAX_LAYERS or heads < 1:
-        raise ConfigError(
-            f"num_hidden_layers {layers} must be 1 to {MAX_LAYERS}, and num_attention_heads {heads} positive"
-        )
-    if raw.get("head_dim") is None and hidden % heads:
-        raise ConfigError(f"head_dim is absent and hidden_size {hidden} does not divide by {heads} heads")
-    theta, scaling = _parse_rope(raw)
-    smollm3 = model_type == "smollm3"
-    layer_types = _typed(raw, "layer_types", list, None) if smollm3 else None
-    eos = raw.get("eos_token_id")
-    return ModelConfig(
-        model_type=model_type,
-        vocab_size=_typed(raw, "vocab_size", int),
-        hidden_size=hidden,
-        intermediate_size=_typed(raw, "intermediate_size", int),
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        # LlamaConfig reads an absent value as one key-value head per head; SmolLM3's must be given.
-        num_key_value_heads=_typed(raw, "num_key_value_heads", int, *([] if smollm3 else [heads])),
-        head_dim=_typed(raw, "head_dim", int, hidden // heads),
-        max_position_embeddings=_typed(raw, "max_position_embeddings", int),
-        rms_norm_eps=float(_typed(raw, "rms_norm_eps", number)),
-        rope_theta=theta,
-        rope_scaling=scaling,
-        rope_layers=_parse_rope_layers(raw, layers) if smollm3 else (True,) * layers,
-        sliding_window=_typed(raw, "sliding_window", int, None) if smollm3 else None,
-        use_sliding_window=_typed(raw, "use_sliding_window", bool, False) if smollm3 else False,
-        layer_types=tuple(layer_types) if layer_types else None,
-        tie_word_embeddings=_typed(raw, "tie_word_embeddings", bool, TIED_BY_DEFAULT[model_type]),
-        attention_bias=_typed(raw, "attention_bias", bool, False),
-        mlp_bias=_typed(raw, "mlp_bias", bool, False),
-        initializer_range=float(_typed(raw, "initializer_range", number, 0.02)),
-        bos_token_id=_typed(raw, "bos_token_id", int, None),
-        eos_token_id=_ids("eos_token_id", eos) if isinstance(eos, list) else _typed(raw, "eos_token_id", int, None),
-        pad_token_id=_typed(raw, "pad_token_id", int, None),
-        dtype=_parse_dtype(raw),
-        quantization=_parse_quantization(raw),
-        source=json.dumps(raw),
-    )
-
-
-def _parse_dtype(raw: dict[str, Any]) -> str | None:
-    names = {_typed(raw, f, str).removeprefix("torch.") for f in ("torch_dtype", "dtype") if raw.get(f) is not None}
-    if len(names) > 1:
-        raise ConfigError(f"torch_dtype {raw['torch_dtype']!r} and dtype {raw['dtype']!r} disagree; delete one")
-    return names.pop() if names else None
-
-
-def _parse_quantization(raw: dict[str, Any]) -> Quantization | None:
-    entry = _typed(raw, "quantization_config", dict, None)
-    if entry is None:
-        return None
-    if entry.get("quant_method") != QUANT_METHOD:
-        raise ConfigError(
-            f"quantization_config: quant_method is {entry.get('quant_method')!r}; only {QUANT_METHOD!r} is supported: "
-            "take the model's plain weights, and quantize them with `smollm3 quantize`"
-        )
-    if unknown := sorted(set(entry) - {"quant_method", "weights", "cache"}):
-        raise ConfigError(f"quantization_config does not know {', '.join(unknown)}")
-    try:
-        return Quantization(weights=_typed(entry, "weights", str), cache=_typed(entry, "cache", str, None))
-    except ConfigError as error:
-        raise ConfigError(f"quantization_config: {error}") from None
-
-
-def _parse_rope_layers(raw: dict[str, Any], layers: int) -> tuple[bool, ...]:
-    listed = _typed(raw, "no_rope_layers", list, None)
-    interval = _typed(raw, "no_rope_layer_interval", int, None)
-    if listed is not None:
-        if len(listed) != layers or not all(type(flag) in (int, bool) and flag in (0, 1) for flag in listed):
-            raise ConfigError(
-                f"no_rope_layers must hold {layers} values of 0 or 1 (1 = RoPE), one a layer "
-                f"(num_hidden_layers); it is {listed!r}"
-            )
-        return tuple(bool(flag) for flag in listed)
-    if interval is None:
-        raise ConfigError(
-            "no_rope_layers and no_rope_layer_interval are both absent, so which layers use RoPE is open; "
-            'SmolLM3-3B has "no_rope_layer_interval": 4'
-        )
-    if interval < 1:
-        raise ConfigError(f"no_rope_layer_interval is {interval}; it must be at least 1")
-    return tuple((i + 1) % interval != 0 for i in range(layers))
-
-
-def _parse_rope(raw: dict[str, Any]) -> tuple[float, RopeScaling | None]:
-    """(theta, scaling), from whichever spellings the file has; all that are there must agree."""
-    number = (int, float)
-    thetas = {"rope_theta": raw["rope_theta"]} if raw.get("rope_theta") is not None else {}
-    kinds = {}
-    for field in ("rope_scaling", "rope_parameters"):
-        entry = _typed(raw, field, dict, None)
-        if entry is not None and entry.get("rope_theta") is not None:
-            thetas[f"{field}.rope_theta"] = entry["rope_theta"]
-        if entry is not None or field in raw:
-            kinds[field] = _parse_rope_scaling(field, entry or {})
-    values = {float(_typed(thetas, name, number)) for name in thetas}
-    if not values:
-        raise ConfigError(
-            "rope_theta is missing (as rope_theta, or in rope_parameters); SmolLM3-3B has 5000000.0, "
-            "the first Llama models 10000.0"
-        )
-    if len(values) > 1:
-        raise ConfigError(f"the RoPE theta is given twice and differs: {thetas}; delete the wrong one")
-    if len(set(kinds.values())) > 1:
-        raise ConfigError(
-            "rope_scaling and rope_parameters disagree: "
-            f"{raw['rope_scaling']} against {raw['rope_parameters']}; delete the wrong one"
-        )
-    return values.pop(), next(iter(kinds.values()), None)
-
-
-def _parse_rope_scaling(field: str, entry: dict[str, Any]) -> RopeScaling | None:
-    kinds = {entry[key] for key in ("rope_type", "type") if isinstance(entry.get(key), str)}
-    given = {k: v for k, v in entry.items() if k not in ("rope_type", "type", "rope_theta") and v is not None}
-    if _typed(given, "partial_rotary_factor", (int, float), 1.0) != 1.0:
-        raise ConfigError(f"{field}: partial_rotary_factor is not 1; partial rotation is not supported")
-    given.pop("partial_rotary_factor", None)
-    if len(kinds) > 1:
-        raise ConfigError(f"{field}: rope_type {entry['rope_type']!r} and type {entry['type']!r} disagree; delete one")
-    kind = kinds.pop() if kinds else "default"
-    if kind == "default":
-        if given:
-            raise ConfigError(f"{field} has {sorted(given)} but no rope_type (or 'default'), which uses none of them")
-        return None
-    if kind not in ROPE_FIELDS:
-        raise ConfigError(f"{field}: RoPE type {kind!r} is not supported; these are: default, {', '.join(ROPE_FIELDS)}")
-    required, optional = ROPE_FIELDS[kind]
-    if missing := [f for f in required if f not in given]:
-        raise ConfigError(f"{field}: RoPE type {kind!r} needs {', '.join(missing)}")
-    if unknown := sorted(set(given) - set(required) - set(optional)):
-        raise ConfigError(f"{field}: RoPE type {kind!r} does not know {', '.join(unknown)}")
-    fields: dict[str, Any] = {}
-    for name in given:
-        if name == "truncate":
-            fields[name] = _typed(given, name, bool)
-        elif name == "original_max_position_embeddings":
-            fields[name] = _typed(given, name, int)
-        else:
-            fields[name] = float(_typed(given, name, (int, float)))
-    return RopeScaling(rope_type=kind, **fields)
+def _parse(raw: dict[str, Any]) -> tuple[ModelConfig, list[str]]:
+    """The config, and what is to be said about what of the file has no effect."""
+    fields, notes = read_fields(raw)
+    for name, kind in (("rope_scaling", RopeScaling), ("quantization", Quantization)):
+        fields[name] = fields[name] and kind(**fields[name])
+    return ModelConfig(**fields, source=json.dumps(raw)), notes
 
 
 def _validate(config: ModelConfig) -> None:
@@ -491,13 +307,22 @@ def _validate(config: ModelConfig) -> None:
         if not condition:
             raise ConfigError(message)
 
+    def check_floats(owner: Any, fields: Iterable[str]) -> None:
+        for field in fields:
+            value, (low, high) = getattr(owner, field), FLOAT_RANGES[field]
+            check(value is None or low <= value <= high, f"{field} is {value}; it must be from {low:g} to {high:g}")
+
     check(config.model_type in ARCHITECTURES, f"model_type is {config.model_type!r}")
     for field in (*AXIS_FIELDS.values(), "max_position_embeddings"):
         value = getattr(config, field)
         check(type(value) is int and 0 < value < 2**31, f"{field} is {value!r}; it must be a positive integer")
-    for field in ("rms_norm_eps", "rope_theta"):
-        value = getattr(config, field)
-        check(0 < value < math.inf, f"{field} is {value}; it must be a positive number")
+    check_floats(config, ("rms_norm_eps", "rope_theta"))
+    check(abs(config.initializer_range) <= 1e3, f"initializer_range is {config.initializer_range}")
+    sizes = config.axis_sizes
+    widest = max(sizes["vocab"], sizes["mlp"], sizes["heads"] * sizes["head"]) * sizes["embed"]
+    check(
+        widest < MAX_PARAMETERS, f"a tensor of {widest:,} numbers is more than any file holds; config.json is damaged"
+    )
     check(config.head_dim % 2 == 0, f"head_dim is {config.head_dim}; RoPE needs an even one")
     check(
         config.num_attention_heads % config.num_key_value_heads == 0,
@@ -529,12 +354,12 @@ def _validate(config: ModelConfig) -> None:
     if config.rope_scaling is not None:
         scaling = config.rope_scaling
         check(scaling.rope_type in ROPE_FIELDS, f"RoPE type {scaling.rope_type!r} is not supported")
-        check(1 <= scaling.factor < math.inf, f"the RoPE factor is {scaling.factor}; it must be at least 1")
+        check_floats(scaling, [field.name for field in dataclasses.fields(scaling) if field.name in FLOAT_RANGES])
         original = scaling.original_max_position_embeddings
-        check(original is None or original > 0, f"original_max_position_embeddings is {original}")
+        check(original is None or 0 < original < 2**31, f"original_max_position_embeddings is {original}")
         if scaling.rope_type == "llama3":
             assert scaling.low_freq_factor is not None and scaling.high_freq_factor is not None
             check(
-                0 < scaling.low_freq_factor < scaling.high_freq_factor,
-                "llama3 RoPE needs 0 < low_freq_factor < high_freq_factor",
+                scaling.low_freq_factor * (1 + 1e-6) < scaling.high_freq_factor,  # in float32 too
+                "llama3 RoPE needs low_freq_factor < high_freq_factor",
             )

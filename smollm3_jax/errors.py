@@ -1,10 +1,20 @@
 """The typed errors of the package. The CLI prints their message and exits with their code."""
 
+from .screen_text import plain
+
+MAX_CHARACTERS = 10_000
+
 
 class SmolLM3Error(Exception):
     """Base of every error that a user can cause; the message names the culprit and the way out."""
 
     exit_code = 3
+
+    def __str__(self) -> str:
+        # It quotes names of files and tensors, which may be anyone's: none of them steers a terminal or fills it.
+        # One line, therefore: a line break of theirs would begin a line of its own.
+        text = plain(super().__str__())
+        return text if len(text) <= MAX_CHARACTERS else f"{text[:MAX_CHARACTERS]} ..."
 
 
 class OptionError(SmolLM3Error, ValueError):

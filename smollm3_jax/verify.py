@@ -21,7 +21,7 @@ from .progress import busy
 from .support import how_to_install
 from .tokenizer import load_tokenizer
 from .weights import hub
-from .weights.load import Checkpoint, common_dtype, load, open_checkpoint
+from .weights.load import Checkpoint, common_dtype, is_gguf, load, open_checkpoint, text_folder
 from .weights.quantized import dequantized
 from .weights.stored import NUMPY_DTYPES, StoredTensor, is_finite, raw_bytes
 
@@ -106,6 +106,8 @@ def verify(folder: str | Path, against: str | Path, prompt: str | None = None) -
     ours = open_checkpoint(path)
     tokens = _tokens(path, ours, prompt)
     if against == "transformers":
+        if is_gguf(path):
+            raise OptionError(f"transformers is compared with on a folder: `smollm3 convert {path} FOLDER` first")
         if ours.config.quantization is not None:
             raise OptionError(
                 "transformers cannot read quantized weights of this package; compare with the folder they came from"
@@ -142,7 +144,7 @@ def _tokens(path: Path, checkpoint: Checkpoint, prompt: str | None) -> list[int]
     if prompt is None and "tokenizer.json" not in checkpoint.files:
         length = min(64, checkpoint.config.max_position_embeddings // 2)
         return np.random.RandomState(0).randint(0, checkpoint.config.vocab_size, length).tolist()
-    tokens = load_tokenizer(path, checkpoint.config).encode(TEXT if prompt is None else prompt)
+    tokens = load_tokenizer(text_folder(path), checkpoint.config).encode(TEXT if prompt is None else prompt)
     context = checkpoint.config.max_position_embeddings
     if not 0 < len(tokens) < context:
         raise OptionError(

@@ -8,6 +8,7 @@ from tiny import BASE, CONFIGS, LLAMA3, YARN, raw_config
 
 from smollm3_jax.config import GenerationConfig, ModelConfig, RopeScaling, with_yarn
 from smollm3_jax.errors import ConfigError, OptionError
+from smollm3_jax.rope import inverse_frequencies
 
 
 def test_the_released_config(shared):
@@ -81,7 +82,13 @@ FAULTS = {
     "interval 0": ({"no_rope_layer_interval": 0}, "at least 1"),
     "rope kind": ({"rope_scaling": {"rope_type": "longrope", "factor": 2.0}}, "longrope"),
     "rope kind dynamic": ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "dynamic"),
-    "yarn without original": ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "original_max_position"),
+    "yarn without factor": (
+        {"rope_scaling": {"rope_type": "yarn", "original_max_position_embeddings": 64}},
+        "'yarn' needs factor",
+    ),
+    "linear with a factor of null": ({"rope_scaling": {"rope_type": "linear", "factor": None}}, "needs factor"),
+    "originals differ": ({"rope_scaling": YARN, "original_max_position_embeddings": 128}, "128 outside"),
+    "rope kind is no text": ({"rope_scaling": {"rope_type": 5, "factor": 2.0}}, "rope_type is 5"),
     "llama3 without factors": ({"rope_scaling": {"rope_type": "llama3", "factor": 2.0}}, "low_freq_factor"),
     "llama3 order": ({"rope_scaling": LLAMA3 | {"low_freq_factor": 9.0}}, "low_freq_factor"),
     "rope field unknown": ({"rope_scaling": YARN | {"betas": 1}}, "betas"),
@@ -90,8 +97,21 @@ FAULTS = {
     "spellings disagree": ({"rope_scaling": YARN, "rope_parameters": {"rope_type": "default"}}, "disagree"),
     "factor below 1": ({"rope_scaling": YARN | {"factor": 0.5}}, "factor"),
     "partial rotation": ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
-    "dtypes disagree": ({"dtype": "bfloat16"}, "disagree"),
-    "dtype": ({"torch_dtype": "float8_e4m3fn"}, "float8"),
+    "dtype": ({"torch_dtype": "banana"}, "banana"),
+    "architectures are no list": ({"architectures": 5}, "architectures is 5"),
+    "architectures are no names": ({"architectures": [5]}, "list of names"),
+    "eos beyond int32": ({"eos_token_id": 2**31}, "eos_token_id"),
+    "eos beyond int32 in a list": ({"eos_token_id": [2, 2**40]}, "eos_token_id"),
+    "negative bos": ({"bos_token_id": -2}, "bos_token_id"),
+    "beta_fast": ({"rope_scaling": YARN | {"beta_fast": -3}}, "beta_fast is -3"),
+    "attention_factor not a number": ({"rope_scaling": YARN | {"attention_factor": float("nan")}}, "attention_factor"),
+    "attention_factor 0": ({"rope_scaling": YARN | {"attention_factor": 0}}, "attention_factor is 0"),
+    "theta below 1": ({"rope_theta": 1e-5}, "rope_theta"),
+    "eps": ({"rms_norm_eps": 1e300}, "rms_norm_eps"),
+    "factor": ({"rope_scaling": YARN | {"factor": 1e300}}, "factor"),
+    "more than any file": ({"vocab_size": 2**31 - 1, "hidden_size": 2**30}, "more than any file holds"),
+    "MLX": ({"quantization": {"group_size": 64, "bits": 4}}, "MLX has quantized.*--dequantize"),
+    "MLX twice": ({"quantization_config": {"group_size": 64, "bits": 4}}, "MLX has quantized"),
     "text for a number": ({"hidden_size": "64"}, "hidden_size"),
     "bool for a number": ({"vocab_size": True}, "vocab_size"),
     "negative": ({"intermediate_size": -1}, "intermediate_size"),
@@ -128,6 +148,115 @@ def test_a_missing_file_is_named(tmp_path):
         ModelConfig.from_hf(tmp_path)
 
 
+NULL_FACTOR = {"rope_type": "yarn", "factor": None, "original_max_position_embeddings": 64}
+SAME = {
+    "no architectures": ({"architectures": []}, {}),
+    "a decoder alone": ({"architectures": ["SmolLM3Model"]}, {}),
+    "swish": ({"hidden_act": "swish"}, {}),
+    "dtype auto": ({"torch_dtype": "auto"}, {"torch_dtype": None}),
+    "dtype float8": ({"torch_dtype": "float8_e4m3fn"}, {"torch_dtype": None}),
+    "dtype float64": ({"torch_dtype": None, "dtype": "float64"}, {"torch_dtype": None}),
+    "dtype half": ({"torch_dtype": "half"}, {"torch_dtype": "float16"}),
+    "dtypes": ({"dtype": "bfloat16"}, {"torch_dtype": "bfloat16"}),
+    "no padding": ({"pad_token_id": -1}, {"pad_token_id": None}),
+    "window beyond int32": ({"sliding_window": 2**62}, {"sliding_window": 2**62}),
+    "default": ({"rope_scaling": {"rope_type": "default", "factor": 1.0}}, {}),
+    "default of 2": ({"rope_scaling": {"type": "default", "factor": 2.0, "finetuned": True}}, {}),
+    "only theta": ({"rope_scaling": YARN, "rope_parameters": {"rope_theta": 1e4}}, {"rope_scaling": YARN}),
+    "null beside": ({"rope_parameters": YARN | {"rope_theta": 1e4}}, {"rope_scaling": YARN}),
+    "original derived": (
+        {"rope_scaling": {"rope_type": "yarn", "factor": 2.0}},
+        {"rope_scaling": YARN | {"original_max_position_embeddings": 512}},
+    ),
+    "original of llama3 derived": (
+        {"rope_scaling": {k: v for k, v in LLAMA3.items() if "original" not in k}},
+        {"rope_scaling": LLAMA3 | {"original_max_position_embeddings": 512}},
+    ),
+    "original outside": (
+        {"rope_scaling": {"type": "yarn", "factor": 2.0}, "original_max_position_embeddings": 64},
+        {"rope_scaling": YARN},
+    ),
+    "factor derived": ({"rope_scaling": NULL_FACTOR}, {"rope_scaling": NULL_FACTOR | {"factor": 8.0}}),
+    "YaRN's own fields": (
+        {"rope_scaling": YARN | {"finetuned": True, "attn_factor": 3.0, "extrapolation_factor": 2.0}},
+        {"rope_scaling": YARN},
+    ),
+    "betas of 0": ({"rope_scaling": YARN | {"beta_fast": 0, "beta_slow": 0.0}}, {"rope_scaling": YARN}),
+    "fields of another kind": (
+        {"rope_scaling": {"rope_type": "linear", "factor": 3.0, "attention_factor": 2.0} | {"beta_fast": 9}},
+        {"rope_scaling": {"rope_type": "linear", "factor": 3.0}},
+    ),
+    "linear's original length": (
+        {"rope_scaling": {"rope_type": "linear", "factor": 3.0, "original_max_position_embeddings": 64}},
+        {"rope_scaling": {"rope_type": "linear", "factor": 3.0}},
+    ),
+}
+
+
+def without_nulls(raw):
+    return {key: value for key, value in raw.items() if value is not None}
+
+
+@pytest.mark.parametrize("name", SAME)
+def test_what_is_redundant_or_derivable_may_be_absent_or_present(name):
+    change, meaning = SAME[name]
+    config = ModelConfig.from_hf(without_nulls(BASE | change))
+    assert config == ModelConfig.from_hf(without_nulls(BASE | meaning))
+    written = config.to_hf()
+    assert ModelConfig.from_hf(written) == config
+    assert written["architectures"] == ["SmolLM3ForCausalLM"]
+    assert written["dtype"] == written["torch_dtype"] == config.dtype
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize("name", [name for name, (change, _) in SAME.items() if "rope" in str(change)])
+def test_transformers_reads_the_same_rope(name):
+    """W18: what is derived is what transformers derives."""
+    transformers = pytest.importorskip("transformers")
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    raw = without_nulls(BASE | SAME[name][0])
+    config = ModelConfig.from_hf(raw)
+    theirs = transformers.SmolLM3Config(**raw)
+    kind = theirs.rope_parameters["rope_type"]
+    assert kind == (config.rope_scaling.rope_type if config.rope_scaling else "default")
+    if kind != "default":
+        expected, factor = ROPE_INIT_FUNCTIONS[kind](theirs)
+        got, got_factor = inverse_frequencies(config)
+        assert got == pytest.approx(expected.numpy(), rel=2e-6) and got_factor == pytest.approx(factor)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"dtype": "bfloat16"}, "torch_dtype 'float32' and dtype 'bfloat16' disagree"),
+        ({"torch_dtype": "float8_e5m2"}, "float8_e5m2 is not one of"),
+        (
+            {"rope_scaling": YARN | {"attn_factor": 1.0, "finetuned": False}},
+            "'yarn' makes no use of attn_factor, finet",
+        ),
+        ({"rope_scaling": {"type": "default", "factor": 1.0}}, "'default' makes no use of factor"),
+    ],
+)
+def test_what_has_no_effect_is_named(change, words, caplog):
+    config = ModelConfig.from_hf(BASE | change)
+    [record] = caplog.records
+    assert words in record.message
+    config.to_hf()
+    assert len(caplog.records) == 1  # once
+
+
+def test_a_foreign_file_is_named(tmp_path):
+    path = tmp_path / "config.json"
+    path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 12345678\n")
+    with pytest.raises(ConfigError, match=r"git-LFS pointer to a file of 12,345,678 bytes.*git lfs pull"):
+        ModelConfig.from_hf(tmp_path)
+    path.unlink()
+    path.symlink_to("/dev/zero")
+    with pytest.raises(ConfigError, match="no file, or larger than"):
+        ModelConfig.from_hf(tmp_path)
+
+
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=5), inner, max_size=4),
@@ -135,7 +264,10 @@ json_values = st.recursive(
 )
 
 
-@given(st.sampled_from(sorted({*BASE, "rope_parameters", "no_rope_layers", "layer_types", "head_dim"})), json_values)
+FIELDS = {*BASE, "rope_parameters", "no_rope_layers", "layer_types", "head_dim", "dtype", "sliding_window"}
+
+
+@given(st.sampled_from(sorted(FIELDS)), json_values)
 def test_any_value_of_a_field_is_read_or_refused(field, value):
     try:
         config = ModelConfig.from_hf(BASE | {field: value})

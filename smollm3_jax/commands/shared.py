@@ -112,14 +112,14 @@ def open_model(args: argparse.Namespace) -> "tuple[Checkpoint, Tokenizer]":
     """The model of `add_model` as it will be loaded, headers only."""
     from ..support import require_devices
     from ..tokenizer import load_tokenizer
-    from ..weights.load import open_checkpoint
+    from ..weights.load import open_checkpoint, text_folder
 
     require_devices()
     path = folder(args.model)
     checkpoint = open_checkpoint(path)
     if args.yarn is not None:
         checkpoint = dataclasses.replace(checkpoint, config=with_yarn(checkpoint.config, args.yarn))
-    return checkpoint, load_tokenizer(path, checkpoint.config)
+    return checkpoint, load_tokenizer(text_folder(path), checkpoint.config)
 
 
 def load_model(args: argparse.Namespace, checkpoint: "Checkpoint") -> "SmolLM3":

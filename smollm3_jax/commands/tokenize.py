@@ -20,11 +20,12 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from ..train.tokenize import tokenize
+    from ..weights.load import text_folder
 
     report = tokenize(
         args.source,
         Path(args.folder),
-        folder(args.model),
+        text_folder(folder(args.model)),
         field=args.field,
         workers=args.workers or os.cpu_count() or 1,
         shard_documents=args.shard_documents,

@@ -10,6 +10,7 @@ from sharding.hardware import GIB
 
 from ..config import RELEASE, SMOLLM3_3B, ModelConfig
 from ..weights import demo
+from ..weights.load import text_folder
 from .settings import Settings, as_table, stage_at, starts
 
 
@@ -38,7 +39,7 @@ def model_config(settings: Settings) -> ModelConfig:
     name = settings.model.config or settings.model.path
     if name == RELEASE:
         return ModelConfig.from_hf(SMOLLM3_3B)
-    return ModelConfig.from_hf(demo.model_folder(name))
+    return ModelConfig.from_hf(text_folder(demo.model_folder(name)))
 
 
 def tables(report: dict[str, Any]) -> Iterator[Any]:

@@ -50,7 +50,7 @@ from ..support import SHOWN, version
 from ..tokenizer import load_tokenizer
 from ..weights import demo
 from ..weights.key_map import abstract_model
-from ..weights.load import load, open_checkpoint
+from ..weights.load import load, open_checkpoint, text_folder
 from ..weights.texts import check_links, is_text_file, text_files
 from . import checkpoint as checkpoints
 from .checkpoint import Checkpoints, Damaged, run_folder
@@ -510,7 +510,8 @@ def open_model(settings: Settings) -> tuple[Path, SmolLM3, Callable[[], SmolLM3]
     m = settings.model
     path = demo.model_folder(m.path or m.config)
     opened = open_checkpoint(path) if m.path else None
-    found = opened.config if opened else ModelConfig.from_hf(path)
+    texts = text_folder(path)
+    found = opened.config if opened else ModelConfig.from_hf(texts)
     config, generation = adapted(found, settings), opened.generation_config if opened else None
     sharding = _sharding(settings, config)
     shapes = abstract_model(config, "float32", generation)
@@ -522,7 +523,7 @@ def open_model(settings: Settings) -> tuple[Path, SmolLM3, Callable[[], SmolLM3]
         places = state_shardings(shapes, sharding) if sharding else None
         return jax.jit(lambda: SmolLM3(config, rngs=nnx.Rngs(settings.run.seed)), out_shardings=places)()
 
-    return path, shapes, load_it, sharding
+    return texts, shapes, load_it, sharding
 
 
 def _keep_texts(source: Path, folder: epath.Path) -> None:

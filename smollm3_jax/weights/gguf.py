@@ -17,7 +17,7 @@ from ..config import ARCHITECTURES
 from ..errors import CheckpointFormatError, TokenizerError
 from .gguf_header import NUMBER, PLAIN, REQUIRED, Entry, gguf_package, metadata_value, read_header
 from .gguf_tokenizer import tokenizer_files
-from .stored import NUMPY_DTYPES, StoredTensor
+from .stored import NUMPY_DTYPES, StoredTensor, shown
 
 CHUNK_BYTES = 16 << 20  # float32 bytes dequantized at once: the temporaries are a few times this
 # Keys that change the computation -> the value that does not. llama.cpp multiplies attn_factor onto YaRN's own
@@ -27,6 +27,12 @@ REFUSED = {f"rope.scaling.{key}": None for key in ("yarn_attn_factor", "yarn_ext
 REFUSED |= {"rope.scaling.attn_factor": 1, "rope.scaling.yarn_log_multiplier": 0, "expert_count": 0}
 REFUSED |= {"attention.sliding_window": 0, "attention.causal": True, "attention.scale": None}
 REFUSED |= {"logit_scale": None, "residual_scale": None, "embedding_scale": None}
+# general.type of files that are no models -> what to do about it.
+OTHER_TYPES = {
+    "imatrix": ", what llama-imatrix measured for llama-quantize; give the model's own file",
+    "mmproj": ", the part of a model that sees or hears; give the model's own file",
+    "vocab": ", a vocabulary without weights; give the model's own file",
+}
 
 log = logging.getLogger(__name__)
 
@@ -64,6 +70,14 @@ def open_gguf(path: Path, name_of: Callable[[str], str | None]) -> GGUFFile:
 
 def _open(path: Path, name_of: Callable[[str], str | None]) -> GGUFFile:
     metadata, entries = read_header(path)
+    what = metadata_value(metadata, "general.type", str, "model")
+    if "adapter.type" in metadata or what == "adapter":
+        raise ValueError(
+            "it is an adapter (LoRA), not a model: merge it into its base model (llama-export-lora), "
+            "and give the file that this writes"
+        )
+    if what != "model":
+        raise ValueError(f"it is no model: its general.type is {shown(repr(what))}{OTHER_TYPES.get(what, '')}")
     if (parts := metadata_value(metadata, "split.count", int, 1)) > 1:
         raise ValueError(f"it is one of {parts} parts; join them with llama-gguf-split --merge")
     if any(entry.name == "rope_freqs.weight" for entry in entries):
@@ -71,9 +85,13 @@ def _open(path: Path, name_of: Callable[[str], str | None]) -> GGUFFile:
             "rope_freqs.weight holds llama3 RoPE scaling without its parameters; "
             "convert from the model's Hugging Face folder instead"
         )
+    if any(entry.name.endswith((".in_sum2", ".lora_a", ".lora_b")) for entry in entries):
+        raise ValueError(
+            "it holds what llama-imatrix measured, or an adapter (LoRA), and no model; give the model's file"
+        )
     names = {entry.name: name_of(entry.name) for entry in entries}
     if unknown := [name for name, hf_name in names.items() if hf_name is None]:
-        raise ValueError(f"{len(unknown)} tensors are unknown: {', '.join(unknown[:10])}")
+        raise ValueError(f"{len(unknown)} tensors are unknown: {', '.join(map(shown, unknown[:10]))}")
     config = _config(metadata, {entry.name: entry.shape for entry in entries})
     heads = {".attn_q.": config["num_attention_heads"], ".attn_k.": config["num_key_value_heads"]}
     tensors = []
@@ -90,7 +108,7 @@ def _open(path: Path, name_of: Callable[[str], str | None]) -> GGUFFile:
     ids = {name: token_id for name, token_id in ids.items() if token_id is not None}
     try:
         files = tokenizer_files(metadata, ids)
-    except TokenizerError as error:
+    except (TokenizerError, ValueError) as error:
         log.warning("%s: its tokenizer is left out: %s", path, error)
         files = {}
     return GGUFFile(config | ids, ids, tensors, files)
@@ -100,7 +118,7 @@ def _config(metadata: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> dic
     """config.json from the metadata and from which tensors there are, without dtype and token ids."""
     arch = metadata_value(metadata, "general.architecture", str)
     if arch not in ARCHITECTURES:
-        raise ValueError(f"its architecture is {arch!r}; this package runs {' and '.join(ARCHITECTURES)}")
+        raise ValueError(f"its architecture is {shown(repr(arch))}; this package runs {' and '.join(ARCHITECTURES)}")
 
     def get(key: str, kind: Any, default: Any = REQUIRED) -> Any:
         return metadata_value(metadata, f"{arch}.{key}", kind, default)

@@ -13,10 +13,16 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..errors import SupportError
+from ..file_kind import what_it_is
+from .stored import shown
 
 # Tensor formats by gguf's names. The plain ones keep their dtype; the others are read as float32.
 PLAIN = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-QUANTIZED = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")
+QUANTIZED = (
+    *("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"),
+    *("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "IQ4_NL", "IQ4_XS"),
+    *("TQ1_0", "TQ2_0", "MXFP4", "NVFP4"),
+)
 MAX_HEADER_BYTES = 100_000_000  # the largest vocabularies take 20 MB
 # A value's type number in the file -> numpy's; the numbers that are missing are a string and an array.
 SCALARS = {0: "u1", 1: "i1", 2: "u2", 3: "i2", 4: "u4", 5: "i4", 6: "f4", 7: "?", 10: "u8", 11: "i8", 12: "f8"}
@@ -91,7 +97,8 @@ def read_header(path: Path) -> tuple[dict[str, Any], list[Entry]]:
         return float(str(scalar)) if scalar.dtype == np.float32 else scalar.item()
 
     if bytes(take(4)) != b"GGUF":
-        raise ValueError("it does not begin with GGUF, so it is no GGUF file")
+        what = what_it_is(path, "GGUF")
+        raise ValueError(f"it does not begin with GGUF, so it is no GGUF file{f': {what}' if what else ''}")
     if (version := number(4)) not in (2, 3):
         what = "big-endian" if version & 0xFFFF == 0 else f"GGUF version {version}"
         raise ValueError(f"it is {what}; little-endian versions 2 and 3 are supported")
@@ -99,7 +106,7 @@ def read_header(path: Path) -> tuple[dict[str, Any], list[Entry]]:
     metadata: dict[str, Any] = {}
     for _ in range(key_count):
         if (key := text()) in metadata:
-            raise ValueError(f"key {key} stands twice")
+            raise ValueError(f"key {shown(key)} stands twice")
         metadata[key] = value(number(4))
     alignment = metadata_value(metadata, "general.alignment", int, 32)
     if alignment < 1 or alignment & (alignment - 1):
@@ -109,21 +116,21 @@ def read_header(path: Path) -> tuple[dict[str, Any], list[Entry]]:
     end = 0  # of the tensors so far, from where the first begins
     for _ in range(tensor_count):
         if (name := text()) in entries:
-            raise ValueError(f"tensor {name} stands twice")
+            raise ValueError(f"tensor {shown(name)} stands twice")
         if not 1 <= (rank := number(4)) <= 4:
-            raise ValueError(f"tensor {name} has {rank} dimensions; fetch it again")
+            raise ValueError(f"tensor {shown(name)} has {rank} dimensions; fetch it again")
         # The file's first dimension varies fastest: it is a row, which blocks do not straddle.
         shape = tuple(number(8) for _ in range(rank))[::-1]
         kind = kinds.get(kind_number := number(4))
         if kind is None or kind.name not in (*PLAIN, *QUANTIZED):
             what = kind.name if kind else f"of the unknown type {kind_number}"
-            raise ValueError(f"tensor {name} is {what}; supported are {', '.join((*PLAIN, *QUANTIZED))}")
+            raise ValueError(f"tensor {shown(name)} is {what}; supported are {', '.join((*PLAIN, *QUANTIZED))}")
         block, block_bytes = gguf.GGML_QUANT_SIZES[kind]
         if shape[-1] % block or (kind.name in QUANTIZED and rank != 2):
-            raise ValueError(f"tensor {name} of shape {list(shape)} cannot be {kind.name}; fetch it again")
+            raise ValueError(f"tensor {shown(name)} of shape {list(shape)} cannot be {kind.name}; fetch it again")
         # As llama.cpp demands: no overlaps, and no holes but the padding.
         if (offset := number(8)) != -(-end // alignment) * alignment:
-            raise ValueError(f"tensor {name} does not lie where the one before it ends; fetch it again")
+            raise ValueError(f"tensor {shown(name)} does not lie where the one before it ends; fetch it again")
         entries[name] = Entry(name, kind.name, shape, offset, math.prod(shape) // block * block_bytes)
         end = offset + entries[name].nbytes
     start = -(-position // alignment) * alignment

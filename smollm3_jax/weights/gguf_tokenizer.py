@@ -25,6 +25,11 @@ SPLITS = {
     "gpt-2": (),  # this one and the next are written as their tokenizer.json has them
     "smollm": (),
 }
+# Other names of llama.cpp for the same.
+ALIASES = dict.fromkeys(
+    ("llama3", "llama-v3", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2"),
+    "llama-bpe",
+) | dict.fromkeys(("phi-2", "jina-es", "jina-de", "jina-v2-es", "jina-v2-de", "gigachat", "a.x-4.0", "mellum"), "gpt-2")
 
 
 def tokenizer_files(metadata: dict[str, Any], ids: dict[str, int]) -> dict[str, str]:
@@ -38,10 +43,13 @@ def tokenizer_files(metadata: dict[str, Any], ids: dict[str, int]) -> dict[str, 
     model, pre = (metadata_value(metadata, f"tokenizer.ggml.{key}", str, None) for key in ("model", "pre"))
     if model in (None, "none", "no_vocab"):
         return {}
+    pre = ALIASES.get(pre or "", pre)
     if model != "gpt2" or pre not in SPLITS:
         raise TokenizerError(
             f"tokenizer.ggml.model is {model!r} and tokenizer.ggml.pre {pre!r}; gpt2 with {', '.join(SPLITS)} are known"
         )
+    if missing := [key for key in ("tokens", "merges", "token_type") if f"tokenizer.ggml.{key}" not in metadata]:
+        raise TokenizerError(f"the file has no tokenizer.ggml.{missing[0]}")
     tokens, merges = (metadata_value(metadata, f"tokenizer.ggml.{key}", list) for key in ("tokens", "merges"))
     types = metadata_value(metadata, "tokenizer.ggml.token_type", np.ndarray)
     # Rows of the embedding that no token has come last, as UNUSED. What stands between them and the last ordinary

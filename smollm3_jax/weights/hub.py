@@ -21,9 +21,10 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
-from ..errors import HubError
+from ..errors import HubError, OptionError
 from ..files import is_remote, new_file, write
 from ..progress import progress
+from .address import EXAMPLE, gguf_on_hub, hub_address
 from .bucket import copy_of
 
 DEMO_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -57,28 +58,44 @@ def resolve(model: str | Path, revision: str | None = None, token: str | None = 
     """The folder or .gguf file that `model` stands for, fetched if need be.
 
     Args:
-      model: a folder (gs:// and s3:// too), a .gguf file, a hub id such as "HuggingFaceTB/SmolLM3-3B".
+      model: a folder (gs:// and s3:// too), one of its files of weights, a .gguf file, or a model on the hub:
+        ORG/NAME, ORG/NAME@REVISION, or the address of its page.
       revision: branch, tag or commit on the hub.
       token: for gated and private models; without it HF_TOKEN or the stored login.
 
     Raises:
       HubError: nothing of that name is here, or it could not be fetched.
+      OptionError: two revisions are named.
     """
     name, path = str(model), Path(os.path.expanduser(model))
-    if is_remote(name):
-        return copy_of(name, cache_dir() / "buckets", (*FILES, *TORCH_FILES))
-    if (name and path.is_dir()) or (path.is_file() and path.suffix == ".gguf"):
+    if (name and path.is_dir()) or (path.is_file() and path.suffix.lower() == ".gguf"):
         return path
     if path.is_file():
-        raise HubError(f"{name} is neither a folder nor a .gguf file: give the folder that holds its config.json")
-    if path.suffix == ".gguf":
-        raise HubError(f"no such file: {name}")
-    if not re.fullmatch(r"\w[\w.-]*/[\w.-]+", name, re.ASCII):
+        return _folder_of(path)
+    if path.suffix.lower() == ".gguf" and not is_remote(name):
+        raise HubError(f"no such file: {name}{gguf_on_hub(name)}")
+    if (address := hub_address(name)) is not None:
+        hub_id, own = address
+        if own and revision and own != revision:
+            raise OptionError(f"{name} names the revision {own}, and {revision} is asked for besides; give one of them")
+        return pull(hub_id, own or revision, token)
+    if is_remote(name):
+        return copy_of(name, cache_dir() / "buckets", (*FILES, *TORCH_FILES))
+    raise HubError(f"no such folder: {name} ({EXAMPLE}; `smollm3 pull demo` fetches a small model to try)")
+
+
+def _folder_of(file: Path) -> Path:
+    """The model folder that is meant by one of its files of weights."""
+    folder, kind = file.parent, file.suffix.lower()
+    if kind not in (".safetensors", *TORCH_FILES) or not (folder / "config.json").exists():
         raise HubError(
-            f"no such folder: {name} (a hub id reads org/name, as in HuggingFaceTB/SmolLM3-3B; "
-            "`smollm3 pull demo` fetches a small model to try and prints its folder)"
+            f"{file} is no model: give a folder that holds config.json and weights (.safetensors, .bin or .pt), one of "
+            "its files of weights, or a .gguf file"
         )
-    return pull(name, revision, token)
+    safe = [path.name for path in folder.glob("*.safetensors")]
+    if safe and (kind != ".safetensors" or ("model.safetensors" in safe and file.name != "model.safetensors")):
+        raise HubError(f"{file} is not what is read of {folder}, but {min(safe)} is: give a folder with one of them")
+    return folder
 
 
 def pull(hub_id: str, revision: str | None = None, token: str | None = None) -> Path:
@@ -127,9 +144,11 @@ def pull(hub_id: str, revision: str | None = None, token: str | None = None) -> 
                 if name.endswith(suffixes):
                     hf_hub_download(hub_id, name, revision=folder.name, token=token)
         if not any(path.suffix in (".safetensors", *TORCH_FILES) for path in folder.glob("*")):
+            files = [name for name in names if name.endswith(".gguf")]
+            gguf = f": fetch it with `hf download {hub_id} {min(files)}`" if files else ""
             raise unreachable or HubError(
                 f"{hub_id} holds no weights that can be read (*.safetensors, *.bin, *.pt); "
-                "a .gguf file is given by its path"
+                f"a .gguf file is given by its path{gguf}"
             )
         _verify(folder)
     except HubError:

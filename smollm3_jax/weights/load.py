@@ -1,8 +1,11 @@
 """Checkpoints of every kind, opened without reading them, and streamed onto their devices."""
 
 import dataclasses
+import hashlib
+import json
 import logging
 import math
+import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,16 +20,25 @@ from jax.sharding import Sharding as Placement
 
 from sharding.rules import Sharding
 
+from .. import files
 from ..config import DTYPES, GenerationConfig, ModelConfig
-from ..errors import CheckpointFormatError, OptionError
+from ..config_file import adapter_in, gguf_in
+from ..errors import CheckpointFormatError, OptionError, SaveError
 from ..model import SmolLM3
 from ..progress import progress
 from ..tokenizer import load_tokenizer
 from . import gguf, hub, safetensors, torch_files
 from .key_map import EMBED_NAME, HEAD_NAME, PARTS, Slot, abstract_model, hf_name_of_gguf, parameters, place, slots
+from .names import canonical, is_head
 from .quantized import quantized, with_scheme
-from .stored import NUMPY_DTYPES, STORED_DTYPES, StoredTensor, is_finite, raw_bytes
+from .stored import NUMPY_DTYPES, STORED_DTYPES, StoredTensor, is_buffer, is_finite, raw_bytes, shown
 from .texts import text_files
+
+PIECE = 1 << 20  # numbers that are compared at once
+_LORA = (
+    "; the lora_ tensors are those of an adapter that is not merged: merge it (PEFT's merge_and_unload), and save the "
+    "model"
+)
 
 log = logging.getLogger(__name__)
 
@@ -44,6 +56,37 @@ class Checkpoint:
     files: dict[str, bytes]
 
 
+def is_gguf(path: Path) -> bool:
+    """Whether a model is a GGUF file and not a folder."""
+    return path.suffix.lower() == ".gguf" and not path.is_dir()
+
+
+def text_folder(path: Path) -> Path:
+    """The folder with config.json and the tokenizer of a model: its own, or for a .gguf file one in the cache.
+
+    Raises:
+      CheckpointFormatError: the .gguf file is unsound.
+      SaveError: nothing can be written in the cache.
+    """
+    if not is_gguf(path):
+        return path
+    stat = path.stat()
+    of = f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns}"
+    folder = hub.cache_dir() / "gguf" / hashlib.sha256(os.fsencode(of)).hexdigest()[:16]
+    if not (folder / "config.json").exists():  # it is written last
+        file = gguf.open_gguf(path, hf_name_of_gguf)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            for name, text in (file.tokenizer_files | {"config.json": json.dumps(file.config)}).items():
+                files.write(folder / name, text)
+        except OSError as error:
+            raise SaveError(
+                f"what {path.name} says of its tokenizer cannot be kept in {folder} ({error.strerror or error}); "
+                "SMOLLM3_JAX_CACHE names another folder"
+            ) from None
+    return folder
+
+
 def open_checkpoint(path: Path) -> Checkpoint:
     """Opens a Hugging Face folder (safetensors or PyTorch files) or a .gguf file.
 
@@ -52,38 +95,46 @@ def open_checkpoint(path: Path) -> Checkpoint:
       CheckpointFormatError: weights are missing or damaged, or are not those that the config asks for.
       TokenizerError: there is a tokenizer, but it is unreadable or another model's.
     """
-    if path.suffix == ".gguf":
+    if is_gguf(path):
         file = gguf.open_gguf(path, hf_name_of_gguf)
         config = ModelConfig.from_hf(file.config)
         generation = GenerationConfig.from_hf(file.generation_config, config)
         found = {tensor.name: tensor for tensor in file.tensors}
-        files = {name: text.encode() for name, text in file.tokenizer_files.items()}
+        texts = {name: text.encode() for name, text in file.tokenizer_files.items()}
     else:
         config = ModelConfig.from_hf(path)
         generation = GenerationConfig.from_hf(path, config)
         # Other files of the format may lie beside PyTorch's weights: an adapter, say.
         safe = any((path / name).exists() for name in (safetensors.INDEX, safetensors.SINGLE))
         if safe or (any(path.glob("*.safetensors")) and not torch_files.find(path)):
-            found = safetensors.open_folder(path, quantized=config.quantization is not None)
+            tied = config.tie_word_embeddings
+            if not safe and (what := adapter_in(path)):
+                raise CheckpointFormatError(f"{path} {what}")
+            found = safetensors.open_folder(
+                path, config.quantization is not None, lambda name: is_buffer(name) or (tied and is_head(name))
+            )
         else:
             found = _open_torch(path)
-        files = {name: file.read_bytes() for name, file in text_files(path).items()}
-        if "tokenizer.json" in files:
+        texts = {name: file.read_bytes() for name, file in text_files(path).items()}
+        if "tokenizer.json" in texts:
             load_tokenizer(path, config)  # only to see that it belongs to this model
-    return Checkpoint(config, generation, check_tensors(path, config, found), files)
+    return Checkpoint(config, generation, check_tensors(path, config, found), texts)
 
 
 def _open_torch(folder: Path) -> dict[str, StoredTensor]:
     paths = torch_files.find(folder)
     if not paths:
+        what = adapter_in(folder) or gguf_in(folder)
         raise CheckpointFormatError(
             f"{folder} holds no weights: neither {safetensors.INDEX}, {safetensors.SINGLE}, {torch_files.SINGLE} "
-            "nor a .pt file"
+            f"nor a .pt file{f'; it {what}' if what else ''}"
         )
     tensors: dict[str, StoredTensor] = {}
     for tensor in [tensor for path in paths for tensor in torch_files.open_file(path)]:
         if tensor.name in tensors:
-            raise CheckpointFormatError(f"tensor {tensor.name} is in {tensors[tensor.name].file} and {tensor.file}")
+            raise CheckpointFormatError(
+                f"tensor {shown(tensor.name)} is in {tensors[tensor.name].file} and {tensor.file}"
+            )
         tensors[tensor.name] = tensor
     return tensors
 
@@ -95,21 +146,22 @@ def check_tensors(path: Path, config: ModelConfig, found: Mapping[str, StoredTen
       CheckpointFormatError: some are missing, too many, or of another shape than the config says; or a
         tied model comes with an output head that is not its embedding.
     """
-    wanted = slots(config)
-    extra = [name for name in found if name not in wanted]
-    if config.tie_word_embeddings and HEAD_NAME in extra and EMBED_NAME in found:
-        if not _same_bytes(found[HEAD_NAME], found[EMBED_NAME]):
+    wanted, found = slots(config), canonical(path, found)
+    if config.tie_word_embeddings and (head := found.pop(HEAD_NAME, None)):
+        embed = found.setdefault(EMBED_NAME, dataclasses.replace(head, name=EMBED_NAME))
+        if not _same_numbers(head, embed):
             raise CheckpointFormatError(
                 f"{path}: {HEAD_NAME} differs from {EMBED_NAME}, but tie_word_embeddings is true; "
                 "set it to false in config.json, or remove the tensor"
             )
-        extra.remove(HEAD_NAME)
+    extra = [name for name in found if name not in wanted]
     missing = [name for name in wanted if name not in found]
     if missing or extra:
         raise CheckpointFormatError(
             f"{path}: the tensors are not those that config.json asks for"
             + _some("missing", missing)
             + _some("unknown", extra)
+            + _LORA * any("lora_" in name for name in extra)
         )
     for name, slot in wanted.items():
         if found[name].shape != slot.shape:
@@ -125,7 +177,7 @@ def _some(what: str, names: Sequence[str]) -> str:
     if not names:
         return ""
     more = f" and {len(names) - 10} more" if len(names) > 10 else ""
-    return f"; {len(names)} {what}: {', '.join(names[:10])}{more}"
+    return f"; {len(names)} {what}: {', '.join(map(shown, names[:10]))}{more}"
 
 
 def _shape_mismatch(tensor: StoredTensor, slot: Slot) -> str:
@@ -140,9 +192,20 @@ def _shape_mismatch(tensor: StoredTensor, slot: Slot) -> str:
     )
 
 
-def _same_bytes(a: StoredTensor, b: StoredTensor) -> bool:
-    same_kind = a.shape == b.shape and a.dtype == b.dtype
-    return same_kind and raw_bytes(a.read()) == raw_bytes(b.read())
+def _same_numbers(a: StoredTensor, b: StoredTensor) -> bool:
+    """Whether two tensors are equal bit for bit; those of different dtypes as float32, which holds all of them."""
+    if a.shape != b.shape:
+        return False
+    if a.read is b.read:
+        return True
+    x, y = a.read(), b.read()
+    if a.dtype == b.dtype:
+        return raw_bytes(x) == raw_bytes(y)
+    x, y = x.reshape(-1), y.reshape(-1)
+    return all(
+        raw_bytes(x[start : start + PIECE].astype(np.float32)) == raw_bytes(y[start : start + PIECE].astype(np.float32))
+        for start in range(0, x.size, PIECE)
+    )
 
 
 def plain_tensors(tensors: Mapping[str, StoredTensor]) -> list[StoredTensor]:

@@ -8,15 +8,16 @@ import json
 import logging
 import os
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ..errors import CheckpointFormatError, SaveError
+from ..file_kind import what_it_is
 from ..files import new_file
-from .stored import INTEGER_TAGS, SAFETENSORS_TAGS, STORED_DTYPES, StoredTensor, raw_bytes
+from .stored import INTEGER_TAGS, SAFETENSORS_TAGS, STORED_DTYPES, StoredTensor, is_buffer, raw_bytes, shown
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -25,7 +26,7 @@ log = logging.getLogger(__name__)
 
 
 def open_file(path: Path, quantized: bool = False) -> list[StoredTensor]:
-    """The tensors of one file; nothing but its header is read.
+    """The tensors of one file but for buffers; nothing but its header is read.
 
     Args:
       quantized: there may be integers.
@@ -37,6 +38,8 @@ def open_file(path: Path, quantized: bool = False) -> list[StoredTensor]:
     tags = SAFETENSORS_TAGS | (INTEGER_TAGS if quantized else {})
     from safetensors import SafetensorError, safe_open
 
+    if what := what_it_is(path, "safetensors"):
+        raise CheckpointFormatError(f"{path} is no safetensors file: {what}")
     try:
         # Opening checks the header against the file: sizes, offsets, overlaps, holes, truncation.
         with safe_open(path, framework="numpy"):
@@ -49,9 +52,13 @@ def open_file(path: Path, quantized: bool = False) -> list[StoredTensor]:
     except (SafetensorError, OSError, ValueError, RecursionError) as error:
         raise CheckpointFormatError(f"{path} is not a sound safetensors file: {error}; fetch it again") from None
     header.pop("__metadata__", None)
+    header = {name: entry for name, entry in header.items() if not is_buffer(name)}
     for name, entry in header.items():
         if entry["dtype"] not in tags:
-            raise CheckpointFormatError(f"{path}: tensor {name} is {entry['dtype']}; supported are {', '.join(tags)}")
+            quantized_how = "; it may be quantized by another program" if entry["dtype"] in ("U32", "I32") else ""
+            raise CheckpointFormatError(
+                f"{path}: tensor {shown(name)} is {entry['dtype']}; supported are {', '.join(tags)}{quantized_how}"
+            )
     return [
         StoredTensor(
             name=name,
@@ -65,11 +72,12 @@ def open_file(path: Path, quantized: bool = False) -> list[StoredTensor]:
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    names = [name for name, _ in pairs]
-    if len(set(names)) < len(names):
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"{twice} stands twice in the header")
-    return dict(pairs)
+    found: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in found:
+            raise ValueError(f"{shown(name)} stands twice in the header")
+        found[name] = value
+    return found
 
 
 def _mapped(path: Path, offset: int, dtype: str, shape: Sequence[int]):
@@ -82,11 +90,14 @@ def _mapped(path: Path, offset: int, dtype: str, shape: Sequence[int]):
     return read
 
 
-def open_folder(folder: Path, quantized: bool = False) -> dict[str, StoredTensor]:
+def open_folder(
+    folder: Path, quantized: bool = False, redundant: Callable[[str], bool] = is_buffer
+) -> dict[str, StoredTensor]:
     """All tensors of a folder: of model.safetensors if it is there, as transformers does, else by the index.
 
     Args:
       quantized: there may be integers.
+      redundant: whether a tensor of that name may be listed and not be there, or the other way round.
 
     Raises:
       CheckpointFormatError: the index or a shard is missing, damaged, or they contradict each other.
@@ -104,19 +115,26 @@ def open_folder(folder: Path, quantized: bool = False) -> dict[str, StoredTensor
         if missing := [shard for shard in shards if not (folder / shard).exists()]:
             raise CheckpointFormatError(f"{folder}: {missing[0]} is listed in {INDEX} but missing; fetch it again")
     if extra := sorted(present - set(shards)):
-        log.warning("%s: %s not listed in %s, ignored", folder, ", ".join(extra), INDEX if listed else SINGLE)
+        log.warning(
+            "%s: %s not listed in %s, ignored", folder, ", ".join(map(shown, extra)), INDEX if listed else SINGLE
+        )
     tensors: dict[str, StoredTensor] = {}
     for shard in shards:
         for tensor in open_file(folder / shard, quantized):
             if tensor.name in tensors:
-                raise CheckpointFormatError(f"tensor {tensor.name} is in {tensors[tensor.name].file} and {tensor.file}")
+                raise CheckpointFormatError(
+                    f"tensor {shown(tensor.name)} is in {tensors[tensor.name].file} and {tensor.file}"
+                )
             tensors[tensor.name] = tensor
     if listed is not None:
         for name in sorted(listed.keys() | tensors.keys()):
             if name not in tensors or name not in listed or Path(tensors[name].file).name != listed[name]:
                 found = Path(tensors[name].file).name if name in tensors else "no shard"
+                if redundant(name):
+                    continue
+                where = listed.get(name, "no shard")
                 raise CheckpointFormatError(
-                    f"{folder / INDEX}: tensor {name} is listed in {listed.get(name, 'no shard')} but is in {found}"
+                    f"{folder / INDEX}: tensor {shown(name)} is listed in {where} but is in {found}"
                 )
     return tensors
 
@@ -131,11 +149,14 @@ def read_weight_map(index: Path) -> dict[str, str]:
         weight_map = json.loads(index.read_bytes(), object_pairs_hook=_unique)["weight_map"]
         entries = list(weight_map.items())
     except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointFormatError(f"{index} has no readable weight_map: {error!r}") from None
+        reason = what_it_is(index) or shown(repr(error))
+        raise CheckpointFormatError(f"{index} has no readable weight_map: {reason}") from None
     for name, shard in entries:
         # Judged by name: the shards of a Hugging Face cache are links that lead out of the folder.
         if not isinstance(shard, str) or shard in ("", ".", "..") or set(shard) & set("/\\\0"):
-            raise CheckpointFormatError(f"{index}: {name} is in {shard!r}, which is not a plain file name")
+            raise CheckpointFormatError(
+                f"{index}: {shown(name)} is in {shown(repr(shard))}, which is not a plain file name"
+            )
     if not entries:
         raise CheckpointFormatError(f"{index}: weight_map is empty")
     return weight_map

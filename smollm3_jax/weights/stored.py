@@ -2,10 +2,13 @@
 
 import dataclasses
 import math
+import re
 from collections.abc import Callable
 
 import ml_dtypes
 import numpy as np
+
+from ..screen_text import plain
 
 # Name in config.json and in torch -> numpy's type, and the tag that safetensors headers use.
 NUMPY_DTYPES = {
@@ -18,6 +21,11 @@ SAFETENSORS_TAGS = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 INTEGER_DTYPES = {"int8": np.dtype(np.int8), "uint8": np.dtype(np.uint8)}
 INTEGER_TAGS = {"I8": "int8", "U8": "uint8"}
 STORED_DTYPES = NUMPY_DTYPES | INTEGER_DTYPES
+# Tensors that some releases of transformers, and other trainers, save though the config determines them.
+_BUFFER = re.compile(
+    r"(?:.*\.)?(?:(?:rotary_emb|rotary_pos_emb)\.\w+"
+    r"|inv_freq|cos_cached|sin_cached|causal_mask|attn_mask|attention_mask|masked_bias|position_ids)",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +46,17 @@ class StoredTensor:
     def nbytes(self) -> int:
         """Bytes of the whole tensor in `dtype`."""
         return math.prod(self.shape) * STORED_DTYPES[self.dtype].itemsize
+
+
+def shown(name: object) -> str:
+    """A name from a file as messages have it: one line, without control characters, and not without end."""
+    text = plain(name)
+    return text if len(text) <= 200 else f"{text[:200]}..."
+
+
+def is_buffer(name: str) -> bool:
+    """Whether a tensor is a buffer that the config determines (RoPE's frequencies, masks), of whatever dtype."""
+    return _BUFFER.fullmatch(name) is not None
 
 
 def raw_bytes(array: np.ndarray) -> memoryview:

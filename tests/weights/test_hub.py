@@ -43,8 +43,8 @@ package = sys.modules["smollm3_jax"] = types.ModuleType("smollm3_jax")
 package.__path__ = ["smollm3_jax"]
 from smollm3_jax.weights import hub
 try:
-    print(json.dumps(["ok", str(hub.pull(*json.loads(sys.argv[1])))]))
-except hub.HubError as error:
+    print(json.dumps(["ok", str(hub.resolve(*json.loads(sys.argv[1])))]))
+except (hub.HubError, hub.OptionError) as error:
     print(json.dumps([type(error).__name__, str(error)]))
 """
 
@@ -215,6 +215,19 @@ def test_refusals(server, pull, part, status, code, error, hint):
     assert "\n" not in message
 
 
+def test_a_revision_in_the_name(server, pull):
+    """A branch with a slash reaches the hub as one, however it is named."""
+    for given in ("org/tiny@feature/x", f"http://127.0.0.1:{server.server_port}/org/tiny/tree/feature/x"):
+        outcome, folder = pull(given)
+        assert outcome == "ok" and folder.name == COMMIT
+        assert requests(server, "/revision/feature%2Fx")
+    outcome, message = pull("org/tiny@one", "two")
+    assert outcome == "OptionError" and "revision one, and two" in message
+    server.refusals["/revision/v9"] = 404, "RevisionNotFound"
+    outcome, message = pull("org/tiny@v9")
+    assert outcome == "HubError" and "org/tiny has no revision v9" in message
+
+
 @pytest.mark.parametrize(
     ("environment", "hint"), [({}, "check the connection"), ({"HF_HUB_OFFLINE": "1"}, "unset HF_HUB_OFFLINE")]
 )
@@ -236,8 +249,9 @@ def test_a_silent_hub_is_given_up(server, pull, part):
 
 
 def test_not_a_hub_id(pull):
-    outcome, message = pull("org/ti ny")
-    assert outcome == "HubError" and "org/ti ny is no hub id" in message
+    for name, words in (("org/ti..ny", "is no hub id"), ("org/ti ny", "(a hub id reads ORG/NAME or ORG/NAME@REVISION")):
+        outcome, message = pull(name)
+        assert outcome == "HubError" and f"{name} {words}" in message
 
 
 def test_a_broken_transfer_is_resumed(server, pull):
@@ -395,9 +409,31 @@ def test_paths_are_returned_as_they_are(tmp_path):
     (tmp_path / "model.gguf").touch()
     assert hub.resolve(tmp_path) == tmp_path
     assert hub.resolve(str(tmp_path / "model.gguf")) == tmp_path / "model.gguf"
-    (tmp_path / "model.safetensors").touch()
-    with pytest.raises(HubError, match="give the folder that holds"):
-        hub.resolve(tmp_path / "model.safetensors")
+    other = tmp_path / "Model.GGUF"
+    other.touch()
+    assert hub.resolve(other) == other
+    named = tmp_path / "org" / "tiny@v1"
+    named.mkdir(parents=True)
+    assert hub.resolve(named) == named
+
+
+def test_a_file_of_weights_stands_for_its_folder(tmp_path):
+    for name in ("model.safetensors", "model.safetensors.json", "config", "pytorch_model.bin"):
+        (tmp_path / name).touch()
+        with pytest.raises(HubError, match="is no model: give a folder that holds"):
+            hub.resolve(tmp_path / name)
+    (tmp_path / "config.json").touch()
+    assert hub.resolve(tmp_path / "model.safetensors") == tmp_path
+    with pytest.raises(HubError, match=r"pytorch_model\.bin is not what is read of .*, but model\.safetensors is"):
+        hub.resolve(tmp_path / "pytorch_model.bin")
+    (tmp_path / "adapter.safetensors").touch()
+    with pytest.raises(HubError, match=r"adapter\.safetensors is not what is read"):
+        hub.resolve(tmp_path / "adapter.safetensors")
+    for path in tmp_path.glob("*.safetensors"):
+        path.unlink()
+    assert hub.resolve(tmp_path / "pytorch_model.bin") == tmp_path
+    with pytest.raises(HubError, match=r"no such file: org/tiny/x.gguf.*`hf download org/tiny x.gguf`"):
+        hub.resolve("org/tiny/x.gguf")
 
 
 @pytest.mark.parametrize(

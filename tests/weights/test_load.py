@@ -182,7 +182,7 @@ CONFIGS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "string_size": ({"hidden_size": "64"}, ("hidden_size is '64'",)),
     "float_layers": ({"num_hidden_layers": 4.0}, ("num_hidden_layers is 4.0",)),
     "huge_theta": ({"rope_theta": 10**400}, ("rope_theta",)),
-    "dtype": ({"torch_dtype": "float8_e4m3fn"}, ("dtype is 'float8_e4m3fn'", "bfloat16")),
+    "dtype": ({"torch_dtype": "e4m3"}, ("dtype is 'e4m3'", "bfloat16")),
 }
 
 
