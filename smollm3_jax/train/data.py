@@ -20,7 +20,7 @@ from jax.sharding import NamedSharding
 from sharding.rules import Sharding
 
 from ..config import ModelConfig
-from ..errors import DataError, OptionError
+from ..errors import DataError, OptionError, SmolLM3Error
 from .packing import EndOfData, Rows
 from .settings import Settings, Source, stage_at
 from .sources import BadRecord, Documents, Words, find_files, grain, open_documents, stem
@@ -267,7 +267,10 @@ def encoder(tokenizer: Any, config: ModelConfig) -> Encode:
 
     def encode(document: Any) -> np.ndarray:
         if isinstance(document, str):
-            return np.asarray([*tokenizer.encode(document), eos], np.int32)
+            try:
+                return np.asarray([*tokenizer.encode(document), eos], np.int32)
+            except SmolLM3Error as error:
+                raise BadRecord(str(error)) from None
         if not document.size:
             raise BadRecord("a document without tokens")
         if document.min() < 0 or document.max() >= config.vocab_size:

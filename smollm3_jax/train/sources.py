@@ -23,10 +23,9 @@ from etils import epath
 
 from sharding.rules import say_once
 
-from .. import files as disk
 from ..errors import DataError, SupportError
+from ..files import is_remote, new_file
 from ..text_files import COMPRESSED, HEAD, blocks, compression_of, decode, encoding_of, refuse_utf16
-from ..weights.bucket import is_remote
 from ..weights.hub import cache_dir
 from .json_records import spans
 from .settings import Source
@@ -352,7 +351,7 @@ def _readable(file: epath.Path) -> epath.Path:
         log.info("unpacking %s into %s", file, copy)
         try:
             copy.parent.mkdir(parents=True, exist_ok=True)
-            with disk.new_file(copy) as out:
+            with new_file(copy) as out:
                 for block in blocks(stream, file):
                     out.write(block)
         except OSError as error:
@@ -415,7 +414,7 @@ def _open_jsonl(file: epath.Path, field: str, max_bytes: int, words: Words) -> t
         try:
             record = json.loads(line.decode())
         except (ValueError, RecursionError) as error:
-            raise BadRecord(f"{where}: {error!r}"[:200]) from None
+            raise BadRecord(f"{where}: not JSON: {error}"[:300]) from None
         return _text(_value(record, field, where, words), where)
 
     return len(places), read
