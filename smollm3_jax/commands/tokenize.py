@@ -39,6 +39,6 @@ def run(args: argparse.Namespace) -> int:
         last = f" (the last: {report['last_bad']})" if report["bad"] else ""
         print(
             f"{report['documents']:,} documents, {report['tokens']:,} tokens, {report['shards']} shards, "
-            f"{report['bad']:,} bad records skipped{last}"
+            f"bad records skipped: {report['bad']:,}{last}"
         )
     return 0
