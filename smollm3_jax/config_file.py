@@ -228,7 +228,7 @@ def _token_id(raw: Mapping[str, Any], field: str) -> int | None:
 def _dtype(raw: dict[str, Any], notes: list[str]) -> str | None:
     """The dtype that the file names, as far as weights can be loaded in it; the tensors decide anyway."""
     names = {f: typed(raw, f, str).removeprefix("torch.") for f in ("dtype", "torch_dtype") if raw.get(f) is not None}
-    names = {f: DTYPE_ALIASES.get(name, name) for f, name in names.items()}
+    names = {f: str(DTYPE_ALIASES.get(name, name)) for f, name in names.items()}
     if not names:
         return None
     if len(set(names.values())) > 1:

@@ -9,6 +9,7 @@ Shapes: B documents side by side, T tokens of each, V vocabulary.
 import functools
 import itertools
 import json
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -21,6 +22,7 @@ from jax import Array
 
 from sharding.rules import Sharding
 
+from . import text_files
 from .compile_cache import enable
 from .errors import OptionError
 from .kv_cache import KVCache, empty_cache
@@ -29,38 +31,70 @@ from .progress import tally
 from .quantize import kernel
 from .tokenizer import Tokenizer
 
+log = logging.getLogger(__name__)
+
 ROWS = 24
 # So many steps a call; the program is compiled once.
 STEPS = 32
 
 
 def read_documents(path: Path, tokenizer: Tokenizer, max_tokens: int, length: int) -> dict[str, list[list[int]]]:
-    """The beginnings of a file's documents, as token ids, by language.
+    """The beginnings of a file's documents, as token ids, by language: `encode_texts` of `read_texts`."""
+    return encode_texts(path, read_texts(path)[0], tokenizer, max_tokens, length)
+
+
+def read_texts(path: Path) -> tuple[dict[str, list[str]], list[str]]:
+    """The texts of a file by language, and why others were skipped: half a surrogate pair is no text.
 
     Args:
-      path: JSON lines, each with a "text", and a "language" if there are several.
-      max_tokens: how many tokens to take in all; as many of each language, as far as there are.
-      length: how many to take of a document at most.
+      path: JSON lines, each with a "text", and a "language" if there are several; compressed or not.
 
     Raises:
-      OptionError: a number is too small, or the file is missing, is no such file, or holds no text.
+      OptionError: the file is missing, or no such file.
+      DataError: it is damaged, or not in UTF-8.
     """
-    if length < 2 or max_tokens < 2:
-        raise OptionError(f"length {length} and max_tokens {max_tokens} must be at least 2")
     texts: dict[str, list[str]] = {}
+    skipped = []
     try:
-        lines = path.read_bytes().splitlines()
+        lines = text_files.read(path).splitlines()
     except OSError as error:
         raise OptionError(f"{path} cannot be read: {error.strerror}") from None
     for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        fields: Any = None
         try:
             fields = json.loads(line)
             text, language = fields["text"], fields.get("language") or ""
             if not isinstance(text, str) or not isinstance(language, str):
                 raise TypeError("text and language must be strings")
+            f"{language}{text}".encode()
+        except UnicodeEncodeError:
+            skipped.append(f"{path}: line {number} is skipped: half a surrogate pair, which is no text")
+            log.warning("%s", skipped[-1])
+            continue
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-            raise OptionError(f'{path}: line {number} is no JSON object with a "text": {error!r}') from None
+            there = f"; it has {', '.join(list(fields)[:10])}"[:300] if isinstance(error, KeyError) else ""
+            raise OptionError(f'{path}: line {number} is no JSON object with a "text": {error!r}{there}') from None
         texts.setdefault(language, []).append(text)
+    return texts, skipped
+
+
+def encode_texts(
+    path: Path, texts: Mapping[str, Sequence[str]], tokenizer: Tokenizer, max_tokens: int, length: int
+) -> dict[str, list[list[int]]]:
+    """Token ids of the texts' beginnings, by language.
+
+    Args:
+      path: what to name where there is nothing in them.
+      max_tokens: how many tokens to take in all; as many of each language, as far as there are.
+      length: how many to take of a document at most.
+
+    Raises:
+      OptionError: a number is too small, or there is no text of two tokens or more.
+    """
+    if length < 2 or max_tokens < 2:
+        raise OptionError(f"length {length} and max_tokens {max_tokens} must be at least 2")
     documents: dict[str, list[list[int]]] = {language: [] for language in texts}
     left = max_tokens
     rounds = itertools.zip_longest(*([(language, text) for text in of] for language, of in texts.items()))

@@ -113,13 +113,15 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _prompt(args: argparse.Namespace) -> str:
+    from ..text_files import decode
+
     if args.prompt_file is None and args.prompt != "-":
         return args.prompt
     try:
         if args.prompt_file is None and sys.stdin is None:
             raise ValueError("it is closed")
         content = sys.stdin.buffer.read() if args.prompt_file is None else Path(args.prompt_file).read_bytes()
-        return re.sub(r"\r?\n\Z", "", content.decode())
+        return re.sub(r"\r?\n\Z", "", decode(content))
     except (OSError, ValueError) as error:
         raise OptionError(f"the prompt of {args.prompt_file or 'standard input'} cannot be read: {error}") from None
 

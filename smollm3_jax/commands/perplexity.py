@@ -23,12 +23,13 @@ def add(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from rich.table import Table
 
-    from ..perplexity import perplexity, read_documents
+    from ..perplexity import encode_texts, perplexity, read_texts
 
     checkpoint, tokenizer = open_model(args)
     # Read before the model is loaded: a mistake in the text shows at once.
-    documents = read_documents(Path(args.text), tokenizer, args.max_tokens, args.length)
-    report = {"model": args.model, "text": args.text}
+    texts, skipped = read_texts(Path(args.text))
+    documents = encode_texts(Path(args.text), texts, tokenizer, args.max_tokens, args.length)
+    report = {"model": args.model, "text": args.text, "skipped": len(skipped)}
     report |= perplexity(load_model(args, checkpoint), documents, args.cache)
     if args.json:
         print_json(report)
@@ -39,6 +40,7 @@ def run(args: argparse.Namespace) -> int:
         shown = ["not finite" if value is None else f"{value:.4f}" for value in values]
         table.add_row(language or "-", *shown, f"{row['tokens']:,}")
     console().print(table)
-    print(f"{report['documents']} documents of up to {report['longest']} tokens, {report['rows']} side by side")
+    bad = f"; bad records skipped: {len(skipped)}" if skipped else ""
+    print(f"{report['documents']} documents of up to {report['longest']} tokens, {report['rows']} side by side{bad}")
     print(f"weights {report['weights']}, activations {report['activations']}, cache {report['cache']}")
     return 0

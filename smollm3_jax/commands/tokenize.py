@@ -12,6 +12,8 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", metavar="DST", help="the folder to write; a run that was stopped goes on")
     parser.add_argument("-m", "--model", required=True, metavar="MODEL", help=f"whose tokenizer: {MODEL_HELP}")
     parser.add_argument("--field", default="text", help="of JSON lines and columns (default: text)")
+    formats = ("jsonl", "parquet", "arrayrecord", "text", "hf")
+    parser.add_argument("--format", choices=formats, default="", help="where the files' names do not say it")
     parser.add_argument("--workers", type=int, metavar="N", help="processes (default: one a core)")
     parser.add_argument("--shard-documents", type=int, default=10_000, metavar="N", help="default: 10000")
     parser.add_argument("--bad-records", type=int, default=100, metavar="N", help="how many may be skipped")
@@ -27,6 +29,7 @@ def run(args: argparse.Namespace) -> int:
         Path(args.folder),
         text_folder(folder(args.model)),
         field=args.field,
+        format=args.format,
         workers=args.workers or os.cpu_count() or 1,
         shard_documents=args.shard_documents,
         bad_records=args.bad_records,
@@ -34,5 +37,9 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print_json(report)
     else:
-        print(f"{report['documents']:,} documents, {report['tokens']:,} tokens, {report['shards']} shards")
+        last = f" (the last: {report['last_bad']})" if report["bad"] else ""
+        print(
+            f"{report['documents']:,} documents, {report['tokens']:,} tokens, {report['shards']} shards, "
+            f"bad records skipped: {report['bad']:,}{last}"
+        )
     return 0

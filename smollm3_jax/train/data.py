@@ -5,6 +5,7 @@ Mixing, shuffling and packing go by global indices on every host; each then take
 
 import dataclasses
 import logging
+import os
 import queue
 import threading
 import time
@@ -13,15 +14,16 @@ from typing import Any
 
 import jax
 import numpy as np
+from etils import epath
 from jax.sharding import NamedSharding
 
 from sharding.rules import Sharding
 
 from ..config import ModelConfig
-from ..errors import DataError, OptionError
+from ..errors import DataError, OptionError, SmolLM3Error
 from .packing import EndOfData, Rows
 from .settings import Settings, Source, stage_at
-from .sources import BadRecord, Documents, find_files, grain, open_documents
+from .sources import BadRecord, Documents, Words, find_files, grain, open_documents, stem
 from .step import Batch
 
 log = logging.getLogger(__name__)
@@ -43,7 +45,8 @@ class Batches:
         data = settings.data
         self._settings = settings
         self._corpora = {
-            name: open_documents(name, source, data.max_document_bytes) for name, source in sources(settings).items()
+            name: open_documents(name, source, data.max_document_bytes, words_for(settings, name))
+            for name, source in sources(settings).items()
         }
         self._rows = {
             name: training_rows(name, documents, encode, settings) for name, documents in self._corpora.items()
@@ -76,7 +79,9 @@ class Batches:
         self._stage, self._mixed = state["stage"], {name: state["mixed"].get(name, 0) for name in self._rows}
         for name, files in self.state()["files"].items():
             before = state["files"].get(name)
-            if before == files:
+            if before == files or before == [list(file) for file in self._corpora[name].pieces]:
+                if before != files:
+                    log.warning("source %s: the checkpoint saw of long files only beginning, middle and end", name)
                 self._rows[name].restore(state["rows"][name])
                 continue
             changed = _changed(name, before, files)
@@ -111,8 +116,9 @@ def expanded(settings: Settings) -> Settings:
     data = settings.data
     if not data.per_file or data.sources:
         return settings
-    files = find_files("data", Source(path=data.path, field=data.field))
-    found = {file.stem: Source(path=str(file), field=data.field) for file in files}
+    folder = epath.Path(os.path.expanduser(data.path))
+    files = find_files("data", Source(path=data.path, format=data.format), words_for(settings, "data"))
+    found = {stem(file, folder): Source(path=str(file), field=data.field, format=data.format) for file in files}
     if len(found) < len(files):
         raise DataError(f"data.per_file: {data.path} holds files that differ in their endings alone")
     return dataclasses.replace(settings, data=dataclasses.replace(data, path="", sources=found))
@@ -121,7 +127,14 @@ def expanded(settings: Settings) -> Settings:
 def sources(settings: Settings) -> dict[str, Source]:
     """The corpora of a run by name; the only one is called "data"."""
     data = settings.data
-    return data.sources or {"data": Source(path=data.path, field=data.field)}
+    return data.sources or {"data": Source(path=data.path, field=data.field, format=data.format)}
+
+
+def words_for(settings: Settings, name: str) -> Words:
+    """How a user sets the options of a source."""
+    data = settings.data
+    of = "data" if data.per_file or not data.sources else f"data.sources.{name}"
+    return Words(f"{of}.field", f"{of}.format", "data.max_document_bytes")
 
 
 def training_rows(name: str, documents: Documents, encode: Encode, settings: Settings) -> Rows:
@@ -139,8 +152,9 @@ def held_out_rows(settings: Settings, batches: Batches, encode: Encode) -> dict[
     """The documents held out, by name, in their order and once; each call begins anew."""
     data = settings.data
     if data.eval_path:
-        whole = Source(path=data.eval_path, field=data.field)
-        corpora = {"held out": open_documents("held out", whole, data.max_document_bytes)}
+        whole = Source(path=data.eval_path, field=data.field, format=data.eval_format)
+        words = Words("data.field", "data.eval_format", "data.max_document_bytes")
+        corpora = {"held out": open_documents("held out", whole, data.max_document_bytes, words)}
         orders: dict[str, Any] = {name: range(len(corpus)) for name, corpus in corpora.items()}
     elif data.eval_every_nth:
         corpora = dict(batches.corpora)
@@ -253,7 +267,10 @@ def encoder(tokenizer: Any, config: ModelConfig) -> Encode:
 
     def encode(document: Any) -> np.ndarray:
         if isinstance(document, str):
-            return np.asarray([*tokenizer.encode(document), eos], np.int32)
+            try:
+                return np.asarray([*tokenizer.encode(document), eos], np.int32)
+            except SmolLM3Error as error:
+                raise BadRecord(str(error)) from None
         if not document.size:
             raise BadRecord("a document without tokens")
         if document.min() < 0 or document.max() >= config.vocab_size:

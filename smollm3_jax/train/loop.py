@@ -77,7 +77,7 @@ log = logging.getLogger(__name__)
 STOPPED = 75  # the exit code of a run that was told to stop, and can go on: EX_TEMPFAIL
 # What may differ from what a checkpoint was made with: none of it changes what a step computes.
 FREE = ("run.dir", "run.steps", "run.name", "mesh", "checkpoint", "eval", "guard", "log", "step.remat")
-FREE += ("data.timeout", "data.bad_records", "data.eval_path")
+FREE += ("data.timeout", "data.bad_records", "data.eval_path", "data.eval_format")
 # Nor where files lie: what is in them is compared by digests.
 FREE += ("model.path", "model.config", "data.path")
 

@@ -64,11 +64,13 @@ class Source:
 
 @dataclasses.dataclass(frozen=True)
 class Data:
-    """path: of the only source, or sources: by name; per_file makes a source of each file of path.
+    """path: of the only source, its format and field as in a source's table; or sources: by name; per_file makes a
+    source of each file of path.
 
     length: tokens of a row. rows: of a step, over all devices. epochs: how often the documents are read (0: no end).
     shuffle: documents are read in an order drawn anew in each epoch: of Parquet, whole row groups are decoded for
-    one, so that `smollm3 tokenize` pays. eval_path: documents held out, a folder or a file; or eval_every_nth: every
+    one, so that `smollm3 tokenize` pays. eval_path: documents held out, a folder or a file, of eval_format (guessed if
+    "") and with the same field; or eval_every_nth: every
     n-th document of each source is held out (0: none). bad_records: how many unreadable documents of a source are
     skipped before the run stops. max_document_bytes: longer ones count as unreadable. timeout: seconds that a batch
     may take.
@@ -77,12 +79,14 @@ class Data:
     path: str = ""
     sources: dict[str, Source] = dataclasses.field(default_factory=dict)
     per_file: bool = False
+    format: str = ""
     field: str = "text"
     length: int = 4096
     rows: int = 16
     shuffle: bool = True
     epochs: int = 0
     eval_path: str = ""
+    eval_format: str = ""
     eval_every_nth: int = 0
     bad_records: int = 100
     max_document_bytes: int = 10_000_000
@@ -270,9 +274,11 @@ def check(settings: Settings) -> None:
     _, *begins = starts(s)
     need("stages", begins == sorted(set(begins)), "their starts must increase")
     need("stages", all(0 < start < s.run.steps for start in begins), "their starts lie between 0 and run.steps")
+    formats = {"data.format": s.data.format, "data.eval_format": s.data.eval_format}
+    formats |= {f"data.sources.{name}.format": source.format for name, source in s.data.sources.items()}
+    for key, value in formats.items():
+        need(key, value in ("", *SOURCE_FORMATS), f"{value!r}: there are {', '.join(SOURCE_FORMATS)}")
     for name, source in s.data.sources.items():
-        formats = ("", *SOURCE_FORMATS)
-        need(f"data.sources.{name}.format", source.format in formats, f"there are {', '.join(SOURCE_FORMATS)}")
         need(f"data.sources.{name}.weight", source.weight >= 0, "not negative")
     for stage in s.stages:
         for name in stage.weights:

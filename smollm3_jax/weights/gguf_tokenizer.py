@@ -43,7 +43,7 @@ def tokenizer_files(metadata: dict[str, Any], ids: dict[str, int]) -> dict[str, 
     model, pre = (metadata_value(metadata, f"tokenizer.ggml.{key}", str, None) for key in ("model", "pre"))
     if model in (None, "none", "no_vocab"):
         return {}
-    pre = ALIASES.get(pre or "", pre)
+    pre = ALIASES.get(pre, pre) if pre else None
     if model != "gpt2" or pre not in SPLITS:
         raise TokenizerError(
             f"tokenizer.ggml.model is {model!r} and tokenizer.ggml.pre {pre!r}; gpt2 with {', '.join(SPLITS)} are known"
