@@ -54,17 +54,17 @@ ADVICE = (
 class Chat:
     """A conversation, and all that it is held with.
 
-    context: how many tokens the model can attend to.
-    generate: streams the answer to a prompt; its last argument is the capacity of the cache.
-    read: a line of input, given a prompt and, if wanted, a text to change; EOFError at the end. Only what was pasted
-    holds line breaks.
-  remembered: where what is typed is kept, to be told.
-    interactive: somebody is there to answer questions and to press Ctrl-C.
-    yes: run tools without a question.
+      context: how many tokens the model can attend to.
+      generate: streams the answer to a prompt; its last argument is the capacity of the cache.
+      read: a line of input, given a prompt and, if wanted, a text to change; EOFError at the end. Only what was pasted
+      holds line breaks.
+    remembered: where what is typed is kept, to be told.
+      interactive: somebody is there to answer questions and to press Ctrl-C.
+      yes: run tools without a question.
 
-    Raises:
-      TokenizerError: the model has no chat template, or a broken one.
-      OptionError: the template would not show the tools to the model.
+      Raises:
+        TokenizerError: the model has no chat template, or a broken one.
+        OptionError: the template would not show the tools to the model.
     """
 
     tokenizer: Tokenizer

@@ -12,6 +12,7 @@ import signal
 import struct
 import subprocess
 import sys
+import tempfile
 import termios
 import time
 from collections.abc import Generator, Iterator
@@ -20,6 +21,8 @@ from typing import Any
 
 import pytest
 import tokenizers
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from rich.console import Console
 from tiny import random_tensors, raw_config, write_checkpoint
 from tokenizers import decoders, models, pre_tokenizers
@@ -304,7 +307,14 @@ def test_what_cannot_be_saved_leaves_the_file_as_it_was(tmp_path: Path):
     assert path.read_text() == "precious" and "cannot be written" in run.notes
 
 
-@pytest.mark.parametrize("content", [None, "{", "3", "[]", '[{"role": "x"}]', '{"messages": []}', "[" * 10**5, "\xff"])
+@pytest.mark.parametrize(
+    "content",
+    [
+        *(None, "{", "3", "[]", '[{"role": "x"}]', '{"messages": []}', "[" * 10**5, "\xff"),
+        '[{"role": "user", "content": "a", "x": ' + "[" * 600 + "]" * 600 + "}]",
+        '[{"role": ["user"], "content": ""}]',
+    ],
+)
 def test_what_is_no_conversation_changes_nothing(tmp_path: Path, content: str | None):
     path = tmp_path / "file.json"
     if content is not None:
@@ -312,6 +322,29 @@ def test_what_is_no_conversation_changes_nothing(tmp_path: Path, content: str | 
     run = Run(["Hi", f"/load {path}"], "Hello")
     assert len(run.messages) == 2 and run.code == 2
     assert run.notes.startswith(f"smollm3: {path} cannot be read as a conversation") and run.notes.count("\n") == 1
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(st.characters(codec=None), max_size=9),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
+    max_leaves=8,
+)
+FIELDS = st.sampled_from(["tool_calls", "reasoning", "thinking", "name", "content", "tool_call_id", "x"])
+MESSAGE = st.fixed_dictionaries({"role": st.sampled_from(["system", "user", "assistant", "tool"])}).flatmap(
+    lambda role: st.dictionaries(FIELDS, JSON | st.text(), max_size=3).map(lambda fields: fields | role)
+)
+
+
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(messages=st.lists(MESSAGE | JSON, max_size=4) | JSON)
+def test_whatever_is_loaded_the_chat_goes_on(messages: Any):
+    """Also with all that is done to a conversation later on."""
+    with tempfile.NamedTemporaryFile("w") as file:
+        json.dump(messages, file)
+        file.flush()
+        lines = [f"/load {file.name}", "Hi", "/tokens", "/regenerate", "/undo", "/undo", "/edit a", "/reset", "Hi"]
+        run = Run(lines, *["Hello"] * 9)
+    assert [m["content"] for m in run.messages] == ["Hi", "Hello"]
 
 
 def test_commands_and_mistakes(tmp_path: Path):
