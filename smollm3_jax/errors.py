@@ -48,7 +48,7 @@ class SupportError(SmolLM3Error, RuntimeError):
 
 
 class DataError(SmolLM3Error, ValueError):
-    """Training data that is missing, damaged, or not what the run began with."""
+    """Training data, or a file of prompts, that is missing, damaged, or not what the run began with."""
 
 
 class TrainingError(SmolLM3Error, RuntimeError):

@@ -12,6 +12,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import NamedSharding
@@ -64,7 +65,7 @@ def _empty(config: ModelConfig, batch: int, capacity: int, dtype: jnp.dtype) -> 
     shape = (config.num_key_value_heads, batch, capacity, config.head_dim)
 
     def layer() -> LayerCache:
-        scales = (jnp.zeros(shape[:3]), jnp.zeros(shape[:3])) if dtype == jnp.int8 else (None, None)
+        scales = (jnp.zeros(shape[:3], jnp.float32),) * 2 if dtype == jnp.int8 else (None, None)
         return LayerCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), *scales)
 
     return KVCache(tuple(layer() for _ in range(config.num_hidden_layers)), jnp.zeros((batch,), jnp.int32))
@@ -132,8 +133,8 @@ def _put(old_KBSx: Array, new_KBTx: Array, length_B: Array, slot: Array | None, 
     one_row = slot is not None or new_KBTx.shape[1] == old_KBSx.shape[1] == 1
     if sharding is None or sharding.parts("batch") * sharding.parts("context") == 1:
         if one_row:
-            start = (0, 0 if slot is None else slot, length_B[0], 0)
-            return jax.lax.dynamic_update_slice(old_KBSx, new_KBTx, start[: old_KBSx.ndim])
+            start = _place(0 if slot is None else slot, length_B[0], old_KBSx.ndim)
+            return jax.lax.dynamic_update_slice(old_KBSx, new_KBTx, start)
         return _put_rows(old_KBSx, new_KBTx, length_B)
 
     heads, batch, context, *rest = AXES[: old_KBSx.ndim]
@@ -153,6 +154,13 @@ def _put(old_KBSx: Array, new_KBTx: Array, length_B: Array, slot: Array | None, 
     return sharding.shard_map(part, specs, old_spec)(old_KBSx, new_KBTx, length_B, slot)
 
 
+def _place(row: Array | int, token: Array | int, ndim: int) -> tuple[Array | np.int32, ...]:
+    """Where a slice of one row begins; of one dtype, whatever JAX makes of a Python number."""
+    none = np.int32(0)
+    row, token = (np.int32(x) if isinstance(x, int) else x.astype(jnp.int32) for x in (row, token))
+    return (none, row, token, none)[:ndim]
+
+
 def _first(mesh_axes: tuple[str, ...], length: int) -> Array | int:
     """Inside shard_map: the global index of the first of this device's `length` places."""
     return jax.lax.axis_index(mesh_axes) * length if mesh_axes else 0
@@ -161,14 +169,16 @@ def _first(mesh_axes: tuple[str, ...], length: int) -> Array | int:
 def _put_rows(old_KBSx: Array, new_KBTx: Array, start_B: Array) -> Array:
     """Every row's new tokens from its start on, which may lie before or behind this part of the context."""
     (heads, rows, steps), capacity = new_KBTx.shape[:3], old_KBSx.shape[2]
-    index_BT = start_B[:, None] + jnp.arange(steps)
+    step_1T = jnp.arange(steps, dtype=jnp.int32)[None]
+    index_BT = start_B[:, None] + step_1T
     # Negative indices would count from the end.
-    index_BT = jnp.where(index_BT < 0, capacity + jnp.arange(steps), index_BT)
+    index_BT = jnp.where(index_BT < 0, capacity + step_1T, index_BT)
     # Heads are named one by one: for a write to all at once XLA for TPU would want them together in memory,
     # and copy the whole cache for it.
-    head_K11, row_BT = jnp.arange(heads)[:, None, None], jnp.arange(rows)[:, None]
+    head_K11 = jnp.arange(heads, dtype=jnp.int32)[:, None, None]
+    row_1B1 = jnp.arange(rows, dtype=jnp.int32)[None, :, None]
     # A row that is full writes nothing: its padding has nowhere to go.
-    return old_KBSx.at[head_K11, row_BT, index_BT].set(new_KBTx, mode="drop", unique_indices=True)
+    return old_KBSx.at[head_K11, row_1B1, index_BT[None]].set(new_KBTx, mode="drop", unique_indices=True)
 
 
 def _put_part(old_KBSx: Array, new_K1Tx: Array, row: Array | int, start: Array) -> Array:
@@ -184,9 +194,9 @@ def _put_part(old_KBSx: Array, new_K1Tx: Array, row: Array | int, start: Array) 
     padded_x = jnp.pad(new_x, [(size, size)] + [(0, 0)] * (new_x.ndim - 1))
     window_x = jax.lax.dynamic_slice_in_dim(padded_x, jnp.clip(token, -size, steps) + size, size)
     mine = (row >= 0) & (row < rows)
-    index = token + jnp.arange(size)
+    index = token + jnp.arange(size, dtype=jnp.int32)
     written = ((index >= 0) & (index < steps) & mine).reshape(1, 1, size, *[1] * (old_KBSx.ndim - 3))
-    place = (0, jnp.clip(row, 0, rows - 1), at, 0)[: old_KBSx.ndim]
+    place = _place(jnp.clip(row, 0, rows - 1), at, old_KBSx.ndim)
     before = jax.lax.dynamic_slice(old_KBSx, place, (old_KBSx.shape[0], 1, size, *old_KBSx.shape[3:]))
     new_KBSx = jax.lax.dynamic_update_slice(old_KBSx, jnp.where(written, jnp.moveaxis(window_x, 0, 2), before), place)
     # Left to itself XLA for TPU keeps the heads of a place together in its loop, and copies the whole cache for it.
@@ -230,7 +240,7 @@ def _rows(x_KBSx: Array, slot: Array | None, length: int, sharding: Sharding | N
 
 def _row(x_KBSx: Array, index: Array, length: int) -> Array:
     sizes = (x_KBSx.shape[0], 1, length, *x_KBSx.shape[3:])
-    return jax.lax.dynamic_slice(x_KBSx, (0, index, 0, 0)[: x_KBSx.ndim], sizes)
+    return jax.lax.dynamic_slice(x_KBSx, _place(index, 0, x_KBSx.ndim), sizes)
 
 
 def _row_of_all(x_KBSx: Array, slot: Array, length: int, mesh_axes: tuple[str, ...]) -> Array:
@@ -248,7 +258,7 @@ def copy_row(cache: KVCache, source: Array, target: Array, sharding: Sharding | 
 
     def copied_across(x: Array, source: Array, target: Array) -> Array:
         row = _row_of_all(x, source, x.shape[2], axes)
-        return _put_part(x, row, target - _first(axes, x.shape[1]), jnp.array(0))
+        return _put_part(x, row, target - _first(axes, x.shape[1]), jnp.array(0, jnp.int32))
 
     if sharding is None or sharding.parts("batch") == 1:
         layers = jax.tree.map(copied, cache.layers)
@@ -265,5 +275,6 @@ def copy_row(cache: KVCache, source: Array, target: Array, sharding: Sharding | 
 
 def advance(length_B: Array, segment_ids_BT: Array) -> Array:
     """Row lengths after writing these tokens; padding at the end (segment 0) will be overwritten."""
-    used_BT = jnp.where(segment_ids_BT != 0, jnp.arange(1, segment_ids_BT.shape[1] + 1), 0)
+    count_1T = jnp.arange(1, segment_ids_BT.shape[1] + 1, dtype=jnp.int32)[None]
+    used_BT = jnp.where(segment_ids_BT != 0, count_1T, 0)
     return length_B + used_BT.max(axis=1)

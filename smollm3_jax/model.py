@@ -202,7 +202,7 @@ def _run_layers(
     index_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1], dtype=jnp.int32), tokens_BT.shape)
     # Without segments there is one document a row, and nothing for attention to mask by them.
     row_segments_BT = jnp.ones_like(index_BT) if segments_BT is None else segments_BT
-    length_B = jnp.zeros(())  # of no use without a cache
+    length_B = jnp.zeros((), jnp.int32)  # of no use without a cache
     if cache is not None:
         length_B = cache.length if slot is None else cache.length[slot][None]
         index_BT = index_BT + length_B[:, None]
@@ -320,20 +320,25 @@ def _rms_norm(x_BTD: Array, weight_D: Array, eps: float, addends: tuple[Array, .
     return _scaled(x.astype(x_BTD.dtype), weight_D)
 
 
+def _widened(x: Array, like: Array) -> Array:
+    """x with as many dimensions as `like`, the new ones in front: a caller may forbid JAX to do that by itself."""
+    return jnp.expand_dims(x, tuple(range(like.ndim - x.ndim)))
+
+
 @jax.custom_vjp
 def _scaled(x_BTD: Array, weight_D: Array) -> Array:
     """x times the weight, whose gradient is added up over all tokens in float32."""
-    return x_BTD * weight_D
+    return x_BTD * _widened(weight_D, x_BTD)
 
 
 def _scaled_forward(x_BTD: Array, weight_D: Array) -> tuple[Array, tuple[Array, Array]]:
-    return x_BTD * weight_D, (x_BTD, weight_D)
+    return x_BTD * _widened(weight_D, x_BTD), (x_BTD, weight_D)
 
 
 def _scaled_backward(kept: tuple[Array, Array], gradient_BTD: Array) -> tuple[Array, Array]:
     x_BTD, weight_D = kept
     by_token_BTD = gradient_BTD.astype(jnp.float32) * x_BTD.astype(jnp.float32)
-    return gradient_BTD * weight_D, by_token_BTD.sum(axis=(0, 1)).astype(weight_D.dtype)
+    return gradient_BTD * _widened(weight_D, gradient_BTD), by_token_BTD.sum(axis=(0, 1)).astype(weight_D.dtype)
 
 
 _scaled.defvjp(_scaled_forward, _scaled_backward)
@@ -371,7 +376,8 @@ def _linear(
     """The product and the bias are added up in float32, then rounded once to x's dtype."""
     if bias is None:
         return linear(x, weight, contracted, sharding=sharding, dtype=x.dtype)
-    return (linear(x, weight, contracted, sharding=sharding) + bias[...]).astype(x.dtype)
+    out = linear(x, weight, contracted, sharding=sharding)
+    return (out + _widened(bias[...].astype(out.dtype), out)).astype(x.dtype)
 
 
 def _norm_for(config: ModelConfig, tokens_BT: Array, cached: bool, sharding: Sharding | None) -> Callable[..., Array]:

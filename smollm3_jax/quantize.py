@@ -164,11 +164,11 @@ def _quantized_product(
         return out_RN
     by = kernel(scheme, x_RK.shape[0], platform)
     if by == "integer":
-        return _integer_product(x_RK, values.reshape(-1, x_RK.shape[1])) * scale.reshape(-1)
+        return _integer_product(x_RK, values.reshape(-1, x_RK.shape[1])) * scale.reshape(1, -1)
     if platform == "cpu":
         values = xla_cpu.held_until(x_RK, values)
     if by == "weight-only":
-        return _plain_product(platform, x_RK, values.astype(x_RK.dtype).reshape(-1, x_RK.shape[1])) * scale.reshape(-1)
+        return _plain_product(platform, x_RK, values.astype(x_RK.dtype).reshape(-1, x_RK.shape[1])) * scale.reshape(1, -1)
     w_NK = dequantize(values, scale, minimum).astype(x_RK.dtype).reshape(-1, x_RK.shape[1])
     return _plain_product(platform, x_RK, w_NK)
 
@@ -185,7 +185,7 @@ def _quantized_backward(scheme: str, platform: str, _: Place | None, kept: tuple
     scale_Nx, minimum_Nx = (None if x is None else x.reshape(len(w_NK), -1) for x in (scale, minimum))
     if WEIGHT_SCHEMES[scheme] is None:
         # The integers are exact in every dtype; the scale, one for each output channel, joins the gradient.
-        scaled_RN = (gradient_RN * scale.reshape(-1)).astype(x_RK.dtype)
+        scaled_RN = (gradient_RN * scale.reshape(1, -1)).astype(x_RK.dtype)
         into_x_RK = _dot(scaled_RN, w_NK.astype(x_RK.dtype), 1, 0)
     else:
         whole_NK = dequantize(w_NK, scale_Nx, minimum_Nx).astype(x_RK.dtype)

@@ -84,7 +84,7 @@ def _yarn(powers: np.ndarray, scaling: RopeScaling, config: ModelConfig) -> tupl
 def cos_sin(config: ModelConfig, positions_BT: Array) -> tuple[Array, Array]:
     """cos and sin of every angle, float32 [B, T, E/2] each."""
     frequencies, factor = inverse_frequencies(config)
-    angles = positions_BT[..., None].astype(jnp.float32) * frequencies
+    angles = positions_BT[..., None].astype(jnp.float32) * frequencies[None, None]
     return jnp.cos(angles) * factor, jnp.sin(angles) * factor
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -446,3 +447,11 @@ def test_importing_loads_neither_tokenizers_nor_jinja2():
     modules = "smollm3_jax.tokenizer, smollm3_jax.chat.template"
     code = f"import sys, {modules}; assert not {{'tokenizers', 'jinja2'}} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).resolve().parents[1])
+
+
+def test_a_panic_of_the_library_is_an_error():
+    """A regular expression that gives up, as SmolLM3's does on millions of spaces; Python sees no Exception."""
+    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0}, unk_token="a"))
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.Split(tokenizers.Regex("(a+)+$"), "isolated")
+    with pytest.raises(TokenizerError, match="a text of 41 characters cannot be tokenized: Onig"):
+        Tokenizer(backend, None, {}).encode("a" * 40 + "b")

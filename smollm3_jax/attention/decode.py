@@ -58,10 +58,11 @@ def cache_scores(q_BTHE: Array, cache: LayerCache, length_B: Array, window: Arra
     scores = scores.transpose(0, 1, 3, 2).reshape(kv_heads, batch, length, -1, keys)
     if cache.k_scale is not None:
         scores = scores * cache.k_scale[:, :, None, None, :]
-    q_index_BT1 = (length_B[:, None] + jnp.arange(length))[:, :, None]
-    seen_BTS = jnp.arange(keys) <= q_index_BT1
+    q_index_BT1 = (length_B[:, None] + jnp.arange(length, dtype=jnp.int32)[None])[:, :, None]
+    kv_index_11S = jnp.arange(keys, dtype=jnp.int32)[None, None]
+    seen_BTS = kv_index_11S <= q_index_BT1
     if window is not None:
-        seen_BTS &= q_index_BT1 - jnp.arange(keys) < window
+        seen_BTS &= q_index_BT1 - kv_index_11S < window
     return jnp.where(seen_BTS[None, :, :, None], scores, jnp.finfo(jnp.float32).min)
 
 

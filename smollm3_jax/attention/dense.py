@@ -36,15 +36,15 @@ def dense(
     k_BKSE, v_BKSE = (x.swapaxes(1, 2) for x in (k_BSKE, v_BSKE))
 
     def some(keys: int, q_BKGtE: Array, index_t: Array, *q_segments_Bt: Array) -> Array:
-        kv_index_S = jnp.arange(keys)
-        seen_BtS = (kv_index_S <= index_t[:, None])[None]
+        kv_index_1S = jnp.arange(keys, dtype=jnp.int32)[None]
+        seen_BtS = (kv_index_1S <= index_t[:, None])[None]
         for segments_Bt in q_segments_Bt:
             own_BtS = segments_Bt[:, :, None] == segments[1][:, None, :keys]
             seen_BtS &= own_BtS & (segments_Bt != 0)[:, :, None]
         if window is not None:
-            distance_BtS = (index_t[:, None] - kv_index_S)[None]
+            distance_BtS = (index_t[:, None] - kv_index_1S)[None]
             if gap_B is not None:
-                distance_BtS = distance_BtS - jnp.where(kv_index_S < past, gap_B[:, None, None], 0)
+                distance_BtS = distance_BtS - jnp.where((kv_index_1S < past)[None], gap_B[:, None, None], 0)
             seen_BtS &= distance_BtS < window
         return _softmax_mix(q_BKGtE, k_BKSE[:, :, :keys], v_BKSE[:, :, :keys], seen_BtS)
 
@@ -52,7 +52,7 @@ def dense(
         """Of the queries of a piece of the row: as few at a time as their scores allow."""
         # What comes after a piece's end is hidden from it. Where queries lie in another order, they see any key.
         keys = past + (end if order is None else length)
-        index_T = past + (jnp.arange(first, end) if order is None else jnp.array(order[first:end]))
+        index_T = past + jnp.array(np.arange(first, end) if order is None else order[first:end], jnp.int32)
         parts = (q_BKGTE[:, :, :, first:end], index_T, *(x[:, first:end] for x in segments[:1]))
         axes = (3, 0, 1)[: len(parts)]
         count = end - first

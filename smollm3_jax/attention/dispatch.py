@@ -131,7 +131,7 @@ def attention_after(
     if platform_of(sharding) == "gpu" and takes("cuDNN attention", obstacles):
         return _on_own_parts(gpu.causal_after, q_BTHE, of_heads, (length_B,), kv_axis, sharding)
     past = past_k_BSKE.shape[1]
-    past_segments_BS = (jnp.arange(past) < length_B[:, None]).astype(jnp.int32)
+    past_segments_BS = (jnp.arange(past, dtype=jnp.int32)[None] < length_B[:, None]).astype(jnp.int32)
     return attention(
         q_BTHE,
         jnp.concatenate([past_k_BSKE, k_BTKE], axis=1),

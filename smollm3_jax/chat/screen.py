@@ -5,7 +5,10 @@ output is a file or a pipe, answers and what commands print are all that goes th
 thinking (/thinking prints it); everything else goes to standard error.
 """
 
+import atexit
 import contextlib
+import functools
+import os
 import re
 import sys
 import time
@@ -17,6 +20,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text as Styled
 
+from .. import files
 from .parse import Event, Text, Thinking
 
 PROMPT = "> "  # what is read with this prompt is remembered
@@ -36,8 +40,8 @@ class Screen:
         self.out.file.flush()
 
     def note(self, text: str, style: str = "dim") -> None:
-        """What is neither."""
-        self.notes.print(Styled(clean(text), style=style), soft_wrap=True)
+        """What is neither. A terminal gets whole words, a file gets whole lines."""
+        self.notes.print(Styled(clean(text), style=style), soft_wrap=not self.notes.is_terminal)
 
 
 def clean(text: str) -> str:
@@ -106,41 +110,70 @@ def is_interactive() -> bool:
     return sys.stdin is not None and sys.stdin.isatty()
 
 
-def line_reader(history: Path) -> Callable[[str], str]:
-    """A function that reads a line, given a prompt; at a terminal with line editing, and a history that lasts."""
+def line_reader(history: Path) -> Callable[..., str]:
+    """A function that reads a line, given a prompt and perhaps a text to change.
+
+    At a terminal it has line editing and a history that lasts, and what is pasted is one line, whatever its breaks.
+    """
     if not (is_interactive() and sys.stdout.isatty()):
         return _read_plain
     try:
         import readline
-    except ImportError:  # Windows has none
-        return input
+    except ImportError:
+        return _read_plain
     readline.set_auto_history(False)
-    readline.set_history_length(HISTORY)
-    with contextlib.suppress(OSError):
-        history.parent.mkdir(parents=True, exist_ok=True)
-        history.touch(mode=0o600)
-        readline.read_history_file(history)
+    # Python switches it off. Where libedit stands in for readline, this says nothing to it.
+    readline.parse_and_bind("set enable-bracketed-paste on")
+    for line in _remembered(history):
+        readline.add_history(line)
+    atexit.register(_mark_pastes, False)
 
-    def read(prompt: str) -> str:
+    def read(prompt: str, text: str = "") -> str:
+        readline.set_startup_hook(functools.partial(readline.insert_text, text))
         try:
             line = input(prompt)
         except (EOFError, KeyboardInterrupt):
             print()
             raise
+        finally:
+            readline.set_startup_hook(None)
+            _mark_pastes(True)  # what is pasted while an answer comes waits for the next prompt, whole
         if prompt == PROMPT and line.strip():
             readline.add_history(line)
-            with contextlib.suppress(OSError):
-                # Line by line: the terminal may be closed at any time, and other chats write here, too.
-                if hasattr(readline, "append_history_file"):
-                    readline.append_history_file(1, history)
-                else:
-                    readline.write_history_file(history)
+            _remember(history, line)
         return line
 
     return read
 
 
-def _read_plain(prompt: str) -> str:
+def _mark_pastes(on: bool) -> None:
+    """Whether the terminal says where what is pasted begins and ends: bracketed paste."""
+    if os.environ.get("TERM", "dumb") != "dumb":
+        print(f"\x1b[?2004{'h' if on else 'l'}", end="", flush=True)
+
+
+def _remembered(history: Path) -> list[str]:
+    """The newest lines of the file; a line of it has a carriage return for each break of what was pasted."""
+    with contextlib.suppress(OSError):
+        lines = history.read_bytes().decode(errors="replace").split("\n")[:-1]
+        if len(lines) > 2 * HISTORY:
+            lines = lines[-HISTORY:]
+            files.write(history, "".join(line + "\n" for line in lines))
+        return [line.replace("\r", "\n") for line in lines[-HISTORY:]]
+    return []
+
+
+def _remember(history: Path, line: str) -> None:
+    """One by one: the terminal may be closed at any time, and other chats write here, too."""
+    line = line.encode(errors="replace").decode().replace("\r", "\n").replace("\n", "\r")
+    with contextlib.suppress(OSError):
+        history.parent.mkdir(parents=True, exist_ok=True)
+        with contextlib.suppress(FileExistsError):
+            history.touch(mode=0o600, exist_ok=False)
+        files.append(history, line + "\n")
+
+
+def _read_plain(prompt: str, text: str = "") -> str:
     if is_interactive():
         print(prompt, end="", file=sys.stderr, flush=True)
     if sys.stdin is not None and (line := sys.stdin.readline()):

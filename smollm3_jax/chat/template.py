@@ -29,6 +29,7 @@ SECONDS = 10  # that a rendering may take: it takes milliseconds
 ROLES = ("system", "developer", "user", "assistant", "tool")
 # Servers and libraries disagree on the name; all mean the text between <think> and </think>.
 REASONING_FIELDS = ("reasoning_content", "reasoning", "thinking")
+MAX_DEPTH = 100  # of lists and objects in each other, in a message or a line of JSON
 
 
 def render(
@@ -189,6 +190,7 @@ def normalize(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 def _normalize(message: Mapping[str, Any], where: str) -> dict[str, Any]:
     if not isinstance(message, Mapping):
         raise OptionError(f"{where} is a {type(message).__name__}; it must be an object with role and content")
+    check_depth(message, where)
     role = message.get("role")
     if role not in ROLES:
         raise OptionError(f"{where}.role is {role!r}; it must be one of {', '.join(ROLES)}")
@@ -206,6 +208,21 @@ def _normalize(message: Mapping[str, Any], where: str) -> dict[str, Any]:
     written = [_tool_call(call, f"{where}.tool_calls[{i}]") for i, call in enumerate(calls)]
     content = "\n".join(filter(None, [_text(normal.get("content", ""), f"{where}.content"), *written]))
     return normal | {"role": "system" if role == "developer" else role, "content": reasoning + content}
+
+
+def check_depth(value: Any, where: str) -> None:
+    """Refuses what would exhaust the stack of those that walk through it.
+
+    Raises:
+      OptionError: it is nested deeper than MAX_DEPTH.
+    """
+    level = [value]
+    for _ in range(MAX_DEPTH):
+        level = [x for x in level if isinstance(x, Mapping | list | tuple)]
+        if not level:
+            return
+        level = [inner for x in level for inner in (x.values() if isinstance(x, Mapping) else x)]
+    raise OptionError(f"{where} is nested deeper than {MAX_DEPTH} levels")
 
 
 def _text(content: Any, where: str) -> str:

@@ -2,13 +2,16 @@
 
 import contextlib
 import dataclasses
+import functools
 import json
 import signal
+import textwrap
 import time
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any
 
+from .. import files
 from ..errors import OptionError, SmolLM3Error
 from ..generation.api import Delta
 from ..generation.sampling import SamplingParams
@@ -24,41 +27,53 @@ MIN_ANSWER = 16  # tokens; with less room the context counts as full
 REFUSED = "error: the user refused this call"
 HELLO = [{"role": "user", "content": "Hello"}]  # for questions about the template
 
-HELP = """\
-/think, /no_think  whether the model reasons before its next answers
-/thinking          show its last reasoning
-/system TEXT       set the system message (none without TEXT); the conversation so far stays
-/save FILE         write the conversation as JSON
-/load FILE         go on with a conversation that was saved
-/reset             forget the conversation, but neither the system message nor the mode
-/tokens            how much of the context is used, and how fast the last answer came
-/help              this
-/exit              leave, as Ctrl-D does
-A message that begins with a slash is written with two. A line that ends with a backslash goes on in the next.
-Ctrl-C stops an answer; what has come of it stays in the conversation."""
+COMMANDS = {
+    "/think, /no_think": "whether the model reasons before its next answers",
+    "/thinking": "show its last reasoning",
+    "/regenerate": "answer the last message anew",
+    "/edit TEXT": "put TEXT in the place of the last message, and answer it; without TEXT, change it at the prompt",
+    "/undo": "take back the last message and its answer",
+    "/system TEXT": "set the system message (none without TEXT); the conversation so far stays",
+    "/save FILE": "write the conversation as JSON",
+    "/load FILE": "go on with a conversation that was saved",
+    "/reset": "forget the conversation, but neither the system message nor the mode",
+    "/tokens": "how much of the context is used, and how fast the last answer came",
+    "/help": "this",
+    "/exit": "leave, as Ctrl-D does",
+}
+NAMES = {name.strip("/") for usage in COMMANDS for name in usage.replace(",", " ").split() if name[0] == "/"} | {"quit"}
+OF_SEVERAL_LINES = {"system", "edit"}  # commands
+ADVICE = (
+    "A message that begins with a slash is written with two. Pasted text is one message, whatever its lines; a typed "
+    "line that ends with a backslash goes on in the next. Ctrl-C stops an answer; what has come of it stays in the "
+    "conversation."
+)
 
 
 @dataclasses.dataclass
 class Chat:
     """A conversation, and all that it is held with.
 
-    context: how many tokens the model can attend to.
-    generate: streams the answer to a prompt; its last argument is the capacity of the cache.
-    read: a line of input, given a prompt; EOFError at the end.
-    interactive: somebody is there to answer questions and to press Ctrl-C.
-    yes: run tools without a question.
+      context: how many tokens the model can attend to.
+      generate: streams the answer to a prompt; its last argument is the capacity of the cache.
+      read: a line of input, given a prompt and, if wanted, a text to change; EOFError at the end. Only what was pasted
+      holds line breaks.
+    remembered: where what is typed is kept, to be told.
+      interactive: somebody is there to answer questions and to press Ctrl-C.
+      yes: run tools without a question.
 
-    Raises:
-      TokenizerError: the model has no chat template, or a broken one.
-      OptionError: the template would not show the tools to the model.
+      Raises:
+        TokenizerError: the model has no chat template, or a broken one.
+        OptionError: the template would not show the tools to the model.
     """
 
     tokenizer: Tokenizer
     context: int
     params: SamplingParams
     generate: Callable[[list[int], SamplingParams, int], Generator[Delta, None, None]]
-    read: Callable[[str], str]
+    read: Callable[..., str]
     screen: Screen
+    remembered: str = ""
     interactive: bool = False
     tools: Tools = dataclasses.field(default_factory=dict)
     yes: bool = False
@@ -79,7 +94,8 @@ def converse(chat: Chat) -> int:
     """Answers until the input ends. The exit code: 0, or where nobody watches that of the last error."""
     code, pressed = 0, False
     if chat.interactive:
-        chat.screen.note("/help lists the commands, Ctrl-D leaves")
+        where = f"; what you type is remembered in {chat.remembered}" if chat.remembered else ""
+        chat.screen.note(f"/help lists the commands, Ctrl-D leaves{where}")
     while True:
         try:
             text = _message(chat)
@@ -95,11 +111,11 @@ def converse(chat: Chat) -> int:
             continue
         pressed = False
         try:
-            if text.startswith("/") and not text.startswith("//"):
+            if _is_command(text):
                 if _command(chat, text):
                     return code
             elif text.strip():
-                _turn(chat, text[1:] if text.startswith("//") else text)
+                _turn(chat, _from_user(text))
         except KeyboardInterrupt:
             if not chat.interactive:
                 raise
@@ -118,7 +134,7 @@ def load(chat: Chat, path: str) -> None:
     try:
         messages = json.loads(Path(path).expanduser().read_text(encoding="utf-8"))
         first = normalize(messages)[0]
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, RuntimeError, ValueError) as error:  # RuntimeError: of depth, and of ~somebody who is not known
         raise OptionError(f"{path} cannot be read as a conversation, a JSON list of messages: {error}") from None
     has_system = first["role"] == "system"
     chat.system = first["content"] if has_system else None
@@ -128,18 +144,29 @@ def load(chat: Chat, path: str) -> None:
 def _save(chat: Chat, path: str) -> None:
     text = json.dumps(_with_system(chat, chat.messages), ensure_ascii=False, indent=2) + "\n"
     try:
-        Path(path).expanduser().write_bytes(text.encode())  # in this order: what fails leaves the file as it was
-    except (OSError, ValueError) as error:
-        raise OptionError(f"{path} cannot be written: {error}") from None
+        files.write(Path(path).expanduser(), text)
+    except (OSError, RuntimeError, ValueError) as error:  # RuntimeError: of ~somebody who is not known
+        raise OptionError(f"{path} cannot be written: {getattr(error, 'strerror', None) or error}") from None
 
 
-def _message(chat: Chat) -> str:
-    lines = [chat.read(PROMPT)]
+def _message(chat: Chat, text: str = "") -> str:
+    lines = [chat.read(PROMPT, text)]
     while lines[-1].endswith("\\"):
         lines[-1] = lines[-1][:-1]
         with contextlib.suppress(EOFError):
             lines.append(chat.read(CONTINUATION))
-    return "\n".join(lines)
+    return "\n".join(lines).rstrip("\n")  # what is copied as whole lines ends with a break
+
+
+def _is_command(text: str) -> bool:
+    """Whether a message is none. One of several lines (a comment in C, say) has to begin as such a command does."""
+    if not text.startswith("/") or text.startswith("//"):
+        return False
+    return "\n" not in text or text[1:].split(maxsplit=1)[:1] in [[name] for name in OF_SEVERAL_LINES]
+
+
+def _from_user(text: str) -> dict[str, Any]:
+    return {"role": "user", "content": text[1:] if text.startswith("//") else text}
 
 
 def _command(chat: Chat, line: str) -> bool:
@@ -150,7 +177,7 @@ def _command(chat: Chat, line: str) -> bool:
         case "exit" | "quit", _:
             return True
         case "help", _:
-            chat.screen.say(HELP)
+            chat.screen.say(help_text(min(chat.screen.out.width, 100)))
         case "think" | "no_think", _:
             chat.think = name == "think"
             note(f"thinking is {'on' if chat.think else 'off'} from here on")
@@ -172,6 +199,24 @@ def _command(chat: Chat, line: str) -> bool:
         case "reset", _:
             chat.messages, chat.thought, chat.last = [], "", ""
             note("the conversation is forgotten; the system message and the mode stay")
+        case "regenerate" | "edit" | "undo", _ if _last_turn(chat) is None:
+            note(f"there is no message of yours to {name}")
+        case "regenerate", _:
+            if chat.params.temperature == 0:
+                note("the temperature is 0, so the answer will be the same: --temperature, or /edit the message")
+            _turn_again(chat)
+        case "edit", "" if not chat.interactive:
+            note("/edit needs the new message: standard input is no terminal, where it could be changed")
+        case "edit", text:
+            text = text or _message(chat, _last_words(chat))
+            if text.strip():
+                _turn_again(chat, _from_user(text))
+            else:
+                note("the message stays as it was: /undo takes it back")
+        case "undo", _:
+            words = " ".join(_last_words(chat).split())
+            del chat.messages[_last_turn(chat) :]
+            note(f"taken back, with all that came after it: {words if len(words) <= 60 else words[:57] + '...'}")
         case "tokens", _:
             used = len(_encode(chat, chat.messages, add_generation_prompt=False)) if chat.messages else 0
             chat.screen.say(f"{used:,} of {chat.context:,} tokens of the context are used{chat.last}")
@@ -180,10 +225,43 @@ def _command(chat: Chat, line: str) -> bool:
     return False
 
 
-def _turn(chat: Chat, text: str) -> None:
+def help_text(width: int) -> str:
+    """The commands, in lines of less than this width."""
+    column = max(map(len, COMMANDS)) + 2
+    wrap = functools.partial(textwrap.fill, width=max(width - 1, column + 20), break_on_hyphens=False)
+    lines = [
+        wrap(text, initial_indent=usage.ljust(column), subsequent_indent=" " * column)
+        for usage, text in COMMANDS.items()
+    ]
+    return "\n".join([*lines, wrap(ADVICE)])
+
+
+def _last_turn(chat: Chat) -> int | None:
+    """Where the last message of the user's is."""
+    return next((i for i in reversed(range(len(chat.messages))) if chat.messages[i]["role"] == "user"), None)
+
+
+def _last_words(chat: Chat) -> str:
+    return normalize(chat.messages[_last_turn(chat) :])[0]["content"]
+
+
+def _turn_again(chat: Chat, message: dict[str, Any] | None = None) -> None:
+    """Another answer to the last message of the user's, or to this one in its place; if none comes, all stays."""
+    before = _last_turn(chat)
+    assert before is not None
+    kept = chat.messages[before:]
+    del chat.messages[before:]
+    try:
+        _turn(chat, message or kept[0])
+    finally:
+        if len(chat.messages) == before:
+            chat.messages += kept
+
+
+def _turn(chat: Chat, message: dict[str, Any]) -> None:
     """A message of the user's, and what the model says to it: several answers, if it calls tools."""
     before = len(chat.messages)
-    chat.messages.append({"role": "user", "content": text})
+    chat.messages.append(message)
     try:
         for _ in range(MAX_ROUNDS):
             answer, problems = _answer(chat)
@@ -265,6 +343,9 @@ def _answer(chat: Chat) -> tuple[dict[str, Any] | None, list[str]]:
     elif reason == "length":
         full = params.max_new_tokens == room
         chat.screen.note("the context is full; /reset starts anew" if full else f"cut at {count} (--max-new-tokens)")
+    elif not any(isinstance(event, ToolCall) or (isinstance(event, Text) and event.text.strip()) for event in events):
+        thought = "after its reasoning " if any(isinstance(event, Thinking) for event in events) else ""
+        chat.screen.note(f"the answer is empty: {thought}the model ended at once; /regenerate or /edit asks again")
     problems = [event.reason for event in events if chat.tools and isinstance(event, Text) and event.reason]
     return _as_message(chat, events, interrupted), problems
 

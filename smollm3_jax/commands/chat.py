@@ -51,12 +51,14 @@ def run(args: argparse.Namespace) -> int:
         options = {"max_slots": 1, "capacity": capacity, "cache_dtype": args.cache, "steps": 4}
         yield from stream(model, [Request(prompt, params)], tokenizer=tokenizer, **options)
 
+    history = cache_dir() / "history"
     chat = terminal.Chat(
         tokenizer=tokenizer,
         context=checkpoint.config.max_position_embeddings,
         params=params,
         generate=generate,
-        read=line_reader(cache_dir() / "history"),
+        read=line_reader(history),
+        remembered=str(history) if is_interactive() and sys.stdout.isatty() else "",
         screen=Screen(console(), Console(stderr=True)),
         interactive=is_interactive(),
         tools=load_tools(args.tools) if args.tools else {},

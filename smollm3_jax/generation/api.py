@@ -203,21 +203,21 @@ def stream(
             if source is None:
                 cache, logprobs = _prefill(model, cache, slot, sequence.request, chunk, sharding)
                 sequence.prompt_logprobs, source = logprobs, slot
-            first = None if source == slot else jnp.array(source)
-            length = jnp.array(len(sequence.request.prompt) - 1)
-            cache, slots = insert(cache, slots, jnp.array(slot), sequence.slot(), length, first)
+            first = None if source == slot else np.int32(source)
+            length = np.int32(len(sequence.request.prompt) - 1)
+            cache, slots = insert(cache, slots, np.int32(slot), sequence.slot(), length, first)
             if history is not None:
                 told = np.full(room, -1, np.int32)
                 told[: len(sequence.request.prompt)] = sequence.request.prompt
-                history = remember(history, jnp.array(slot), told)
+                history = remember(history, np.int32(slot), told)
             running[slot] = sequence
         if not running:
             break
         if history is None:
-            cache, slots, chosen = decode(model, cache, slots, jnp.array(steps), sharding=sharding)
+            cache, slots, chosen = decode(model, cache, slots, np.int32(steps), sharding=sharding)
         else:
             cache, slots, history, tokens, tally = decode_lookup(
-                model, cache, slots, history, jnp.array(steps), draft=lookup, sharding=sharding
+                model, cache, slots, history, np.int32(steps), draft=lookup, sharding=sharding
             )
             chosen = Chosen(tokens, None, None, None)
             tried, kept = jax.device_get(tally)
@@ -227,7 +227,7 @@ def stream(
             delta = sequence.take(slot, chosen)
             if delta.finish_reason:
                 del running[slot]
-                slots = free(slots, jnp.array(slot))
+                slots = free(slots, np.int32(slot))
             yield delta
     if drafted:
         share = 100 * accepted / drafted
@@ -257,10 +257,10 @@ def _prefill(
         cache, values = prefill(
             model,
             cache,
-            jnp.array(slot),
+            np.int32(slot),
             tokens[:1],
             tokens[1],
-            jnp.array(count),
+            np.int32(count),
             past=past,
             logprobs=request.params.prompt_logprobs,
             sharding=sharding,

@@ -102,7 +102,7 @@ def prefill(
     Returns:
       The cache, and float32 [T] of log-probabilities if asked for.
     """
-    segments_1T = (jnp.arange(tokens_1T.shape[1]) < count).astype(jnp.int32)[None]
+    segments_1T = (jnp.arange(tokens_1T.shape[1], dtype=jnp.int32) < count).astype(jnp.int32)[None]
     # A first piece starts the slot anew, whatever it held.
     cache = dataclasses.replace(cache, length=cache.length.at[slot].set(0)) if past == 0 else cache
     x_1TD, cache = model.hidden(
@@ -158,9 +158,9 @@ def decode(
     width = min(MAX_LOGPROBS, model.config.vocab_size)
     chosen = Chosen(
         tokens=jnp.full((batch, MAX_STEPS), -1, jnp.int32),
-        logprobs=jnp.zeros((batch, MAX_STEPS)),
+        logprobs=jnp.zeros((batch, MAX_STEPS), jnp.float32),
         top_ids=jnp.zeros((batch, MAX_STEPS, width), jnp.int32),
-        top_logprobs=jnp.zeros((batch, MAX_STEPS, width)),
+        top_logprobs=jnp.zeros((batch, MAX_STEPS, width), jnp.float32),
     )
 
     def unfinished(state: tuple) -> Array:
@@ -181,7 +181,7 @@ def decode(
         )
         return step + 1, cache, _advance(slots, token_B), chosen
 
-    _, cache, slots, chosen = jax.lax.while_loop(unfinished, body, (jnp.array(0), cache, slots, chosen))
+    _, cache, slots, chosen = jax.lax.while_loop(unfinished, body, (jnp.array(0, jnp.int32), cache, slots, chosen))
     if sharding is not None:
         # Left to itself the compiler spreads some of them otherwise than they came: the next call would be
         # compiled anew, and what was donated not be used.
@@ -197,10 +197,10 @@ def _close_thinking(token_B: Array, slots: Slots) -> Array:
 def _advance(slots: Slots, token_B: Array) -> Slots:
     """The slots after each active one has said its token."""
     was_B = slots.active
-    generated_B = slots.generated + was_B
+    generated_B = slots.generated + was_B.astype(jnp.int32)
     stops_B = (slots.stop_ids == token_B[:, None]).any(axis=1) | (generated_B >= slots.limit)
     opens_B, closes_B = token_B == slots.think_ids[:, 0], token_B == slots.think_ids[:, 1]
-    said_BV = jnp.arange(slots.choice.counts.shape[1]) == token_B[:, None]
+    said_BV = jnp.arange(slots.choice.counts.shape[1], dtype=jnp.int32)[None] == token_B[:, None]
     return dataclasses.replace(
         slots,
         token=jnp.where(was_B, token_B, slots.token),
@@ -209,5 +209,5 @@ def _advance(slots: Slots, token_B: Array) -> Slots:
         thinking=(slots.thinking | opens_B) & ~closes_B,
         think_left=jnp.where(slots.thinking & (slots.think_left > 0), slots.think_left - 1, slots.think_left),
         # Not a scatter: for one row XLA would gather the counts from all devices for it.
-        choice=dataclasses.replace(slots.choice, counts=slots.choice.counts + (said_BV & was_B[:, None])),
+        choice=dataclasses.replace(slots.choice, counts=slots.choice.counts + (said_BV & was_B[:, None]).astype(jnp.int32)),
     )

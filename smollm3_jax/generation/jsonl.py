@@ -26,8 +26,8 @@ import jax
 
 from sharding.rules import Sharding
 
-from ..chat.template import encode_chat, render
-from ..errors import OptionError, SaveError, SmolLM3Error
+from ..chat.template import check_depth, encode_chat, render
+from ..errors import DataError, OptionError, SaveError, SmolLM3Error
 from ..model import SmolLM3
 from ..progress import busy, tally
 from ..tokenizer import Tokenizer
@@ -38,6 +38,7 @@ SLOTS = 16
 SAMPLING_FIELDS = tuple(field.name for field in dataclasses.fields(SamplingParams))
 # How every answer begins, and so how the torn end of one does.
 BEGINNING = b'{"index": '
+MAX_ERROR = 1000  # characters
 
 
 @dataclasses.dataclass
@@ -93,6 +94,7 @@ class Batch:
             raise self._unreadable(error) from None
         if not stat.S_ISREG(found.st_mode):  # it is read twice
             raise OptionError(f"{self.source} is not a regular file")
+        self._found = found
         self._left = {index: self._digest(line) for index, line in self._lines()}
         self._file = self._lock()
         try:
@@ -145,7 +147,9 @@ class Batch:
           cache_dtype, sharding: as for `stream`.
 
         Raises:
-          OptionError: an option is out of range, the source has changed, or memory does not suffice.
+          OptionError: an option is out of range, or memory does not suffice.
+          DataError: the source has changed since this batch was made, so that lines may be missing; those that were
+            read are answered.
           SaveError: an answer could not be written; those before it are.
           KeyboardInterrupt: with a message that says how to go on.
         """
@@ -181,6 +185,7 @@ class Batch:
                     if all(sample.finish_reason for sample in line.samples):
                         self._write(line.index, line.id | _answer(running.pop(delta.request), tokenizer))
                     report(self.done, self.tokens)
+            self._check_unchanged()
         except KeyboardInterrupt:
             raise KeyboardInterrupt(
                 f"{self.done} of {self.done + self.left} lines are in {self.target}; "
@@ -200,7 +205,7 @@ class Batch:
         longest, sequences = 0, 0
         for index, line in self._lines():
             if index in self._left:
-                with contextlib.suppress(SmolLM3Error):
+                with contextlib.suppress(Exception):  # it is that line's answer, later
                     request = self._request(index, _parse(line), tokenizer)
                     check_request(model.config, model.generation_config, request, tokenizer)
                     longest = max(longest, len(request.prompt) + request.params.max_new_tokens)
@@ -216,15 +221,17 @@ class Batch:
             if index not in self._left:
                 continue
             if self._digest(line) != self._left[index]:
-                raise OptionError(f"{self.source} has changed while it was read; run it again")
+                raise self._changed()
             name: dict[str, Any] = {}
             try:
                 fields = _parse(line)
                 name = {"id": fields["id"]} if "id" in fields else {}
                 request = self._request(index, fields, tokenizer)
                 check_request(model.config, model.generation_config, request, tokenizer, context)
-            except SmolLM3Error as error:
-                self._write(index, name | {"error": str(error)})
+            except Exception as error:  # whatever it is: the other lines can do nothing about it
+                text = str(error) if isinstance(error, SmolLM3Error) else f"{type(error).__name__}: {error}"
+                text = text if len(text) <= MAX_ERROR else f"{text[:MAX_ERROR]}..."
+                self._write(index, name | {"error": text})
                 continue
             running[count] = _Line(index, name, request, [Completion.empty() for _ in range(request.params.n)])
             count += 1
@@ -241,7 +248,9 @@ class Batch:
             raise OptionError('a line needs one of "prompt" and "messages"')
         biases = given.get("logit_bias")
         if isinstance(biases, Mapping):  # JSON has no other keys than texts
-            given["logit_bias"] = {int(token) if token.isdecimal() else token: biases[token] for token in biases}
+            given["logit_bias"] = {
+                int(token) if token.isdecimal() and len(token) < 20 else token: biases[token] for token in biases
+            }
         seed = (self.params.seed + index * self.params.n) % 2**32
         params = dataclasses.replace(self.params, **{"seed": seed} | given)
         if "messages" in fields:
@@ -264,6 +273,21 @@ class Batch:
                         yield index, line
         except OSError as error:
             raise self._unreadable(error) from None
+
+    def _check_unchanged(self) -> None:
+        """The end of a file is only taken for the end if the file is still the one that was found."""
+        try:
+            now = self.source.stat()
+        except OSError:
+            raise self._changed() from None
+        if any(getattr(now, field) != getattr(self._found, field) for field in ("st_size", "st_mtime_ns", "st_ino")):
+            raise self._changed()
+
+    def _changed(self) -> DataError:
+        return DataError(
+            f"{self.source} has changed while it was read, so lines of it may be missing; the {self.done} answers in "
+            f"{self.target} are kept, and the same command goes on from there"
+        )
 
     def _digest(self, line: bytes) -> str:
         return hashlib.sha256(self._salt + b"\n" + line).hexdigest()[:16]
@@ -376,12 +400,18 @@ def _parse(line: bytes) -> dict[str, Any]:
     def refuse(constant: str) -> None:
         raise ValueError(f"{constant} is not JSON")
 
+    def finite(number: str) -> float:
+        if not math.isfinite(value := float(number)):
+            raise ValueError(f"{number} is beyond every float")
+        return value
+
     try:
-        fields = json.loads(line, parse_constant=refuse)
+        fields = json.loads(line, parse_constant=refuse, parse_float=finite)
     except (ValueError, RecursionError) as error:
         raise OptionError(f"the line is not JSON: {error}") from None
     if not isinstance(fields, dict):
         raise OptionError(f"the line is a JSON {type(fields).__name__}; it must be an object")
+    check_depth(fields, "the line")
     return fields
 
 

@@ -72,8 +72,8 @@ def decode_lookup(
       int32 [2]: how many tokens were drafted, and how many of them accepted.
     """
     batch = slots.token.shape[0]
-    rows_B1 = jnp.arange(batch)[:, None]
-    places_T = jnp.arange(draft + 1)
+    rows_B1 = jnp.arange(batch, dtype=jnp.int32)[:, None]
+    places_1T = jnp.arange(draft + 1, dtype=jnp.int32)[None]
 
     def unfinished(state: tuple) -> Array:
         _, slots, _, _, count_B, _ = state
@@ -86,23 +86,25 @@ def decode_lookup(
         tokens_BT = jnp.concatenate([slots.token[:, None], jnp.maximum(draft_BD, 0)], axis=1)
         x_BTD, cache = model.hidden(tokens_BT, cache=cache, sharding=sharding)
         said_BT = jnp.argmax(model.unembed(x_BTD, sharding), axis=-1).astype(jnp.int32)
-        agrees_BD = jnp.cumprod(said_BT[:, :-1] == draft_BD, axis=1)
+        agrees_BD = jnp.cumprod(said_BT[:, :-1] == draft_BD, axis=1, dtype=jnp.int32)
         # A sequence ends at its limit, or with the first stop token.
         stops_BT = (said_BT[:, :, None] == slots.stop_ids[:, None, :]).any(axis=2)
-        stops_BT |= slots.generated[:, None] + places_T + 1 >= slots.limit[:, None]
-        open_BT = jnp.cumprod(jnp.pad(~stops_BT[:, :-1], ((0, 0), (1, 0)), constant_values=True), axis=1)
-        kept_BT = jnp.pad(agrees_BD, ((0, 0), (1, 0)), constant_values=1) * open_BT * slots.active[:, None]
-        kept_B = kept_BT.sum(axis=1)
+        stops_BT |= slots.generated[:, None] + places_1T + 1 >= slots.limit[:, None]
+        open_BT = jnp.pad(~stops_BT[:, :-1], ((0, 0), (1, 0)), constant_values=True)
+        open_BT = jnp.cumprod(open_BT, axis=1, dtype=jnp.int32)
+        kept_BT = jnp.pad(agrees_BD, ((0, 0), (1, 0)), constant_values=1) * open_BT
+        kept_BT = kept_BT * slots.active[:, None].astype(jnp.int32)
+        kept_B = kept_BT.sum(axis=1, dtype=jnp.int32)
         kept_BT = kept_BT.astype(bool)
 
-        new_at_BT = jnp.where(kept_BT, count_B[:, None] + places_T, new_BN.shape[1])
+        new_at_BT = jnp.where(kept_BT, count_B[:, None] + places_1T, new_BN.shape[1])
         new_BN = new_BN.at[rows_B1, new_at_BT].set(said_BT, mode="drop")
-        told_at_BT = jnp.where(kept_BT, length_B[:, None] + 1 + places_T, history_BS.shape[1])
+        told_at_BT = jnp.where(kept_BT, length_B[:, None] + 1 + places_1T, history_BS.shape[1])
         history_BS = history_BS.at[rows_B1, told_at_BT].set(said_BT, mode="drop")
         last_B = jnp.take_along_axis(said_BT, jnp.maximum(kept_B - 1, 0)[:, None], axis=1)[:, 0]
         ended_B = (kept_BT & stops_BT).any(axis=1)
-        tried = ((draft_BD >= 0) & slots.active[:, None]).sum()
-        tally_2 = tally_2 + jnp.stack([tried, jnp.maximum(kept_B - 1, 0).sum()])
+        tried = ((draft_BD >= 0) & slots.active[:, None]).sum(dtype=jnp.int32)
+        tally_2 = tally_2 + jnp.stack([tried, jnp.maximum(kept_B - 1, 0).sum(dtype=jnp.int32)])
         slots = dataclasses.replace(
             slots,
             token=jnp.where(slots.active, last_B, slots.token),
@@ -133,13 +135,13 @@ def _draft(history_S: Array, length: Array, count: int) -> Array:
     Args:
       length: the place of the last token.
     """
-    places_S = jnp.arange(history_S.shape[0])
+    places_S = jnp.arange(history_S.shape[0], dtype=jnp.int32)
     same_S = jnp.ones(history_S.shape, bool)
     for back in range(NGRAM):
         same_S &= jnp.roll(history_S, back) == history_S[length - back]
     # The earlier occurrence must lie in the row, and have something behind it.
     same_S &= (places_S >= NGRAM - 1) & (places_S < length)
     found = jnp.max(jnp.where(same_S, places_S, -1))
-    wanted = found + 1 + jnp.arange(count)
+    wanted = found + 1 + jnp.arange(count, dtype=jnp.int32)
     usable = (found >= 0) & (wanted <= length) & (length >= NGRAM - 1)
     return jnp.where(usable, history_S.at[wanted].get(mode="clip"), -1)

@@ -198,8 +198,9 @@ def _adjust(logits_BV: Array, choice: Choice) -> Array:
     repetition_B1 = choice.repetition[:, None]
     damped_BV = jnp.where(logits_BV > 0, logits_BV / repetition_B1, logits_BV * repetition_B1)
     logits_BV = jnp.where(seen_BV, damped_BV, logits_BV)
-    logits_BV -= choice.presence[:, None] * (choice.counts > 0) + choice.frequency[:, None] * choice.counts
-    rows_B1 = jnp.arange(logits_BV.shape[0])[:, None]
+    counts_BV = choice.counts.astype(jnp.float32)
+    logits_BV -= choice.presence[:, None] * (counts_BV > 0).astype(jnp.float32) + choice.frequency[:, None] * counts_BV
+    rows_B1 = jnp.arange(logits_BV.shape[0], dtype=jnp.int32)[:, None]
     ids_BN = jnp.where(choice.bias_ids < 0, logits_BV.shape[1], choice.bias_ids)  # dropped: out of range
     return logits_BV.at[rows_B1, ids_BN].add(choice.biases, mode="drop")
 
@@ -219,7 +220,7 @@ def cut(logits_BV: Array, top_k_B: Array, top_p_B: Array, min_p_B: Array) -> Arr
 
     def top_k(logits_BV: Array) -> Array:
         k_B1 = jnp.where(top_k_B == 0, vocab, top_k_B)[:, None]
-        return _keep_above(logits_BV, lambda kept_BV: kept_BV.sum(axis=1, keepdims=True) >= k_B1)
+        return _keep_above(logits_BV, lambda kept_BV: kept_BV.sum(axis=1, keepdims=True, dtype=jnp.int32) >= k_B1)
 
     def top_p(logits_BV: Array) -> Array:
         weights_BV = jax.nn.softmax(logits_BV)
@@ -276,7 +277,7 @@ def log_probabilities(logits_BV: Array, token_B: Array, wanted_B: Array) -> tupl
 
     def nothing(logits_BV: Array) -> tuple[Array, Array]:
         shape = (logits_BV.shape[0], width)
-        return jnp.zeros(shape, jnp.int32), jnp.zeros(shape)
+        return jnp.zeros(shape, jnp.int32), jnp.zeros(shape, jnp.float32)
 
     ids, values = jax.lax.cond((wanted_B > 0).any(), listed, nothing, logits_BV)
     return chosen_B - total_B, ids, values

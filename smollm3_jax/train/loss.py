@@ -160,14 +160,14 @@ def _on_device(
         return reduce(x, vocab_axes) if vocab_axes else x
 
     def logit_gradient(logits_tV: Array, first: Any, normalizer_t: Array, labels_t: Array, mask_t: Array) -> Array:
-        said_tV = jnp.arange(logits_tV.shape[1]) == (labels_t - first)[:, None]
+        said_tV = jnp.arange(logits_tV.shape[1], dtype=jnp.int32)[None] == (labels_t - first)[:, None]
         share_tV = jnp.exp(logits_tV - normalizer_t[:, None]) * (1 + 2 * z_loss * normalizer_t)[:, None]
-        return jnp.where(mask_t[:, None], share_tV - said_tV, 0).astype(x_BTD.dtype)
+        return jnp.where(mask_t[:, None], share_tV - said_tV.astype(jnp.float32), 0).astype(x_BTD.dtype)
 
     def step(carry: Any, chunk: tuple) -> tuple:
         x_tD, labels_t, mask_t = chunk
         logits_tV = multiply(x_tD, head_VD, (((1,), (1,)), ((), ())))
-        said_tV = jnp.arange(words) == (labels_t - first)[:, None]
+        said_tV = jnp.arange(words, dtype=jnp.int32)[None] == (labels_t - first)[:, None]
         most_t = over_words(jax.lax.pmax, logits_tV.max(axis=1))
         total_t = over_words(jax.lax.psum, jnp.exp(logits_tV - most_t[:, None]).sum(axis=1))
         normalizer_t = most_t + jnp.log(total_t)
@@ -201,7 +201,7 @@ def _on_device(
         head_gradient_vD = multiply(gradient_Nv, x_ND, (((0,), (0,)), ((), ()))).astype(head_vD.dtype)
         return gradient_ND + multiply(gradient_Nv, head_vD, (((1,), (0,)), ((), ()))), settle(head_gradient_vD)
 
-    firsts = first + jnp.arange(pieces) * (words // pieces)
+    firsts = first + jnp.arange(pieces, dtype=jnp.int32) * (words // pieces)
     gradient_ND, settled = jax.lax.scan(
         piece_step, jnp.zeros((count, width), jnp.float32), (head_VD.reshape(pieces, -1, width), firsts)
     )

@@ -125,7 +125,8 @@ def train_step(
     gradients = jax.tree.map(lambda x: x / count, gradients)
     if sharding is not None:
         gradients = jax.lax.with_sharding_constraint(gradients, state_shardings(gradients, sharding))
-    updates, kept = optimizer.update(gradients, state.optimizer, model)
+    with jax.numpy_dtype_promotion("standard"):  # optax mixes floats with its int32 count, whatever the caller forbids
+        updates, kept = optimizer.update(gradients, state.optimizer, model)
     updated: Any = optax.apply_updates(model, updates)
     new = TrainState(updated, kept, state.step + 1)
     old = dataclasses.replace(state, step=new.step)

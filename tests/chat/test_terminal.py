@@ -12,6 +12,7 @@ import signal
 import struct
 import subprocess
 import sys
+import tempfile
 import termios
 import time
 from collections.abc import Generator, Iterator
@@ -20,6 +21,8 @@ from typing import Any
 
 import pytest
 import tokenizers
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from rich.console import Console
 from tiny import random_tensors, raw_config, write_checkpoint
 from tokenizers import decoders, models, pre_tokenizers
@@ -113,8 +116,8 @@ class Run:
         self.out, self.notes = out.file.getvalue(), notes.file.getvalue()
         self.messages = self.chat.messages
 
-    def read(self, prompt: str) -> str:
-        self.asked.append(prompt)
+    def read(self, prompt: str, text: str = "") -> str:
+        self.asked.append(prompt + text)
         line = self.lines.pop(0) if self.lines else EOFError()
         if isinstance(line, BaseException):
             raise line
@@ -194,7 +197,7 @@ def test_on_a_terminal_thinking_is_dim_and_folds():
     run = Run(["Hi", "/thinking"], answer, terminal=True)
     assert run.notes == ""
     assert "\x1b[2mthought 29" in run.out and "\x1b[?25h" in run.out
-    folded = rf"Well\.\nthought for \d s, {len(thought)} tokens \(/thinking shows it\)\nHello\tyou\[2J!\n{thought}\n"
+    folded = rf"Well\.\nthought for \d s, {len(thought)} tokens \(/thinking\nshows it\)\nHello\tyou\[2J!\n{thought}\n"
     assert re.fullmatch(folded, "\n".join(seen(run.out)))
     # What has scrolled away cannot be taken back: no more than the window is ever there.
     taken_back = [match[0].count("\x1b[1A") for match in re.finditer(r"(\x1b\[1A\x1b\[2K)+", run.out)]
@@ -203,7 +206,7 @@ def test_on_a_terminal_thinking_is_dim_and_folds():
 
 def test_an_interrupted_thought_folds_too():
     run = Run(["Hi", "Go on"], ["<think>\nHm", "^C", "."], "Yes", terminal=True, interactive=True)
-    assert seen(run.out)[2:] == ["interrupted; what has come stays in the conversation", "Yes", ""]
+    assert seen(run.out)[-4:] == ["interrupted; what has come stays in the", "conversation", "Yes", ""]
     assert run.messages[1] == turn("assistant", "", reasoning_content="Hm", interrupted=True)
     assert "<think>\nHm\n</think>\n" in run.model.prompts[1]
 
@@ -289,6 +292,14 @@ def test_save_and_load(tmp_path: Path):
     assert (other.chat.system, other.messages, other.chat.messages) == ("Be kind.", [], saved[1:])
 
 
+def test_saving_follows_no_link(tmp_path: Path):
+    precious, link = tmp_path / "precious", tmp_path / "link"
+    precious.write_text("precious")
+    link.symlink_to(precious)
+    run = Run(["Hi", f"/save {link}"], "Hello")
+    assert precious.read_text() == "precious" and "cannot be written" in run.notes
+
+
 def test_what_cannot_be_saved_leaves_the_file_as_it_was(tmp_path: Path):
     path = tmp_path / "file.json"
     path.write_text("precious")
@@ -296,7 +307,14 @@ def test_what_cannot_be_saved_leaves_the_file_as_it_was(tmp_path: Path):
     assert path.read_text() == "precious" and "cannot be written" in run.notes
 
 
-@pytest.mark.parametrize("content", [None, "{", "3", "[]", '[{"role": "x"}]', '{"messages": []}', "[" * 10**5, "\xff"])
+@pytest.mark.parametrize(
+    "content",
+    [
+        *(None, "{", "3", "[]", '[{"role": "x"}]', '{"messages": []}', "[" * 10**5, "\xff"),
+        '[{"role": "user", "content": "a", "x": ' + "[" * 600 + "]" * 600 + "}]",
+        '[{"role": ["user"], "content": ""}]',
+    ],
+)
 def test_what_is_no_conversation_changes_nothing(tmp_path: Path, content: str | None):
     path = tmp_path / "file.json"
     if content is not None:
@@ -306,13 +324,110 @@ def test_what_is_no_conversation_changes_nothing(tmp_path: Path, content: str | 
     assert run.notes.startswith(f"smollm3: {path} cannot be read as a conversation") and run.notes.count("\n") == 1
 
 
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(st.characters(codec=None), max_size=9),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
+    max_leaves=8,
+)
+FIELDS = st.sampled_from(["tool_calls", "reasoning", "thinking", "name", "content", "tool_call_id", "x"])
+MESSAGE = st.fixed_dictionaries({"role": st.sampled_from(["system", "user", "assistant", "tool"])}).flatmap(
+    lambda role: st.dictionaries(FIELDS, JSON | st.text(), max_size=3).map(lambda fields: fields | role)
+)
+
+
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(messages=st.lists(MESSAGE | JSON, max_size=4) | JSON)
+def test_whatever_is_loaded_the_chat_goes_on(messages: Any):
+    """Also with all that is done to a conversation later on."""
+    with tempfile.NamedTemporaryFile("w") as file:
+        json.dump(messages, file)
+        file.flush()
+        lines = [f"/load {file.name}", "Hi", "/tokens", "/regenerate", "/undo", "/undo", "/edit a", "/reset", "Hi"]
+        run = Run(lines, *["Hello"] * 9)
+    assert [m["content"] for m in run.messages] == ["Hi", "Hello"]
+
+
 def test_commands_and_mistakes(tmp_path: Path):
     run = Run(["/hepl", "/", "/save", "/load ", f"/save {tmp_path}", "/etc/passwd is what?", "/help", "/exit", "never"])
     assert run.lines == ["never"] and run.model.prompts == []
     assert re.findall(r"^/(\S*) is no command", run.notes, re.MULTILINE) == ["hepl", "", "etc/passwd"]
     assert run.notes.count("needs the name of a file") == 2 and "cannot be written" in run.notes
-    assert run.out == terminal.HELP + "\n"
-    assert set(re.findall(r"^/(\w+)", terminal.HELP, re.MULTILINE)) >= {"think", "system", "save", "load", "exit"}
+    assert run.out == terminal.help_text(40) + "\n"
+
+
+def test_help_breaks_no_word():
+    names = {"think", "regenerate", "undo", "edit", "system", "save", "load", "exit"}
+    for width in (40, 80, 100):
+        lines = terminal.help_text(width).splitlines()
+        assert max(map(len, lines)) < width and names <= set(re.findall(r"/(\w+)", " ".join(lines)))
+        assert " ".join(" ".join(lines).split()).endswith(terminal.ADVICE)
+
+
+def test_regenerate_asks_the_same_again_with_another_seed():
+    run = Run(["/regenerate", "a", "b", "/regenerate"], "1", "2", "3", params=SamplingParams(temperature=1.0, seed=7))
+    assert [m["content"] for m in run.messages] == ["a", "1", "b", "3"]
+    assert run.model.prompts[1] == run.model.prompts[2]
+    assert [params.seed for params in run.model.params] == [7, 8, 9] and "will be the same" not in run.notes
+    assert run.notes == "there is no message of yours to regenerate\n"
+    assert "will be the same" in Run(["a", "/regenerate"], "1", "1").notes
+
+
+def test_regenerate_goes_back_to_the_message_also_where_tools_were_called():
+    run = Run(["Weather?", "/regenerate"], call("Rome"), "Warm.", "21.", tools=TOOLS, yes=True)
+    assert [m["content"] for m in run.messages] == ["Weather?", "21."]
+
+
+def test_edit_puts_another_message_in_the_place_of_the_last():
+    run = Run(["a", "b", "/edit //c", "/edit", " d ", "/edit", ""], "1", "2", "3", "4", interactive=True)
+    assert [m["content"] for m in run.messages] == ["a", "1", " d ", "4"]
+    assert run.asked == ["> ", "> ", "> ", "> ", "> /c", "> ", ">  d ", "> "]
+    assert "stays as it was" in run.notes
+    run = Run(["a", "/edit"], "1")
+    assert "needs the new message" in run.notes and len(run.messages) == 2
+
+
+@pytest.mark.parametrize("stop", [["^C", "x"], "far too long " * 20])
+def test_what_was_there_stays_where_no_other_answer_comes(stop: Any):
+    lines = ["a", "/regenerate"] if isinstance(stop, list) else ["a", f"/edit {stop}"]
+    run = Run(lines, "1", stop, context=200, interactive=True)
+    assert run.messages == [turn("user", "a"), turn("assistant", "1")]
+
+
+def test_undo_takes_a_turn_back():
+    run = Run(["a", "b\\", "c", "/undo", "/undo", "/undo", "d"], "1", "2", "3")
+    assert [m["content"] for m in run.messages] == ["d", "3"]
+    assert run.notes.splitlines() == [
+        "taken back, with all that came after it: b c",
+        "taken back, with all that came after it: a",
+        "there is no message of yours to undo",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("answer", "words"),
+    [
+        ([""], "the answer is empty: the model ended"),
+        (" \n", "the answer is empty"),
+        ("<think>\nHm.\n</think>\n", "empty: after its reasoning the model"),
+        ("<think>\nHm.\n</think>\nYes", None),
+        (["abc", ...], None),
+    ],
+)
+def test_an_empty_answer_says_so(answer: Any, words: str | None):
+    run = Run(["Hi"], answer)
+    assert words in run.notes if words else "empty" not in run.notes
+    assert len(run.messages) == 2
+
+
+@pytest.mark.parametrize("pasted", ["a\nb", "a\n\n  b\n", "/* C */\nint x;", "/think\nabout it", "//usr\nbin\n"])
+def test_what_is_pasted_is_one_message(pasted: str):
+    run = Run([pasted], "1")
+    assert run.messages[0]["content"] == pasted.removeprefix("/" * pasted.startswith("//")).rstrip("\n")
+
+
+def test_a_command_that_takes_a_text_takes_one_of_several_lines():
+    run = Run(["/system Be brief.\nBe kind.\n", "/exit\n", "never"], "1")
+    assert run.chat.system == "Be brief.\nBe kind." and run.lines == ["never"]
 
 
 def test_tokens():
@@ -536,11 +651,11 @@ def test_by_pipe(demo_folder: Path):
 class Person:
     """Somebody at a terminal."""
 
-    def __init__(self, arguments: list[str], environment: dict[str, str]):
+    def __init__(self, program: str, arguments: list[str], environment: dict[str, str]):
         self.master, slave = pty.openpty()
         fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
         self.process = subprocess.Popen(
-            [sys.executable, "-c", LOG_IN + COMMAND[2], "chat", *arguments],
+            [sys.executable, "-c", LOG_IN + program, *arguments],
             stdin=slave,
             stdout=slave,
             stderr=slave,
@@ -584,11 +699,64 @@ class Person:
         return self.process.returncode
 
 
+READER = """
+import sys, time
+from pathlib import Path
+from smollm3_jax.chat.screen import line_reader
+read = line_reader(Path(sys.argv[1]))
+while (text := read("> ", "text" if len(sys.argv) > 2 else "")) != "end":
+    time.sleep(1)
+    print(ascii(text))
+"""
+
+
+def test_lines_at_a_terminal(tmp_path: Path):
+    """Pasted text comes whole, also if it is pasted while nobody reads; the next start remembers it so."""
+    history = tmp_path / "new" / "history"
+    person = Person(READER, [str(history)], {})
+    try:
+        person.sees("> $")
+        person.types("\x1b[200~/* a\r\tb */\r\x1b[201~ c\r")
+        person.sees(r"\?2004h$")
+        person.types("\x1b[200~d\re\x1b[201~\r")
+        person.sees(re.escape(ascii("/* a\n\tb */\n c")))
+        person.sees(re.escape(ascii("d\ne")))
+        person.types("end\r")
+        assert person.leaves() == 0
+        assert "2004l" in person.text[-20:]
+        assert history.read_bytes() == b"/* a\r\tb */\r c\nd\re\nend\n"
+        assert history.stat().st_mode & 0o77 == 0
+        person = Person(READER, [str(history), "text"], {})
+        person.sees("> .*text$")
+        person.types("\x1b[A\x1b[A\r")
+        person.sees(re.escape(ascii("d\ne")))
+        person.types("\x15end\r")
+        assert person.leaves() == 0
+    finally:
+        person.process.kill()
+        person.process.wait()
+
+
+def test_the_history_is_a_file_of_ones_own(tmp_path: Path):
+    precious, link = tmp_path / "precious", tmp_path / "history"
+    precious.write_text("precious")
+    link.symlink_to(precious)
+    screen._remember(link, "Hi")
+    assert precious.read_text() == "precious"
+    link.unlink()
+    link.write_bytes(b"".join(b"line %d\xff\n" % i for i in range(2 * screen.HISTORY + 1)) + b"torn")
+    lines = screen._remembered(link)
+    assert len(lines) == screen.HISTORY and lines[-1].startswith(f"line {2 * screen.HISTORY}")
+    assert link.read_text(encoding="utf-8").splitlines() == lines
+    assert screen._remembered(tmp_path) == screen._remembered(tmp_path / "nowhere") == []
+
+
 @pytest.mark.slow
 def test_at_a_terminal(talker: Path, tmp_path: Path):
     arguments = ["--model", str(talker), "--ignore-eos", "--max-new-tokens", "60000"]
-    person = Person(arguments, {"SMOLLM3_JAX_CACHE": str(tmp_path)})
+    person = Person(COMMAND[2], ["chat", *arguments], {"SMOLLM3_JAX_CACHE": str(tmp_path)})
     try:
+        person.sees(rf"(?s)remembered in.*{tmp_path}/history")
         person.sees("> $")
         person.types("Hi there\r")
         person.sees("reading")

@@ -5,19 +5,22 @@ import random
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
 import jax
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from tiny import talking_checkpoint
 
 import smollm3_jax as s3
 from smollm3_jax import progress
 from smollm3_jax.commands.main import main
 from smollm3_jax.config import ModelConfig
-from smollm3_jax.errors import OptionError, SaveError, TokenizerError
+from smollm3_jax.errors import DataError, OptionError, SaveError, TokenizerError
 from smollm3_jax.generation import jsonl
 from smollm3_jax.generation.api import Completion, Request, complete
 from smollm3_jax.generation.jsonl import Batch
@@ -126,6 +129,17 @@ BAD = {
     '{"prompt": "w5", "max_thinking_tokens": 3}': "max_thinking_tokens",
     '{"messages": []}': "messages must be a list",
     '{"messages": [{"role": "king", "content": "w5"}]}': "messages[0].role",
+    '{"prompt": "w5", "x": ' + "[" * 600 + "]" * 600 + "}": "nested deeper than 100 levels",
+    '{"prompt": "w5", "id": ' + '{"a": ' * 600 + "1" + "}" * 601: "nested deeper than 100 levels",
+    '{"messages": [{"role": "user", "content": ' + "[" * 600 + "]" * 600 + "}]}": "nested deeper than 100 levels",
+    '{"prompt": "w5", "logit_bias": {"' + "9" * 5000 + '": 1}}': "logit_bias names the id '999",
+    '{"prompt": "w5", "logit_bias": {"' + "²" + '": 1}}': "logit_bias names the id '²'",
+    '{"prompt": "w5", "seed": ' + "9" * 5000 + "}": "not JSON",
+    '{"prompt": "w5", "seed": ' + "9" * 4000 + "}": "seed is 999",
+    '{"prompt": "w5", "id": 1e999}': "1e999 is beyond every float",
+    '{"prompt": "w5", "\\ud800": 1}': "no field '\\ud800'",
+    '{"messages": [{"role": "user", "content": "\\udfff"}]}': "surrogate",
+    '{"messages": [{"role": "\\ud800", "content": ""}]}': "messages[0].role",
     json.dumps({"prompt": "w5 " * 511}): "511 tokens; with max_new_tokens 5 that exceeds the model's context of 512",
 }
 
@@ -138,11 +152,48 @@ def test_bad_lines_are_answered_with_errors(model, tokenizer, tmp_path):
     assert (job.done, job.failed) == (len(BAD) + 3, len(BAD) + 2)
     for index, (line, words) in enumerate(BAD.items()):
         assert words in got[index]["error"], line
-        assert got[index].keys() == {"index", "error", "digest"}
+        assert got[index].keys() == {"index", "error", "digest"} and len(got[index]["error"]) < 1100
     good, bad, odd = (got[len(BAD) + i] for i in range(3))
     assert good["id"] == "good" and good["completion_tokens"] == 5
     assert bad["id"] == "bad" and "empty" in bad["error"]
     assert odd["id"] == "\udfff"
+
+
+@pytest.mark.parametrize("error", [RecursionError("deep"), MemoryError(), RuntimeError("odd"), ValueError("x" * 5000)])
+def test_whatever_a_line_raises_is_its_answer(model, tokenizer, tmp_path, monkeypatch, error):
+    real = Tokenizer.encode
+
+    def encode(self: Tokenizer, text: str, *rest: Any) -> list[int]:
+        if text == "w13":
+            raise error
+        return real(self, text, *rest)
+
+    monkeypatch.setattr(Tokenizer, "encode", encode)
+    job = run(model, tokenizer, write(tmp_path / "in", {"prompt": "w13"}, {"prompt": "w5"}), tmp_path / "out")
+    got = answers(tmp_path / "out")
+    assert (job.done, job.failed, job.left) == (2, 1, 0) and "text" in got[1]
+    assert got[0]["error"].startswith(type(error).__name__) and len(got[0]["error"]) < 1100
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(st.characters(codec=None), max_size=9),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
+    max_leaves=8,
+)
+FIELDS = st.sampled_from([*jsonl.SAMPLING_FIELDS, "id", "prompt", "messages", "role", "content", "tool_calls"])
+
+
+@settings(max_examples=15, deadline=None, derandomize=True)
+@given(
+    records=st.lists(st.dictionaries(FIELDS | st.text(max_size=3), JSON, max_size=4) | JSON, min_size=20, max_size=40)
+)
+def test_lines_of_any_kind_have_answers(model, tokenizer, records):
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "in"
+        source.write_text("".join(json.dumps(record) + "\n" for record in [*records, {"prompt": "w5"}]))
+        run(model, tokenizer, source, Path(folder) / "out", options={"context": 64})
+        got = answers(Path(folder) / "out")
+    assert got.keys() == set(range(len(records) + 1)) and "text" in got[len(records)]
 
 
 def test_nothing_but_bad_lines(model, tokenizer, tmp_path):
@@ -290,8 +341,60 @@ def test_the_input_changes_under_way(model, tokenizer, tmp_path):
     source = write(tmp_path / "in", {"prompt": "w5"})
     with Batch(source, tmp_path / "out", PARAMS) as job:
         write(source, {"prompt": "w6"})
-        with pytest.raises(OptionError, match="has changed"):
+        with pytest.raises(DataError, match="has changed"):
             job.run(model, tokenizer)
+
+
+@pytest.mark.parametrize("change", ["cut", "grown", "replaced", "gone"])
+@pytest.mark.parametrize("context", [None, 100])
+def test_the_end_of_a_changed_input_is_not_taken_for_its_end(model, tokenizer, tmp_path, monkeypatch, change, context):
+    """Cut at a line's end, every line that is left is right; only the file tells that some are missing."""
+    source, target = write(tmp_path / "in", *[{"prompt": f"w{i}"} for i in range(20)]), tmp_path / "out"
+    whole = source.read_bytes()
+
+    def spoil() -> None:
+        if change == "cut":
+            os.truncate(source, whole.index(b"\n", len(whole) // 2) + 1)
+        elif change == "grown":
+            source.write_bytes(whole + b'{"prompt": "w30"}\n')
+        elif change == "replaced":  # by one whose every line is the same
+            (tmp_path / "other").write_bytes(whole)
+            os.replace(tmp_path / "other", source)
+        else:
+            source.unlink()
+
+    with Batch(source, target, PARAMS) as job:
+        real = job._lines
+
+        def lines():
+            for index, line in real():
+                if index == 0:
+                    spoil()
+                yield index, line
+
+        monkeypatch.setattr(job, "_lines", lines)
+        words = (
+            "cannot be read" if change == "gone" and context is None else r"has changed .* \d+ answers in .* are kept"
+        )
+        with pytest.raises((DataError, OptionError), match=words):
+            job.run(model, tokenizer, slots=2, context=context)
+    source.write_bytes(whole)
+    assert run(model, tokenizer, source, target).done == 20
+    assert answers(target).keys() == set(range(20))
+
+
+def test_a_changed_input_has_exit_code_3(talking, tmp_path, monkeypatch, capsys):
+    source = write(tmp_path / "in", {"prompt": "w5"}, {"prompt": "w6"})
+    real = jsonl.stream
+
+    def stream(*arguments: Any, **options: Any):
+        yield from real(*arguments, **options)
+        write(source, {"prompt": "w5"})
+
+    monkeypatch.setattr(jsonl, "stream", stream)
+    command = ["generate", "--model", talking, "--input", source, "--output", tmp_path / "out", "--max-new-tokens", 3]
+    assert main([*map(str, command)]) == 3
+    assert "has changed while it was read" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("option", ["slots", "context"])
