@@ -157,8 +157,8 @@ def _put(old_KBSx: Array, new_KBTx: Array, length_B: Array, slot: Array | None, 
 def _place(row: Array | int, token: Array | int, ndim: int) -> tuple[Array | np.int32, ...]:
     """Where a slice of one row begins; of one dtype, whatever JAX makes of a Python number."""
     none = np.int32(0)
-    row, token = (np.int32(x) if isinstance(x, int) else x.astype(jnp.int32) for x in (row, token))
-    return (none, row, token, none)[:ndim]
+    place = [np.int32(x) if isinstance(x, int) else x.astype(jnp.int32) for x in (row, token)]
+    return (none, *place, none)[:ndim]
 
 
 def _first(mesh_axes: tuple[str, ...], length: int) -> Array | int:

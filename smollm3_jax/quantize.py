@@ -168,7 +168,8 @@ def _quantized_product(
     if platform == "cpu":
         values = xla_cpu.held_until(x_RK, values)
     if by == "weight-only":
-        return _plain_product(platform, x_RK, values.astype(x_RK.dtype).reshape(-1, x_RK.shape[1])) * scale.reshape(1, -1)
+        w_NK = values.astype(x_RK.dtype).reshape(-1, x_RK.shape[1])
+        return _plain_product(platform, x_RK, w_NK) * scale.reshape(1, -1)
     w_NK = dequantize(values, scale, minimum).astype(x_RK.dtype).reshape(-1, x_RK.shape[1])
     return _plain_product(platform, x_RK, w_NK)
 

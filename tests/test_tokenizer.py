@@ -453,5 +453,5 @@ def test_a_panic_of_the_library_is_an_error():
     """A regular expression that gives up, as SmolLM3's does on millions of spaces; Python sees no Exception."""
     backend = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0}, unk_token="a"))
     backend.pre_tokenizer = tokenizers.pre_tokenizers.Split(tokenizers.Regex("(a+)+$"), "isolated")
-    with pytest.raises(TokenizerError, match="a text of 41 characters cannot be tokenized: Onig"):
+    with pytest.raises(TokenizerError, match="cannot encode a text of 41 characters: Onig"):
         Tokenizer(backend, None, {}).encode("a" * 40 + "b")

@@ -209,5 +209,7 @@ def _advance(slots: Slots, token_B: Array) -> Slots:
         thinking=(slots.thinking | opens_B) & ~closes_B,
         think_left=jnp.where(slots.thinking & (slots.think_left > 0), slots.think_left - 1, slots.think_left),
         # Not a scatter: for one row XLA would gather the counts from all devices for it.
-        choice=dataclasses.replace(slots.choice, counts=slots.choice.counts + (said_BV & was_B[:, None]).astype(jnp.int32)),
+        choice=dataclasses.replace(
+            slots.choice, counts=slots.choice.counts + (said_BV & was_B[:, None]).astype(jnp.int32)
+        ),
     )
