@@ -100,6 +100,7 @@ class TrainSetting:
             options=self.options,
             sharding=self.sharding,
             compiler_options=COMPILER_OPTIONS.get(self.sharding.platform),
+            what=f"compiling the step, remat {self.options.remat}, micro-batches {self.options.micro_batches}",
         )
 
     def model_of(self, compiled: Compiled) -> Roofline:
@@ -345,12 +346,18 @@ class DecodeSetting:
 
     def compile(self) -> Compiled:
         """The decode loop."""
-        return compile_for(decode, self.model, self.cache, self.slots, self.scalar(), sharding=self.sharding)
+        what = f"compiling decoding, batch {self.batch}"
+        return compile_for(decode, self.model, self.cache, self.slots, self.scalar(), sharding=self.sharding, what=what)
 
     def compile_prefill(self, length: int, past: int) -> Compiled:
         """A prompt's piece of `length` tokens behind up to `past` others."""
         tokens = (self.scalar(1, length), self.scalar(length), self.scalar())
-        return compile_for(prefill, self.model, self.cache, self.scalar(), *tokens, past=past, sharding=self.sharding)
+        return compile_for(
+            *(prefill, self.model, self.cache, self.scalar(), *tokens),
+            past=past,
+            sharding=self.sharding,
+            what=f"compiling the prefill of {length:,} tokens",
+        )
 
     def model_of(self, compiled: Compiled) -> Roofline:
         """Of the decode loop: one round of it, without what only some requests need."""
@@ -524,10 +531,10 @@ def plan_scale(
 
     Beside it SmolLM3's own layout on H100, by arithmetic from `hardware.CHIPS` alone.
     """
-    rows = []
+    rows, devices = [], list(devices)
+    if unknown := [count for count in devices if count not in V5E]:
+        raise OptionError(f"--devices {unknown[0]}: there are {', '.join(map(str, V5E))}")
     for count in devices:
-        if count not in V5E:
-            raise OptionError(f"--devices {count}: there are {', '.join(map(str, V5E))}")
         name, slices = V5E[count]
         report = plan_train(config, name, "fsdp", count, length, slices=slices, remat=remat)
         rows.append(report)

@@ -98,17 +98,23 @@ def sharding_for(
 
 
 def compile_for(
-    function: Any, *arguments: Any, sharding: Sharding, compiler_options: Mapping[str, Any] | None = None, **more: Any
+    function: Any,
+    *arguments: Any,
+    sharding: Sharding,
+    compiler_options: Mapping[str, Any] | None = None,
+    what: str = "compiling",
+    **more: Any,
 ) -> Compiled:
     """A jitted function, compiled for the devices of a mesh that are not there.
 
     Args:
       arguments: shapes, each at its place; sharding, more: keyword arguments of the function.
+      what: said while it is at it.
 
     Raises:
       DoesNotFit: the device has not enough memory for it.
     """
-    with busy("compiling"), _described(sharding):
+    with busy(what), _described(sharding):
         platforms = ("cuda",) if sharding.platform == "gpu" else None
         lowered = function.trace(*arguments, sharding=sharding, **more).lower(lowering_platforms=platforms)
         try:

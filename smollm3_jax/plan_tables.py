@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from rich.table import Table
+from rich.table import Column, Table
 
 from sharding.hardware import GIB
 
@@ -12,18 +12,32 @@ from .errors import SupportError
 from .support import how_to_install
 
 
+def three(value: float) -> str:
+    """Three significant digits, as people write them: 597, 39.8, 110,000, 0.0398; the plan's --json has all."""
+    if abs(value) < 1e-3:
+        return "< 0.001" if value else "0"
+    rounded = float(f"{value:.3g}")
+    whole = len(str(int(abs(rounded))))
+    return f"{rounded:,.{max(3 - whole, 0)}f}" if abs(rounded) >= 1 else f"{rounded:#.3g}"
+
+
+def _many(number: int, what: str) -> str:
+    return f"{number:,} {what}{'' if number == 1 else 's'}"
+
+
 def tables(report: dict[str, Any]) -> Iterator[Any]:
     """What `plan train` and `plan decode` print of their reports."""
     mesh = ", ".join(f"{axis} {length}" for axis, length in report["mesh"].items() if length > 1) or "one device"
     slices = f"{report['slices']} slices of " if report.get("slices", 1) > 1 else ""
-    rows = "rows of" if "length" in report else "slots of"
+    row = "row" if "length" in report else "slot"
     yield (
-        f"{slices}{report['topology']}: {report['devices']} devices, rules {report['rules']} ({mesh}), "
-        f"{report['batch']} {rows} {report.get('length', report.get('context')):,} tokens"
+        f"{slices}{report['topology']}: {_many(report['devices'], 'device')}, rules {report['rules']} ({mesh}), "
+        f"batch {report['batch']:,}: {_many(report['batch'], row)} of "
+        f"{report.get('length', report.get('context')):,} tokens"
     )
     for refusal in report.get("refused", ()):
         what = f"remat {refusal['remat']}, micro-batches {refusal['micro_batches']}"
-        yield f"{what}: {refusal['needed'] / GIB:.2f} GiB of {refusal['limit'] / GIB:.2f}, refused"
+        yield f"{what}: {three(refusal['needed'] / GIB)} GiB of {three(refusal['limit'] / GIB)}, refused"
     if not report["fits"]:
         yield f"does not fit; try {report['change']}"
         return
@@ -31,16 +45,16 @@ def tables(report: dict[str, Any]) -> Iterator[Any]:
         yield f"remat {report['remat']}, micro-batches {report['micro_batches']}"
     memory = Table("memory of a device", "GiB")
     for name, size in report["hbm"].items():
-        memory.add_row(name, f"{size / GIB:.2f}")
+        memory.add_row(name, three(size / GIB))
     yield memory
     if "largest_batch" in report:
-        yield f"largest batch that fits: {report['largest_batch']}"
+        yield f"largest batch that fits: {report['largest_batch']:,}"
     yield _program(report["program"], "token" if "floor" in report else "step")
     yield _collectives(report["collectives"])
     yield _times(report["modelled"])
     if "floor" in report:
         floor = report["floor"]
-        yield f"floor: {floor['ms_per_token']:.2f} ms a token, {floor['tokens_per_second']:,.0f} tokens/s"
+        yield f"floor: {three(floor['ms_per_token'])} ms a token, {three(floor['tokens_per_second'])} tokens/s"
     if "prefill" in report:
         yield f"prefill of {report['prefill']['tokens']:,} tokens"
         yield _times(report["prefill"]["modelled"])
@@ -49,21 +63,24 @@ def tables(report: dict[str, Any]) -> Iterator[Any]:
 
 def _program(program: dict[str, Any], what: str) -> Table:
     table = Table(f"a device, a {what}", "")
-    table.add_row("operations of products and kernels", f"{program['flops'] / 1e12:,.3f} T")
-    table.add_row("bytes moved", f"{program['bytes_moved'] / 1e9:,.2f} GB")
-    table.add_row("products in the program", str(program["products"]))
-    table.add_row("of them with float32 operands", str(program["float32_products"]))
+    table.add_row("operations of products and kernels", f"{three(program['flops'] / 1e12)} T")
+    table.add_row("bytes moved", f"{three(program['bytes_moved'] / 1e9)} GB")
+    table.add_row("products in the program", f"{program['products']:,}")
+    table.add_row("of them with float32 operands", f"{program['float32_products']:,}")
     if "launches" in program:
         table.add_row("launches, in CUDA graphs or not", f"{program['launches']:,}")
     return table
 
 
-def _collectives(rows: list[dict[str, Any]]) -> Table:
-    table = Table("collective", "how many", "MB that a device sends", "")
+def _collectives(rows: list[dict[str, Any]]) -> Any:
+    if not rows:
+        return "no collectives"
+    across = any(row["bytes_across_slices"] for row in rows)
+    table = Table("collectives of a device", "how many", "MB sent", "", *(["MB across slices"] if across else []))
     for row in rows:
         where = "hidden" if row["hidden"] else "exposed"
-        across = f", {row['bytes_across_slices'] / 1e6:,.1f} MB across slices" if row["bytes_across_slices"] else ""
-        table.add_row(row["kind"], str(row["count"]), f"{row['bytes'] / 1e6:,.1f}", where + across)
+        more = [three(row["bytes_across_slices"] / 1e6)] if across else []
+        table.add_row(row["kind"], f"{row['count']:,}", three(row["bytes"] / 1e6), where, *more)
     return table
 
 
@@ -71,26 +88,43 @@ def _times(modelled: dict[str, Any]) -> Table:
     table = Table("modelled", "")
     for name, value in modelled.items():
         if name.endswith("_seconds"):
-            table.add_row(name.removesuffix("_seconds").replace("_", " "), f"{1e3 * value:,.2f} ms")
+            table.add_row(name.removesuffix("_seconds").replace("_", " "), f"{three(1e3 * value)} ms")
         elif name == "mfu":
-            table.add_row("MFU (6N)", f"{100 * value:.1f} %")
+            table.add_row("MFU (6N)", f"{three(100 * value)} %")
         else:
-            table.add_row(name.replace("_", " "), value if isinstance(value, str) else f"{value:,.2f}")
+            table.add_row(name.replace("_", " "), value if isinstance(value, str) else three(value))
     return table
 
 
-def memory_table(report: dict[str, Any]) -> Table:
-    """GiB of weights and cache together, a row for each format of the weights, with bytes of both alone."""
+def memory_tables(report: dict[str, Any]) -> Iterator[Any]:
+    """Weights by format and the cache by context, to the byte; both together in GiB. Nothing is wider than 80."""
     contexts = list(report["cache"]["bfloat16"])
-    title = f"GiB, {report['parameters']:,} parameters, {report['batch']} in the cache"
-    table = Table("weights", "cache", "bytes of weights", *(f"{int(n) // 1024}k" for n in contexts), title=title)
-    for weights, size in report["weights"].items():
-        for cache, sizes in report["cache"].items():
-            table.add_row(weights, cache, f"{size:,}", *(f"{(size + sizes[n]) / GIB:.2f}" for n in contexts))
-    table.add_section()
-    for cache, sizes in report["cache"].items():
-        table.add_row("", cache, "bytes of cache", *(f"{sizes[n]:,}" for n in contexts))
-    return table
+    yield f"{report['parameters']:,} parameters, batch {report['batch']:,}"
+    weights = Table("weights", Column("bytes", justify="right"))
+    for name, size in report["weights"].items():
+        weights.add_row(name, f"{size:,}")
+    yield weights
+    cache = Table("context", *(Column(f"{name} cache, bytes", justify="right") for name in report["cache"]))
+    for n in contexts:
+        cache.add_row(_thousands(n), *(f"{sizes[n]:,}" for sizes in report["cache"].values()))
+    yield cache
+    both = Table("weights", "cache", *(Column(_thousands(n), justify="right") for n in contexts))
+    for name, size in report["weights"].items():
+        for dtype, sizes in report["cache"].items():
+            both.add_row(name, dtype, *(three((size + sizes[n]) / GIB) for n in contexts))
+    yield "weights and cache together, GiB:"
+    yield both
+    yield (
+        f"Weights and cache alone, a cache of {_many(report['batch'], 'sequence')} of that many tokens: activations, "
+        "the compiled programs and what the framework keeps for itself come on top. `smollm3 plan decode` has the "
+        "compiler count them."
+    )
+    if any(int(n) > report["own_context"] for n in contexts):
+        yield f"Beyond {report['own_context']:,} tokens the model wants its context stretched (--yarn)."
+
+
+def _thousands(tokens: str) -> str:
+    return f"{int(tokens) // 1024}k"
 
 
 def draw_memory(report: dict[str, Any], file: Path) -> None:
@@ -111,7 +145,7 @@ def draw_memory(report: dict[str, Any], file: Path) -> None:
     axes.set_xticks(range(len(contexts)), [f"{int(n) // 1024}k" for n in contexts])
     axes.set_xlabel("context (tokens)")
     axes.set_ylabel("GiB")
-    axes.set_title(f"Memory: weights, and a bfloat16 cache of {report['batch']} (pale)")
+    axes.set_title(f"Memory: weights, and the bfloat16 cache of batch {report['batch']:,} (pale)")
     axes.legend()
     axes.grid(axis="y", alpha=0.3)
     figure.savefig(file, dpi=120)
@@ -119,26 +153,27 @@ def draw_memory(report: dict[str, Any], file: Path) -> None:
 
 def scale_tables(report: dict[str, Any]) -> Iterator[Any]:
     """How a step grows with the devices; SmolLM3's own run below."""
-    table = Table("devices", "topology", "step, ms (modelled)", "MFU", "GiB", "MB sent", "of it exposed")
+    table = Table("devices", "topology", "step ms", "MFU", "GiB", "MB sent", "exposed MB")
     for step in report["steps"]:
         if not step["fits"]:
-            table.add_row(str(step["devices"]), step["topology"], "does not fit", "", "", "", "")
+            table.add_row(f"{step['devices']:,}", step["topology"], "too large", "", "", "", "")
             continue
         sent = sum(row["bytes"] for row in step["collectives"])
         exposed = sum(row["bytes"] for row in step["collectives"] if not row["hidden"])
         table.add_row(
-            str(step["devices"]),
+            f"{step['devices']:,}",
             f"{step['slices']} x {step['topology']}" if step["slices"] > 1 else step["topology"],
-            f"{1e3 * step['modelled']['step_seconds']:,.0f}",
-            f"{100 * step['modelled']['mfu']:.1f} %",
-            f"{step['hbm']['total'] / GIB:.2f}",
-            f"{sent / 1e6:,.0f}",
-            f"{exposed / 1e6:,.0f}",
+            three(1e3 * step["modelled"]["step_seconds"]),
+            f"{three(100 * step['modelled']['mfu'])} %",
+            three(step["hbm"]["total"] / GIB),
+            three(sent / 1e6),
+            three(exposed / 1e6),
         )
     yield table
+    yield "Times and MFU are modelled; GiB is a device's whole memory for the step, MB what a device sends in one."
     run = report["h100"]
     yield (
         f"{run['gpus']} H100, tensor parallel {run['tensor']} (by arithmetic, everything exposed): "
-        f"{run['modelled_tokens_per_second_per_gpu']:,.0f} tokens/s a GPU; SmolLM3's own run reached "
-        f"{run['tokens_per_second_per_gpu']:,}, {100 * run['share_of_model_reached']:.0f} % of it"
+        f"{three(run['modelled_tokens_per_second_per_gpu'])} tokens/s a GPU; SmolLM3's own run reached "
+        f"{run['tokens_per_second_per_gpu']:,}, {three(100 * run['share_of_model_reached'])} % of it"
     )

@@ -100,7 +100,7 @@ def test_a_topology_that_is_not_there_is_named(name, capsys):
 
 def test_without_the_compiler_an_error_says_where_to_get_it(monkeypatch, capsys):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(SupportError, match=r"smollm3-jax\[plan\]"):
+    with pytest.raises(SupportError, match=r"pip install 'jax\[tpu\]"):
         topology("v5e:4x4")
 
 

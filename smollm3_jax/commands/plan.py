@@ -11,7 +11,7 @@ from typing import Any
 
 from ..config import RELEASE, SMOLLM3_3B, WEIGHT_SCHEMES, ModelConfig
 from ..errors import OptionError
-from .shared import add_model_name, console, dtype, folder, print_json
+from .shared import add_model_name, console, count, dtype, folder, print_json
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -35,28 +35,28 @@ def add(parser: argparse.ArgumentParser) -> None:
         return sub
 
     train = plan("train", _plan_train, "memory, collectives and modelled time of a training step", True)
-    train.add_argument("--slices", type=int, default=1, metavar="N", help="so many of the topology (default: 1)")
+    train.add_argument("--slices", type=count, default=1, metavar="N", help="so many of the topology (default: 1)")
     train.add_argument("--rules", default="fsdp", choices=STRATEGIES, help="default: fsdp")
-    train.add_argument("--batch", type=int, default=16, metavar="ROWS", help="over all devices (default: 16)")
-    train.add_argument("--length", type=int, default=4096, metavar="N", help="tokens of a row (default: 4096)")
+    train.add_argument("--batch", type=count, default=16, metavar="ROWS", help="over all devices (default: 16)")
+    train.add_argument("--length", type=count, default=4096, metavar="N", help="tokens of a row (default: 4096)")
     remat_help = "what the backward pass computes again (default: as little as fits)"
     train.add_argument("--remat", metavar="POLICY", help=remat_help)
-    train.add_argument("--micro-batches", type=int, default=1, metavar="N", help="default: 1")
+    train.add_argument("--micro-batches", type=count, default=1, metavar="N", help="default: 1")
 
     decode = plan("decode", _plan_decode, "memory and modelled time of decoding and prefill", True)
     decode.add_argument("--rules", default="serve_tp", choices=STRATEGIES, help="default: serve_tp")
-    decode.add_argument("--batch", type=int, default=64, metavar="SLOTS", help="over all devices (default: 64)")
-    decode.add_argument("--context", type=int, default=8192, metavar="N", help="tokens of a slot (default: 8192)")
+    decode.add_argument("--batch", type=count, default=64, metavar="SLOTS", help="over all devices (default: 64)")
+    decode.add_argument("--context", type=count, default=8192, metavar="N", help="tokens of a slot (default: 8192)")
     decode.add_argument("--weights", choices=WEIGHT_SCHEMES, help="default: bfloat16")
     decode.add_argument("--cache", type=dtype, choices=("bfloat16", "int8"), default="bfloat16")
 
     memory = plan("memory", _plan_memory, "weights by format and cache by context, exact to the byte", False)
-    memory.add_argument("--batch", type=int, default=1, metavar="ROWS", help="sequences in the cache (default: 1)")
+    memory.add_argument("--batch", type=count, default=1, metavar="ROWS", help="sequences in the cache (default: 1)")
     memory.add_argument("--out", type=Path, metavar="FILE.png", help="draw it (needs matplotlib)")
 
     scale = plan("scale", _plan_scale, "a training step on more and more devices (v5e), and SmolLM3's own run", False)
     scale.add_argument("--devices", default="16,64,256", metavar="N,N,...", help="default: 16,64,256")
-    scale.add_argument("--length", type=int, default=4096, metavar="N", help="tokens of a row (default: 4096)")
+    scale.add_argument("--length", type=count, default=4096, metavar="N", help="tokens of a row (default: 4096)")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -134,7 +134,7 @@ def _show_plan(args: argparse.Namespace, report: dict[str, Any]) -> int:
 
 def _plan_memory(args: argparse.Namespace) -> int:
     from ..plan import plan_memory
-    from ..plan_tables import draw_memory, memory_table
+    from ..plan_tables import draw_memory, memory_tables
 
     report = plan_memory(_plan_config(args), args.batch)
     if args.out:
@@ -142,7 +142,8 @@ def _plan_memory(args: argparse.Namespace) -> int:
     if args.json:
         print_json(report)
     else:
-        console().print(memory_table(report))
+        for part in memory_tables(report):
+            console().print(part, highlight=False)
     return 0
 
 

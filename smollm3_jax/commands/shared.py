@@ -25,6 +25,17 @@ _DTYPE_ALIASES = {"bf16": "bfloat16", "fp16": "float16", "f16": "float16", "half
 _DTYPE_ALIASES |= {"fp32": "float32", "f32": "float32", "float": "float32"}
 
 
+def count(text: str) -> int:
+    """A number of things that there can be."""
+    try:
+        number = int(text)
+    except ValueError:
+        number = 0
+    if not 0 < number < 2**31:
+        raise argparse.ArgumentTypeError(f"{text[:40]!r} is no whole number from 1 to {2**31 - 1:,}")
+    return number
+
+
 def dtype(text: str) -> str:
     return _DTYPE_ALIASES.get(text.lower(), text)
 
