@@ -164,20 +164,19 @@ def open_documents(name: str, source: Source, max_bytes: int, words: Words | Non
         for file in files:
             _refuse_pointer(file)
             count, read = opener(file, source.field, max_bytes, words)
-            try:
-                if kind in ("jsonl", "arrayrecord"):
-                    _look_for_field(file, count, read)
-            except DataError as error:
-                if _ends(file) != ".json" or len(files) == 1:
-                    raise
-                left.append(relative(file, folder))  # it may say something of the others
-                reason = error
-                continue
+            if kind in ("jsonl", "arrayrecord") and (why := _lacking(count, read)):
+                beside = len(files) > 1 and _ends(file) == ".json"  # it may say something of the others
+                if isinstance(why, NoField) and not beside:
+                    raise DataError(str(why))
+                if beside:
+                    left.append(relative(file, folder))
+                    reason = why
+                    continue
             parts.append((count, read))
             names.append(relative(file, folder))
             paths.append(file)
         if reason and not parts:
-            raise reason
+            raise DataError(str(reason))
     except OSError as error:
         raise DataError(f"source {name}: {error.filename or source.path} cannot be read: {error}") from None
     except DataError as error:
@@ -363,19 +362,16 @@ def _readable(file: epath.Path) -> epath.Path:
     return copy
 
 
-def _look_for_field(file: epath.Path, count: int, read: Callable[[int], Any]) -> None:
-    """Raises DataError if none of the first records has the field, and one at least could have it."""
-    missing = None
+def _lacking(count: int, read: Callable[[int], Any]) -> BadRecord | None:
+    """What is wrong with the first records, if with all of them; before all else, that they lack the field."""
+    reasons = []
     for index in range(min(count, LOOKED_AT)):
         try:
             read(index)
-            return
-        except NoField as reason:
-            missing = missing or reason
-        except BadRecord:
-            continue
-    if missing:
-        raise DataError(str(missing))
+            return None
+        except BadRecord as reason:
+            reasons.append(reason)
+    return next((reason for reason in reasons if isinstance(reason, NoField)), next(iter(reasons), None))
 
 
 def _value(record: Any, field: str, where: str, words: Words) -> Any:
