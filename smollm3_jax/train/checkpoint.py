@@ -172,10 +172,11 @@ def restore(folder: epath.Path, step: int, like: Any, under: str = "") -> Any:
     wanted = {prefix + name: x for name, x in named_arrays(like).items()}
     entries = {name: entry for name, entry in about["arrays"].items() if name.startswith(prefix)}
     saved = {name: (dtype, tuple(shape)) for name, (dtype, shape, _) in entries.items()}
+    kinds = {name: (x.dtype.name, x.shape) for name, x in wanted.items()}
     differ = [
-        f"{name}: {saved.get(name, 'nothing')} saved, {wanted.get(name, 'nothing')} wanted"
-        for name in {**saved, **wanted}
-        if name not in saved or name not in wanted or saved[name] != (wanted[name].dtype.name, wanted[name].shape)
+        f"{name}: {saved.get(name, 'nothing')} saved, {kinds.get(name, 'nothing')} wanted"
+        for name in {**saved, **kinds}
+        if saved.get(name) != kinds.get(name)
     ]
     if differ:
         raise TrainingError(f"checkpoint {step} holds other arrays than this run: {'; '.join(differ[:10])}")

@@ -407,7 +407,7 @@ def _open_jsonl(file: epath.Path, field: str, max_bytes: int, words: Words) -> t
             raise _too_long(where, end - start, max_bytes, words)
         with file.open("rb") as stream:
             stream.seek(start)
-            line = stream.read(end - start)
+            line = stream.read(end - start).strip()
         try:
             record = json.loads(line.decode())
         except (ValueError, RecursionError) as error:
