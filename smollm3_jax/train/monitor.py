@@ -181,7 +181,7 @@ class Monitor:
         if self._bar is not None:
             self._bar.update(self._task, what="training")
         elif self._first and time.monotonic() - begin > 2:
-            print(f"smollm3: {what}: {time.monotonic() - begin:.1f} s", file=sys.stderr, flush=True)
+            self._say(f"{what}: {time.monotonic() - begin:.1f} s")
 
     @contextlib.contextmanager
     def profiled(self, step: int) -> Iterator[None]:

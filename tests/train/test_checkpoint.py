@@ -23,6 +23,7 @@ def digest_of(array):
 @given(st.integers(0, 2**32 - 1), st.integers(0, 59), st.integers(0, 31))
 @settings(max_examples=60, deadline=None)
 def test_each_bit_counts(seed, place, bit):
+    """C1."""
     x = np.random.RandomState(seed).randint(0, 2**31, (3, 4, 5)).astype(np.uint32)
     y = x.copy()
     y.reshape(-1)[place] ^= np.uint32(1 << bit)
@@ -32,6 +33,7 @@ def test_each_bit_counts(seed, place, bit):
 @given(st.integers(0, 2**32 - 1), st.integers(0, 58))
 @settings(max_examples=30, deadline=None)
 def test_so_does_the_order(seed, place):
+    """C1."""
     x = np.random.RandomState(seed).permutation(60).astype(np.float32)
     y = x.copy()
     y[place : place + 2] = y[place : place + 2][::-1]

@@ -55,6 +55,7 @@ def test_it_does_not_grow_with_the_steps(watch):
 
 
 def test_a_jump_of_the_loss_is_trouble_and_a_rollback_forgets_it(watch):
+    """T6."""
     it = watch(spike=4.0, window=30)
     losses = [1.0 + 0.01 * (i % 3) for i in range(30)]
     assert not any(it.step(line(step, loss)) for step, loss in enumerate(losses, 1))
@@ -64,6 +65,7 @@ def test_a_jump_of_the_loss_is_trouble_and_a_rollback_forgets_it(watch):
 
 
 def test_steps_without_an_update_are_counted_in_a_row(watch):
+    """T6."""
     it = watch(skips=2)
     said = [it.step(line(step, loss, bad=1)) for step, loss in enumerate([math.nan, 1.0, math.nan, math.nan], 1)]
     assert said[:3] == [None] * 3 and "2 steps in a row were not finite" in said[3]
@@ -118,6 +120,7 @@ def test_a_slow_step_is_told_of(watch, caplog):
 
 
 def test_backends_that_fail_are_left_alone(watch, caplog):
+    """T11."""
     it = watch()
     seen = []
 
