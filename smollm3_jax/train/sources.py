@@ -111,11 +111,14 @@ class Documents:
     def files(self) -> tuple[tuple[str, str], ...]:
         """(name, digest) of what they are read from: of every byte of a local corpus of up to WHOLE bytes."""
         sizes = [path.stat().length for path in self._paths if isinstance(path, epath.Path) and not is_remote(path)]
-        return self._digests(whole=sum(sizes) <= WHOLE)
+        if not (whole := sum(sizes) <= WHOLE):
+            many = f"{len(sizes):,} files of {sum(sizes) / 2**30:,.0f} GiB"
+            say_once(log, logging.INFO, f"{many}: a resume sees only whether length, beginning, middle or end changed")
+        return self._digests(whole)
 
     @property
     def pieces(self) -> tuple[tuple[str, str], ...]:
-        """The same, but of long files by pieces, as before version 0.2 of all."""
+        """The same, but of long files by pieces: so were all corpora compared once."""
         return self._digests(whole=False)
 
     def _digests(self, whole: bool) -> tuple[tuple[str, str], ...]:
@@ -197,7 +200,7 @@ def find_files(name: str, source: Source, words: Words | None = None) -> list[ep
         if path.is_dir():
             return _in_folder(name, source, path, words or Words())
         if not path.exists():
-            raise DataError(f"{source.path} is not there: give a file, or a folder with files that end in {_ENDS}")
+            raise DataError(f"{source.path} is neither a file nor a folder: nothing of that name is there")
         _refuse_special(path)
     except ImportError as error:
         raise SupportError(f"{source.path}: {error}; {how_to_install('remote')}") from error
@@ -248,10 +251,10 @@ def _below(folder: epath.Path) -> Iterator[epath.Path]:
             yield path
             continue
         if not is_remote(path):
-            real = os.path.realpath(path)
-            if real in seen:
+            found = os.stat(path)
+            if (found.st_dev, found.st_ino) in seen:
                 continue  # a link that leads back
-            seen.add(real)
+            seen.add((found.st_dev, found.st_ino))
         inside = sorted(path.iterdir(), reverse=True)
         queue += [x for x in inside if not x.name.startswith(".") and not (x.name.startswith("_") and x.is_dir())]
 
@@ -286,9 +289,7 @@ def some(names: Sequence[str]) -> str:
     return ", ".join(names[:10]) + (f" and {len(names) - 10:,} more" if len(names) > 10 else "")
 
 
-_ENDS = (
-    f"{', '.join(ENDINGS)}, the first four and {', '.join(x for x, k in ENDINGS.items() if k == 'text')} compressed too"
-)
+_ENDS = f"{', '.join(ENDINGS)} (JSON and text perhaps with {', '.join(COMPRESSED)} after that)"
 
 
 def _refuse_special(file: epath.Path) -> None:
