@@ -1,5 +1,6 @@
 """Perplexity: the numbers are those of the whole forward pass, computed token by token from the cache."""
 
+import gzip
 import json
 from pathlib import Path
 
@@ -82,7 +83,7 @@ def test_texts_that_are_none(tokenizer, tmp_path):
 
     fine = {"text": "w5 w6"}
     refuse("bad.jsonl: line 2 is no JSON object", fine, "{")
-    refuse("bad.jsonl: line 2 .* KeyError", fine, {"content": "w5"})
+    refuse("bad.jsonl: line 2 .* KeyError.* it has content", fine, {"content": "w5"})
     refuse("bad.jsonl: line 1 .* must be strings", {"text": 5})
     refuse("bad.jsonl: line 1", [1])
     refuse("holds no text of two tokens", {"text": "w5"})
@@ -91,6 +92,25 @@ def test_texts_that_are_none(tokenizer, tmp_path):
     refuse("max_tokens -3", fine, max_tokens=-3)
     with pytest.raises(OptionError, match=r"none\.jsonl cannot be read: No such file"):
         read_documents(tmp_path / "none.jsonl", tokenizer, 10, 10)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_files_as_people_have_them(tokenizer, tmp_path, encoding):
+    lines = [json.dumps({"text": f"w{i} w7"}) for i in (5, 6)]
+    for name, pack in (("a.jsonl", bytes), ("a.jsonl.gz", gzip.compress)):
+        (tmp_path / name).write_bytes(pack("\r\n\r\n \r\n".join(["", *lines, ""]).encode(encoding)))
+        assert read_documents(tmp_path / name, tokenizer, 100, 10) == {"": [[5, 7], [6, 7]]}
+
+
+def test_half_a_surrogate_pair_is_skipped_and_counted(talking, tmp_path, capsys):
+    """T8."""
+    lines = ['{"text": "w5 w6"}', '{"text": "w5 \\ud800"}', '{"text": "w5 w7", "language": "\\udfff"}']
+    text = str(write(tmp_path / "text.jsonl", *lines))
+    assert main(["perplexity", "--model", str(talking), "--text", text, "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert (report["documents"], report["skipped"]) == (1, 2)
+    assert main(["perplexity", "--model", str(talking), "--text", text]) == 0
+    assert "bad records skipped: 2" in capsys.readouterr().out
 
 
 @pytest.fixture(scope="module")

@@ -4,6 +4,7 @@ import argparse
 import os
 from pathlib import Path
 
+from ..screen_text import plain
 from .shared import MODEL_HELP, folder, print_json
 
 
@@ -37,7 +38,7 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print_json(report)
     else:
-        last = f" (the last: {report['last_bad']})" if report["bad"] else ""
+        last = f" (the last: {plain(report['last_bad'])})" if report["bad"] else ""
         print(
             f"{report['documents']:,} documents, {report['tokens']:,} tokens, {report['shards']} shards, "
             f"bad records skipped: {report['bad']:,}{last}"

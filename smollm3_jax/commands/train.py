@@ -2,10 +2,16 @@
 
 import argparse
 import os
+import shlex
 import sys
 from typing import NoReturn
 
+from ..screen_text import plain as plain_text
 from .shared import console, print_json
+
+# Seconds.
+WAIT = 300
+HEARTBEAT = 100
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -23,8 +29,9 @@ def add(parser: argparse.ArgumentParser) -> None:
     job.add_argument("--coordinator", metavar="HOST:PORT", help="of process 0")
     job.add_argument("--processes", type=int, metavar="N")
     job.add_argument("--process", type=int, metavar="I", help="which this is, from 0")
-    job.add_argument("--wait", type=int, default=300, metavar="SECONDS", help="for the others (default: 300)")
-    job.add_argument("--heartbeat", type=int, default=100, metavar="SECONDS", help="of silence: lost (default: 100)")
+    job.add_argument("--wait", type=int, default=WAIT, metavar="SECONDS", help=f"for the others (default: {WAIT})")
+    lost_help = f"of silence: lost (default: {HEARTBEAT})"
+    job.add_argument("--heartbeat", type=int, default=HEARTBEAT, metavar="SECONDS", help=lost_help)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -63,10 +70,23 @@ def run(args: argparse.Namespace) -> int:
     else:
         how = "stopped" if result["stopped"] else "done"
         loss = "none yet" if result["loss"] is None else f"{result['loss']:.4f}"
-        print(f"{how} at step {result['step']}, loss {loss}, checkpoints in {settings.run.dir}/checkpoints")
+        print(f"{how} at step {result['step']}, loss {loss}, checkpoints in {plain_text(settings.run.dir)}/checkpoints")
+    if result["stopped"]:
+        print(f"smollm3: to go on: {resuming(args)}", file=sys.stderr)
     if jax.distributed.is_initialized():
         jax.distributed.shutdown()  # waits for the others
     leave(STOPPED if result["stopped"] else 0)
+
+
+def resuming(args: argparse.Namespace) -> str:
+    """The command that goes on with this run, for a shell."""
+    words = ["smollm3", "train", "--config", args.config, *args.settings, "--resume", "auto"]
+    words += ["--allow-changes"] * args.allow_changes
+    for name in ("coordinator", "processes", "process", "wait", "heartbeat"):
+        value = getattr(args, name)
+        if value is not None and (name, value) not in (("wait", WAIT), ("heartbeat", HEARTBEAT)):
+            words += [f"--{name}", str(value)]
+    return shlex.join(words)
 
 
 def leave(code: int) -> NoReturn:

@@ -10,6 +10,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -26,6 +27,7 @@ from .job import together
 log = logging.getLogger(__name__)
 
 FORMAT = 1
+_NAME = re.compile(r"[0-9]{8}|[1-9][0-9]{8,}")
 _MULTIPLIERS = (0x9E3779B1, 0x85EBCA77)  # odd, of xxHash
 
 
@@ -120,7 +122,7 @@ def steps(folder: epath.Path) -> list[int]:
     """The steps of the whole checkpoints of a folder, in order; what was begun and not finished is passed over."""
     if not folder.is_dir():
         return []
-    return sorted(int(x.name) for x in folder.iterdir() if x.name.isdigit() and _is_whole(x))
+    return sorted(int(x.name) for x in folder.iterdir() if _NAME.fullmatch(x.name) and _is_whole(x))
 
 
 def _is_whole(step: epath.Path) -> bool:
@@ -140,13 +142,15 @@ def read_about(folder: epath.Path, step: int) -> dict[str, Any]:
         content = json.loads(file.read_bytes())
         seal = content.pop("seal")
         sound = seal == _sealed(content)["seal"]
-    except (OSError, ValueError, KeyError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         raise Damaged(f"{file} cannot be read: {error!r}"[:300]) from None
     if not sound:
         raise Damaged(f"{file} has changed since it was written")
-    if content["format"] != FORMAT:
+    if content.get("step") != step:
+        raise Damaged(f"{file} is of step {content.get('step')}, not of the one that its folder's name says")
+    if content.get("format") != FORMAT:
         raise TrainingError(
-            f"{file.parents[1]} is of format {content['format']}; this version reads {FORMAT}: "
+            f"{file.parents[1]} is of format {content.get('format')}; this version reads {FORMAT}: "
             "restore it with the version that wrote it"
         )
     return content
@@ -168,10 +172,11 @@ def restore(folder: epath.Path, step: int, like: Any, under: str = "") -> Any:
     wanted = {prefix + name: x for name, x in named_arrays(like).items()}
     entries = {name: entry for name, entry in about["arrays"].items() if name.startswith(prefix)}
     saved = {name: (dtype, tuple(shape)) for name, (dtype, shape, _) in entries.items()}
+    kinds = {name: (x.dtype.name, x.shape) for name, x in wanted.items()}
     differ = [
-        f"{name}: {saved.get(name, 'nothing')} saved, {wanted.get(name, 'nothing')} wanted"
-        for name in {**saved, **wanted}
-        if name not in saved or name not in wanted or saved[name] != (wanted[name].dtype.name, wanted[name].shape)
+        f"{name}: {saved.get(name, 'nothing')} saved, {kinds.get(name, 'nothing')} wanted"
+        for name in {**saved, **kinds}
+        if saved.get(name) != kinds.get(name)
     ]
     if differ:
         raise TrainingError(f"checkpoint {step} holds other arrays than this run: {'; '.join(differ[:10])}")

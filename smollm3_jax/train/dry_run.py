@@ -1,21 +1,28 @@
 """What a run would do, without its data."""
 
 import itertools
+import os
 from collections.abc import Iterator
 from typing import Any
 
 from rich.table import Table
+from rich.text import Text
 
 from sharding.hardware import GIB
 
 from ..config import RELEASE, SMOLLM3_3B, ModelConfig
+from ..files import is_remote
+from ..screen_text import escaped, plain
 from ..weights import demo
 from ..weights.load import text_folder
 from .settings import Settings, as_table, stage_at, starts
 
 
 def describe(settings: Settings) -> dict[str, Any]:
-    """Steps, tokens, stages with their mixtures, and the memory of parameters and optimizer: no data is read."""
+    """Steps, tokens, stages with their mixtures, and the memory of parameters and optimizer: no data is read.
+
+    "missing" names the settings whose paths are not there.
+    """
     from ..plan import count_parameters
 
     stages = []
@@ -30,8 +37,21 @@ def describe(settings: Settings) -> dict[str, Any]:
         "stages": stages,
         "parameters": parameters,
         "memory": {"parameters": 4 * parameters, "optimizer": 8 * parameters},
+        "missing": missing(settings),
         "settings": as_table(settings),
     }
+
+
+def missing(settings: Settings) -> list[str]:
+    """The settings that name corpora which are not there, as far as this machine can tell without a network."""
+    data = settings.data
+    paths = {"data.path": (data.path, data.format), "data.eval_path": (data.eval_path, data.eval_format)}
+    paths |= {f"data.sources.{name}.path": (source.path, source.format) for name, source in data.sources.items()}
+    return [
+        f"{key}={path}"
+        for key, (path, format) in paths.items()
+        if path and format != "hf" and not is_remote(path) and not os.path.exists(os.path.expanduser(path))
+    ]
 
 
 def model_config(settings: Settings) -> ModelConfig:
@@ -49,6 +69,8 @@ def tables(report: dict[str, Any]) -> Iterator[Any]:
         f"{report['steps']:,} steps, {report['tokens']:,} tokens; {report['parameters']:,} parameters, with their "
         f"optimizer {(memory['parameters'] + memory['optimizer']) / GIB:.2f} GiB in float32 over all devices"
     )
+    for name in report["missing"]:
+        yield Text(plain(f"warning: {name} is not there"))
     for number, stage in enumerate(report["stages"]):
         table = Table(f"stage {number}: step {stage['start']:,} on", f"{stage['steps']:,} steps")
         table.add_row("tokens", f"{stage['tokens']:,}")
@@ -56,5 +78,5 @@ def tables(report: dict[str, Any]) -> Iterator[Any]:
         if stage["rope_theta"]:
             table.add_row("rope theta", f"{stage['rope_theta']:,.0f}")
         for name, weight in stage["weights"].items():
-            table.add_row(name, f"{100 * weight:.4g} %")
+            table.add_row(escaped(name), f"{100 * weight:.4g} %")
         yield table

@@ -78,6 +78,7 @@ def _values(text: str, at: int) -> Iterator[tuple[int, int]]:
         found = _SPACE.match(text, at)
         return found.end() if found else at
 
+    at = skipped(at)
     array = text[at] == "["
     at = skipped(at + array)
     while at < len(text) and not (array and text[at] == "]"):

@@ -347,8 +347,14 @@ class _Run:
 
     def train(self) -> dict[str, Any]:
         progress = self.progress
+        ended = "done"
+
+        def close(kind: Any, error: BaseException | None, trace: Any) -> None:
+            why = "" if error is None else str(error) or type(error).__name__
+            self.monitor.close(f"ended by an error: {why}" if why else ended, progress.step)
+
         with contextlib.ExitStack() as ends:
-            ends.callback(self.monitor.close)
+            ends.push(close)
             ends.callback(self.checkpoints.close)
             resumed = self.restore()
             if not resumed:
@@ -367,7 +373,16 @@ class _Run:
                     self.keep()
                 raise
             self.keep()
-        stopped = self.stop.agreed() and progress.step < self.settings.run.steps
+            last = self.settings.run.steps
+            stopped = self.stop.agreed() and progress.step < last
+            if progress.step == 0 and not stopped:
+                d = self.settings.data
+                raise DataError(
+                    f"data.epochs={d.epochs}: so often read, the documents do not fill a batch of data.rows={d.rows} "
+                    f"rows of data.length={d.length} tokens; make it smaller, or read them without end: data.epochs=0"
+                )
+            if progress.step < last:
+                ended = "stopped by a signal" if stopped else "done: the data ended"
         return {**self.monitor.summary(), "step": progress.step, "stopped": stopped, "checkpoint": self.saved}
 
     def keep(self) -> None:

@@ -24,6 +24,8 @@ log = logging.getLogger(__name__)
 SECONDS_BETWEEN_LINES = 10.0
 # A step that takes so many times the median is said to.
 STRAGGLER = 5.0
+# So many seconds between the machine's clock and the time that has passed are told of.
+CLOCK_JUMP = 60.0
 
 
 class Monitor:
@@ -44,15 +46,23 @@ class Monitor:
         self._backends: list[Callable[[int, Mapping[str, float]], None]] = []
         self._profiling = False
         self._behind: dict[str, str] = {}
+        self._about: Mapping[str, Any] = {}
+        self._redirected: list[logging.StreamHandler] = []
+        self._clock = time.time() - time.monotonic()
 
     # --- beginning and end --------------------------------------------------------------------------------
 
     def begin(self, step: int, resumed: bool, about: Mapping[str, Any]) -> None:
         """Before the first step: what is known of the steps so far, and what is about to run."""
-        self._start, self._begin = step, time.monotonic()
-        for line in read_lines(self._folder / "metrics.jsonl") if resumed else []:
-            if line["step"] <= step:
-                self._remember(line)
+        self._start, self._begin, self._about = step, time.monotonic(), about
+        self._clock = time.time() - self._begin
+        if resumed:
+            lines, others = _known_lines(self._folder / "metrics.jsonl")
+            if others and self._first:
+                log.warning("metrics.jsonl: %d lines that are no run's are left out", others)
+            for line in lines:
+                if line["step"] <= step:
+                    self._remember(line)
         self._cut(step if resumed else -1)
         if not self._first:
             return
@@ -62,18 +72,23 @@ class Monitor:
         self._say(_headline(about))
         self._open_bar(step)
 
-    def close(self) -> None:
+    def close(self, state: str, step: int) -> None:
+        """state, step: how the run ended and where, for the report."""
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
+            for handler in self._redirected:
+                handler.setStream(sys.stderr)
         self._end_profile()
         if not self._first:
             return
         self.flush()
+        if not self._about:  # it did not begin, and what was reported before holds
+            return
         with self._surviving("report.html"):
             from .report import write_report
 
-            write_report(self._folder)
+            write_report(self._folder, {"state": state, "step": step, **self.summary(), **self._about})
 
     def summary(self) -> dict[str, Any]:
         """Of the whole run, but for "tokens" and "seconds", which are those of this call."""
@@ -108,6 +123,10 @@ class Monitor:
     def step(self, line: dict[str, Any]) -> str | None:
         """Records a step; says what is wrong with it, if it is reason to give up."""
         guard = self._settings.guard
+        clock = time.time() - time.monotonic()
+        if abs(jump := clock - self._clock) > CLOCK_JUMP:
+            log.warning("the machine's clock jumped by %.0f s: nothing of a run depends on it", jump)
+            self._clock = clock
         if len(self._seconds) > 10 and line["seconds"] > STRAGGLER * (usual := statistics.median(self._seconds)):
             log.warning("step %d took %.1f s, others %.1f", line["step"], line["seconds"], usual)
         window = [loss for _, loss in self._losses]
@@ -157,12 +176,12 @@ class Monitor:
         """For what takes a while between steps."""
         begin = time.monotonic()
         if self._bar is not None:
-            self._bar.update(self._task, what=what)
+            self._bar.update(self._task, what=screen_text.plain(what))
         yield
         if self._bar is not None:
             self._bar.update(self._task, what="training")
         elif self._first and time.monotonic() - begin > 2:
-            print(f"smollm3: {what}: {time.monotonic() - begin:.1f} s", file=sys.stderr, flush=True)
+            self._say(f"{what}: {time.monotonic() - begin:.1f} s")
 
     @contextlib.contextmanager
     def profiled(self, step: int) -> Iterator[None]:
@@ -187,13 +206,21 @@ class Monitor:
     def _open_bar(self, step: int) -> None:
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+        from rich.table import Column
 
         console = Console(stderr=True)
         if not (progress.shown and console.is_terminal):
             return
-        columns = (TextColumn("{task.fields[what]}"), BarColumn(), MofNCompleteColumn())
-        self._bar = Progress(*columns, TextColumn("{task.fields[numbers]}"), TimeRemainingColumn(), console=console)
-        self._bar.start()
+        # Names of sources are in them, which are no markup.
+        what, numbers = (TextColumn(f"{{task.fields[{name}]}}", markup=False) for name in ("what", "numbers"))
+        steps = MofNCompleteColumn(table_column=Column(no_wrap=True))  # where it is narrow, the bar gives way
+        self._bar = Progress(what, BarColumn(), steps, numbers, TimeRemainingColumn(), console=console)
+        own = sys.stderr
+        self._bar.start()  # from here on, what is written to sys.stderr comes above the bar: log lines, too
+        for handler in logging.getLogger().handlers:
+            if isinstance(handler, logging.StreamHandler) and handler.stream is own:
+                handler.setStream(sys.stderr)
+                self._redirected.append(handler)
         self._task = self._bar.add_task("", total=self._settings.run.steps, completed=step, what="training", numbers="")
 
     def _advance(self, line: Mapping[str, Any]) -> None:
@@ -215,10 +242,11 @@ class Monitor:
     def _say(self, text: str) -> None:
         if not self._first:
             return
+        shown = screen_text.plain(text)
         if self._bar is not None:
-            self._bar.console.print(screen_text.plain(text), highlight=False, markup=False, emoji=False)
+            self._bar.console.print(shown, highlight=False, markup=False, emoji=False)
         elif progress.shown:
-            print(f"smollm3: {screen_text.plain(text)}", file=sys.stderr, flush=True)
+            print(f"smollm3: {shown}", file=sys.stderr, flush=True)
 
     def _write(self, name: str, text: str) -> None:
         with self._surviving(name):
@@ -263,13 +291,46 @@ def plain(x: Any) -> Any:
 
 
 def read_lines(path: epath.Path) -> list[dict[str, Any]]:
-    """Of a file of JSON lines, null read as NaN; one that a kill cut short is passed over."""
-    lines = []
-    if path.exists():
-        for text in path.read_text().splitlines():
-            with contextlib.suppress(ValueError):
-                lines.append({key: math.nan if x is None else x for key, x in json.loads(text).items()})
-    return lines
+    """Of a run's metrics.jsonl, null read as NaN; one that a kill cut short, or that no run wrote, is passed over."""
+    return _known_lines(path)[0]
+
+
+def _known_lines(path: epath.Path) -> tuple[list[dict[str, Any]], int]:
+    """(the lines that a run wrote, how many others there are but for a torn last one)."""
+    if not path.exists():
+        return [], 0
+    *whole, torn = path.read_bytes().split(b"\n")
+    lines = [_line(text) for text in (*whole, torn)]
+    others = sum(line is None and bool(text.strip()) for line, text in zip(lines, whole, strict=False))
+    return [line for line in lines if line is not None], others
+
+
+def _line(text: bytes) -> dict[str, Any] | None:
+    try:
+        line = _with_nan(json.loads(text.decode()))
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(line, dict) or type(line.get("step")) is not int or not 0 <= line["step"] < 2**53:
+        return None
+    if "held_out" in line:
+        found = line["held_out"]
+        sound = isinstance(found, dict) and all(
+            isinstance(x, dict) and _is_number(x.get("nats_per_token")) and _is_number(x.get("tokens"))
+            for x in found.values()
+        )
+        return line if sound else None
+    sound = all(_is_number(x) for x in line.values()) and {"loss", "seconds", "bad", "tokens"} <= line.keys()
+    return line if sound and math.isfinite(line["bad"]) and math.isfinite(line["tokens"]) else None
+
+
+def _is_number(x: Any) -> bool:
+    return isinstance(x, float) or (isinstance(x, int) and abs(x) < 2**63)
+
+
+def _with_nan(x: Any) -> Any:
+    if isinstance(x, dict):
+        return {key: _with_nan(value) for key, value in x.items()}
+    return math.nan if x is None else x
 
 
 def _headline(about: Mapping[str, Any]) -> str:

@@ -106,7 +106,10 @@ class Rows:
     def _pass_over(self, reason: BadRecord, in_a_row: int) -> None:
         if self.document < self._epoch:
             self.skipped += 1
-            log.warning("source %s: skipped a bad record (%d so far): %s", self.name, self.skipped, reason)
+            # Of many the first, and then ever fewer.
+            often = self.skipped > 10 and self.skipped & (self.skipped - 1)
+            say = log.debug if often else log.warning
+            say("source %s: skipped a bad record (%d so far): %s", self.name, self.skipped, reason)
         if self.skipped > self._bad_records:
             raise DataError(
                 f"source {self.name}: {self.skipped} bad records, more than data.bad_records={self._bad_records}; "

@@ -5,7 +5,7 @@ import importlib.util
 import io
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from etils import epath
@@ -13,23 +13,32 @@ from etils import epath
 from ..files import write
 from .monitor import read_lines
 
-WIDTH, HEIGHT, MARGIN = 720, 240, 48
+WIDTH, HEIGHT, MARGIN = 720, 256, 64
+LOSS, HELD_OUT = "loss, nats a token", "held-out text, nats a token"
 COLORS = ("#2a6fbb", "#c8553d", "#3a8f5c", "#8a5fb0", "#b8860b", "#4a4a4a", "#d17fa3", "#5fb0b0")
 Curve = Sequence[tuple[float, float]]
 
 
-def write_report(folder: epath.Path) -> None:
-    """report.html and, where matplotlib is installed, report.png, from metrics.jsonl."""
+def write_report(folder: epath.Path, about: Mapping[str, Any] | None = None) -> None:
+    """report.html and, where matplotlib is installed, report.png, from metrics.jsonl.
+
+    Args:
+      about: what is known of the run beside its folder: "state", and what `Monitor.summary` and the headline say.
+    """
     charts = curves(folder)
     settings = json.loads((folder / "settings.json").read_text())
     environment = json.loads((folder / "environment.json").read_text())
-    parts = [f"<h2>{html.escape(title)}</h2>{_svg(lines)}" for title, lines in charts.items() if any(lines.values())]
+    parts = [_table(summary(charts, settings, about or {}))]
+    parts += [
+        f"<h2>{html.escape(title)}</h2>{_svg(title, lines)}" for title, lines in charts.items() if any(lines.values())
+    ]
     name = html.escape(settings["run"]["name"] or folder.name)
     tables = "".join(
         f"<details><summary>{title}</summary><pre>{html.escape(json.dumps(content, indent=2))}</pre></details>"
         for title, content in (("settings", settings), ("environment", environment))
     )
     style = "body{font:15px sans-serif;max-width:760px;margin:2em auto}text{font:11px sans-serif}h2{font-size:16px}"
+    style += "th{text-align:left;vertical-align:top;padding-right:1em;font-weight:normal;color:#666}"
     write(
         folder / "report.html",
         f"<!doctype html><meta charset=utf-8><title>{name}</title><style>{style}</style><h1>{name}</h1>"
@@ -38,6 +47,47 @@ def write_report(folder: epath.Path) -> None:
     )
     if importlib.util.find_spec("matplotlib") is not None:
         _draw(charts, folder / "report.png")
+
+
+def summary(
+    charts: Mapping[str, Mapping[str, Curve]], settings: Mapping[str, Any], about: Mapping[str, Any]
+) -> dict[str, str]:
+    """What a run came to, for people: its state, steps, losses and data."""
+
+    def course(curve: Curve) -> str:
+        if not curve:
+            return "none yet"
+        lowest = min(curve, key=lambda point: point[1])
+        points = {"at first": curve[0], "lowest": lowest, "last": curve[-1]}
+        return ", ".join(f"{name} {value:.4f} (step {step:,})" for name, (step, value) in points.items())
+
+    training = charts[LOSS]["training"]
+    reached = training[-1][0] if training else 0
+    data = settings["data"]
+    sources = data["sources"] or {"data": {"path": data["path"]}}
+    weights, documents = about.get("weights", {}), about.get("documents", {})
+    rows = {
+        "state": str(about.get("state", "not known")),
+        "steps": f"{about.get('step', reached):,} of {settings['run']['steps']:,}",
+        "loss": course(training),
+        **{f"held out: {name}": course(curve) for name, curve in charts[HELD_OUT].items()},
+    }
+    if about.get("skipped"):
+        rows["left out"] = f"something of {about['skipped']:,} steps, which was not finite; see skipped.jsonl"
+    if "tokens" in about:
+        rows["last call"] = f"{about['tokens']:,} tokens in {about['seconds']:,.0f} s"
+    if "parameters" in about:
+        rows["model"] = f"{about['parameters']:,} parameters, of {settings['model']['path'] or 'new weights'}"
+    for name, source in sources.items():
+        count = f"{documents[name]:,} documents, " if name in documents else ""
+        share = f"{100 * weights[name]:.4g} %: " if name in weights else ""
+        rows[f"data: {name}" if len(sources) > 1 else "data"] = f"{share}{count}{source['path']}"
+    return rows
+
+
+def _table(rows: Mapping[str, str]) -> str:
+    lines = (f"<tr><th>{html.escape(key)}</th><td>{html.escape(value)}</td></tr>" for key, value in rows.items())
+    return f"<table>{''.join(lines)}</table>"
 
 
 def curves(folder: epath.Path) -> dict[str, dict[str, Curve]]:
@@ -51,9 +101,13 @@ def curves(folder: epath.Path) -> dict[str, dict[str, Curve]]:
         return [(line["step"], line[key]) for line in steps if math.isfinite(line.get(key, math.nan))]
 
     return {
-        "loss, nats a token": {"training": of("loss")},
-        "held-out text, nats a token": {
-            name: [(x["step"], x["held_out"][name]["nats_per_token"]) for x in held_out if name in x["held_out"]]
+        LOSS: {"training": of("loss")},
+        HELD_OUT: {
+            name: [
+                (x["step"], x["held_out"][name]["nats_per_token"])
+                for x in held_out
+                if math.isfinite(x["held_out"].get(name, {}).get("nats_per_token", math.nan))
+            ]
             for name in names
         },
         "gradient norm": {"": of("grad_norm")},
@@ -62,14 +116,15 @@ def curves(folder: epath.Path) -> dict[str, dict[str, Curve]]:
     }
 
 
-def _svg(lines: dict[str, Curve]) -> str:
+def _svg(title: str, lines: dict[str, Curve]) -> str:
+    """A chart; title: of its vertical axis."""
     points = [point for curve in lines.values() for point in curve]
     (left, right), (low, high) = ((min(x), max(x)) for x in zip(*points, strict=True))
     right, high = right + (right == left), high + (high == low) * (abs(high) or 1)
 
     def at(x: float, y: float) -> str:
         across = MARGIN + (x - left) / (right - left) * (WIDTH - MARGIN - 10)
-        return f"{across:.1f},{HEIGHT - 24 - (y - low) / (high - low) * (HEIGHT - 40):.1f}"
+        return f"{across:.1f},{HEIGHT - 40 - (y - low) / (high - low) * (HEIGHT - 56):.1f}"
 
     def label(x: float, y: float, text: str, anchor: str) -> str:
         across, down = at(x, y).split(",")
@@ -78,6 +133,10 @@ def _svg(lines: dict[str, Curve]) -> str:
 
     drawn = [label(left, y, f"{y:.3g}", "end") for y in (low, (low + high) / 2, high)]
     drawn += [label(x, low, f"{x:.0f}", "middle") for x in (left, right)]
+    middle = (HEIGHT - 40) / 2
+    drawn.append(f"<text x={(WIDTH + MARGIN) / 2:.0f} y={HEIGHT - 6} text-anchor=middle>step</text>")
+    turned = f'transform="rotate(-90 12 {middle:.0f})"'
+    drawn.append(f"<text x=12 y={middle:.0f} text-anchor=middle {turned}>{html.escape(title)}</text>")
     for color, (name, curve) in zip(COLORS * 9, lines.items(), strict=False):
         path = " ".join(at(x, y) for x, y in curve)
         drawn.append(f'<polyline points="{path}" fill="none" stroke="{color}" stroke-width="1.5"/>')
@@ -96,7 +155,8 @@ def _draw(charts: dict[str, dict[str, Curve]], path: epath.Path) -> None:
         axes = figure.add_subplot(len(shown), 1, i + 1)
         for name, curve in lines.items():
             axes.plot(*zip(*curve, strict=True), label=name)
-        axes.set_title(title)
+        axes.set_xlabel("step")
+        axes.set_ylabel(title)
         if len(lines) > 1:
             axes.legend()
     drawn = io.BytesIO()

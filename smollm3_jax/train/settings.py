@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 
 from ..config import DTYPES
 from ..errors import OptionError
+from ..text_files import decode
 from .step import REMAT
 
 SCHEDULES = ("constant", "wsd", "cosine", "linear")
@@ -222,10 +223,10 @@ def read_settings(config: str, words: Sequence[str] = ()) -> Settings:
     """
     file = recipes().get(config, Path(config))
     try:
-        table = tomllib.loads(file.read_text(encoding="utf-8"))
+        table = tomllib.loads(decode(file.read_bytes()))
     except OSError:
         raise OptionError(f"--config {config}: neither a file nor a recipe; recipes: {', '.join(recipes())}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (tomllib.TOMLDecodeError, UnicodeError) as error:
         raise OptionError(f"{file}: not TOML: {error}") from None
     for word in words:
         _override(table, word)

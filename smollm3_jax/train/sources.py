@@ -111,11 +111,14 @@ class Documents:
     def files(self) -> tuple[tuple[str, str], ...]:
         """(name, digest) of what they are read from: of every byte of a local corpus of up to WHOLE bytes."""
         sizes = [path.stat().length for path in self._paths if isinstance(path, epath.Path) and not is_remote(path)]
-        return self._digests(whole=sum(sizes) <= WHOLE)
+        if not (whole := sum(sizes) <= WHOLE):
+            many = f"{len(sizes):,} files of {sum(sizes) / 2**30:,.0f} GiB"
+            say_once(log, logging.INFO, f"{many}: a resume sees only whether length, beginning, middle or end changed")
+        return self._digests(whole)
 
     @property
     def pieces(self) -> tuple[tuple[str, str], ...]:
-        """The same, but of long files by pieces, as before version 0.2 of all."""
+        """The same, but of long files by pieces: so were all corpora compared once."""
         return self._digests(whole=False)
 
     def _digests(self, whole: bool) -> tuple[tuple[str, str], ...]:
@@ -164,20 +167,19 @@ def open_documents(name: str, source: Source, max_bytes: int, words: Words | Non
         for file in files:
             _refuse_pointer(file)
             count, read = opener(file, source.field, max_bytes, words)
-            try:
-                if kind in ("jsonl", "arrayrecord"):
-                    _look_for_field(file, count, read)
-            except DataError as error:
-                if _ends(file) != ".json" or len(files) == 1:
-                    raise
-                left.append(relative(file, folder))  # it may say something of the others
-                reason = error
-                continue
+            if kind in ("jsonl", "arrayrecord") and (why := _lacking(count, read)):
+                beside = len(files) > 1 and _ends(file) == ".json"  # it may say something of the others
+                if isinstance(why, NoField) and not beside:
+                    raise DataError(str(why))
+                if beside:
+                    left.append(relative(file, folder))
+                    reason = why
+                    continue
             parts.append((count, read))
             names.append(relative(file, folder))
             paths.append(file)
         if reason and not parts:
-            raise reason
+            raise DataError(str(reason))
     except OSError as error:
         raise DataError(f"source {name}: {error.filename or source.path} cannot be read: {error}") from None
     except DataError as error:
@@ -198,7 +200,7 @@ def find_files(name: str, source: Source, words: Words | None = None) -> list[ep
         if path.is_dir():
             return _in_folder(name, source, path, words or Words())
         if not path.exists():
-            raise DataError(f"{source.path} is not there: give a file, or a folder with files that end in {_ENDS}")
+            raise DataError(f"{source.path} is neither a file nor a folder: nothing of that name is there")
         _refuse_special(path)
     except ImportError as error:
         raise SupportError(f"{source.path}: {error}; {how_to_install('remote')}") from error
@@ -249,10 +251,10 @@ def _below(folder: epath.Path) -> Iterator[epath.Path]:
             yield path
             continue
         if not is_remote(path):
-            real = os.path.realpath(path)
-            if real in seen:
+            found = os.stat(path)
+            if (found.st_dev, found.st_ino) in seen:
                 continue  # a link that leads back
-            seen.add(real)
+            seen.add((found.st_dev, found.st_ino))
         inside = sorted(path.iterdir(), reverse=True)
         queue += [x for x in inside if not x.name.startswith(".") and not (x.name.startswith("_") and x.is_dir())]
 
@@ -287,9 +289,7 @@ def some(names: Sequence[str]) -> str:
     return ", ".join(names[:10]) + (f" and {len(names) - 10:,} more" if len(names) > 10 else "")
 
 
-_ENDS = (
-    f"{', '.join(ENDINGS)}, the first four and {', '.join(x for x, k in ENDINGS.items() if k == 'text')} compressed too"
-)
+_ENDS = f"{', '.join(ENDINGS)} (JSON and text perhaps with {', '.join(COMPRESSED)} after that)"
 
 
 def _refuse_special(file: epath.Path) -> None:
@@ -363,19 +363,16 @@ def _readable(file: epath.Path) -> epath.Path:
     return copy
 
 
-def _look_for_field(file: epath.Path, count: int, read: Callable[[int], Any]) -> None:
-    """Raises DataError if none of the first records has the field, and one at least could have it."""
-    missing = None
+def _lacking(count: int, read: Callable[[int], Any]) -> BadRecord | None:
+    """What is wrong with the first records, if with all of them; before all else, that they lack the field."""
+    reasons = []
     for index in range(min(count, LOOKED_AT)):
         try:
             read(index)
-            return
-        except NoField as reason:
-            missing = missing or reason
-        except BadRecord:
-            continue
-    if missing:
-        raise DataError(str(missing))
+            return None
+        except BadRecord as reason:
+            reasons.append(reason)
+    return next((reason for reason in reasons if isinstance(reason, NoField)), next(iter(reasons), None))
 
 
 def _value(record: Any, field: str, where: str, words: Words) -> Any:
@@ -411,7 +408,7 @@ def _open_jsonl(file: epath.Path, field: str, max_bytes: int, words: Words) -> t
             raise _too_long(where, end - start, max_bytes, words)
         with file.open("rb") as stream:
             stream.seek(start)
-            line = stream.read(end - start)
+            line = stream.read(end - start).strip()
         try:
             record = json.loads(line.decode())
         except (ValueError, RecursionError) as error:

@@ -137,7 +137,8 @@ def test_options_reach_the_sampler(talking, capsys):
 
 def test_prompts_from_files(talking, capsys, tmp_path, monkeypatch):
     file = tmp_path / "prompt.txt"
-    for content in (b"w5 w6", b"w5 w6\n", b"w5 w6\r\n"):
+    marked = ["w5 w6\r\n".encode(encoding) for encoding in ("utf-8-sig", "utf-16", "utf-32")]
+    for content in (b"w5 w6", b"w5 w6\n", b"w5 w6\r\n", *marked):
         file.write_bytes(content)
         common = ("--model", talking, "--max-new-tokens", 2)
         assert answer(capsys, *common, "--prompt-file", file)["prompt_token_ids"] == [5, 6]
@@ -225,7 +226,9 @@ def test_mistakes_are_one_line_and_a_code(talking, capsys, arguments, code, word
 
 def test_prompt_files_that_cannot_be_read(talking, capsys, tmp_path):
     (tmp_path / "latin").write_bytes(b"w5 \xe9")
-    for name, words in (("nothing", "No such file"), ("latin", "utf-8"), ("", "Is a directory")):
+    (tmp_path / "wide").write_bytes("w5 w6".encode("utf-16-le"))
+    unread = (("nothing", "No such file"), ("latin", "utf-8"), ("wide", "no byte order mark"), ("", "Is a directory"))
+    for name, words in unread:
         file = str(tmp_path / name)
         assert main(["generate", "--model", str(talking), "--prompt-file", file]) == 2
         out, err = capsys.readouterr()

@@ -4,13 +4,17 @@ import time
 
 import numpy as np
 import pytest
+import tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from smollm3_jax.errors import DataError, SupportError
-from smollm3_jax.train.data import Batches, _Kept, ahead, held_out_rows
+import smollm3_jax as s3
+from smollm3_jax.errors import DataError, SupportError, TokenizerError
+from smollm3_jax.train import sources
+from smollm3_jax.train.data import Batches, _Kept, ahead, encoder, expanded, held_out_rows
 from smollm3_jax.train.packing import EndOfData
 from smollm3_jax.train.settings import parse
+from smollm3_jax.train.sources import BadRecord
 
 
 def encode(document):
@@ -53,6 +57,7 @@ def test_mixtures_keep_their_weights_by_rows(corpora):
 
 
 def test_the_same_batches_from_a_state(corpora):
+    """T1."""
     one, other = batches_of(corpora), batches_of(corpora)
     for step in range(7):
         one.next(step)
@@ -66,7 +71,7 @@ def test_the_same_batches_from_a_state(corpora):
 @given(st.integers(0, 6), st.integers(1, 4), st.sampled_from([1, 2, 4]), st.sampled_from([1, 2, 4]), st.integers(2, 20))
 @settings(max_examples=25, deadline=None)
 def test_batches_do_not_depend_on_the_number_of_hosts(folder, before, after, hosts, later_hosts, length):
-    """Some steps on so many hosts, then others on so many: together their rows are those of one host."""
+    """T2: Some steps on so many hosts, then others on so many: together their rows are those of one host."""
 
     def rows_of(host, count, batch):
         size = len(batch.tokens) // count
@@ -100,6 +105,7 @@ def test_stages_switch_mixture_and_length(corpora):
 
 
 def test_changed_files_are_refused(corpora):
+    """T9."""
     state = batches_of(corpora).state()
     with (corpora / "a.jsonl").open("a") as file:
         file.write('{"text": "more"}\n')
@@ -134,6 +140,7 @@ def test_what_is_held_out_is_not_trained_on(corpora):
 
 
 def test_batches_come_ahead_and_end_with_the_data(corpora):
+    """T9."""
     batches = batches_of(corpora, epochs=1)
     steps = [step for step, _, _ in ahead(batches, 0, 100, 10, asked=lambda: True)]
     assert steps == list(range(len(steps))) and 0 < len(steps) < 100
@@ -147,6 +154,7 @@ def test_batches_come_ahead_and_end_with_the_data(corpora):
 
 
 def test_a_thread_that_fails_or_hangs_is_told_of(corpora, monkeypatch):
+    """T10."""
     batches = batches_of(corpora)
     monkeypatch.setattr(batches, "next", lambda step: time.sleep(5))
     begin = time.monotonic()
@@ -167,3 +175,58 @@ def test_without_grain_training_says_what_to_install(corpora, monkeypatch):
     monkeypatch.setitem(sys.modules, "grain", None)
     with pytest.raises(SupportError, match=r"corpora need the package grain .*pip install 'grain"):
         batches_of(corpora)
+
+
+def test_a_checkpoint_that_saw_long_files_by_pieces_is_gone_on_from(corpora, monkeypatch, caplog):
+    """As older versions compared them."""
+    monkeypatch.setattr(sources, "HASHED", 20)
+    before = batches_of(corpora)
+    for step in range(3):
+        before.next(step)
+    state = json.loads(json.dumps(before.state()))
+    state["files"] = {name: [list(file) for file in corpus.pieces] for name, corpus in before.corpora.items()}
+    assert state["files"] != before.state()["files"]
+    after = batches_of(corpora)
+    after.restore(state)
+    assert "saw of long files only beginning, middle and end" in caplog.text
+    np.testing.assert_array_equal(after.next(3).tokens, before.next(3).tokens)
+
+
+def test_an_edit_of_the_same_length_in_a_long_file_is_refused(corpora, monkeypatch):
+    """T9."""
+    monkeypatch.setattr(sources, "HASHED", 20)
+    state = batches_of(corpora).state()
+    text = (corpora / "a.jsonl").read_text()
+    at = text.index("aaa", 30)
+    (corpora / "a.jsonl").write_text(text[:at] + "c" + text[at + 1 :])
+    with pytest.raises(DataError, match=r"a.jsonl has changed"):
+        batches_of(corpora).restore(state)
+
+
+@pytest.mark.parametrize("per_file", [False, True])
+def test_the_settings_of_the_only_corpus(tmp_path, per_file):
+    """data.format and data.field, which its errors name."""
+    for name in ("de", "en"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "part-0").write_text('{"body": "abc"}\n')
+    table = {"path": str(tmp_path), "per_file": per_file, "rows": 2, "length": 4}
+    opened = lambda **more: Batches(expanded(parse({"data": table | more})), encode)  # noqa: E731
+    with pytest.raises(DataError, match=r"neither a file nor a folder .*de/part-0, en/part-0"):
+        opened()
+    with pytest.raises(DataError, match=r"it has body. Say which is the text: data.field=body"):
+        opened(format="jsonl")
+    batches = opened(format="jsonl", field="body")
+    assert list(batches.corpora) == (["de/part-0", "en/part-0"] if per_file else ["data"])
+    assert batches.next(0).tokens.max() == ord("c")
+
+
+def test_what_cannot_be_tokenized_is_a_bad_record():
+    """T8."""
+
+    class Fussy:
+        def encode(self, text):
+            raise TokenizerError("a text of 3 characters cannot be tokenized")
+
+    config = s3.ModelConfig.from_hf(tiny.raw_config("plain"))
+    with pytest.raises(BadRecord, match="cannot be tokenized"):
+        encoder(Fussy(), config)("abc")

@@ -35,7 +35,7 @@ def damage(path, how):
 
 @pytest.mark.parametrize("how", ["flip", "truncate", "delete"])
 def test_damage_is_found_and_the_checkpoint_before_is_taken(whole, place, how):
-    """In the largest file of the newest checkpoint, then in what it says of itself."""
+    """C1, C2: In the largest file of the newest checkpoint, then in what it says of itself."""
     files = sorted(x.relative_to(whole) for x in (whole / "checkpoints" / "00000008").rglob("*") if x.is_file())
     largest = max(files, key=lambda x: (whole / x).stat().st_size)
     about = next(x for x in files if "about" in x.parts and x.name == "metadata")
@@ -50,7 +50,41 @@ def test_damage_is_found_and_the_checkpoint_before_is_taken(whole, place, how):
         same_end(run, whole)
 
 
+def test_what_is_no_about_at_all_is_damage_too(whole, place):
+    """C2: a list, and what is nested too deep: the checkpoint before both is taken."""
+    run = place / "no-about"
+    shutil.copytree(whole, run)
+    for step, content in ((8, "[]"), (6, "[" * 100_000)):
+        (run / "checkpoints" / f"{step:08d}" / "about" / "metadata").write_text(content)
+    assert train(place, run, "--resume", "auto")["step"] == 8
+    events = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
+    assert [e["step"] for e in events] == [8, 6]
+    same_end(run, whole)
+
+
+def test_a_clock_that_jumps_changes_nothing(whole, place):
+    """T12: by days, forth and back, at every look at it."""
+    (place / "clock").mkdir()
+    jump = "import itertools, time\nnow, jumps = time.time, itertools.cycle((86400, 0, -86400))\n"
+    (place / "clock" / "sitecustomize.py").write_text(jump + "time.time = lambda: now() + next(jumps)\n")
+    env = environment()
+    env["PYTHONPATH"] = f"{place / 'clock'}{os.pathsep}{env['PYTHONPATH']}"
+    done = subprocess.run(command(place, place / "clocked"), env=env, capture_output=True, text=True)
+    assert done.returncode == 0 and "the machine's clock jumped by" in done.stderr, done.stderr
+    same_end(place / "clocked", whole)
+
+
+def test_a_dataset_shorter_than_a_batch(place):
+    """T9: it is read again and again; where it may be read once only, what would have to change is said."""
+    write_corpus(place / "short.jsonl", documents=2)
+    run = place / "short-run"
+    said = train(place, run, "data.epochs=1", "data.rows=16", corpus="short.jsonl", code=3)
+    assert "data.epochs=1: so often read, the documents do not fill a batch of data.rows=16 rows" in said
+    assert train(place, run, "run.steps=3", "data.rows=16", corpus="short.jsonl")["step"] == 3
+
+
 def test_nothing_begins_anew_where_all_is_damaged(whole, place):
+    """C6."""
     run = place / "all-damaged"
     shutil.copytree(whole, run)
     for step in (run / "checkpoints").iterdir():
@@ -65,6 +99,7 @@ def test_nothing_begins_anew_where_all_is_damaged(whole, place):
 
 
 def test_what_is_no_checkpoint_is_passed_over(whole, place):
+    """C3."""
     run = place / "litter"
     shutil.copytree(whole, run)
     (run / "checkpoints" / "00000009").mkdir()
@@ -84,10 +119,12 @@ def test_what_is_no_checkpoint_is_passed_over(whole, place):
     ],
 )
 def test_changed_settings_are_refused(whole, place, words, said):
+    """C8."""
     assert said in train(place, whole, "--resume", "auto", *words, code=3)
 
 
 def test_changed_data_is_refused(whole, place):
+    """C8, T9."""
     write_corpus(place / "other.jsonl", seed=1)
     run = place / "changed"
     shutil.copytree(whole, run)
@@ -97,6 +134,7 @@ def test_changed_data_is_refused(whole, place):
 
 
 def test_another_tokenizer_is_refused(whole, place):
+    """C8."""
     other = place / "retokenized"
     shutil.copytree(place / "model", other)
     text = (other / "tokenizer.json").read_text()
@@ -105,7 +143,7 @@ def test_another_tokenizer_is_refused(whole, place):
 
 
 def test_checkpoints_of_older_versions_are_read(place):
-    """A run folder that an earlier commit wrote, of two steps; its model's config and tokenizer are in it."""
+    """C11: A run folder that an earlier commit wrote, of two steps; its model's config and tokenizer are in it."""
     old = place / "old"
     shutil.copytree(GOLDEN, old)
     words = ["--resume", "auto", "run.steps=3", "model.path=", f"model.config={old / 'model'}"]
@@ -119,7 +157,7 @@ def test_checkpoints_of_older_versions_are_read(place):
 
 
 def test_a_full_disk_ends_the_run(place):
-    """A file where the folder of checkpoints should be."""
+    """C5: A file where the folder of checkpoints should be."""
     run = place / "full"
     run.mkdir()
     (run / "checkpoints").write_text("")
@@ -127,7 +165,7 @@ def test_a_full_disk_ends_the_run(place):
 
 
 def test_a_save_that_fails_in_the_background_ends_the_run(place):
-    """No file may become longer than the limit, which a checkpoint's arrays need."""
+    """C5: No file may become longer than the limit, which a checkpoint's arrays need."""
     run = place / "no-room"
     said = train(place, run, "run.steps=100000", limit=(resource.RLIMIT_FSIZE, 100_000), code=3)
     assert "a checkpoint could not be written" in said
@@ -135,6 +173,7 @@ def test_a_save_that_fails_in_the_background_ends_the_run(place):
 
 
 def test_many_saves_take_no_more_memory(place):
+    """C10."""
     run = place / "many"
     words = [f"model.config={place / 'large'}", "model.path=", "run.steps=50", "checkpoint.every=1"]
     shutil.copytree(place / "model", place / "large")
@@ -157,6 +196,7 @@ def test_many_saves_take_no_more_memory(place):
 
 
 def test_what_needs_more_memory_than_there_is_says_what_takes_it(place):
+    """T15."""
     (place / "long.jsonl").write_text(json.dumps({"text": "w5 " * 1_000_000}))
     words = ["data.length=4096", "data.rows=256", "step.remat=none", "checkpoint.every=0"]
     said = train(place, place / "large-run", *words, corpus="long.jsonl", limit=(resource.RLIMIT_AS, 12 << 30), code=3)
@@ -164,7 +204,7 @@ def test_what_needs_more_memory_than_there_is_says_what_takes_it(place):
 
 
 def test_nothing_is_wanted_of_temporary_folders(place):
-    """64 KiB for TMPDIR and for shared memory, mounted where nobody else sees it."""
+    """E4: 64 KiB for TMPDIR and for shared memory, mounted where nobody else sees it."""
     folder = place / "temporary"
     folder.mkdir()
     mount = f"mount -t tmpfs -o size=64k none {folder} && mount -t tmpfs -o size=64k none /dev/shm"
@@ -190,7 +230,7 @@ def nothing_is_lost(run):
 
 @pytest.mark.parametrize("terminated", [False, True])
 def test_data_that_hangs_ends_the_run(place, terminated):
-    """The file becomes a pipe that nobody writes to."""
+    """T10: The file becomes a pipe that nobody writes to."""
     name = f"hangs{terminated}"
     process, corpus = start_reading(place, name, 60.0 if terminated else 3.0)
     os.mkfifo(place / "pipe")
@@ -206,6 +246,7 @@ def test_data_that_hangs_ends_the_run(place, terminated):
 
 
 def test_data_that_goes_away_ends_the_run(place):
+    """T10."""
     process, corpus = start_reading(place, "goes", 3.0)
     corpus.unlink()
     _, said = process.communicate(timeout=30)
@@ -215,6 +256,7 @@ def test_data_that_goes_away_ends_the_run(place):
 
 @pytest.mark.parametrize("kind", ["parquet", "arrayrecord"])
 def test_bad_rows_and_records_are_skipped(place, kind):
+    """T8."""
     texts = [json.loads(line)["text"] for line in (place / "corpus.jsonl").read_text().splitlines()]
     path = place / f"bad.{kind}"
     if kind == "parquet":
@@ -237,8 +279,10 @@ def test_bad_rows_and_records_are_skipped(place, kind):
 
 
 def test_bad_records_are_skipped_up_to_the_limit(place):
+    """T8."""
     lines = (place / "corpus.jsonl").read_text().splitlines()
-    (place / "bad.jsonl").write_text("\n".join([*lines[:10], "{", '{"text": ""}', *lines[10:]]))
+    surrogate = '{"text": "w5 \\ud800 w6"}'
+    (place / "bad.jsonl").write_text("\n".join([*lines[:10], "{", surrogate, *lines[10:]]))
     assert train(place, place / "bad1", corpus="bad.jsonl")["step"] == 8
     said = train(place, place / "bad2", "data.bad_records=0", "run.steps=100", corpus="bad.jsonl", code=3)
     assert "more than data.bad_records=0" in said
@@ -246,7 +290,7 @@ def test_bad_records_are_skipped_up_to_the_limit(place):
 
 @pytest.mark.parametrize("micro_batches", [1, 2])
 def test_steps_that_are_not_finite_are_skipped_then_end_the_run(place, micro_batches):
-    """A learning rate that no model survives."""
+    """T5, T6: A learning rate that no model survives."""
     run = place / f"nan{micro_batches}"
     words = ["optimizer.learning_rate=1e39", "optimizer.clip_norm=0.0", "optimizer.warmup_steps=0"]
     words += [f"step.micro_batches={micro_batches}", "run.steps=50", "guard.skips=3", "checkpoint.every=0"]
@@ -257,6 +301,7 @@ def test_steps_that_are_not_finite_are_skipped_then_end_the_run(place, micro_bat
 
 
 def test_weights_that_are_not_finite_are_refused(place):
+    """T7."""
     tensors = {name: t.read().copy() for name, t in open_checkpoint(place / "model").tensors.items()}
     tensors["model.norm.weight"][0] = np.nan
     shutil.copytree(place / "model", place / "broken")
@@ -266,7 +311,7 @@ def test_weights_that_are_not_finite_are_refused(place):
 
 
 def test_a_rollback_goes_on_behind_the_trouble(place):
-    """A document of other words in the middle: the loss jumps, and the run goes back and passes over it."""
+    """T6: A document of other words in the middle: the loss jumps, and the run goes back and passes over it."""
     lines = (place / "corpus.jsonl").read_text().splitlines()
     odd = json.dumps({"text": " ".join("w150" if i % 2 else "w151" for i in range(100))})
     (place / "spike.jsonl").write_text("\n".join([*lines * 8, odd, *lines * 2]))

@@ -2,6 +2,7 @@
 
 import json
 import random
+import shlex
 import signal
 import subprocess
 import sys
@@ -24,6 +25,7 @@ def test_a_run_leaves_what_it_promises(whole, place):
 
 
 def test_stopping_and_going_on_changes_no_bit(whole, place):
+    """T1."""
     run = place / "two"
     train(place, run, "run.steps=4")
     assert train(place, run, "--resume", "auto")["step"] == 8
@@ -31,6 +33,7 @@ def test_stopping_and_going_on_changes_no_bit(whole, place):
 
 
 def test_a_termination_saves_and_says_so(whole, place):
+    """T3."""
     run = place / "terminated"
     process = start(place, run, "checkpoint.every=0")
     process.send_signal(signal.SIGTERM)
@@ -38,9 +41,18 @@ def test_a_termination_saves_and_says_so(whole, place):
     assert process.returncode == 75, said
     (saved,) = (run / "checkpoints").iterdir()
     assert int(saved.name) == max(losses(run))
+    summary = (run / "report.html").read_text().partition("<svg")[0]
+    assert "stopped by a signal" in summary and f"{int(saved.name):,} of 100,000" in summary
+    # What it says of going on is a command that does.
+    begin = "smollm3: to go on: smollm3 "
+    (words,) = (shlex.split(line.removeprefix(begin)) for line in said.splitlines() if line.startswith(begin))
+    again = [sys.executable, "-m", "smollm3_jax", *words, f"run.steps={int(saved.name) + 2}"]
+    subprocess.run(again, env=environment(), check=True, capture_output=True)
+    assert max(losses(run)) == int(saved.name) + 2
 
 
 def test_a_termination_before_the_first_step_is_one_too(place):
+    """T3."""
     run = place / "early"
     process = subprocess.Popen(command(place, run), env=environment(), stderr=subprocess.PIPE, text=True)
     wait_for(lambda: (run / "lock").exists())
@@ -51,7 +63,7 @@ def test_a_termination_before_the_first_step_is_one_too(place):
 
 
 def test_terminations_at_random_points(whole, place):
-    """In compilation, steps, evaluations and saves: nothing is lost, and the end is that of the whole run."""
+    """T3: In compilation, steps, evaluations and saves: nothing is lost, and the end is that of the whole run."""
     run, draw = place / "terminations", random.Random(0)
     words = ["--resume", "auto", "checkpoint.every=1", "eval.every=1", "eval.tokens=500"]
     words.append(f"data.eval_path={place / 'corpus.jsonl'}")
@@ -79,6 +91,7 @@ def test_another_end_is_refused_where_the_learning_rate_depends_on_it(place):
 
 
 def test_a_process_that_is_frozen_for_a_while_says_so_and_goes_on(whole, place):
+    """T12."""
     run = place / "frozen"
     process = start(place, run, "checkpoint.every=0", steps=20)
     for _ in range(3):  # one may fall between two steps
@@ -93,6 +106,7 @@ def test_a_process_that_is_frozen_for_a_while_says_so_and_goes_on(whole, place):
 
 
 def test_a_second_signal_ends_at_once_and_breaks_nothing(place):
+    """T4."""
     run = place / "twice"
     process = start(place, run)
     process.send_signal(signal.SIGTERM)
@@ -104,8 +118,8 @@ def test_a_second_signal_ends_at_once_and_breaks_nothing(place):
 
 @pytest.mark.parametrize("seed", range(4))
 def test_kills_at_random_points(whole, place, seed):
-    """Five kills in each of four runs, when a step's save has begun or is over; then the end is that of the run that
-    nothing disturbs."""
+    """C4: Five kills in each of four runs, when a step's save has begun or is over; then the end is that of the run
+    that nothing disturbs."""
     run, draw = place / f"killed{seed}", random.Random(seed)
     for kill in range(5):
         process = subprocess.Popen(
@@ -124,6 +138,7 @@ def test_a_run_is_not_overwritten(whole, place):
 
 
 def test_the_data_may_end_before_the_steps(place):
+    """T9."""
     result = train(place, place / "short", "data.epochs=1", "run.steps=1000")
     assert 3 < result["step"] < 1000 and result["checkpoint"] == result["step"]
 
@@ -144,7 +159,7 @@ def test_the_folder_that_comes_out_loads(whole, place):
 
 
 def test_checkpoints_move_between_meshes(whole, place):
-    """One device -> four, split one way -> two ways -> another -> one: the losses are those of one device."""
+    """C7, T2: One device -> four, split one way -> two ways -> another -> one: the losses are those of one device."""
     run = place / "meshes"
     train(place, run, "run.steps=2")
     for steps, rules, axes in (
@@ -160,6 +175,7 @@ def test_checkpoints_move_between_meshes(whole, place):
 
 
 def test_logs_that_cannot_be_written_stop_nothing(place):
+    """T11."""
     run = place / "nologs"
     (run / "metrics.jsonl").mkdir(parents=True)
     assert train(place, run, "log.profile=3-4")["step"] == 8

@@ -65,6 +65,7 @@ def test_rows_go_on_from_a_state(lengths, length, before, after):
 
 
 def test_bad_records_are_passed_over_and_counted():
+    """T8."""
     documents = corpus([3, 3, 3])
     del documents[1]
     rows = rows_of(documents, 3, bad_records=1)
@@ -78,7 +79,7 @@ def test_bad_records_are_passed_over_and_counted():
 
 
 def test_documents_do_not_see_each_other():
-    """Other documents in front of and behind one, of the same lengths: its loss stays the same to the bit."""
+    """T13: Other documents in front of and behind one, of the same lengths: its loss stays the same to the bit."""
     import jax.numpy as jnp
     import tiny
     from flax import nnx

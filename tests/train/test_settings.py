@@ -51,6 +51,8 @@ def test_words_go_over_the_file(file):
         (["data.eval_every_nth=5", "data.eval_path=x"], "give it or data.eval_every_nth"),
         (["data.rows=6", "step.micro_batches=4"], "6 rows do not fall into 4 equal parts"),
         (["data.path=", "data.sources.a={path = 'x', weight = 0}"], "none has a weight at step 0"),
+        (["data.format=csv"], "data.format: 'csv': there are jsonl"),
+        (["data.path=", "data.sources.a={path = 'x', format = 'zip'}"], "data.sources.a.format: 'zip': there are"),
         (["log.every=0"], "at least 1"),
         (["log.profile=some"], "steps like 10-12"),
         (["guard.window=1"], "at least 2"),
@@ -70,6 +72,12 @@ def test_files_that_are_none(tmp_path):
     (tmp_path / "bad.toml").write_text("run = [")
     with pytest.raises(OptionError, match="not TOML"):
         read_settings(str(tmp_path / "bad.toml"))
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_a_file_with_a_byte_order_mark(tmp_path, encoding):
+    (tmp_path / "run.toml").write_bytes(MINIMAL.encode(encoding))
+    assert read_settings(str(tmp_path / "run.toml")).run.steps == 10
 
 
 def test_settings_survive_json(file):

@@ -32,6 +32,7 @@ def start_job(place, run, count, *words, of_last=()):
 
 @pytest.mark.parametrize("count", [2, 4])
 def test_several_processes_train_as_one(whole, place, count):
+    """T2."""
     run = place / f"job{count}"
     for process in start_job(place, run, count, "--resume", "auto"):
         _, said = process.communicate(timeout=300)
@@ -42,6 +43,7 @@ def test_several_processes_train_as_one(whole, place, count):
 
 
 def test_processes_that_were_told_different_things_do_not_begin(place):
+    """T14."""
     first, second = start_job(place, place / "odd", 2, of_last=["optimizer.learning_rate=1e-4"])
     for process in (first, second):
         _, said = process.communicate(timeout=100)
@@ -49,7 +51,7 @@ def test_processes_that_were_told_different_things_do_not_begin(place):
 
 
 def test_what_one_process_cannot_begin_none_begins(place):
-    """The first alone takes the lock, and cannot."""
+    """T14: The first alone takes the lock, and cannot."""
     (place / "taken").mkdir()
     with (place / "taken" / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -59,6 +61,7 @@ def test_what_one_process_cannot_begin_none_begins(place):
 
 
 def test_a_process_that_never_comes_is_named(place):
+    """T14."""
     first, second = start_job(place, place / "missing", 2, "--wait", "8")
     second.kill()
     _, said = first.communicate(timeout=100)
@@ -67,6 +70,7 @@ def test_a_process_that_never_comes_is_named(place):
 
 
 def test_a_lost_process_ends_the_job_and_a_restart_goes_on(place):
+    """T14."""
     run = place / "lost"
     first, second = start_job(place, run, 2, "--resume", "auto", "--heartbeat", "20", "run.steps=100000")
     wait_for(lambda: (run / "metrics.jsonl").exists() and len(losses(run)) >= 5, 200)

@@ -99,7 +99,7 @@ def test_micro_batches_equal_the_batch(config, batch):
 
 
 def test_a_micro_batch_that_is_not_finite_is_left_out(batch):
-    """Token 7, whose embedding is infinite, stands in one of two micro-batches' rows, then in all."""
+    """T5: Token 7, whose embedding is infinite, stands in one of two micro-batches' rows, then in all."""
     config = s3.ModelConfig.from_hf(tiny.raw_config("untied"))
     optimizer, two = adamw(1e-2), dataclasses.replace(FLOAT32, micro_batches=2)
     tokens = jnp.where(batch.tokens == 7, 8, batch.tokens)
