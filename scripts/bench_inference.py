@@ -35,7 +35,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +46,7 @@ from rich.table import Column, Table
 
 from smollm3_jax.config import SMOLLM3_3B, ModelConfig
 from smollm3_jax.errors import SmolLM3Error, TokenizerError
+from smollm3_jax.files import new_file, new_folder, write
 from smollm3_jax.progress import busy, progress
 from smollm3_jax.support import how_to_install
 from smollm3_jax.tokenizer import load_tokenizer
@@ -141,17 +142,6 @@ def _busy_seconds(pid: int | None = None) -> float:
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
-@contextlib.contextmanager
-def _replaced_whole(path: Path) -> Iterator[Path]:
-    """A path to write to, which becomes `path` at the end; what a crash leaves behind is removed next time."""
-    part = path.with_name(path.name + ".part")
-    shutil.rmtree(part, ignore_errors=True)
-    part.unlink(missing_ok=True)
-    part.parent.mkdir(parents=True, exist_ok=True)
-    yield part
-    part.rename(path)
-
-
 def _need_space(folder: Path, size: int) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     if (free := shutil.disk_usage(folder).free) < 1.05 * size:
@@ -177,9 +167,8 @@ def random_3b() -> Path:
         tensors.append(StoredTensor(name=name, dtype="bfloat16", shape=slot.shape, file="", read=read))
     size = sum(tensor.nbytes for tensor in tensors)
     _need_space(folder.parent, size)
-    with _replaced_whole(folder) as part, progress(f"writing {folder}", size) as done:
-        part.mkdir()
-        (part / "config.json").write_text(json.dumps(SMOLLM3_3B, indent=2) + "\n")
+    with new_folder(folder) as part, progress(f"writing {folder}", size) as done:
+        write(part / "config.json", json.dumps(SMOLLM3_3B, indent=2) + "\n")
         write_file(part / SINGLE, tensors, done)
     return folder
 
@@ -193,8 +182,9 @@ def gguf_of(folder: Path, kind: str) -> Path:
     if not path.is_file():
         count = sum(int(np.prod(slot.shape)) for slot in slots(ModelConfig.from_hf(folder)).values())
         _need_space(path.parent, int(count * {"F32": 4, "BF16": 2, "Q8_0": 34 / 32}[kind]))
-        with _replaced_whole(path) as part, busy(f"writing {path}"):
-            write_gguf(folder, part, kind)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with new_file(path) as part, busy(f"writing {path}"):
+            write_gguf(folder, Path(part.name), kind)
     return path
 
 
@@ -366,7 +356,8 @@ def draw(rows: Sequence[dict[str, Any]], labels: dict[str, str], title: str, pat
         axis.set_xticks(range(len(panel)), [row["what"].removeprefix(name.split(",")[0]).lstrip(" ,") for row in panel])
         axis.spines[["top", "right"]].set_visible(False)
     figure.legend(*np.atleast_1d(axes)[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(labels))
-    figure.savefig(path, dpi=150)
+    with new_file(path) as file:
+        figure.savefig(file, dpi=150, format="png")
 
 
 def machine(threads: int) -> dict[str, Any]:
@@ -491,7 +482,7 @@ def run(args: argparse.Namespace) -> None:
 
 def save(result: dict[str, Any], path: Path) -> None:
     """The JSON file and, where there is matplotlib, the chart beside it."""
-    path.write_text(json.dumps(result, indent=2) + "\n")
+    write(path, json.dumps(result, indent=2) + "\n")
     if importlib.util.find_spec("matplotlib") is not None:
         title = f"{result['model']}, {result['machine']['processor']}, {result['machine']['threads']} threads"
         draw(result["results"], result["engines"], title, path.with_suffix(".png"))

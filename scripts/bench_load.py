@@ -22,6 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 from smollm3_jax.config import ModelConfig
+from smollm3_jax.files import write
 from smollm3_jax.weights.key_map import EMBED_NAME, slots
 from smollm3_jax.weights.safetensors import INDEX, read_weight_map, write_file
 from smollm3_jax.weights.stored import NUMPY_DTYPES, StoredTensor
@@ -50,7 +51,7 @@ def write_random_release(index_folder: Path, folder: Path) -> None:
             tensors.append(StoredTensor(name=name, dtype="bfloat16", shape=slot.shape, file="", read=read))
         write_file(folder / shard, tensors)
     for name in ("config.json", INDEX):
-        (folder / name).write_bytes((index_folder / name).read_bytes())
+        write(folder / name, (index_folder / name).read_bytes())
 
 
 def _anonymous_bytes() -> int:
@@ -140,7 +141,7 @@ def main() -> None:
         table.add_row(what, f"{seconds:.1f}", f"{peak:.2f}", f"{bound / GIB:.2f}" if "smollm3" in what else "")
     Console().print(table)
     if args.json:
-        args.json.write_text(json.dumps({"bound_bytes": bound, "stays_bytes": stays, "runs": runs}, indent=2) + "\n")
+        write(args.json, json.dumps({"bound_bytes": bound, "stays_bytes": stays, "runs": runs}, indent=2) + "\n")
 
 
 if __name__ == "__main__":

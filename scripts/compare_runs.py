@@ -16,6 +16,7 @@ from etils import epath
 from rich.console import Console
 from rich.table import Table
 
+from smollm3_jax.files import new_file
 from smollm3_jax.train.monitor import read_lines
 
 
@@ -52,7 +53,8 @@ def draw(found: dict[str, Any], path: Path) -> None:
     losses.set(title="held-out text, nats a token (dotted: control)", xlabel="step")
     shares.set(title="gap to the control closed, % (black: mean)", xlabel="step")
     losses.legend()
-    figure.savefig(path, dpi=110)
+    with new_file(path) as file:
+        figure.savefig(file, dpi=110, format=path.suffix[1:] or "png")
 
 
 def main() -> int:

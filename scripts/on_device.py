@@ -22,6 +22,8 @@ from device import benchmarks, report
 from device.run import Run, lines
 from device.schedule import HALVES, PARTS, PATIENCE, chosen, part_command, run_parts
 
+from smollm3_jax.files import write
+
 HALF_SECONDS = 285
 
 
@@ -58,7 +60,7 @@ def measure(args: argparse.Namespace) -> int:
     good = run_parts(parts, args.out, args.budget or seconds, command, args.tiny)
     found = lines(args.out)
     text = report.table(found)
-    (args.out / "report.txt").write_text(text)
+    write(args.out / "report.txt", text)
     print(f"\n{text}")
     if not all(line["passed"] for line in report.of_kind(found, "parity")):
         return 4

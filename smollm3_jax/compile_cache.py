@@ -10,10 +10,12 @@ Nothing that is wrong with the folder stops a program: it is compiled, and the l
 
 import contextlib
 import glob
+import hashlib
 import logging
 import os
 import re
 import stat
+import sys
 import threading
 import warnings
 from pathlib import Path
@@ -22,6 +24,7 @@ from typing import Any, NamedTuple
 import jax
 from jax.experimental.compilation_cache.compilation_cache import reset_cache
 
+from .files import write
 from .weights.hub import cache_dir
 
 log = logging.getLogger(__name__)
@@ -33,6 +36,8 @@ MAX_BYTES = 2 << 30
 
 # How JAX reports that it could not use an entry. It goes on without, unless a filter makes an error of it.
 TROUBLE = re.compile(r"Error (reading|writing) persistent compilation cache entry for '(.*?)': (.*)", re.IGNORECASE)
+
+SEAL = b"smollm3-jax 1\0"  # how an entry begins
 
 OFF = "set JAX_ENABLE_COMPILATION_CACHE=false to go without"
 
@@ -81,9 +86,7 @@ def _open() -> Path | None:
     try:
         folder = cache_dir().absolute() / "compiled"
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        # Programs in it are run: whoever may write there could run anything.
-        if os.name == "posix" and folder.stat().st_mode & stat.S_IWOTH:
-            raise PermissionError(f"everybody may write to {folder}, from where programs are run")
+        _check_owner(folder)
     except (OSError, RuntimeError) as error:  # RuntimeError: a user without a home
         log.warning(
             "compiled programs cannot be kept: %s. Every start compiles them anew; name a folder of your own in "
@@ -93,11 +96,67 @@ def _open() -> Path | None:
         return None
     with contextlib.suppress(OSError):
         _tidy(folder)
+    _seal_entries()
     config.update("jax_compilation_cache_dir", str(folder))
     if config.jax_persistent_cache_min_compile_time_secs == 1:
         config.update("jax_persistent_cache_min_compile_time_secs", MIN_COMPILE_SECONDS)
     reset_cache()  # programs compiled earlier may have settled that there is none
     return folder
+
+
+def _check_owner(folder: Path) -> None:
+    """Raises PermissionError if another user may write to the folder: programs in it are run."""
+    found, above = folder.stat(), folder.resolve().parent.stat()
+    if found.st_uid != os.geteuid():
+        raise PermissionError(f"{folder}, from where programs are run, belongs to another user")
+    if found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        who = "everybody" if found.st_mode & stat.S_IWOTH else "its group"
+        raise PermissionError(f"{who} may write to {folder}, from where programs are run (chmod 700 ends that)")
+    if above.st_mode & stat.S_IWOTH and not above.st_mode & stat.S_ISVTX:
+        raise PermissionError(f"everybody may put another folder in the place of {folder}, from where programs are run")
+
+
+class _Sealed:
+    """JAX's cache in our folder: each entry begins with a digest of its name and content.
+
+    JAX itself loads whatever has the name, and writes in place: half an entry, or another program's, would be run.
+    """
+
+    def __init__(self, folder: Path):
+        self._path = folder
+
+    def get(self, key: str) -> bytes | None:
+        try:
+            entry = (self._path / f"{key}-cache").read_bytes()
+        except FileNotFoundError:
+            return None
+        seal, content = entry[: len(SEAL) + 32], entry[len(SEAL) + 32 :]
+        if seal != self._seal(key, content):
+            raise ValueError("it is damaged, or another program's")  # JAX says so in a warning, and compiles
+        return content
+
+    def put(self, key: str, value: bytes) -> None:
+        write(self._path / f"{key}-cache", self._seal(key, value) + value)
+
+    def clear(self) -> None:
+        """A part of JAX's interface; nothing is kept here."""
+
+    def _seal(self, key: str, content: bytes) -> bytes:
+        return SEAL + hashlib.sha256(key.encode() + b"\0" + content).digest()
+
+
+def _seal_entries() -> None:
+    """Puts `_Sealed` where JAX opens our folder, unless the caller bounds JAX's cache, which is then JAX's alone."""
+    cache: Any = sys.modules.get("jax._src.compilation_cache")  # private: where it has gone, JAX's way serves
+    theirs = getattr(cache, "get_file_cache", None)
+    if theirs is None or getattr(theirs, "__module__", None) == __name__:
+        return
+
+    def get_file_cache(path: str) -> Any:
+        ours = _folder is not None and path == str(_folder) and config.jax_compilation_cache_max_size == -1
+        return (_Sealed(Path(path)), path) if ours else theirs(path)
+
+    cache.get_file_cache = get_file_cache
 
 
 def _tidy(folder: Path) -> None:

@@ -20,6 +20,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
+from .errors import SaveError
+
 StrPath = str | os.PathLike[str]
 
 
@@ -42,6 +44,15 @@ def write(path: StrPath, content: bytes | str) -> None:
         return
     with new_file(path) as file:
         file.write(content)
+
+
+def write_output(path: StrPath, content: bytes | str) -> None:
+    """`write`, of a file that the user names. Raises SaveError, which says why it cannot be written."""
+    try:
+        write(path, content)
+    except (OSError, ValueError) as error:  # ValueError: a name with NUL, half a character
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise SaveError(f"{path} cannot be written: {reason}") from None
 
 
 @contextlib.contextmanager

@@ -26,6 +26,7 @@ from sharding.rules import Sharding
 
 from .config import WEIGHT_SCHEMES, ModelConfig
 from .errors import ConfigError, OptionError
+from .files import write_output
 from .generation.device_loop import Slots, decode, prefill, slot_shardings
 from .generation.sampling import MAX_STOP_IDS, Choice, SamplingParams
 from .kv_cache import KVCache, cache_bytes, cache_shardings, empty_cache
@@ -171,7 +172,7 @@ def plan_train(
             )
             return None
         if dump is not None:
-            dump.write_text(compiled.as_text() or "")
+            write_output(dump, compiled.as_text() or "")
         return _train_report(setting, compiled)
 
     # With all devices' rows in one go whatever is not saved has to be small; "none" hardly ever is.
@@ -453,7 +454,7 @@ def plan_decode(
             "change": f"--batch {fewer * sharding.parts('batch')}" if fewer else "--weights int8, or more devices",
         }
     if dump is not None:
-        dump.write_text(compiled.as_text() or "")
+        write_output(dump, compiled.as_text() or "")
     memory = hlo.memory(compiled)
     model = setting.model_of(compiled)
     length = min(context, 8192) if prompt is None else prompt

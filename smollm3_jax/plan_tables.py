@@ -1,5 +1,6 @@
 """Plans as people read them: rich tables, and a picture of memory."""
 
+import io
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,8 @@ from rich.table import Column, Table
 
 from sharding.hardware import GIB
 
-from .errors import SupportError
+from .errors import OptionError, SupportError
+from .files import write_output
 from .support import how_to_install
 
 
@@ -148,7 +150,12 @@ def draw_memory(report: dict[str, Any], file: Path) -> None:
     axes.set_title(f"Memory: weights, and the bfloat16 cache of batch {report['batch']:,} (pale)")
     axes.legend()
     axes.grid(axis="y", alpha=0.3)
-    figure.savefig(file, dpi=120)
+    drawn = io.BytesIO()
+    try:
+        figure.savefig(drawn, dpi=120, format=file.suffix[1:] or "png")
+    except ValueError as error:  # matplotlib names what it can write
+        raise OptionError(f"--out {file}: {error}") from None
+    write_output(file, drawn.getvalue())
 
 
 def scale_tables(report: dict[str, Any]) -> Iterator[Any]:

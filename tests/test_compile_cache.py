@@ -159,7 +159,32 @@ def dangling(folder: Path) -> None:
     folder.symlink_to("/proc/there/is/none")
 
 
-@pytest.mark.parametrize("fault", [occupied, below_a_file, everybodys, dangling])
+def its_groups(folder: Path) -> None:
+    folder.mkdir(parents=True)
+    folder.chmod(0o770)
+
+
+def below_everybodys(folder: Path) -> None:
+    folder.mkdir(parents=True)
+    folder.parent.chmod(0o777)
+
+
+def linked_to_everybodys(folder: Path) -> None:
+    everybodys(folder.parent / "other")
+    folder.symlink_to("other")
+
+
+def anothers(folder: Path) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("only root gives folders away")
+    folder.mkdir(parents=True, mode=0o700)
+    os.chown(folder, 1234, -1)
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [*(occupied, below_a_file, everybodys, dangling), *(its_groups, below_everybodys, linked_to_everybodys, anothers)],
+)
 def test_folder_that_cannot_be_used(fault, folder, caplog):
     fault(folder)
     enable()
@@ -232,9 +257,26 @@ def not_a_program(entry: Path) -> None:
     entry.write_bytes(zlib.compress(b"\x00\x00\x00\x01" + b"not a program" * 50))
 
 
-@pytest.mark.parametrize("fault", [truncated, empty, noise, not_a_program])
+def flipped(entry: Path) -> None:
+    content = bytearray(entry.read_bytes())
+    content[len(content) // 2] ^= 1
+    entry.write_bytes(content)
+
+
+def of_another_program(entry: Path) -> None:
+    """As sound as can be, and under the name of this one."""
+
+    def another(x):
+        return x * 3
+
+    jax.jit(another)(np.arange(5, dtype=np.float32))
+    (other,) = entry.parent.glob("jit_another-*-cache")
+    other.rename(entry)
+
+
+@pytest.mark.parametrize("fault", [truncated, empty, noise, not_a_program, flipped, of_another_program])
 def test_broken_entry(fault, folder, caplog):
-    """It is compiled anew, replaced, and fine the next time."""
+    """E3: it is compiled anew, replaced, and fine the next time."""
     enable()
     run()
     (entry,) = entries(folder)

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from smollm3_jax.files import write
+
 from .report import modelled, note_of, of_kind, peers, share_of_floor
 from .run import lines
 
@@ -43,7 +45,7 @@ def merge(folders: Sequence[Path], into: Path) -> Path:
         "machine": {key: value for key, value in machines[-1].items() if key not in ("part", "kind", "case")},
         "results": [line for kind in KEPT[1:] for line in of_kind(found, kind)],
     }
-    file.write_text(json.dumps(kept, indent=1) + "\n")
+    write(file, json.dumps(kept, indent=1) + "\n")
     return file
 
 

@@ -9,6 +9,8 @@ from typing import Any
 
 import jax
 
+from smollm3_jax.files import new_file
+
 from .run import Run
 
 TOP = 25
@@ -29,7 +31,7 @@ def profile(run: Run, case: str, call: Callable[[], Any], calls: int) -> None:
         trace = next(Path(folder).rglob("*.xplane.pb"))
         times = kernel_times(trace)
         kept = run.out / f"{run.part}.xplane.pb.gz"
-        with trace.open("rb") as source, gzip.open(kept, "wb") as target:
+        with trace.open("rb") as source, new_file(kept) as file, gzip.open(file, "wb") as target:
             shutil.copyfileobj(source, target)
     if kept.stat().st_size > MOST_BYTES:
         kept.unlink()

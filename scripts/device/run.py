@@ -22,6 +22,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from smollm3_jax import files
+
 RESULTS = "results.jsonl"
 
 
@@ -70,8 +72,7 @@ class Run:
 
 def append(out: Path, line: dict[str, Any]) -> None:
     text = json.dumps(line)
-    with (out / RESULTS).open("a") as file:
-        file.write(text + "\n")
+    files.append(out / RESULTS, text + "\n")
     print(text, flush=True)
 
 

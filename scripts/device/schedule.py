@@ -13,6 +13,8 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from smollm3_jax import files
+
 from .run import append
 
 SCRIPTS = Path(__file__).resolve().parents[1]
@@ -130,8 +132,7 @@ def _process(command: list[str], env: dict[str, str], limit: float, out: Path, n
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
         log.seek(max(0, log.seek(0, os.SEEK_END) - LOG_BYTES))
-        with (out / "logs.txt").open("a") as file:
-            file.write(f"\n===== {name}: {_ended(code)}\n{log.read()}")
+        files.append(out / "logs.txt", f"\n===== {name}: {_ended(code)}\n{log.read()}")
     return code
 
 

@@ -11,7 +11,6 @@ stopped, in whatever way, goes on where it was, and cannot go on with another in
 
 import contextlib
 import dataclasses
-import fcntl
 import hashlib
 import json
 import math
@@ -28,6 +27,7 @@ from sharding.rules import Sharding
 
 from ..chat.template import check_depth, encode_chat, render
 from ..errors import DataError, OptionError, SaveError, SmolLM3Error
+from ..files import locked
 from ..model import SmolLM3
 from ..progress import busy, tally
 from ..tokenizer import Tokenizer
@@ -295,21 +295,13 @@ class Batch:
     def _lock(self) -> int:
         """The target, open; the lock dies with its process."""
         try:
-            file = os.open(self.target, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
+            return locked(self.target)
+        except BlockingIOError:
+            raise SaveError(
+                f"{self.target} is being written by another process; wait for it, or name another file"
+            ) from None
         except OSError as error:
             raise self._unwritable(error) from None
-        try:
-            if not stat.S_ISREG(os.fstat(file).st_mode):
-                raise SaveError(f"{self.target} is not a regular file; name one")
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            os.close(file)
-            if isinstance(error, BlockingIOError):
-                raise SaveError(
-                    f"{self.target} is being written by another process; wait for it, or name another file"
-                ) from None
-            raise error if isinstance(error, SaveError) else self._unwritable(error) from None
-        return file
 
     def _look_through(self) -> int:
         """Counts the answers that are there, and takes their lines off `left`; returns where they end."""

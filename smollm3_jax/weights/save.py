@@ -200,7 +200,7 @@ def check_target(folder: str | Path, force: bool) -> Path:
         raise SaveError(f"{folder} is a file; name a folder")
     if not there and folder.suffix.lower() in _FILE_ENDINGS:
         raise OptionError(
-            f"{folder.name} is the name of a file, and a folder is written; name one, such as {folder.stem or 'out'}"
+            f"{folder.name} is the name of a file, and a folder is written; name one, such as {folder.stem}"
             + _FILE_ENDINGS[folder.suffix.lower()]
         )
     if Path.cwd().is_relative_to(folder):

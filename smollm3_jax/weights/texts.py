@@ -5,8 +5,8 @@ import re
 from pathlib import Path
 
 from ..errors import CheckpointFormatError
+from ..tokenizer import TEMPLATES
 
-TEMPLATES = "additional_chat_templates"
 _TEXT = re.compile(
     r"tokenizer\.json|tokenizer_config\.json|special_tokens_map\.json|added_tokens\.json|vocab\.(json|txt)|merges\.txt"
     r"|chat_template\.(jinja|json)|(tokenizer|spiece|sentencepiece\.bpe|tiktoken)\.model(\.v\d+)?"
@@ -43,15 +43,20 @@ def check_links(folder: Path) -> None:
     Raises:
       CheckpointFormatError: a text file is a link that leads out of the folder.
     """
-    inside = [os.path.realpath(folder)]
-    if Path(inside[0]).parent.name == "snapshots":
-        inside.append(str(Path(inside[0]).parents[1] / "blobs"))
+    inside = Path(os.path.realpath(folder))
+    blobs = inside.parents[1] / "blobs" if inside.parent.name == "snapshots" else None
     for name, path in text_files(folder).items():
-        # One step and no further: a blob may itself be a link, to a store that several caches share.
-        step = os.path.join(os.path.realpath(path.parent), os.readlink(path)) if path.is_symlink() else str(path)
-        target = os.path.join(os.path.realpath(os.path.dirname(step)), os.path.basename(step))
-        if not any(Path(target).is_relative_to(place) for place in inside):
+        at = _step(path)
+        while at.is_relative_to(inside) and at.is_symlink():  # ends: it leads to a file
+            at = _step(at.parent / os.readlink(at))
+        # A blob may itself be a link, to a store that several caches share.
+        if not at.is_relative_to(inside) and at.parent != blobs:
             raise CheckpointFormatError(
-                f"{folder / name} is a link that leads out of the folder, to {target}, and would be copied: "
+                f"{folder / name} is a link that leads out of the folder, to {at}, and would be copied: "
                 "put a copy in its place if that is a file of the model's"
             )
+
+
+def _step(path: Path) -> Path:
+    """Where a file or link lies; its folder's links are followed, itself it is not."""
+    return Path(os.path.realpath(path.parent)) / path.name

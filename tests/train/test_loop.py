@@ -151,7 +151,7 @@ def test_the_folder_that_comes_out_loads(whole, place):
     average = open_checkpoint(out).tensors["model.embed_tokens.weight"].read()
     parts = []
     for step in (4, 6, 8):
-        subprocess.run([*export, "--step", str(step)], env=environment(), check=True, cwd=place)
+        subprocess.run([*export, "--step", str(step), "--force"], env=environment(), check=True, cwd=place)
         parts.append(open_checkpoint(out).tensors["model.embed_tokens.weight"].read())
     np.testing.assert_allclose(average, np.mean(parts, axis=0), rtol=1e-6, atol=1e-8)
     subprocess.run([*export, "--dtype", "bfloat16"], env=environment(), check=True, cwd=place)

@@ -652,6 +652,176 @@ def test_conversion_takes_the_text_files_along(hf, tmp_path):
     assert generation == {"top_k": 3, "eos_token_id": [2, 5], "unknown": None}
 
 
+TEXTS = {
+    "tokenizer.model": b"\x00sentencepiece",
+    "vocab.txt": b"a",
+    "chat_template.jinja": b"{{ messages }}\r\n",
+    "additional_chat_templates/tool_use.jinja": b"{{ tools }}",
+    "LICENSE": b"Apache-2.0",
+    "NOTICE.txt": b"...",
+}
+
+
+def with_texts(folder: Path, hf: Path, texts: dict[str, bytes] = TEXTS) -> Path:
+    shutil.copytree(hf, folder)
+    for name, content in texts.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(content)
+    return folder
+
+
+def test_what_does_not_come_along_is_named(hf, tmp_path, caplog):
+    """Tokenizers of other kinds, further templates and licences do; the rest is the user's to copy."""
+    source = with_texts(
+        tmp_path / "source", hf, TEXTS | {"README.md": b"x", "eval/x.txt": b"x", ".gitattributes": b"x"}
+    )
+    caplog.set_level("INFO", "smollm3_jax")
+    smollm3_jax.convert(source, tmp_path / "out")
+    assert {str(path.relative_to(tmp_path / "out")): content for path, content in tree(tmp_path / "out").items()} == {
+        **TEXTS,
+        "additional_chat_templates": None,
+        **{name: (tmp_path / "out" / name).read_bytes() for name in ("config.json", "model.safetensors")},
+    }
+    assert [record.getMessage() for record in caplog.records if "not copied" in record.getMessage()] == [
+        f"{source}: no part of the model, so not copied: README.md, eval/"
+    ]
+    smollm3_jax.convert(source, source, force=True)  # here nothing is left behind
+    assert {"README.md", "eval", ".gitattributes", *(name.split("/")[0] for name in TEXTS)} <= names(source)
+    assert len([record for record in caplog.records if "not copied" in record.getMessage()]) == 1
+
+
+def test_the_old_model_goes_wholly(hf, tmp_path):
+    """A template of its that the new one has not would win over the new one's; the user's own files stay."""
+    folder = with_texts(tmp_path / "out", hf, TEXTS | {"README.md": b"mine", "generation_config.json": b"{}"})
+    (folder / "model.safetensors").rename(folder / "odd-name.safetensors")
+    index = dict.fromkeys(contents(folder), "odd-name.safetensors")
+    (folder / INDEX).write_text(json.dumps({"weight_map": index}))
+    assert main(["convert", str(hf), str(folder), "--force"]) == 0
+    assert names(folder) == {"config.json", "model.safetensors", "README.md"}
+    assert (folder / "README.md").read_bytes() == b"mine"
+
+
+@pytest.mark.parametrize("mode", [0o700, 0o2770])
+def test_modes_are_kept(mode, hf, tmp_path):
+    folder = tmp_path / "out"
+    shutil.copytree(hf, folder)
+    (folder / "README.md").write_text("mine")
+    for path in folder.iterdir():
+        path.chmod(0o600)
+    folder.chmod(mode)
+    assert main(["convert", str(hf), str(folder), "--force", "--max-shard-size", "100KB"]) == 0
+    assert folder.stat().st_mode & 0o7777 == mode
+    assert {path.stat().st_mode & 0o7777 for path in folder.iterdir()} == {0o600} and len(names(folder)) > 5
+
+
+COMMANDS = [["convert"], ["quantize", "--weights", "int8"]]
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda words: words[0])
+@pytest.mark.parametrize("target", ["itself", "by a link", "another model", "a folder with a file", "a link to one"])
+def test_what_is_there_is_not_overwritten(command, target, hf, tmp_path, capsys):
+    """The only copy of a model among it; --force does, and keeps what is not a model's."""
+    source, folder = tmp_path / "model", tmp_path / "folder"
+    shutil.copytree(hf, source)
+    (source / "notes.txt").write_text("mine")
+    match target:
+        case "itself":
+            folder = source
+        case "by a link":
+            folder.symlink_to("model")
+        case "another model":
+            shutil.copytree(source, folder)
+        case "a folder with a file":
+            folder.mkdir()
+            (folder / "notes.txt").write_text("mine")
+        case "a link to one":
+            (tmp_path / "other").mkdir()
+            (tmp_path / "other" / "notes.txt").write_text("mine")
+            folder.symlink_to("other")
+    before = tree(tmp_path)
+    assert main([*command, str(source), str(folder)]) == 2
+    err = capsys.readouterr().err
+    assert "is there already" in err and "--force" in err and err.count("\n") == 1
+    assert tree(tmp_path) == before
+    assert main([*command, str(source), str(folder), "--force"]) == 0
+    assert names(folder) == {"config.json", "model.safetensors", "notes.txt"}
+
+
+def test_an_empty_folder_may_be_there(hf, tmp_path):
+    (tmp_path / "out").mkdir(mode=0o700)
+    assert main(["convert", str(hf), str(tmp_path / "out")]) == 0
+    assert (tmp_path / "out").stat().st_mode & 0o777 == 0o700
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda words: words[0])
+@pytest.mark.parametrize("name", ["out.gguf", "out.GGUF", "m.safetensors", "pytorch_model.bin", "m.pt", "m.pth"])
+def test_names_of_files(command, name, hf, tmp_path, capsys):
+    """A folder of that name is not what was meant; where there is one already, it is."""
+    assert main([*command, str(hf), str(tmp_path / name)]) == 2
+    err = capsys.readouterr().err
+    assert f"{name} is the name of a file, and a folder is written" in err and err.count("\n") == 1
+    assert names(tmp_path) == set()
+    (tmp_path / name).mkdir()
+    assert main([*command, str(hf), str(tmp_path / name)]) == 0
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "a\0b", "loop"])
+def test_names_that_no_folder_has(name, hf, tmp_path, capsys):
+    (tmp_path / "loop").symlink_to("loop")
+    assert main(["convert", str(hf), str(tmp_path / name)]) == 3
+    err = capsys.readouterr().err
+    assert "cannot be written" in err and err.count("\n") == 1 and "Traceback" not in err
+    assert names(tmp_path) == {"loop"}
+
+
+@pytest.mark.parametrize("planted", [".out.partial", ".out.previous", f".out.{'0' * 16}.partial", ".out.lock"])
+def test_links_beside_the_target(planted, hf, tmp_path):
+    victim = tmp_path / "victim"
+    victim.mkdir()
+    (victim / "diary.txt").write_text("dear diary")
+    (tmp_path / planted).symlink_to(victim)
+    for code in (0, 2) if planted != ".out.lock" else (3, 3):
+        assert main(["convert", str(hf), str(tmp_path / "out")]) == code
+    assert names(victim) == {"diary.txt"} and (tmp_path / planted).is_symlink()
+
+
+@pytest.mark.parametrize("name", ["merges.txt", "chat_template.jinja", "additional_chat_templates", "LICENSE"])
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda words: words[0])
+@pytest.mark.parametrize("steps", [1, 2])
+def test_links_out_of_the_source_are_not_copied(steps, command, name, hf, tmp_path, capsys):
+    """A folder from elsewhere could have a file of the user's published under a model's name."""
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "secret.jinja").write_text("secret")
+    source = tmp_path / "source"
+    shutil.copytree(hf, source)
+    (source / "step").symlink_to("../home" if name == "additional_chat_templates" else "../home/secret.jinja")
+    (source / name).symlink_to("step" if steps == 2 else os.readlink(source / "step"))
+    assert main([*command, str(source), str(tmp_path / "out")]) == 3
+    err = capsys.readouterr().err
+    assert name in err and "is a link that leads out of the folder" in err and err.count("\n") == 1
+    assert names(tmp_path) == {"home", "source"}
+
+
+def test_links_that_belong_to_a_model(hf, tmp_path):
+    """Those within its folder, and those of a hub's cache, where a blob may be a link once more."""
+    snapshot, blobs = tmp_path / "hub" / "snapshots" / ("a" * 40), tmp_path / "hub" / "blobs"
+    for folder in (snapshot / "additional_chat_templates", blobs, tmp_path / "store"):
+        folder.mkdir(parents=True)
+    for path in hf.iterdir():
+        shutil.copy(path, blobs / f"blob-of-{path.name}")
+        (snapshot / path.name).symlink_to(f"../../blobs/blob-of-{path.name}")
+    (tmp_path / "store" / "b").write_text("template")
+    (blobs / "b").symlink_to("../../store/b")
+    (snapshot / "additional_chat_templates" / "x.jinja").symlink_to("../../../blobs/b")
+    (snapshot / "chat_template.jinja").symlink_to("additional_chat_templates/x.jinja")
+    (tmp_path / "by-a-link").symlink_to(snapshot)
+    for number, source in enumerate((snapshot, tmp_path / "by-a-link")):
+        out = tmp_path / f"out-{number}"
+        assert main(["convert", str(source), str(out)]) == 0
+        for name in ("additional_chat_templates/x.jinja", "chat_template.jinja"):
+            assert (out / name).read_text() == "template" and not (out / name).is_symlink()
+
+
 def test_linked_target(hf, tmp_path):
     """A link to a folder, say on a larger disk, stays a link."""
     (tmp_path / "disk" / "model").mkdir(parents=True)
