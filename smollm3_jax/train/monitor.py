@@ -213,8 +213,11 @@ class Monitor:
             return
         # Names of sources are in them, which are no markup.
         what, numbers = (TextColumn(f"{{task.fields[{name}]}}", markup=False) for name in ("what", "numbers"))
-        steps = MofNCompleteColumn(table_column=Column(no_wrap=True))  # where it is narrow, the bar gives way
-        self._bar = Progress(what, BarColumn(), steps, numbers, TimeRemainingColumn(), console=console)
+        # Where it is narrow, the bar gives way, then the end of the numbers.
+        wide = 2 * len(str(self._settings.run.steps)) + 1
+        steps = MofNCompleteColumn(table_column=Column(no_wrap=True, min_width=wide))
+        left = TimeRemainingColumn(table_column=Column(no_wrap=True, min_width=7))
+        self._bar = Progress(what, BarColumn(), steps, numbers, left, console=console)
         own = sys.stderr
         self._bar.start()  # from here on, what is written to sys.stderr comes above the bar: log lines, too
         for handler in logging.getLogger().handlers:
