@@ -1,6 +1,7 @@
 """`smollm3 train`."""
 
 import argparse
+import logging
 import os
 import shlex
 import sys
@@ -55,6 +56,8 @@ def run(args: argparse.Namespace) -> int:
         return 0
     start(args.coordinator, args.processes, args.process, args.wait, args.heartbeat)
     require_devices()
+    if getattr(args, "verbose", 0) < 2:
+        logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax's tracebacks: what fails there is an error here
     from ..train.loop import STOPPED, train
     from ..train.monitor import plain
 
