@@ -9,7 +9,7 @@ import os
 import queue
 import threading
 import time
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -117,7 +117,12 @@ def expanded(settings: Settings) -> Settings:
     if not data.per_file or data.sources:
         return settings
     folder = epath.Path(os.path.expanduser(data.path))
-    files = find_files("data", Source(path=data.path, format=data.format), words_for(settings, "data"))
+    whole, words = Source(path=data.path, format=data.format, field=data.field), words_for(settings, "data")
+    files: Sequence[Any] = find_files("data", whole, words)
+    if any(
+        suffix.lower() == ".json" for file in files for suffix in file.suffixes
+    ):  # not all of them need be of documents
+        files = open_documents("data", whole, data.max_document_bytes, words).paths
     found = {stem(file, folder): Source(path=str(file), field=data.field, format=data.format) for file in files}
     if len(found) < len(files):
         raise DataError(f"data.per_file: {data.path} holds files that differ in their endings alone")

@@ -91,7 +91,7 @@ class Documents:
           parts: of each file, how many documents it has, and what reads one.
           names: what to call the files; paths: where they are, or a digest of what is no file.
         """
-        self._names, self._paths = names, paths
+        self._names, self.paths = names, paths
         self._reads = [read for _, read in parts]
         self._ends = list(itertools.accumulate(count for count, _ in parts))
 
@@ -110,10 +110,12 @@ class Documents:
     @functools.cached_property
     def files(self) -> tuple[tuple[str, str], ...]:
         """(name, digest) of what they are read from: of every byte of a local corpus of up to WHOLE bytes."""
-        sizes = [path.stat().length for path in self._paths if isinstance(path, epath.Path) and not is_remote(path)]
+        sizes = [path.stat().length for path in self.paths if isinstance(path, epath.Path) and not is_remote(path)]
+        what = f"{len(sizes):,} files of {sum(sizes) / 2**30:,.1f} GiB"
         if not (whole := sum(sizes) <= WHOLE):
-            many = f"{len(sizes):,} files of {sum(sizes) / 2**30:,.0f} GiB"
-            say_once(log, logging.INFO, f"{many}: a resume sees only whether length, beginning, middle or end changed")
+            say_once(log, logging.INFO, f"{what}: a resume sees only whether length, beginning, middle or end changed")
+        elif sum(sizes) > 2**30:
+            say_once(log, logging.INFO, f"{what} are read, so that a resume sees whether they changed")
         return self._digests(whole)
 
     @property
@@ -127,7 +129,7 @@ class Documents:
 
         try:
             with concurrent.futures.ThreadPoolExecutor() as pool:
-                return tuple(zip(self._names, pool.map(of, self._paths), strict=True))
+                return tuple(zip(self._names, pool.map(of, self.paths), strict=True))
         except OSError as error:
             raise DataError(f"{error.filename or 'a corpus'} can no longer be read: {error}") from None
 

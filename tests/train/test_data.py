@@ -220,6 +220,13 @@ def test_the_settings_of_the_only_corpus(tmp_path, per_file):
     assert batches.next(0).tokens.max() == ord("c")
 
 
+def test_a_source_for_each_file_of_documents_alone(corpora):
+    (corpora / "dataset_infos.json").write_text('{"default": {}}')
+    (corpora / "c.json").write_text('[{"text": "ccc"}]')
+    settings = expanded(parse({"data": {"path": str(corpora), "per_file": True}}))
+    assert list(settings.data.sources) == ["a", "b", "c"]
+
+
 def test_what_cannot_be_tokenized_is_a_bad_record():
     """T8."""
 
