@@ -54,6 +54,9 @@ _ABOUT = re.compile(
     r"(\.(md|txt|rst))?",
     re.IGNORECASE,
 )
+# As datasets' splits are named.
+_OTHER_SPLIT = re.compile(r"(^|[/_.-])(test|valid|validation|dev|eval)([/_.-]|$)", re.IGNORECASE)
+_TRAIN_SPLIT = re.compile(r"(^|[/_.-])train([/_.-]|$)", re.IGNORECASE)
 _POINTER = b"version https://git-lfs.github.com/spec/"
 # Of a corpus of more bytes, or in an object store, long files are compared by pieces: their length, and so many bytes
 # at their beginning, middle and end.
@@ -239,6 +242,10 @@ def _in_folder(name: str, source: Source, folder: epath.Path, words: Words) -> l
     if left or any(file.parent != folder for file in taken):
         one, other = (some([relative(file, folder) for file in files]) for files in (taken, left))
         say_once(log, logging.INFO, f"source {name}: {one}" + (f"; left alone: {other}" if left else ""))
+    others = [file for file in taken if _OTHER_SPLIT.search(relative(file, folder))]
+    if others and any(_TRAIN_SPLIT.search(relative(file, folder)) for file in taken):
+        them = some([relative(file, folder) for file in others])
+        say_once(log, logging.WARNING, f"source {name}: not only what is named train is read: {them}; move it away?")
     for file in taken:
         _refuse_special(file)
     return taken

@@ -190,6 +190,19 @@ def test_a_folder_as_the_hub_has_it(tmp_path, caplog):
     assert "left alone: CITATION.md, LICENSE, LICENSE.txt, README.md, _notes.txt, dataset_infos.json" in caplog.text
 
 
+@pytest.mark.parametrize("names", [("train-0.jsonl", "test-0.jsonl"), ("train/0.jsonl", "validation/0.jsonl")])
+def test_other_splits_beside_that_for_training_are_told_of(tmp_path, caplog, names):
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(jsonl(name))
+    assert sorted(read(tmp_path)) == sorted(names)
+    assert f"not only what is named train is read: {names[1]}" in caplog.text
+    caplog.clear()
+    (tmp_path / names[0]).rename(tmp_path / "latest.jsonl")
+    read(tmp_path)
+    assert "named train" not in caplog.text
+
+
 def test_a_folder_of_what_is_about_it_alone_is_no_corpus(tmp_path):
     (tmp_path / "README.md").write_text("text")
     (tmp_path / "table.csv").write_text("text\na\n")
