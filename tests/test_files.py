@@ -415,3 +415,38 @@ def test_carry_without_hard_links(base, monkeypatch):
     monkeypatch.setattr(os, "link", refuse)
     files.carry(base / "old", base / "new")
     assert tree(base / "new") == tree(base / "old") and mode_of(base / "new" / "file") == 0o640
+
+
+# The whole tree
+
+# What makes, replaces or locks a file by itself.
+BY_ITSELF = re.compile(
+    r"""\bos\.(replace|rename|renames|link|symlink|truncate|chmod|chown)\(|\bos\.open\((?!os\.devnull)"""
+    r"""|\.(write_text|write_bytes|rmtree)\(|\bshutil\.(copy|copy2|copyfile|copytree|move|rmtree)\(|\bfcntl\."""
+    r"""|\bopen\([^"'\n]*["'][rbt+]*[wax+][rbt+]*["']|\bsavefig\((?!drawn|file\b)|\bnp\.save"""
+)
+BELONGS = ("gzip.open(file,",)  # into one that files.py has opened
+
+
+def test_nothing_else_writes_a_file():
+    """Every place that writes goes through files.py; what libraries write (Orbax, TensorBoard, JAX) is theirs."""
+    found = [
+        f"{path.relative_to(ROOT)}:{number}: {line.strip()}"
+        for folder in ("smollm3_jax", "sharding", "scripts")
+        for path in sorted((ROOT / folder).rglob("*.py"))
+        if path.name != "files.py"
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1)
+        if BY_ITSELF.search(line) and not any(part in line for part in BELONGS)
+    ]
+    assert not found, "\n".join(found)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        *('open(path, "w")', "open(x, mode='ab')", 'path.open("xb")', "os.replace(a, b)", "p.write_text(x)"),
+        *("shutil.rmtree(x)", "shutil.copyfile(a, b)", "fcntl.flock(f, 2)", "figure.savefig(path)", "os.open(x, 1)"),
+    ],
+)
+def test_that_test(line):
+    assert BY_ITSELF.search(line)
