@@ -45,7 +45,7 @@ def log_a_step(run: Path) -> None:
     of_run.begin(0, False, ABOUT)
     of_run.step(dict(LINE))
     of_run.event({"event": "rollback"})
-    of_run.close()
+    of_run.close("complete", 1)
 
 
 @pytest.mark.parametrize("name", LOGS)
