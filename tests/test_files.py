@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from smollm3_jax import files
+from smollm3_jax.errors import SaveError
 
 ROOT = Path(__file__).parents[1]
 
@@ -239,6 +240,17 @@ def test_a_library_may_open_it_by_name(base):
         Path(file.name).write_bytes(b"by name")
         assert not (base / "file").exists()
     assert tree(base) == {"file": b"by name"}
+
+
+@pytest.mark.parametrize("name", ["none/file", "folder", "link", "a\0b", "x" * 300])
+def test_what_a_user_names(name, base):
+    (base / "folder").mkdir()
+    (base / "link").symlink_to("elsewhere")
+    with pytest.raises(SaveError, match=r"cannot be written: \S") as caught:
+        files.write_output(base / name, "text")
+    assert caught.value.exit_code == 3 and "\n" not in str(caught.value)
+    files.write_output(base / "file", "text")
+    assert tree(base) == {"folder": None, "link": "elsewhere", "file": b"text"}
 
 
 def test_append(base):
