@@ -11,7 +11,7 @@ from tiny import tiny_checkpoint
 
 from smollm3_jax.errors import CheckpointFormatError, OptionError
 from smollm3_jax.train import loop
-from smollm3_jax.train.export import TOKENIZER
+from smollm3_jax.train.export import TOKENIZER, names_in
 from smollm3_jax.train.monitor import Monitor
 from smollm3_jax.train.settings import parse
 
@@ -123,6 +123,8 @@ def test_the_text_files_are_replaced_as_one(tmp_path, run, monkeypatch):
         "additional_chat_templates/x.jinja": "new",
     }
     assert stat.S_IMODE((texts / "tokenizer.json").stat().st_mode) == 0o600
+    # An export takes along what is below, too.
+    assert {"tokenizer.json", "additional_chat_templates/x.jinja"} <= set(names_in(epath.Path(texts)))
     assert [path.name for path in run.iterdir()] == [TOKENIZER]
 
 
