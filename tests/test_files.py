@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from smollm3_jax import files
+from smollm3_jax.errors import SaveError
 
 ROOT = Path(__file__).parents[1]
 
@@ -241,6 +242,17 @@ def test_a_library_may_open_it_by_name(base):
     assert tree(base) == {"file": b"by name"}
 
 
+@pytest.mark.parametrize("name", ["none/file", "folder", "link", "a\0b", "x" * 300])
+def test_what_a_user_names(name, base):
+    (base / "folder").mkdir()
+    (base / "link").symlink_to("elsewhere")
+    with pytest.raises(SaveError, match=r"cannot be written: \S") as caught:
+        files.write_output(base / name, "text")
+    assert caught.value.exit_code == 3 and "\n" not in str(caught.value)
+    files.write_output(base / "file", "text")
+    assert tree(base) == {"folder": None, "link": "elsewhere", "file": b"text"}
+
+
 def test_append(base):
     for text in ("a\n", "ä\n"):
         files.append(base / "log", text)
@@ -415,3 +427,38 @@ def test_carry_without_hard_links(base, monkeypatch):
     monkeypatch.setattr(os, "link", refuse)
     files.carry(base / "old", base / "new")
     assert tree(base / "new") == tree(base / "old") and mode_of(base / "new" / "file") == 0o640
+
+
+# The whole tree
+
+# What makes, replaces or locks a file by itself.
+BY_ITSELF = re.compile(
+    r"""\bos\.(replace|rename|renames|link|symlink|truncate|chmod|chown)\(|\bos\.open\((?!os\.devnull)"""
+    r"""|\.(write_text|write_bytes|rmtree)\(|\bshutil\.(copy|copy2|copyfile|copytree|move|rmtree)\(|\bfcntl\."""
+    r"""|\bopen\([^"'\n]*["'][rbt+]*[wax+][rbt+]*["']|\bsavefig\((?!drawn|file\b)|\bnp\.save"""
+)
+BELONGS = ("gzip.open(file,",)  # into one that files.py has opened
+
+
+def test_nothing_else_writes_a_file():
+    """Every place that writes goes through files.py; what libraries write (Orbax, TensorBoard, JAX) is theirs."""
+    found = [
+        f"{path.relative_to(ROOT)}:{number}: {line.strip()}"
+        for folder in ("smollm3_jax", "sharding", "scripts")
+        for path in sorted((ROOT / folder).rglob("*.py"))
+        if path.name != "files.py"
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1)
+        if BY_ITSELF.search(line) and not any(part in line for part in BELONGS)
+    ]
+    assert not found, "\n".join(found)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        *('open(path, "w")', "open(x, mode='ab')", 'path.open("xb")', "os.replace(a, b)", "p.write_text(x)"),
+        *("shutil.rmtree(x)", "shutil.copyfile(a, b)", "fcntl.flock(f, 2)", "figure.savefig(path)", "os.open(x, 1)"),
+    ],
+)
+def test_that_test(line):
+    assert BY_ITSELF.search(line)

@@ -61,7 +61,7 @@ def export(
             break
     if model is None or len(found) < average:
         raise TrainingError(f"{run} has {len(found)} sound checkpoints up to there, not {average}{damage}")
-    files = {name: (run / TOKENIZER / name).read_bytes() for name in _names(run / TOKENIZER)}
+    files = {name: (run / TOKENIZER / name).read_bytes() for name in names_in(run / TOKENIZER)}
     config = ModelConfig.from_hf(checkpoints.read_about(place, found[0])["config"])
     config = dataclasses.replace(config, dtype=dtype)
     tensors = [cast(tensor, dtype) for tensor in tensors_of(model)]
@@ -69,7 +69,7 @@ def export(
     return found
 
 
-def _names(folder: epath.Path) -> list[str]:
+def names_in(folder: epath.Path) -> list[str]:
     """Of the files in a folder and in those in it."""
     here = sorted(folder.iterdir())
     below = [f"{place.name}/{file.name}" for place in here if place.is_dir() for file in sorted(place.iterdir())]

