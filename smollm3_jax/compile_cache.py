@@ -50,6 +50,7 @@ COMPILING = {
 OFF = "set JAX_ENABLE_COMPILATION_CACHE=false to go without"
 
 _lock = threading.Lock()
+_span_lock = threading.Lock()
 _folder: Path | None = None  # where this module has put the cache
 _decided = _counts = _said = False
 _requests = _hits = 0
@@ -245,7 +246,7 @@ def _on_duration(event: str, duration_secs: float, **_: Any) -> None:
 
 def _add_span(begin: float, end: float) -> None:
     """Tracing a program may trace and compile others: a second counts once."""
-    with _lock:
+    with _span_lock:
         while _spans and _spans[-1][1] >= begin:
             begin = min(begin, _spans.pop()[0])
         _spans.append((begin, end))

@@ -13,7 +13,8 @@ import pytest
 
 TESTS = Path(__file__).parent
 STRICT = {"JAX_NUMPY_DTYPE_PROMOTION": "strict", "JAX_NUMPY_RANK_PROMOTION": "raise"}
-FINITE = {"JAX_DEBUG_NANS": "true", "JAX_DEFAULT_MATMUL_PRECISION": "highest", "JAX_THREEFRY_PARTITIONABLE": "true"}
+OTHERS = {"JAX_DEBUG_NANS": "true", "JAX_DEFAULT_MATMUL_PRECISION": "highest", "JAX_DEFAULT_PRNG_IMPL": "rbg"}
+OTHERS |= {"JAX_THREEFRY_PARTITIONABLE": "false"}
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +33,7 @@ def expected(models: Path) -> dict[str, Any]:
     ("words", "flags"),
     [
         ([], {"JAX_ENABLE_X64": "1", **STRICT}),
-        (["x64"], FINITE),
+        (["x64"], OTHERS),
     ],
     ids=["x64 and strict", "x64 by the caller"],
 )

@@ -27,7 +27,7 @@ from ..tokenizer import Tokenizer
 from .device_loop import MAX_STEPS, Chosen, Slots, decode, free, insert, prefill, slot_shardings
 from .prompt_lookup import MAX_DRAFT, can_draft, decode_lookup, remember
 from .sampling import MAX_STOP_IDS, Choice, SamplingParams
-from .stats import Stats
+from .stats import Stats, counted
 
 log = logging.getLogger(__name__)
 
@@ -184,7 +184,7 @@ def stream(
         batch = math.lcm(batch, sharding.parts("batch"))
     room = max(MIN_CAPACITY, 1 << (capacity + lookup - 1).bit_length())
     with memory_for(
-        f"{batch} slots of {room:,} tokens",
+        f"{counted(batch, 'slot')} of {room:,} tokens",
         "fewer new tokens (max_new_tokens), slots or prompts, or a cache of int8, take less",
     ):
         cache_dtype = cache_dtype or model.cache_dtype
@@ -219,7 +219,7 @@ def _run(
     samples: list[_Sequence] = []  # of the request at hand that have no slot yet
     drafted, accepted = 0, 0
     drafting = f", {lookup} drafted" if lookup else ""
-    program = f"decoding of {batch} slots of {room} tokens, up to {steps} tokens a call{drafting}"
+    program = f"decoding of {counted(batch, 'slot')} of {room:,} tokens, up to {steps} tokens a call{drafting}"
     log.info("%d slots of %d tokens; prompts in pieces of %d to %d", batch, room, MIN_PIECE, chunk)
     while True:
         source, first = None, None

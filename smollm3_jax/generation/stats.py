@@ -52,7 +52,9 @@ class Stats:
         parts.append(f"generated: {_speed(self.tokens, self.seconds)}")
         if self.compiled + self.loaded:
             cached = f", and {self.loaded} loaded from the cache" if self.loaded else ""
-            parts.append(f"besides, compilation: {self.compile_seconds:.2f} s ({self.compiled} programs{cached})")
+            parts.append(
+                f"besides, compilation: {self.compile_seconds:.2f} s ({counted(self.compiled, 'program')}{cached})"
+            )
         return "; ".join(parts)
 
     def listed(self) -> str:
@@ -62,4 +64,9 @@ class Stats:
 
 def _speed(tokens: int, seconds: float) -> str:
     rate = f", {tokens / seconds:,.1f} tokens/s" if seconds > 0 else ""
-    return f"{tokens:,} tokens in {seconds:.2f} s{rate}"
+    return f"{counted(tokens, 'token')} in {seconds:.2f} s{rate}"
+
+
+def counted(number: int, what: str) -> str:
+    """ "1 slot", "2 slots"."""
+    return f"{number:,} {what}" + "s" * (number != 1)

@@ -150,9 +150,9 @@ def test_prompts_from_files(talking, capsys, tmp_path, monkeypatch):
 def test_statistics_are_for_who_asks(talking, capsys):
     common = ("generate", "--model", str(talking), "--prompt", "w5 w6 w7", "--max-new-tokens", "40", "--ignore-eos")
     speed = r"\d+\.\d\d s, [\d,]+\.\d tokens/s"
-    compilation = r"(; besides, compilation: \d+\.\d\d s \(\d+ programs(, and \d+ loaded from the cache)?\))?"
-    programs = r"prefill of 16 tokens \(1 x\); decoding of {} slots of 128 tokens, up to 16 tokens a call \({} x\)"
-    for options, slots, tokens in ((["--stats"], 1, 40), (["--stats", "--n", "2"], 2, 80)):
+    compilation = r"(; besides, compilation: \d+\.\d\d s \(\d+ programs?(, and \d+ loaded from the cache)?\))?"
+    programs = r"prefill of 16 tokens \(1 x\); decoding of {} of 128 tokens, up to 16 tokens a call \({} x\)"
+    for options, slots, tokens in ((["--stats"], "1 slot", 40), (["--stats", "--n", "2"], "2 slots", 80)):
         assert main([*common, *options]) == 0
         pattern = rf"smollm3: prompt: 2 tokens in {speed}; generated: {tokens} tokens in {speed}{compilation}\n"
         pattern += rf"smollm3: programs: {programs.format(slots, 3)}\n"
@@ -241,11 +241,11 @@ def test_too_little_memory_is_one_line(talking, tmp_path, capsys, monkeypatch, e
         for command in (one, many):
             assert main(command) == 3
             expected = (
-                r"smollm3: there is no memory for 1 slots of 256 tokens; fewer new tokens \(max_new_tokens\), .*\n"
+                r"smollm3: there is no memory for 1 slot of 256 tokens; fewer new tokens \(max_new_tokens\), .*\n"
             )
             assert re.fullmatch(expected, capsys.readouterr().err)
         model = s3.from_pretrained(talking)
-        with pytest.raises(MemoryError, match="1 slots of 256 tokens"):
+        with pytest.raises(MemoryError, match="1 slot of 256 tokens"):
             s3.generate(model, [[5]])
     monkeypatch.setattr("smollm3_jax.weights.load.load", fail)
     assert main(one) == 3
