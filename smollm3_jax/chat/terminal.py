@@ -327,7 +327,7 @@ def _answer(chat: Chat) -> tuple[dict[str, Any] | None, list[str]]:
         show(parser.finish())
         interrupted = stop() or reason is None
     chat.capacity, chat.answers = capacity, chat.answers + 1
-    chat.last = f"\nlast answer: {stats.line()}"
+    chat.last = "\nlast answer:\n  " + stats.line().replace("; ", "\n  ")
     if interrupted and events:
         chat.screen.note("interrupted; what has come stays in the conversation")
     elif reason == "length":

@@ -438,12 +438,13 @@ def test_a_command_that_takes_a_text_takes_one_of_several_lines():
 def test_tokens():
     run = Run(["/tokens", "Hi", "/tokens", "/reset", "/tokens"], ["Hel", "lo"])
     lines = run.out.splitlines()
-    del lines[1]  # the answer
-    assert lines[0] == lines[3] == "0 of 2,000 tokens of the context are used"
+    none = "0 of 2,000 tokens of the context are used"
     used, prompt = len("*user\nHi**assistant\nHello*"), len("*user\nHi**assistant\n")
-    assert lines[1] == f"{used} of 2,000 tokens of the context are used"
-    rates = f"prompt: {prompt - 1} tokens in 2.00 s, 9.5 tokens/s; generated: 5 tokens in 1.00 s, 5.0 tokens/s"
-    assert lines[2] == f"last answer: {rates}"
+    assert lines == [
+        *(none, "Hello", f"{used} of 2,000 tokens of the context are used", "last answer:"),
+        f"  prompt: {prompt - 1} tokens in 2.00 s, 9.5 tokens/s",
+        *("  generated: 5 tokens in 1.00 s, 5.0 tokens/s", none),
+    ]
 
 
 def test_the_context_overflows():
