@@ -17,6 +17,7 @@ import re
 import stat
 import sys
 import threading
+import time
 import warnings
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -39,12 +40,21 @@ TROUBLE = re.compile(r"Error (reading|writing) persistent compilation cache entr
 
 SEAL = b"smollm3-jax 1\0"  # how an entry begins
 
+# What JAX reports when it is done, with the seconds that it took.
+COMPILING = {
+    "/jax/core/compile/jaxpr_trace_duration",
+    "/jax/core/compile/jaxpr_to_mlir_module_duration",
+    "/jax/core/compile/backend_compile_duration",
+}
+
 OFF = "set JAX_ENABLE_COMPILATION_CACHE=false to go without"
 
 _lock = threading.Lock()
+_span_lock = threading.Lock()
 _folder: Path | None = None  # where this module has put the cache
 _decided = _counts = _said = False
 _requests = _hits = 0
+_spans: list[tuple[float, float]] = []  # on time.perf_counter's clock, apart and in order
 
 
 class Compilations(NamedTuple):
@@ -57,6 +67,11 @@ class Compilations(NamedTuple):
 def compilations() -> Compilations:
     """The count so far, of the whole process. Once everything is warm, both numbers stand still."""
     return Compilations(_requests - _hits, _hits)
+
+
+def compiling_seconds() -> float:
+    """How long the process has been tracing, lowering and compiling since `enable`, loading included."""
+    return sum(end - begin for begin, end in _spans)
 
 
 def enable() -> None:
@@ -223,8 +238,20 @@ def _count() -> None:
 
 def _on_duration(event: str, duration_secs: float, **_: Any) -> None:
     global _requests
+    if event in COMPILING:
+        _add_span(time.perf_counter() - duration_secs, time.perf_counter())
     if event == "/jax/core/compile/backend_compile_duration":  # loading included
         _requests += 1
+
+
+def _add_span(begin: float, end: float) -> None:
+    """Tracing a program may trace and compile others: a second counts once."""
+    with _span_lock:
+        while _spans and _spans[-1][1] >= begin:
+            begin = min(begin, _spans.pop()[0])
+        _spans.append((begin, end))
+        if len(_spans) > 1000:
+            _spans[:2] = [(_spans[0][0], _spans[0][0] + sum(span[1] - span[0] for span in _spans[:2]))]
 
 
 def _on_event(event: str, **_: Any) -> None:

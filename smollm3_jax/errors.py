@@ -1,5 +1,8 @@
 """The typed errors of the package. The CLI prints their message and exits with their code."""
 
+import contextlib
+from collections.abc import Iterator
+
 from .screen_text import plain
 
 MAX_CHARACTERS = 10_000
@@ -53,3 +56,26 @@ class DataError(SmolLM3Error, ValueError):
 
 class TrainingError(SmolLM3Error, RuntimeError):
     """A training run that cannot go on; its last checkpoint stands."""
+
+
+class OutOfMemoryError(SmolLM3Error, MemoryError):
+    """What was asked for does not fit in the memory of the device or of this machine."""
+
+
+def lacks_memory(error: BaseException) -> bool:
+    """Whether it is JAX's or Python's word for too little memory."""
+    if isinstance(error, SmolLM3Error):
+        return False
+    of_device = isinstance(error, RuntimeError | ValueError) and "RESOURCE_EXHAUSTED" in str(error)
+    return of_device or isinstance(error, MemoryError) or "out of memory" in str(error).lower()
+
+
+@contextlib.contextmanager
+def memory_for(what: str, way_out: str) -> Iterator[None]:
+    """Turns a lack of memory in the block into OutOfMemoryError."""
+    try:
+        yield
+    except Exception as error:
+        if not lacks_memory(error):
+            raise
+        raise OutOfMemoryError(f"there is no memory for {what}; {way_out}") from None

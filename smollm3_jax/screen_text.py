@@ -3,7 +3,7 @@
 import re
 
 # What moves a terminal's cursor, colours it, or turns text around; half a surrogate pair cannot be written at all.
-_UNSEEN = re.compile(r"[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff\ud800-\udfff]")
+UNSEEN = re.compile(r"[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff\ud800-\udfff]")
 
 
 def plain(text: object, lines: bool = False) -> str:
@@ -18,7 +18,7 @@ def plain(text: object, lines: bool = False) -> str:
         char = match[0]
         return char if lines and char in "\n\t" else repr(char)[1:-1]
 
-    return _UNSEEN.sub(visible, str(text))
+    return UNSEEN.sub(visible, str(text))
 
 
 def escaped(text: object, lines: bool = False) -> str:

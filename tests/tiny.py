@@ -119,12 +119,13 @@ def random_tokens(raw: dict[str, Any], batch: int, length: int, seed: int = 0) -
     return np.random.RandomState(seed).randint(0, raw["vocab_size"], (batch, length)).astype(np.int32)
 
 
-def talking_checkpoint(folder: Path) -> Path:
-    """With a tokenizer of 160 words, w0 to w159, and a chat template."""
+def talking_checkpoint(folder: Path, **more: Any) -> Path:
+    """With a tokenizer of 160 words, w0 to w159, and a chat template; more: fields of the config."""
     import tokenizers
     from tokenizers import models, pre_tokenizers
 
-    tiny_checkpoint(folder)
+    raw = raw_config("plain") | more
+    write_checkpoint(folder, raw, random_tensors(raw))
     tokenizer = tokenizers.Tokenizer(models.WordLevel({f"w{i}": i for i in range(160)}, unk_token="w0"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer.save(str(folder / "tokenizer.json"))

@@ -9,7 +9,6 @@ import atexit
 import contextlib
 import functools
 import os
-import re
 import sys
 import time
 from collections.abc import Callable
@@ -21,6 +20,7 @@ from rich.live import Live
 from rich.text import Text as Styled
 
 from .. import files
+from ..screen_text import UNSEEN
 from .parse import Event, Text, Thinking
 
 PROMPT = "> "  # what is read with this prompt is remembered
@@ -46,7 +46,7 @@ class Screen:
 
 def clean(text: str) -> str:
     """Without control characters, by which a model or a tool could command the terminal or turn a line around."""
-    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]", "", text)
+    return UNSEEN.sub(lambda match: match[0] if match[0] in "\n\t" else "", text)
 
 
 class Answer:

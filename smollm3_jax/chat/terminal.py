@@ -6,7 +6,6 @@ import functools
 import json
 import signal
 import textwrap
-import time
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from .. import files
 from ..errors import OptionError, SmolLM3Error
 from ..generation.api import Delta
 from ..generation.sampling import SamplingParams
+from ..generation.stats import Stats
 from ..tokenizer import Tokenizer
 from .parse import Event, Parser, Text, Thinking, ToolCall
 from .screen import PROMPT, Answer, Screen
@@ -55,7 +55,7 @@ class Chat:
     """A conversation, and all that it is held with.
 
       context: how many tokens the model can attend to.
-      generate: streams the answer to a prompt; its last argument is the capacity of the cache.
+      generate: streams the answer to a prompt, with this capacity of the cache; the Stats get how fast.
       read: a line of input, given a prompt and, if wanted, a text to change; EOFError at the end. Only what was pasted
       holds line breaks.
     remembered: where what is typed is kept, to be told.
@@ -70,7 +70,7 @@ class Chat:
     tokenizer: Tokenizer
     context: int
     params: SamplingParams
-    generate: Callable[[list[int], SamplingParams, int], Generator[Delta, None, None]]
+    generate: Callable[[list[int], SamplingParams, int, Stats], Generator[Delta, None, None]]
     read: Callable[..., str]
     screen: Screen
     remembered: str = ""
@@ -299,7 +299,7 @@ def _answer(chat: Chat) -> tuple[dict[str, Any] | None, list[str]]:
     end = chat.tokenizer.decode(prompt[-8:], skip_special_tokens=False)
     parser = Parser(thinking=end.rstrip().endswith("<think>"))
     events: list[Event] = []
-    arrivals: list[tuple[float, int]] = []
+    stats, count = Stats(), 0
     reason = None
     with (
         Answer(chat.screen, lambda text: len(chat.tokenizer.encode(text, False))) as shown,
@@ -314,9 +314,9 @@ def _answer(chat: Chat) -> tuple[dict[str, Any] | None, list[str]]:
                 events.append(event)
 
         try:
-            with contextlib.closing(chat.generate(prompt, params, capacity)) as deltas:
+            with contextlib.closing(chat.generate(prompt, params, capacity, stats)) as deltas:
                 for delta in deltas:
-                    arrivals.append((time.perf_counter(), len(delta.token_ids)))
+                    count += len(delta.token_ids)
                     show(parser.feed(delta.text))
                     reason = delta.finish_reason
                     if stop():
@@ -324,20 +324,10 @@ def _answer(chat: Chat) -> tuple[dict[str, Any] | None, list[str]]:
         except KeyboardInterrupt:
             if not chat.interactive:
                 raise
-        except RuntimeError as error:
-            if "RESOURCE_EXHAUSTED" not in str(error):
-                raise
-            raise OptionError(
-                f"there is no memory for {capacity:,} tokens; a smaller --max-new-tokens, --cache int8 or /reset "
-                "takes less"
-            ) from None
         show(parser.finish())
         interrupted = stop() or reason is None
     chat.capacity, chat.answers = capacity, chat.answers + 1
-    count = sum(tokens for _, tokens in arrivals)
-    chat.last = f"; the last prompt had {len(prompt):,}, the last answer {count:,}"
-    if (seconds := arrivals[-1][0] - arrivals[0][0] if arrivals else 0) > 0:
-        chat.last += f" at {(count - arrivals[0][1]) / seconds:.1f} tokens/s"
+    chat.last = "\nlast answer:\n  " + stats.line().replace("; ", "\n  ")
     if interrupted and events:
         chat.screen.note("interrupted; what has come stays in the conversation")
     elif reason == "length":

@@ -32,6 +32,7 @@ def run(args: argparse.Namespace) -> int:
     from ..chat.tools import load_tools
     from ..generation.api import Delta, Request, check_request, stream, think_ids
     from ..generation.sampling import SamplingParams
+    from ..generation.stats import Stats
     from ..weights.hub import cache_dir
 
     for file, errors in ((sys.stdin, "replace"), (sys.stdout, "backslashreplace")):
@@ -46,9 +47,11 @@ def run(args: argparse.Namespace) -> int:
     probe = Request([0], dataclasses.replace(params, max_new_tokens=1))
     check_request(checkpoint.config, checkpoint.generation_config, probe, tokenizer)
 
-    def generate(prompt: list[int], params: SamplingParams, capacity: int) -> Generator[Delta, None, None]:
+    def generate(
+        prompt: list[int], params: SamplingParams, capacity: int, stats: Stats
+    ) -> Generator[Delta, None, None]:
         # Few steps at a time: an answer should flow.
-        options = {"max_slots": 1, "capacity": capacity, "cache_dtype": args.cache, "steps": 4}
+        options = {"max_slots": 1, "capacity": capacity, "cache_dtype": args.cache, "steps": 4, "stats": stats}
         yield from stream(model, [Request(prompt, params)], tokenizer=tokenizer, **options)
 
     history = cache_dir() / "history"

@@ -3,7 +3,7 @@
 import argparse
 
 from ..config import FORMATS
-from .shared import MODEL_HELP, add_dtype, folder
+from .shared import MODEL_HELP, add_dtype, folder, say
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -20,5 +20,5 @@ def run(args: argparse.Namespace) -> int:
 
     check_target(args.folder, args.force)  # before anything is fetched
     convert(folder(args.source), args.folder, args.dtype, args.format, args.max_shard_size, args.force)
-    print(args.folder)
+    say(args.folder)
     return 0

@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from .shared import add_dtype
+from .shared import add_dtype, say
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -20,5 +20,5 @@ def run(args: argparse.Namespace) -> int:
     from ..train.export import export
 
     steps = export(run_folder(args.run_folder), Path(args.folder), args.step, args.average, args.dtype, args.force)
-    print(f"{args.folder}: step {', '.join(map(str, steps))}")
+    say(f"{args.folder}: step {', '.join(map(str, steps))}")
     return 0

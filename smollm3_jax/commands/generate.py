@@ -7,12 +7,11 @@ import json
 import logging
 import re
 import sys
-import time
 from pathlib import Path
 
 from ..errors import OptionError
 from ..progress import busy
-from .shared import add_model, add_sampling, load_model, open_model, sampling_params
+from .shared import add_model, add_sampling, load_model, open_model, sampling_params, say
 
 SOME_FAILED = 3
 
@@ -27,7 +26,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--system", metavar="TEXT", help="with --chat: the system message")
     parser.add_argument("--no-think", action="store_true", help="with --chat: answer without reasoning first")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
-    parser.add_argument("--stats", action="store_true", help="speed on standard error, as a terminal always has it")
+    parser.add_argument("--stats", action="store_true", help="speed (a terminal always has it), and which programs ran")
     lookup_help = "greedy only: draft N tokens at a time from the text so far, and verify them at once"
     parser.add_argument("--lookup", type=int, default=0, metavar="N", help=lookup_help)
     add_sampling(parser)
@@ -45,6 +44,7 @@ def add(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from ..generation.api import Completion, Request, check_request, stream
     from ..generation.jsonl import encode_messages, spell_logprobs, spell_prompt_logprobs
+    from ..generation.stats import Stats
 
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # not every encoding has what a model says
@@ -70,21 +70,19 @@ def run(args: argparse.Namespace) -> int:
     request = Request(prompt, params)
     check_request(checkpoint.config, checkpoint.generation_config, request, tokenizer, lookup=args.lookup)
     model = load_model(args, checkpoint)
-    if (args.stats or args.lookup) and not args.quiet:
-        # Which sizes everything was rounded up to, and how many drafts were accepted.
+    if args.lookup and not args.quiet:  # how many drafts were accepted
         logging.getLogger("smollm3_jax.generation.api").setLevel(logging.INFO)
     samples = [Completion.empty() for _ in range(params.n)]
     live = params.n == 1 and not args.json
-    arrivals = []
-    begin = time.monotonic()
+    stats = Stats()
+    options = {"tokenizer": tokenizer, "cache_dtype": args.cache, "lookup": args.lookup, "stats": stats}
     with contextlib.ExitStack() as waiting:
         waiting.enter_context(busy("generating"))
-        for delta in stream(model, [request], tokenizer=tokenizer, cache_dtype=args.cache, lookup=args.lookup):
-            arrivals.append((time.monotonic() - begin, len(delta.token_ids)))
+        for delta in stream(model, [request], **options):
             samples[delta.sample].add(delta)
             if live:
                 waiting.close()  # or the spinner would write into the text
-                print(delta.text, end="", flush=True)
+                say(delta.text, end="")
     if live:
         print()
     elif args.json:
@@ -102,13 +100,11 @@ def run(args: argparse.Namespace) -> int:
         print(json.dumps(results[0] if params.n == 1 else {**shared, "samples": results}))
     else:
         for i, sample in enumerate(samples, 1):
-            print(f"--- sample {i} of {params.n} ---\n{sample.text}")
+            say(f"--- sample {i} of {params.n} ---\n{sample.text}")
     if args.stats or (sys.stderr.isatty() and not args.quiet):
-        (first, count), (last, _) = arrivals[0], arrivals[-1]
-        tokens = sum(number for _, number in arrivals)
-        # One sequence's speed without its prompt; several begin and end at different times.
-        rate = (tokens - count) / (last - first) if params.n == 1 and tokens > count else tokens / last
-        print(f"{tokens} tokens in {last:.2f} s, {rate:.1f} tokens/s; the first after {first:.2f} s", file=sys.stderr)
+        print(f"smollm3: {stats.line()}", file=sys.stderr)
+    if args.stats:
+        print(f"smollm3: {stats.listed()}", file=sys.stderr)
     return 0
 
 
@@ -131,7 +127,7 @@ def _generate_many(args: argparse.Namespace) -> int:
 
     if args.output is None:
         raise OptionError("--input needs --output, the file that the answers go to")
-    if given := [name for name in ("json", "stats", "lookup", "system") if getattr(args, name)]:
+    if given := [name for name in ("json", "lookup", "system") if getattr(args, name)]:
         raise OptionError(f"--{given[0]} is for one prompt: leave it out with --input")
     checkpoint, tokenizer = open_model(args)
     params = sampling_params(args, checkpoint.generation_config)
@@ -144,7 +140,9 @@ def _generate_many(args: argparse.Namespace) -> int:
             batch.run(
                 load_model(args, checkpoint), tokenizer, slots=slots, context=args.context, cache_dtype=args.cache
             )
-    speed = f"; {batch.tokens} tokens, {batch.tokens / batch.seconds:.1f} tokens/s" if batch.tokens else ""
+    speed = f"; {batch.stats.line()}" if batch.stats.tokens else ""
     failed = f", {batch.failed} of them errors" if batch.failed else ""
     print(f"smollm3: {batch.done} lines in {args.output}{failed}{speed}", file=sys.stderr)
+    if args.stats:
+        print(f"smollm3: {batch.stats.listed()}", file=sys.stderr)
     return SOME_FAILED if batch.failed else 0

@@ -3,7 +3,7 @@
 import argparse
 import json
 
-from .shared import add_model_name, console, folder, print_json
+from .shared import add_model_name, console, folder, print_json, say
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -21,8 +21,8 @@ def run(args: argparse.Namespace) -> int:
         print_json(summary)
         return 0
     config = summary["config"]
-    print(f"{summary['path']}: {config['architectures'][0]}")
-    print(f"{summary['parameters']:,} parameters, {summary['bytes']:,} bytes")
+    say(f"{summary['path']}: {config['architectures'][0]}")
+    say(f"{summary['parameters']:,} parameters, {summary['bytes']:,} bytes")
     table = Table("parameter", "layers", "dtype", "shape of each", "bytes", "files")
     for param in dict.fromkeys(tensor["parameter"] for tensor in summary["tensors"]):
         rows = [tensor for tensor in summary["tensors"] if tensor["parameter"] == param]
@@ -36,6 +36,6 @@ def run(args: argparse.Namespace) -> int:
         )
     console().print(table)
     for name, value in config.items():
-        print(f"{name}: {json.dumps(value)}")
-    print(f"text files: {', '.join(summary['text_files']) or 'none'}")
+        say(f"{name}: {json.dumps(value)}")
+    say(f"text files: {', '.join(summary['text_files']) or 'none'}")
     return 0

@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from .shared import add_model, console, load_model, open_model, print_json
+from .shared import add_model, console, load_model, open_model, print_json, say
 
 # Four documents of each of SmolLM3's six languages.
 MAX_TOKENS = 6 * 4 * 512
@@ -41,6 +41,6 @@ def run(args: argparse.Namespace) -> int:
         table.add_row(language or "-", *shown, f"{row['tokens']:,}")
     console().print(table)
     bad = f"; bad records skipped: {len(skipped)}" if skipped else ""
-    print(f"{report['documents']} documents of up to {report['longest']} tokens, {report['rows']} side by side{bad}")
-    print(f"weights {report['weights']}, activations {report['activations']}, cache {report['cache']}")
+    say(f"{report['documents']} documents of up to {report['longest']} tokens, {report['rows']} side by side{bad}")
+    say(f"weights {report['weights']}, activations {report['activations']}, cache {report['cache']}")
     return 0

@@ -2,7 +2,7 @@
 
 import argparse
 
-from .shared import add_model_name, folder
+from .shared import add_model_name, folder, say
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -12,5 +12,5 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    print(folder(args.model, args.revision, args.token))
+    say(folder(args.model, args.revision, args.token))
     return 0

@@ -3,7 +3,7 @@
 import argparse
 
 from ..config import CACHE_SCHEMES, WEIGHT_SCHEMES
-from .shared import MODEL_HELP, folder
+from .shared import MODEL_HELP, folder, say
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -20,5 +20,5 @@ def run(args: argparse.Namespace) -> int:
 
     check_target(args.folder, args.force)  # before anything is fetched
     quantize(folder(args.source), args.folder, args.weights, args.cache, args.max_shard_size, args.force)
-    print(args.folder)
+    say(args.folder)
     return 0

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..config import DTYPES, WEIGHT_SCHEMES, GenerationConfig, with_yarn
+from ..screen_text import UNSEEN, plain
 
 MODEL_HELP = "a model folder, a .gguf file, a hub id such as HuggingFaceTB/SmolLM3-3B, or demo"
 
@@ -139,13 +140,24 @@ def load_model(args: argparse.Namespace, checkpoint: "Checkpoint") -> "SmolLM3":
     return load(checkpoint, args.dtype, **({"weights": args.weights} if args.weights else {}))
 
 
+def say(text: object = "", end: str = "\n") -> None:
+    """Standard output: a file or pipe gets the text as it is, a terminal without what would command it."""
+    print(plain(text, lines=True) if sys.stdout.isatty() else text, end=end, flush=True)
+
+
 def print_json(content: Any) -> None:
-    text = json.dumps(content, ensure_ascii=False, indent=2)
-    print(text.encode(errors="backslashreplace").decode())  # half a surrogate pair cannot be printed
+    lines = json.dumps(content, ensure_ascii=False, indent=2).split("\n")
+    # JSON's own spelling, of half a surrogate pair, too.
+    print("\n".join(UNSEEN.sub(lambda match: f"\\u{ord(match[0]):04x}", line) for line in lines))
 
 
 def console() -> "Console":
-    """Tables keep their width where standard output is a file or a pipe. Names in them are no markup."""
+    """For tables. They keep their width where standard output is a file or a pipe; names in them are neither markup nor
+    commands to the terminal."""
     from rich.console import Console
 
-    return Console(width=None if sys.stdout.isatty() else 160, markup=False, emoji=False)
+    class Plain(Console):
+        def render_str(self, text: str, **options: Any) -> Any:
+            return super().render_str(plain(text, lines=True), **options)
+
+    return Plain(width=None if sys.stdout.isatty() else 160, markup=False, emoji=False)

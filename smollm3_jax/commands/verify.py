@@ -2,7 +2,7 @@
 
 import argparse
 
-from .shared import add_model_name, console, folder, print_json
+from .shared import add_model_name, console, folder, print_json, say
 
 VERIFICATION_FAILED = 4
 
@@ -26,7 +26,7 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print_json(report)
     else:
-        print(f"{report['model']} against {report['against']}")
+        say(f"{report['model']} against {report['against']}")
         table = Table(show_header=False)
         for name in (
             *("tokens", "max_abs", "max_abs_bound", "mean_abs", "max_logit", "kl", "top1", "top5"),
@@ -39,6 +39,6 @@ def run(args: argparse.Namespace) -> int:
         for name, passed in report["checks"].items():
             table.add_row(f"check: {name}", "passed" if passed else "FAILED")
         console().print(table)
-        print(f"tolerance for {report['tolerance']['dtype']}: {report['tolerance']['source']}")
-        print("verified" if report["ok"] else "NOT verified")
+        say(f"tolerance for {report['tolerance']['dtype']}: {report['tolerance']['source']}")
+        say("verified" if report["ok"] else "NOT verified")
     return 0 if report["ok"] else VERIFICATION_FAILED

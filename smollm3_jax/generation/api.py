@@ -20,13 +20,14 @@ from sharding.rules import Sharding
 
 from ..compile_cache import enable
 from ..config import GenerationConfig, ModelConfig
-from ..errors import OptionError
+from ..errors import OptionError, memory_for
 from ..kv_cache import KVCache, empty_cache
 from ..model import SmolLM3
 from ..tokenizer import Tokenizer
 from .device_loop import MAX_STEPS, Chosen, Slots, decode, free, insert, prefill, slot_shardings
 from .prompt_lookup import MAX_DRAFT, can_draft, decode_lookup, remember
 from .sampling import MAX_STOP_IDS, Choice, SamplingParams
+from .stats import Stats, counted
 
 log = logging.getLogger(__name__)
 
@@ -141,6 +142,7 @@ def stream(
     cache_dtype: Any = None,
     steps: int = MAX_STEPS,
     lookup: int = 0,
+    stats: Stats | None = None,
     sharding: Sharding | None = None,
 ) -> Iterator[Delta]:
     """Runs requests side by side in slots of the cache, and yields what they say as it comes.
@@ -156,11 +158,13 @@ def stream(
       steps: how many tokens of each sequence come at a time, at most 16.
       lookup: how many tokens to draft from the text so far and verify at once (see `prompt_lookup`); 0 is off.
         The share of them that was accepted is logged at the end.
+      stats: gets what was done, how fast, and by which programs; to measure prompts, it waits for each of them.
       sharding: the mesh and rules that the model was placed by; None on one device, or for every device of the
         model's mesh to compute everything.
 
     Raises:
       OptionError: a request that cannot be run, when its turn comes.
+      OutOfMemoryError: so many slots of so many tokens do not fit.
     """
     enable()
     sharding = sharding or Sharding.of_array(model.norm[...])
@@ -179,14 +183,43 @@ def stream(
         # As many slots as the mesh divides, though some of them stay empty.
         batch = math.lcm(batch, sharding.parts("batch"))
     room = max(MIN_CAPACITY, 1 << (capacity + lookup - 1).bit_length())
-    cache = empty_cache(model.config, batch, room, cache_dtype or model.cache_dtype, sharding)
-    history = np.full((batch, room), -1, np.int32) if lookup else None
-    cache, slots, history = _place(model, cache, _no_slots(model, batch), history, sharding)
+    with memory_for(
+        f"{counted(batch, 'slot')} of {room:,} tokens",
+        "fewer new tokens (max_new_tokens), slots or prompts, or a cache of int8, take less",
+    ):
+        cache_dtype = cache_dtype or model.cache_dtype
+        yield from _run(
+            *(model, requests, tokenizer, batch, room, capacity, cache_dtype, steps, lookup, stats, sharding)
+        )
+
+
+def _run(
+    model: SmolLM3,
+    requests: Iterable[Request],
+    tokenizer: Tokenizer | None,
+    batch: int,
+    room: int,
+    capacity: int,
+    cache_dtype: Any,
+    steps: int,
+    lookup: int,
+    stats: Stats | None,
+    sharding: Sharding | None,
+) -> Iterator[Delta]:
+    """The loop of `stream`, with `batch` slots of `room` tokens."""
+    config = model.config, model.generation_config
+    wait, stats = stats is not None, stats or Stats()
+    with stats.timed():
+        cache = empty_cache(model.config, batch, room, cache_dtype, sharding)
+        history = np.full((batch, room), -1, np.int32) if lookup else None
+        cache, slots, history = _place(model, cache, _no_slots(model, batch), history, sharding)
     chunk = CHUNK.get(sharding.platform if sharding else jax.default_backend(), ACCELERATOR_CHUNK)
     running: dict[int, _Sequence] = {}
     waiting = enumerate(requests)
     samples: list[_Sequence] = []  # of the request at hand that have no slot yet
     drafted, accepted = 0, 0
+    drafting = f", {lookup} drafted" if lookup else ""
+    program = f"decoding of {counted(batch, 'slot')} of {room:,} tokens, up to {steps} tokens a call{drafting}"
     log.info("%d slots of %d tokens; prompts in pieces of %d to %d", batch, room, MIN_PIECE, chunk)
     while True:
         source, first = None, None
@@ -199,31 +232,37 @@ def stream(
                 check_request(*config, request, tokenizer, capacity, lookup, f"prompt {index}")
                 samples = [_Sequence(model, index, i, request, tokenizer) for i in range(request.params.n)]
             sequence = samples.pop(0)
-            if source is None:
-                cache, logprobs = _prefill(model, cache, slot, sequence.request, chunk, sharding)
-                sequence.prompt_logprobs, source = logprobs, slot
-            first = None if source == slot else np.int32(source)
-            length = np.int32(len(sequence.request.prompt) - 1)
-            cache, slots = insert(cache, slots, np.int32(slot), sequence.slot(), length, first)
-            if history is not None:
-                told = np.full(room, -1, np.int32)
-                told[: len(sequence.request.prompt)] = sequence.request.prompt
-                history = remember(history, np.int32(slot), told)
+            with stats.timed("prompt_seconds"):
+                if source is None:
+                    cache, logprobs = _prefill(model, cache, slot, sequence.request, chunk, stats, sharding)
+                    sequence.prompt_logprobs, source = logprobs, slot
+                    if wait:
+                        jax.block_until_ready(cache)
+                first = None if source == slot else np.int32(source)
+                length = np.int32(len(sequence.request.prompt) - 1)
+                cache, slots = insert(cache, slots, np.int32(slot), sequence.slot(), length, first)
+                if history is not None:
+                    told = np.full(room, -1, np.int32)
+                    told[: len(sequence.request.prompt)] = sequence.request.prompt
+                    history = remember(history, np.int32(slot), told)
             running[slot] = sequence
         if not running:
             break
-        if history is None:
-            cache, slots, chosen = decode(model, cache, slots, np.int32(steps), sharding=sharding)
-        else:
-            cache, slots, history, tokens, tally = decode_lookup(
-                model, cache, slots, history, np.int32(steps), draft=lookup, sharding=sharding
-            )
-            chosen = Chosen(tokens, None, None, None)
-            tried, kept = jax.device_get(tally)
-            drafted, accepted = drafted + int(tried), accepted + int(kept)
-        chosen = jax.device_get(chosen)
+        with stats.timed("seconds"):
+            if history is None:
+                cache, slots, chosen = decode(model, cache, slots, np.int32(steps), sharding=sharding)
+            else:
+                cache, slots, history, tokens, tally = decode_lookup(
+                    model, cache, slots, history, np.int32(steps), draft=lookup, sharding=sharding
+                )
+                chosen = Chosen(tokens, None, None, None)
+                tried, kept = jax.device_get(tally)
+                drafted, accepted = drafted + int(tried), accepted + int(kept)
+            chosen = jax.device_get(chosen)
+        stats.programs[program] += 1
         for slot, sequence in list(running.items()):
             delta = sequence.take(slot, chosen)
+            stats.tokens += len(delta.token_ids)
             if delta.finish_reason:
                 del running[slot]
                 slots = free(slots, np.int32(slot))
@@ -245,7 +284,13 @@ def pieces(length: int, chunk: int, capacity: int) -> Iterator[tuple[int, int, i
 
 
 def _prefill(
-    model: SmolLM3, cache: KVCache, slot: int, request: Request, chunk: int, sharding: Sharding | None
+    model: SmolLM3,
+    cache: KVCache,
+    slot: int,
+    request: Request,
+    chunk: int,
+    stats: Stats,
+    sharding: Sharding | None,
 ) -> tuple[KVCache, tuple[float, ...] | None]:
     """All but the last token of a prompt into a slot, and the log-probabilities of all but its first."""
     prompt = np.asarray(request.prompt, np.int32)
@@ -266,6 +311,8 @@ def _prefill(
         )
         if values is not None:
             logprobs.append((values, count))
+        stats.prompt_tokens += count
+        stats.programs[f"prefill of {padded} tokens" + (f" after up to {past}" if past else "")] += 1
     if not request.params.prompt_logprobs:
         return cache, None
     return cache, tuple(float(value) for piece, count in jax.device_get(logprobs) for value in piece[:count])

@@ -201,6 +201,7 @@ def _advance(slots: Slots, token_B: Array) -> Slots:
     stops_B = (slots.stop_ids == token_B[:, None]).any(axis=1) | (generated_B >= slots.limit)
     opens_B, closes_B = token_B == slots.think_ids[:, 0], token_B == slots.think_ids[:, 1]
     said_BV = jnp.arange(slots.choice.counts.shape[1], dtype=jnp.int32)[None] == token_B[:, None]
+    new_BV = (said_BV & was_B[:, None]).astype(jnp.int32)
     return dataclasses.replace(
         slots,
         token=jnp.where(was_B, token_B, slots.token),
@@ -209,7 +210,5 @@ def _advance(slots: Slots, token_B: Array) -> Slots:
         thinking=(slots.thinking | opens_B) & ~closes_B,
         think_left=jnp.where(slots.thinking & (slots.think_left > 0), slots.think_left - 1, slots.think_left),
         # Not a scatter: for one row XLA would gather the counts from all devices for it.
-        choice=dataclasses.replace(
-            slots.choice, counts=slots.choice.counts + (said_BV & was_B[:, None]).astype(jnp.int32)
-        ),
+        choice=dataclasses.replace(slots.choice, counts=slots.choice.counts + new_BV),
     )

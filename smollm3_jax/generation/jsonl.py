@@ -16,12 +16,9 @@ import json
 import math
 import os
 import stat
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
-
-import jax
 
 from sharding.rules import Sharding
 
@@ -33,6 +30,7 @@ from ..progress import busy, tally
 from ..tokenizer import Tokenizer
 from .api import Completion, Request, check_request, stream
 from .sampling import SamplingParams
+from .stats import Stats
 
 SLOTS = 16
 SAMPLING_FIELDS = tuple(field.name for field in dataclasses.fields(SamplingParams))
@@ -55,7 +53,7 @@ class Batch:
     """A file of requests and the file of their answers, which is locked until `close`.
 
     done, failed: how many lines have an answer, and how many of these are errors; left: how many have none;
-    tokens, seconds: what `run` has generated, and how long it took.
+    stats: what `run` has done, and how fast.
     """
 
     def __init__(
@@ -82,8 +80,8 @@ class Batch:
         """
         self.source, self.target = Path(source), Path(target)
         self.params, self.chat, self.thinking = params or SamplingParams(), chat, thinking
-        self.done = self.failed = self.tokens = 0
-        self.seconds = 0.0
+        self.done = self.failed = 0
+        self.stats = Stats()
         # Fields at their defaults stay out, so that a later version with more of them can go on.
         own, default = vars(self.params), vars(SamplingParams())
         changed = {name: own[name] for name in SAMPLING_FIELDS if own[name] != default[name]}
@@ -147,7 +145,8 @@ class Batch:
           cache_dtype, sharding: as for `stream`.
 
         Raises:
-          OptionError: an option is out of range, or memory does not suffice.
+          OptionError: an option is out of range.
+          OutOfMemoryError: so many slots of so many tokens do not fit.
           DataError: the source has changed since this batch was made, so that lines may be missing; those that were
             read are answered.
           SaveError: an answer could not be written; those before it are.
@@ -159,7 +158,6 @@ class Batch:
             raise OptionError(f"context is {context}; it must be at least 2")
         if self.chat and tokenizer.chat_template is None:
             render(None, [])  # says so once, not in every line
-        begin = time.monotonic()
         try:
             sequences = self.left * self.params.n
             if context is None:
@@ -177,28 +175,20 @@ class Batch:
                     max_slots=slots,
                     capacity=context,
                     cache_dtype=cache_dtype,
+                    stats=self.stats,
                     sharding=sharding,
                 ):
                     line = running[delta.request]
                     line.samples[delta.sample].add(delta)
-                    self.tokens += len(delta.token_ids)
                     if all(sample.finish_reason for sample in line.samples):
                         self._write(line.index, line.id | _answer(running.pop(delta.request), tokenizer))
-                    report(self.done, self.tokens)
+                    report(self.done, self.stats.tokens)
             self._check_unchanged()
         except KeyboardInterrupt:
             raise KeyboardInterrupt(
                 f"{self.done} of {self.done + self.left} lines are in {self.target}; "
                 "the same command goes on from there"
             ) from None
-        except jax.errors.JaxRuntimeError as error:
-            if "RESOURCE_EXHAUSTED" not in str(error):
-                raise
-            raise OptionError(
-                f"{slots} slots of {context} tokens do not fit in memory; lower slots or context"
-            ) from None
-        finally:
-            self.seconds += time.monotonic() - begin
 
     def _needs(self, model: SmolLM3, tokenizer: Tokenizer) -> tuple[int, int]:
         """Over the lines that can be run: the most tokens of a sequence, and how many sequences."""

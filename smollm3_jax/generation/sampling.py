@@ -210,8 +210,12 @@ def _draw(logits_BV: Array, choice: Choice, step_B: Array) -> Array:
     # From the largest down: however low the temperature, only differences become infinite.
     logits_BV = logits_BV - logits_BV.max(axis=1, keepdims=True)
     kept_BV = cut(logits_BV / temperature_B1, choice.top_k, choice.top_p, choice.min_p)
-    keys_B = jax.vmap(lambda seed, step: jax.random.fold_in(jax.random.key(seed), step))(choice.seed, step_B)
-    return jax.vmap(jax.random.categorical)(keys_B, kept_BV).astype(jnp.int32)
+
+    def draw(seed: Array, step: Array, kept_V: Array) -> Array:
+        return jax.random.categorical(jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), step), kept_V)
+
+    with jax.threefry_partitionable(True):  # a seed means the same draws whatever JAX is configured to use
+        return jax.vmap(draw)(choice.seed, step_B, kept_BV).astype(jnp.int32)
 
 
 def cut(logits_BV: Array, top_k_B: Array, top_p_B: Array, min_p_B: Array) -> Array:

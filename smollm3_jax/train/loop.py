@@ -43,7 +43,7 @@ from sharding.rules import Sharding
 
 from .. import compile_cache
 from ..config import ModelConfig
-from ..errors import DataError, OptionError, TrainingError
+from ..errors import DataError, OptionError, TrainingError, lacks_memory
 from ..files import carry, is_remote, locked, new_folder, remove, write
 from ..model import SmolLM3
 from ..support import SHOWN, version
@@ -638,7 +638,7 @@ def _room(state: TrainState, batch: Any) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if "RESOURCE_EXHAUSTED" not in str(error) and "out of memory" not in str(error).lower():
+        if not lacks_memory(error):
             raise
         raise TrainingError(
             f"the step does not fit: {str(error).splitlines()[0][:200]}; on a device: {parts}, the rest activations. "

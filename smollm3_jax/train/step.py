@@ -188,7 +188,7 @@ def _gradients(
         found = gradient(model, batch, options, sharding)
         bad = is_bad(found)
         added = jax.tree.map(lambda old, new: old + jnp.where(bad, 0, new), carry[0], found)
-        return (added, carry[1] + bad), None
+        return (added, carry[1] + bad.astype(jnp.float32)), None
 
     zeros = jax.tree.map(
         lambda x: jnp.zeros(x.shape, x.dtype),

@@ -31,9 +31,10 @@ from smollm3_jax.chat import screen, terminal
 from smollm3_jax.chat.screen import Screen
 from smollm3_jax.chat.terminal import Chat, converse
 from smollm3_jax.commands.main import main
-from smollm3_jax.errors import OptionError, TokenizerError
+from smollm3_jax.errors import OptionError, OutOfMemoryError, TokenizerError
 from smollm3_jax.generation.api import Delta
 from smollm3_jax.generation.sampling import SamplingParams
+from smollm3_jax.generation.stats import Stats
 from smollm3_jax.tokenizer import Tokenizer
 
 TEMPLATE = """\
@@ -68,7 +69,10 @@ class Model:
         self.capacities: list[int] = []
         self.closed = 0
 
-    def __call__(self, prompt: list[int], params: SamplingParams, capacity: int) -> Generator[Delta, None, None]:
+    def __call__(
+        self, prompt: list[int], params: SamplingParams, capacity: int, stats: Stats
+    ) -> Generator[Delta, None, None]:
+        stats.prompt_tokens, stats.prompt_seconds = len(prompt) - 1, 2.0
         self.prompts.append(self.tokenizer.decode(prompt, skip_special_tokens=False))
         self.params.append(params)
         self.capacities.append(capacity)
@@ -84,6 +88,7 @@ class Model:
                     signal.raise_signal(signal.SIGINT)
                     piece = ""
                 ids = tuple(self.tokenizer.encode(piece, False))
+                stats.tokens, stats.seconds = stats.tokens + len(ids), stats.seconds + 0.5
                 yield Delta(0, 0, ids, piece, None, None, reason if i == len(pieces) - 1 else None)
         finally:
             self.closed += 1
@@ -228,7 +233,7 @@ def test_a_second_ctrl_c_does_not_wait():
         raise AssertionError("still running")
 
     class Endless(Model):
-        def __call__(self, prompt: list[int], params: SamplingParams, capacity: int) -> Generator[Delta, None, None]:
+        def __call__(self, *_: Any) -> Generator[Delta, None, None]:
             for piece in never():
                 yield Delta(0, 0, (1,), piece, None, None, None)
 
@@ -433,11 +438,13 @@ def test_a_command_that_takes_a_text_takes_one_of_several_lines():
 def test_tokens():
     run = Run(["/tokens", "Hi", "/tokens", "/reset", "/tokens"], ["Hel", "lo"])
     lines = run.out.splitlines()
-    assert lines[0] == lines[3] == "0 of 2,000 tokens of the context are used"
+    none = "0 of 2,000 tokens of the context are used"
     used, prompt = len("*user\nHi**assistant\nHello*"), len("*user\nHi**assistant\n")
-    assert re.fullmatch(
-        rf"{used} of 2,000 tokens .*; the last prompt had {prompt}, the last answer 5 at [\d.,]+ tokens/s", lines[2]
-    )
+    assert lines == [
+        *(none, "Hello", f"{used} of 2,000 tokens of the context are used", "last answer:"),
+        f"  prompt: {prompt - 1} tokens in 2.00 s, 9.5 tokens/s",
+        *("  generated: 5 tokens in 1.00 s, 5.0 tokens/s", none),
+    ]
 
 
 def test_the_context_overflows():
@@ -461,9 +468,8 @@ def test_capacity_only_grows_and_seeds_differ():
 
 
 def test_no_memory_is_no_crash():
-    full = RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 123 bytes.")
-    run = Run(["a", "b"], [full], "Hello")
-    assert [m["content"] for m in run.messages] == ["b", "Hello"] and "no memory for 128 tokens" in run.notes
+    run = Run(["a", "b"], [OutOfMemoryError("there is no memory for 1 slot of 128 tokens")], "Hello")
+    assert [m["content"] for m in run.messages] == ["b", "Hello"] and "no memory for 1 slot of 128" in run.notes
     with pytest.raises(RuntimeError, match="a bug"):
         Run(["a"], [RuntimeError("a bug")])
 

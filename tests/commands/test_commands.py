@@ -1,6 +1,7 @@
 import io
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -147,12 +148,108 @@ def test_prompts_from_files(talking, capsys, tmp_path, monkeypatch):
 
 
 def test_statistics_are_for_who_asks(talking, capsys):
-    common = ("generate", "--model", str(talking), "--prompt", "w5", "--max-new-tokens", "40", "--ignore-eos")
-    pattern = r"40 tokens in \d+\.\d\d s, \d+\.\d tokens/s; the first after \d+\.\d\d s\n"
-    assert main([*common, "--stats"]) == 0
-    assert re.fullmatch(pattern, capsys.readouterr().err)
-    assert main([*common, "--stats", "--n", "2"]) == 0
-    assert re.fullmatch(pattern.replace("40", "80"), capsys.readouterr().err)
+    common = ("generate", "--model", str(talking), "--prompt", "w5 w6 w7", "--max-new-tokens", "40", "--ignore-eos")
+    speed = r"\d+\.\d\d s, [\d,]+\.\d tokens/s"
+    compilation = r"(; besides, compilation: \d+\.\d\d s \(\d+ programs?(, and \d+ loaded from the cache)?\))?"
+    programs = r"prefill of 16 tokens \(1 x\); decoding of {} of 128 tokens, up to 16 tokens a call \({} x\)"
+    for options, slots, tokens in ((["--stats"], "1 slot", 40), (["--stats", "--n", "2"], "2 slots", 80)):
+        assert main([*common, *options]) == 0
+        pattern = rf"smollm3: prompt: 2 tokens in {speed}; generated: {tokens} tokens in {speed}{compilation}\n"
+        pattern += rf"smollm3: programs: {programs.format(slots, 3)}\n"
+        assert re.fullmatch(pattern, capsys.readouterr().err)
+    assert main([*common]) == 0
+    assert capsys.readouterr().err == ""
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+FOREIGN = "\x1b]0;pwned\x07\x9b2J\u202e[/red]"
+
+
+def commands_it(text: str) -> bool:
+    return any(command in text for command in ("\x1b]", "\x07", "\x9b", "\u202e"))
+
+
+def test_what_a_model_says_commands_no_terminal(talking, tmp_path, capsys, monkeypatch):
+    """A file or a pipe gets it as it is."""
+    folder = tmp_path / "model"
+    shutil.copytree(talking, folder)
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    vocab = tokenizer["model"]["vocab"]
+    tokenizer["model"]["vocab"] = {(FOREIGN + str(id) if id > 9 else word): id for word, id in vocab.items()}
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    command = ["generate", "--model", str(folder), "--prompt", "w5", "--max-new-tokens", "8"]
+    for more in ([], ["--n", "2"], ["--json"]):
+        assert main([*command, *more]) == 0
+        piped = capsys.readouterr().out
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, "stdout", Terminal())
+            assert main([*command, *more]) == 0
+            shown = sys.stdout.getvalue()  # pyright: ignore[reportAttributeAccessIssue]
+        assert not commands_it(shown) and r"\x1b]0;pwned" in shown.replace("u001b", "x1b")
+        assert FOREIGN in (json.loads(piped)["text"] if more == ["--json"] else piped)
+
+
+def test_names_of_files_command_no_terminal(talking, tmp_path, monkeypatch, capsys):
+    folder = tmp_path / FOREIGN.replace("/", "")
+    shutil.copytree(talking, folder)
+    (folder / f"{FOREIGN.replace('/', '')}.safetensors").symlink_to(folder / "model.safetensors")
+    out, err = Terminal(), Terminal()
+    monkeypatch.setattr(sys, "stdout", out)
+    monkeypatch.setattr(sys, "stderr", err)
+    main(["inspect", str(folder)])
+    main(["inspect", str(folder / "nowhere")])
+    assert not commands_it(out.getvalue() + err.getvalue())
+    assert r"\x1b]0;pwned" in out.getvalue() and r"\x1b]0;pwned" in err.getvalue()
+
+
+def test_a_table_of_foreign_names(monkeypatch):
+    """As of languages, which are whatever a file of texts calls them: neither markup nor commands."""
+    from rich.table import Table
+
+    from smollm3_jax.commands.shared import console
+
+    monkeypatch.setattr(sys, "stdout", out := Terminal())
+    table = Table("language")
+    table.add_row(FOREIGN)
+    console().print(table)
+    assert r"\x1b]0;pwned\x07\x9b2J\u202e[/red]" in out.getvalue() and not commands_it(out.getvalue())
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 17 bytes.\nmore"),
+        MemoryError(),
+        MemoryError("Unable to allocate 17 bytes"),
+    ],
+)
+def test_too_little_memory_is_one_line(talking, tmp_path, capsys, monkeypatch, error):
+    """Of the cache and its slots, and of anything else."""
+
+    def fail(*_, **__):
+        raise error
+
+    (tmp_path / "in").write_text('{"prompt": "w5"}\n')
+    one = ["generate", "--model", str(talking), "--prompt", "w5 w6"]
+    many = [*one[:3], "--input", str(tmp_path / "in"), "--output", str(tmp_path / "out")]
+    with monkeypatch.context() as patch:
+        patch.setattr("smollm3_jax.generation.api.empty_cache", fail)
+        for command in (one, many):
+            assert main(command) == 3
+            expected = (
+                r"smollm3: there is no memory for 1 slot of 256 tokens; fewer new tokens \(max_new_tokens\), .*\n"
+            )
+            assert re.fullmatch(expected, capsys.readouterr().err)
+        model = s3.from_pretrained(talking)
+        with pytest.raises(MemoryError, match="1 slot of 256 tokens"):
+            s3.generate(model, [[5]])
+    monkeypatch.setattr("smollm3_jax.weights.load.load", fail)
+    assert main(one) == 3
+    assert re.fullmatch(r"smollm3: there is too little memory: .*\n", capsys.readouterr().err)
 
 
 def test_yarn_stretches_the_context(talking, capsys):
