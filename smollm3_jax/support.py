@@ -87,6 +87,10 @@ def how_to_install(name: str) -> str:
 def keep_to_the_cpu_without_accelerator() -> None:
     """Where no accelerator is attached, jax leaves alone the plug-ins that are installed only to compile for some:
     started without a device they print tracebacks. Does nothing where the user says which platforms there are."""
+    if "jax" not in sys.modules:  # it reads the variable when it is imported
+        if not os.environ.get("JAX_PLATFORMS") and _nothing_attached():
+            os.environ["JAX_PLATFORMS"] = "cpu"
+        return
     import jax
 
     chosen: str | None = jax.config.jax_platforms  # pyright: ignore[reportAttributeAccessIssue]
