@@ -5,8 +5,9 @@ from typing import TYPE_CHECKING, Any
 
 from .support import is_the_command, keep_to_the_cpu_without_accelerator, require_supported, version
 
-if not is_the_command():  # which says it in a line
+if not is_the_command():  # which says it in a line, and lets the doctor look
     require_supported()
+    keep_to_the_cpu_without_accelerator()
 
 if TYPE_CHECKING:
     from .config import GenerationConfig, ModelConfig, RopeScaling
@@ -49,8 +50,6 @@ def __getattr__(name: str) -> Any:
         return version("smollm3-jax") or "unknown"
     for module, names in _HOME.items():
         if name in names:
-            if module not in ("config", "errors"):
-                keep_to_the_cpu_without_accelerator()
             value = getattr(importlib.import_module(f".{module}", __name__), name)
             globals()[name] = value
             return value

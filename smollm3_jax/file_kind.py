@@ -13,6 +13,8 @@ def what_it_is(path: str | Path, expected: str = "") -> str | None:
       expected: the container that the file should be: "GGUF", "safetensors" or "zip".
     """
     try:
+        if not Path(path).is_file():  # but a pipe, say, that nobody may ever write to
+            return None
         with Path(path).open("rb") as file:
             begin = file.read(512)
     except OSError:

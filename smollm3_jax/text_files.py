@@ -4,6 +4,7 @@ import bz2
 import codecs
 import contextlib
 import gzip
+import io
 import lzma
 import re
 import zlib
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from .errors import DataError, SupportError
+from .reading import read_file
 from .support import how_to_install
 
 # The longer marks first: that of UTF-32 begins as that of UTF-16 does.
@@ -34,6 +36,7 @@ COMPRESSED = (".gz", ".gzip", ".zst", ".zstd", ".bz2", ".xz")
 # So much of a file's beginning tells what it is.
 HEAD = 1024
 _BLOCK = 2**22
+_MOST_OF_A_PIPE = 2**32
 
 
 def encoding_of(head: bytes) -> str:
@@ -75,7 +78,7 @@ def read(path: Path) -> bytes:
       DataError: it is damaged, or is text in another encoding.
       SupportError: it is compressed in a way that needs a library which is not installed.
     """
-    with path.open("rb") as file:
+    with io.BytesIO(read_file(path, _MOST_OF_A_PIPE)) if path.is_fifo() else path.open("rb") as file:
         return b"".join(blocks(file, path)).removeprefix(codecs.BOM_UTF8)
 
 

@@ -229,6 +229,19 @@ def test_platform_that_is_not_there(smollm3, platforms, arguments, model_folder)
     assert done.stderr.count("\n") == (arguments != ["doctor"])
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("first", ["import jax, smollm3_jax as s3", "import smollm3_jax as s3, jax"])
+def test_python_begins_clean_and_fails_in_words(first, model_folder):
+    """Without JAX_PLATFORMS too, plug-ins that are here to compile only are left alone; the caller's wish is kept."""
+    if support._has_gpu() or support._has_tpu():
+        pytest.skip("an accelerator is attached")
+    code = f"{first}\nprint(jax.devices(), s3.from_pretrained({str(model_folder)!r}).dtype)"
+    done = run("-c", code, JAX_PLATFORMS=None)
+    assert (done.stdout, done.stderr) == ("[CpuDevice(id=0)] float32\n", "")
+    done = run("-c", f"{first}\ns3.from_pretrained({str(model_folder)!r})", JAX_PLATFORMS="cuda")
+    assert "SupportError: JAX_PLATFORMS asks for cuda, and jax finds no such device" in done.stderr
+
+
 # What libtpu says when a second process opens the chips.
 IN_USE = (
     "Unable to initialize backend 'tpu': UNKNOWN: TPU initialization failed: open(/dev/accel0): Operation not "

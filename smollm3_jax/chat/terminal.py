@@ -14,7 +14,11 @@ from .. import files
 from ..errors import OptionError, SmolLM3Error
 from ..generation.api import Delta
 from ..generation.sampling import SamplingParams
+<<<<<<< HEAD
 from ..generation.stats import Stats
+=======
+from ..reading import read_file, why
+>>>>>>> cli
 from ..tokenizer import Tokenizer
 from .parse import Event, Parser, Text, Thinking, ToolCall
 from .screen import PROMPT, Answer, Screen
@@ -22,6 +26,7 @@ from .template import REASONING_FIELDS, encode_chat, normalize
 from .tools import Tools, prepare, schema
 
 CONTINUATION = ". "
+MOST_BYTES = 2**28  # of a conversation's file
 MAX_ROUNDS = 8  # answers to one message of the user's, all but the last with calls of tools
 MIN_ANSWER = 16  # tokens; with less room the context counts as full
 REFUSED = "error: the user refused this call"
@@ -132,10 +137,10 @@ def load(chat: Chat, path: str) -> None:
       OptionError: the file cannot be read, or holds no conversation.
     """
     try:
-        messages = json.loads(Path(path).expanduser().read_text(encoding="utf-8"))
+        messages = json.loads(read_file(Path(path).expanduser(), MOST_BYTES))
         first = normalize(messages)[0]
     except (OSError, RuntimeError, ValueError) as error:  # RuntimeError: of depth, and of ~somebody who is not known
-        raise OptionError(f"{path} cannot be read as a conversation, a JSON list of messages: {error}") from None
+        raise OptionError(f"{path} cannot be read as a conversation, a JSON list of messages: {why(error)}") from None
     has_system = first["role"] == "system"
     chat.system = first["content"] if has_system else None
     chat.messages, chat.thought, chat.last = messages[has_system:], "", ""

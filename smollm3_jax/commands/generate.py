@@ -14,6 +14,8 @@ from ..progress import busy
 from .shared import add_model, add_sampling, load_model, open_model, sampling_params, say
 
 SOME_FAILED = 3
+# Of a prompt; more than any context holds.
+MOST_BYTES = 2**26
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -109,6 +111,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _prompt(args: argparse.Namespace) -> str:
+    from ..reading import read_file, why
     from ..text_files import decode
 
     if args.prompt_file is None and args.prompt != "-":
@@ -116,10 +119,14 @@ def _prompt(args: argparse.Namespace) -> str:
     try:
         if args.prompt_file is None and sys.stdin is None:
             raise ValueError("it is closed")
-        content = sys.stdin.buffer.read() if args.prompt_file is None else Path(args.prompt_file).read_bytes()
+        if args.prompt_file is not None:
+            content = read_file(args.prompt_file, MOST_BYTES)
+        elif len(content := sys.stdin.buffer.read(MOST_BYTES + 1)) > MOST_BYTES:
+            raise ValueError(f"it is larger than {MOST_BYTES:,} bytes")
         return re.sub(r"\r?\n\Z", "", decode(content))
     except (OSError, ValueError) as error:
-        raise OptionError(f"the prompt of {args.prompt_file or 'standard input'} cannot be read: {error}") from None
+        of = args.prompt_file or "standard input"
+        raise OptionError(f"the prompt of {of} cannot be read: {why(error)}") from None
 
 
 def _generate_many(args: argparse.Namespace) -> int:

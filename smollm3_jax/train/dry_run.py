@@ -12,7 +12,7 @@ from sharding.hardware import GIB
 
 from ..config import RELEASE, SMOLLM3_3B, ModelConfig
 from ..files import is_remote
-from ..screen_text import escaped, plain
+from ..screen_text import plain
 from ..weights import demo
 from ..weights.load import text_folder
 from .settings import Settings, as_table, stage_at, starts
@@ -78,5 +78,5 @@ def tables(report: dict[str, Any]) -> Iterator[Any]:
         if stage["rope_theta"]:
             table.add_row("rope theta", f"{stage['rope_theta']:,.0f}")
         for name, weight in stage["weights"].items():
-            table.add_row(escaped(name), f"{100 * weight:.4g} %")
+            table.add_row(plain(name), f"{100 * weight:.4g} %")
         yield table

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 
 from ..config import DTYPES
 from ..errors import OptionError
+from ..reading import read_file, why
 from ..text_files import decode
 from .step import REMAT
 
@@ -206,6 +207,10 @@ class Settings:
     stages: tuple[Stage, ...] = ()
 
 
+# Of a file of settings.
+MOST_BYTES = 2**24
+
+
 def recipes_folder() -> Path:
     return Path(__file__).parent / "recipes"
 
@@ -223,13 +228,22 @@ def read_settings(config: str, words: Sequence[str] = ()) -> Settings:
     """
     file = recipes().get(config, Path(config))
     try:
-        table = tomllib.loads(decode(file.read_bytes()))
-    except OSError:
-        raise OptionError(f"--config {config}: neither a file nor a recipe; recipes: {', '.join(recipes())}") from None
-    except (tomllib.TOMLDecodeError, UnicodeError) as error:
+        table = tomllib.loads(decode(read_file(file, MOST_BYTES)))
+    except (FileNotFoundError, NotADirectoryError):
+        near = difflib.get_close_matches(config, recipes(), 1)
+        meant = f"did you mean {near[0]}? " if near else ""
+        raise OptionError(
+            f"--config {config}: neither a file nor a recipe; {meant}recipes: {', '.join(recipes())}"
+        ) from None
+    except OSError as error:
+        raise OptionError(f"--config {config} cannot be read: {why(error)}") from None
+    except (tomllib.TOMLDecodeError, UnicodeError, RecursionError) as error:
         raise OptionError(f"{file}: not TOML: {error}") from None
     for word in words:
         _override(table, word)
+        alone: dict[str, Any] = {}
+        _override(alone, word)
+        parse(alone, f"the setting {word[:200]}")  # a mistake in it is none of the file's
     settings = parse(table, str(file))
     check(settings)
     if settings.data.path.startswith(BESIDE):
@@ -321,7 +335,7 @@ def _override(table: dict[str, Any], word: str) -> None:
         raise OptionError(f"{word!r}: say section.key=value")
     try:
         value = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+    except (tomllib.TOMLDecodeError, RecursionError):
         value = text  # a bare word is a string
     for key in keys[:-1]:
         table = table.setdefault(key, {})
@@ -337,8 +351,8 @@ def _fill(kind: type[T], table: Any, where: str, path: str) -> T:
     hints = typing.get_type_hints(kind)
     for key in table:
         if key not in hints:
-            near = difflib.get_close_matches(key, hints, 1)
-            meant = f"did you mean {near[0]}?" if near else f"there are {', '.join(hints)}"
+            near = _meant(path, key, table[key], hints)
+            meant = f"did you mean {near}?" if near else f"there are {', '.join(hints)}"
             raise OptionError(f"{where}: unknown {'key' if path else 'section'} {_join(path, key)}; {meant}")
     return kind(**{key: _value(hints[key], value, where, _join(path, key)) for key, value in table.items()})
 
@@ -357,6 +371,26 @@ def _value(hint: Any, value: Any, where: str, path: str) -> Any:
         return value
     wanted = hint.__name__ if isinstance(hint, type) and not isinstance(hint, types.GenericAlias) else str(hint)
     raise OptionError(f"{where}: {path} = {value!r} must be of type {wanted}")
+
+
+def _meant(path: str, key: str, value: Any, hints: Mapping[str, Any]) -> str | None:
+    """What may have been meant by a name that is not there: its namesake of another section, or one like it."""
+    near = difflib.get_close_matches(key, hints, 1)
+    wanted = next(iter(value), key) if not path and isinstance(value, Mapping) else key
+    same = [name for name in _names(Settings) if name.rpartition(".")[2] == wanted]
+    if same and not (near and wanted != key):  # runs.steps is rather run than run.steps
+        return same[0]
+    return _join(path, near[0]) if near else None
+
+
+def _names(kind: Any, path: str = "") -> list[str]:
+    """Of all settings that stand in sections: "run.steps", ..."""
+    hints = typing.get_type_hints(kind)
+    return [
+        name
+        for key, hint in hints.items()
+        for name in (_names(hint, _join(path, key)) if dataclasses.is_dataclass(hint) else [_join(path, key)])
+    ]
 
 
 def _join(path: str, key: str) -> str:

@@ -70,10 +70,20 @@ def resolve(model: str | Path, revision: str | None = None, token: str | None = 
       OptionError: two revisions are named.
     """
     name, path = str(model), Path(os.path.expanduser(model))
-    if (name and path.is_dir()) or (path.is_file() and path.suffix.lower() == ".gguf"):
+    try:
+        is_folder, is_file, is_there = path.is_dir(), path.is_file(), path.exists()
+    except OSError as error:  # a name that is too long, a folder that one may not look into
+        raise HubError(f"{name[:200]} cannot be a model: {error.strerror}") from None
+    if not name:  # or it would be the folder that one is in
+        is_folder = is_there = False
+    if is_folder:
+        _refuse_pipes_and_devices(path)
+    if is_folder or (is_file and path.suffix.lower() == ".gguf"):
         return path
-    if path.is_file():
+    if is_file:
         return _folder_of(path)
+    if is_there:
+        raise HubError(f"{path} is a pipe or a device, and no model")
     if path.suffix.lower() == ".gguf" and not is_remote(name):
         raise HubError(f"no such file: {name}{gguf_on_hub(name)}")
     if (address := hub_address(name)) is not None:
@@ -84,6 +94,13 @@ def resolve(model: str | Path, revision: str | None = None, token: str | None = 
     if is_remote(name):
         return copy_of(name, cache_dir() / "buckets", (*FILES, *TORCH_FILES))
     raise HubError(f"no such folder: {name} ({EXAMPLE}; `smollm3 pull demo` fetches a small model to try)")
+
+
+def _refuse_pipes_and_devices(folder: Path) -> None:
+    """Whoever reads one may wait for ever, or read for ever."""
+    for path in sorted(folder.iterdir()):
+        if path.exists() and not path.is_file() and not path.is_dir():
+            raise HubError(f"{path} is a pipe or a device, and no file of a model: take it away")
 
 
 def _folder_of(file: Path) -> Path:

@@ -26,6 +26,7 @@ from ..config_file import adapter_in, gguf_in
 from ..errors import CheckpointFormatError, OptionError, SaveError
 from ..model import SmolLM3
 from ..progress import progress
+from ..support import require_devices
 from ..tokenizer import load_tokenizer
 from . import gguf, hub, safetensors, torch_files
 from .key_map import EMBED_NAME, HEAD_NAME, PARTS, Slot, abstract_model, hf_name_of_gguf, parameters, place, slots
@@ -276,6 +277,7 @@ def load(
     stacked: bool = False,
 ) -> SmolLM3:
     """As `from_pretrained`, from an open checkpoint."""
+    require_devices()
     config, tensors = checkpoint.config, checkpoint.tensors
     plain = plain_tensors(tensors)
     if weights is not None:

@@ -1,4 +1,5 @@
 import json
+import re
 
 import pytest
 
@@ -33,13 +34,17 @@ def test_words_go_over_the_file(file):
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["run.stepz=3"], "unknown key run.stepz; did you mean steps"),
+        (["run.stepz=3"], "unknown key run.stepz; did you mean run.steps?"),
         (["runs.steps=3"], "unknown section runs; did you mean run"),
         (["run.steps=many"], "run.steps = 'many' must be of type int"),
         (["run.steps=1.5"], "must be of type int"),
         (["data.shuffle=1"], "must be of type bool"),
         (["run.steps"], "say section.key=value"),
-        (["steps=3"], "unknown section steps"),
+        (["steps=3"], "the setting steps=3: unknown section steps; did you mean run.steps?"),
+        (["train.steps=3"], "the setting train.steps=3: unknown section train; did you mean run.steps?"),
+        (["model.rows=3"], "unknown key model.rows; did you mean data.rows?"),
+        (["optimizer.lr=3"], "unknown key optimizer.lr; there are "),
+        (["run.x=" + "[" * 5000], "unknown key run.x"),
         (["run.dir.x=3"], "dir is no section"),
         (["run.steps=0"], "say how many updates"),
         (["model.dtype=float8"], "'float8': there are float32"),
@@ -62,7 +67,7 @@ def test_words_go_over_the_file(file):
     ],
 )
 def test_mistakes_are_named(file, words, said):
-    with pytest.raises(OptionError, match=said.replace("[", r"\[")):
+    with pytest.raises(OptionError, match=re.escape(said)):
         read_settings(file, words)
 
 
@@ -72,6 +77,19 @@ def test_files_that_are_none(tmp_path):
     (tmp_path / "bad.toml").write_text("run = [")
     with pytest.raises(OptionError, match="not TOML"):
         read_settings(str(tmp_path / "bad.toml"))
+    with pytest.raises(OptionError, match="did you mean quick"):
+        read_settings("quik")
+    with pytest.raises(OptionError, match="cannot be read: Is a directory"):
+        read_settings(str(tmp_path))
+    with pytest.raises(OptionError, match="cannot be read: it is larger than"):
+        read_settings("/dev/zero")
+
+
+def test_the_file_is_blamed_for_what_is_in_it(tmp_path):
+    path = tmp_path / "run.toml"
+    path.write_text(MINIMAL.replace("[run]", "[run]\nstepz = 3"))
+    with pytest.raises(OptionError, match=r"run\.toml: unknown key run\.stepz"):
+        read_settings(str(path), ["run.steps=3"])
 
 
 @pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
