@@ -1,6 +1,8 @@
 import json
+import math
 import re
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -275,6 +277,68 @@ def test_any_value_of_a_field_is_read_or_refused(field, value):
         assert str(error)
     else:
         assert ModelConfig.from_hf(config.to_hf()) == config
+
+
+ODD: list[object] = [0, -1, 1, 2, 3, 2**31 - 1, 2**31, 2**62, 2**63, 10**400, -3, 0.5, 1.5, -2.5, 0.0, 5e-324, 1e-300]
+ODD += [1e-30, 1e-6, 1e30, 1e300, math.nan, math.inf, -math.inf, "", "x", True, False, None, [], {}, [0], [None], ["x"]]
+ODD += [{"a": 1}, [1, 0], 2**53 + 1]
+SCALINGS = {"yarn": YARN, "llama3": LLAMA3, "linear": {"rope_type": "linear", "factor": 2.0}}
+SCALING_FIELDS = {name for scaling in SCALINGS.values() for name in scaling} | {
+    "rope_theta",
+    "type",
+    "finetuned",
+    "foo",
+}
+SCALING_FIELDS |= {"attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"}
+OTHERS = {
+    "head_dim",
+    "layer_types",
+    "no_rope_layers",
+    "rope_parameters",
+    "use_sliding_window",
+    "sliding_window",
+    "dtype",
+}
+OTHERS |= {
+    "tie_word_embeddings",
+    "attention_bias",
+    "mlp_bias",
+    "initializer_range",
+    "quantization",
+    "quantization_config",
+}
+OTHERS |= {"original_max_position_embeddings", "partial_rotary_factor"}
+
+
+def odd_configs():
+    """BASE with every field, and RoPE's in every kind of scaling, set to every odd value."""
+    for field in sorted({*BASE, *OTHERS}):
+        for value in ODD:
+            yield BASE | {"use_sliding_window": True, "sliding_window": 5} | {field: value}
+    for scaling in SCALINGS.values():
+        for field in sorted(SCALING_FIELDS):
+            for value in ODD:
+                yield BASE | {"rope_scaling": scaling | {field: value}}
+
+
+@pytest.mark.filterwarnings("error")
+def test_odd_numbers_are_refused_or_make_finite_angles(caplog):
+    """W18: every outcome is a typed error of one short line, or a model whose RoPE and windows are numbers."""
+    read = 0
+    for raw in odd_configs():
+        try:
+            config = ModelConfig.from_hf(json.loads(json.dumps(raw)))
+        except ConfigError as error:
+            assert 0 < len(str(error)) < 1500, raw
+            continue
+        read += 1
+        if config.head_dim < 2**20:
+            frequencies, factor = inverse_frequencies(config)
+            assert np.isfinite(frequencies).all() and (np.abs(frequencies) <= 1).all() and 0 < factor < 1e6, raw
+        assert all(0 < window < 2**31 for window in config.windows or ()), raw
+        assert all(0 <= i < 2**31 for i in GenerationConfig.from_hf({}, config).eos_token_id), raw
+        assert ModelConfig.from_hf(json.loads(json.dumps(config.to_hf()))) == config, raw
+    assert read > 500
 
 
 def test_generation_config_falls_back_on_config(tmp_path):

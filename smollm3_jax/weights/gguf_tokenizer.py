@@ -25,11 +25,12 @@ SPLITS = {
     "gpt-2": (),  # this one and the next are written as their tokenizer.json has them
     "smollm": (),
 }
-# Other names of llama.cpp for the same.
-ALIASES = dict.fromkeys(
-    ("llama3", "llama-v3", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2"),
-    "llama-bpe",
-) | dict.fromkeys(("phi-2", "jina-es", "jina-de", "jina-v2-es", "jina-v2-de", "gigachat", "a.x-4.0", "mellum"), "gpt-2")
+# llama.cpp's other names for the same.
+OTHER_NAMES = {
+    "llama-bpe": ("llama3", "llama-v3", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2"),
+    "gpt-2": ("phi-2", "jina-es", "jina-de", "jina-v2-es", "jina-v2-de", "gigachat", "a.x-4.0", "mellum"),
+}
+ALIASES = {name: pre for pre, names in OTHER_NAMES.items() for name in names}
 
 
 def tokenizer_files(metadata: dict[str, Any], ids: dict[str, int]) -> dict[str, str]:
