@@ -157,6 +157,25 @@ def test_weights_under_a_wrong_name(tmp_path, capsys):
     assert "no GGUF file: it is a safetensors file" in refusal(capsys, folder / "m.gguf")
 
 
+def test_a_pointer_for_a_tokenizer_or_for_lines(tmp_path, capsys):
+    from tiny import talking_checkpoint
+
+    folder = talking_checkpoint(tmp_path / "m")
+    lines = tmp_path / "lines.jsonl"
+    lines.write_bytes(POINTER)
+    calls = [
+        ["perplexity", "--model", str(folder), "--text", str(lines)],
+        ["generate", "--model", str(folder), "--input", str(lines), "--output", str(tmp_path / "out.jsonl")],
+        ["tokenize", str(lines), str(tmp_path / "out"), "--model", str(folder)],
+    ]
+    for call in calls:
+        assert main(call) in (2, 3)
+        out, err = capsys.readouterr()
+        assert out == "" and "lines.jsonl" in err and "git lfs pull" in err and err.count("\n") == 1
+    (folder / "tokenizer.json").write_bytes(POINTER)
+    assert "tokenizer.json cannot be read as a tokenizer (it is a git-LFS pointer" in refusal(capsys, folder)
+
+
 def gguf(path: Path, keys: dict[str, str], tensors: tuple[str, ...] = ()) -> Path:
     def text(string: str) -> bytes:
         return struct.pack("<Q", len(string)) + string.encode()
