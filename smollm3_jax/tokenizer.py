@@ -287,7 +287,7 @@ def _object(files: Mapping[str, bytes], folder: Path, name: str) -> dict[str, An
     try:
         content = json.loads(files[name])
     except (ValueError, RecursionError) as error:
-        raise TokenizerError(f"{folder / name} cannot be read as JSON: {error}") from None
+        raise TokenizerError(f"{folder / name} cannot be read as JSON: {what_it_is(folder / name) or error}") from None
     if not isinstance(content, dict):
         raise TokenizerError(f"{folder / name} must hold a JSON object, not a {type(content).__name__}")
     return content

@@ -1,6 +1,7 @@
 """Folders and files that are something else than a model: each is named, with the way out, and nothing is unpickled."""
 
 import json
+import os
 import shutil
 import struct
 import subprocess
@@ -92,6 +93,19 @@ FOLDERS: dict[Callable[[Path], None], tuple[str, ...]] = {
 }
 
 
+def run(folder: Path) -> None:
+    (folder / "settings.json").write_text("{}")
+    (folder / "checkpoints").mkdir()
+
+
+def onnx(folder: Path) -> None:
+    (folder / "config.json").write_text(json.dumps(raw_config("plain")))
+    (folder / "model.onnx").touch()
+
+
+FOLDERS |= {run: ("a training run's", "smollm3 export"), onnx: ("holds no weights", "model.onnx, which cannot be read")}
+
+
 @pytest.mark.parametrize("make", FOLDERS, ids=lambda make: make.__name__)
 def test_a_folder_that_is_no_model(make, tmp_path, capsys):
     folder = tmp_path / "m"
@@ -127,6 +141,19 @@ def test_a_pointer_or_a_page(name, content, words, tmp_path, capsys):
     message = refusal(capsys, folder / name if name == "m.gguf" else folder)
     assert name in message and words in message and "weights_only" not in message
     assert content is PAGE or ("of 6,150,230,128 bytes" in message and "git lfs pull" in message)
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "pytorch_model.bin"])
+@pytest.mark.parametrize("kind", ["pipe", "device"])
+def test_what_never_ends_is_not_read(name, kind, tmp_path, capsys):
+    folder = tiny_checkpoint(tmp_path / "m")
+    if name != "config.json":
+        (folder / "model.safetensors").unlink()
+    else:
+        (folder / name).unlink()
+    os.mkfifo(folder / name) if kind == "pipe" else (folder / name).symlink_to("/dev/zero")
+    message = refusal(capsys, folder)
+    assert name in message and ("no regular file" in message or "no file" in message)
 
 
 def test_a_shard_that_is_a_pointer(tmp_path, capsys):

@@ -182,7 +182,7 @@ CONFIGS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "string_size": ({"hidden_size": "64"}, ("hidden_size is '64'",)),
     "float_layers": ({"num_hidden_layers": 4.0}, ("num_hidden_layers is 4.0",)),
     "huge_theta": ({"rope_theta": 10**400}, ("rope_theta",)),
-    "dtype": ({"torch_dtype": "e4m3"}, ("dtype is 'e4m3'", "bfloat16")),
+    "dtype": ({"torch_dtype": 16}, ("torch_dtype is 16", "must be str")),
 }
 
 
