@@ -80,11 +80,22 @@ def tokenizer_files(metadata: dict[str, Any], ids: dict[str, int]) -> dict[str, 
         tokenizer.post_processor = processors.TemplateProcessing(
             [bos, "$A"], [bos, "$A", f"{bos}:1", "$B:1"], [(bos, ids["bos_token_id"])]
         )
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+    config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
     config |= {name.removesuffix("_id"): tokens[token_id] for name, token_id in ids.items()}
-    if (template := metadata_value(metadata, "tokenizer.chat_template", str, None)) is not None:
-        config["chat_template"] = template
+    if templates := _chat_templates(metadata):
+        config["chat_template"] = templates
     return {"tokenizer.json": tokenizer.to_str(), "tokenizer_config.json": json.dumps(config, indent=2)}
+
+
+def _chat_templates(metadata: dict[str, Any]) -> str | list[dict[str, str]] | None:
+    """The entry of tokenizer_config.json: one text, or several by name ("default", "tool_use")."""
+    key = "tokenizer.chat_template"
+    named = {name.removeprefix(key + "."): name for name in metadata if name.startswith(key + ".")}
+    named = {"default": key} | named if key in metadata else named
+    texts = {name: metadata_value(metadata, key, str) for name, key in named.items()}
+    if texts.keys() <= {"default"}:
+        return texts.get("default")
+    return [{"name": name, "template": text} for name, text in texts.items()]
 
 
 def _pre_tokenizer(pre: str) -> Any:

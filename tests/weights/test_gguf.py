@@ -616,6 +616,19 @@ def test_tokenizer_is_rebuilt(tmp_path, pre, specials_first):
     assert "bos_token" not in config and "pad_token" not in config
 
 
+def test_templates_by_name_are_kept(tmp_path):
+    keys = vocabulary_keys(["a", "b", "ab"], [1, 1, 1], ["a b"], "smollm")
+    keys |= {"tokenizer.chat_template": "{{ 1 }}", "tokenizer.chat_template.tool_use": "{{ 2 }}"}
+    _, config = rebuilt(minimal(tmp_path, metadata() | keys))
+    assert config["chat_template"] == [
+        {"name": "default", "template": "{{ 1 }}"},
+        {"name": "tool_use", "template": "{{ 2 }}"},
+    ]
+    del keys["tokenizer.chat_template"]
+    _, config = rebuilt(minimal(tmp_path, metadata() | keys))
+    assert config["chat_template"] == [{"name": "tool_use", "template": "{{ 2 }}"}]
+
+
 def test_unused_rows_are_no_tokens(tmp_path):
     theirs = trained("smollm", specials_first=False)
     keys = gguf_keys_of(theirs, "smollm")
