@@ -13,7 +13,19 @@ import optax
 import pytest
 from flax import nnx
 from parity import bound, reference_logits, reference_model
-from tiny import CONFIGS, LLAMA3, YARN, random_tensors, random_tokens, raw_config, tiny_checkpoint, write_checkpoint
+from tiny import (
+    BASE,
+    CONFIGS,
+    LLAMA3,
+    SAME,
+    YARN,
+    random_tensors,
+    random_tokens,
+    raw_config,
+    tiny_checkpoint,
+    without_nulls,
+    write_checkpoint,
+)
 
 import smollm3_jax as s3
 from smollm3_jax.kv_cache import empty_cache
@@ -284,6 +296,19 @@ def test_float16_parameters_stay_float16(tmp_path):
     model = s3.from_pretrained(path, stacked=True)
     assert model.embed.dtype == jnp.float16
     assert model(jnp.asarray([[1, 2, 3]])).dtype == jnp.float32
+
+
+@pytest.mark.slow
+@pytest.mark.torch
+@pytest.mark.parametrize("name", [name for name, (change, _) in SAME.items() if change.get("pad_token_id") is None])
+def test_other_words_for_the_same_config_give_transformers_logits(name, tmp_path):
+    """W18: what is derivable, redundant or without effect is what transformers makes of it."""
+    raw = without_nulls(BASE | SAME[name][0]) | {"num_hidden_layers": 2, "no_rope_layer_interval": 2}
+    folder = write_checkpoint(tmp_path, raw, random_tensors(without_nulls(BASE) | {"num_hidden_layers": 2}))
+    tokens = random_tokens(raw, 1, 200)
+    expected = reference_logits(reference_model(folder), tokens)
+    got = np.asarray(s3.from_pretrained(folder, "float32")(jnp.asarray(tokens)))
+    assert np.abs(got - expected).max() <= bound(expected)
 
 
 @pytest.mark.slow
