@@ -8,7 +8,6 @@ a config that leaves it open is an error. What has no effect there has none here
 import json
 import math
 import os
-import re
 import stat
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,9 +17,7 @@ from .errors import ConfigError
 from .file_kind import what_it_is
 
 DTYPES = ("float32", "bfloat16", "float16")
-# Other names of torch for these, and names of what weights may once have been: there the tensors decide.
-DTYPE_ALIASES = {"float": "float32", "half": "float16"}
-OTHER_DTYPES = re.compile(r"auto|double|float64|float8_\w+|float4_\w+|u?int\d+")
+DTYPE_ALIASES = {"float": "float32", "half": "float16", "fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 QUANT_METHOD = "smollm3-jax"
 ARCHITECTURES = {"smollm3": "SmolLM3ForCausalLM", "llama": "LlamaForCausalLM"}
 # What SmolLM3Config and LlamaConfig of transformers take where the file is silent.
@@ -60,7 +57,7 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         found = os.stat(path)
         if not stat.S_ISREG(found.st_mode) or found.st_size > MAX_JSON_BYTES:
-            raise ValueError(f"it is no file, or larger than {MAX_JSON_BYTES // 10**6} MB")
+            raise ValueError(f"it is no regular file, or larger than {MAX_JSON_BYTES // 10**6} MB")
         content = json.loads(path.read_bytes())
     except FileNotFoundError:
         what = (
@@ -104,6 +101,8 @@ def gguf_in(folder: Path) -> str | None:
 
 
 def _model_below(folder: Path) -> str | None:
+    if (folder / "settings.json").exists() and (folder / "checkpoints").is_dir():
+        return "is a training run's: write a model of it with `smollm3 export RUN FOLDER`, and give that"
     below = sorted(folder.glob("*/config.json")) or sorted(folder.glob("snapshots/*/config.json"))
     if not below:
         return None
@@ -236,10 +235,8 @@ def _dtype(raw: dict[str, Any], notes: list[str]) -> str | None:
     name = next(iter(names.values()))
     if name in DTYPES:
         return name
-    if not OTHER_DTYPES.fullmatch(name):
-        raise ConfigError(f"dtype is {_short(name)}; supported are {', '.join(DTYPES)}")
     if name != "auto":
-        notes.append(f"dtype {name} is not one of {', '.join(DTYPES)}: the tensors decide")
+        notes.append(f"dtype {_short(name)} is not one of {', '.join(DTYPES)}: the tensors decide")
     return None
 
 

@@ -16,8 +16,8 @@ class SmolLM3Error(Exception):
     def __str__(self) -> str:
         # It quotes names of files and tensors, which may be anyone's: none of them steers a terminal or fills it.
         # One line, therefore: a line break of theirs would begin a line of its own.
-        text = plain(super().__str__())
-        return text if len(text) <= MAX_CHARACTERS else f"{text[:MAX_CHARACTERS]} ..."
+        text = super().__str__()
+        return plain(text if len(text) <= MAX_CHARACTERS else f"{text[:MAX_CHARACTERS]} ...")
 
 
 class OptionError(SmolLM3Error, ValueError):

@@ -25,6 +25,7 @@ from sharding.rules import Sharding
 from . import text_files
 from .compile_cache import enable
 from .errors import OptionError
+from .file_kind import what_it_is
 from .kv_cache import KVCache, empty_cache
 from .model import SmolLM3
 from .progress import tally
@@ -75,7 +76,8 @@ def read_texts(path: Path) -> tuple[dict[str, list[str]], list[str]]:
             continue
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             there = f"; it has {', '.join(list(fields)[:10])}"[:300] if isinstance(error, KeyError) else ""
-            raise OptionError(f'{path}: line {number} is no JSON object with a "text": {error!r}{there}') from None
+            reason = (number == 1 and what_it_is(path)) or f"{error!r}{there}"
+            raise OptionError(f'{path}: line {number} is no JSON object with a "text": {reason}') from None
         texts.setdefault(language, []).append(text)
     return texts, skipped
 

@@ -6,7 +6,6 @@ import functools
 import io
 import json
 import logging
-import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 
 from .config import ModelConfig
 from .errors import OptionError, SmolLM3Error, TokenizerError
+from .file_kind import what_it_is
 
 # A model may have more embedding rows than its tokenizer has tokens: trainers round the vocabulary up, to a
 # multiple of 64 or 128 and at most (Megatron's 128 for each of 8 tensor-parallel ranks) of 1024. Rounding up
@@ -40,12 +40,14 @@ class Tokenizer:
 
     special_tokens: what transformers hands to a template, by name ("bos_token", ...).
     templates: all chat templates by name; `chat_template` is the one named "default".
+    rowless: the added tokens that the model has no row for, by id; a text with one of them is refused.
     """
 
     backend: Any = dataclasses.field(repr=False)
     chat_template: str | None = dataclasses.field(repr=False)
     special_tokens: dict[str, str]
     templates: Mapping[str, str] = dataclasses.field(default_factory=dict, repr=False)
+    rowless: Mapping[int, str] = dataclasses.field(default_factory=dict, repr=False)
 
     @property
     def eos_token_id(self) -> int | None:
@@ -85,7 +87,8 @@ class Tokenizer:
           context: refuse a text that is too long for so many tokens, before any work is done on it.
 
         Raises:
-          OptionError: the text holds half of a surrogate pair, so it is no Unicode text; or it is too long.
+          OptionError: the text holds half of a surrogate pair, so it is no Unicode text; or it is too long; or it
+            holds a token that the model has no row for.
           TokenizerError: the tokenizer cannot encode it.
         """
         return self.encoding(text, add_special_tokens, context=context).ids
@@ -98,7 +101,14 @@ class Tokenizer:
         except UnicodeEncodeError as error:
             raise OptionError(f"the text is not valid Unicode: a lone surrogate at character {error.start}") from None
         with _typed(f"the tokenizer cannot encode a text of {len(text):,} characters"):
-            return self.backend.encode(text, add_special_tokens=add_special_tokens)
+            found = self.backend.encode(text, add_special_tokens=add_special_tokens)
+        if self.rowless and (without := self.rowless.keys() & set(found.ids)):
+            token = min(without)
+            raise OptionError(
+                f"the text holds {self.rowless[token]!r:.80}, the token {token}, which the model has no row for: leave "
+                "it out"
+            )
+        return found
 
     def check_length(self, text: str, context: int | None) -> None:
         """Refuses a text that cannot fit into `context` tokens, however it is cut; None is any number.
@@ -229,16 +239,16 @@ def build_tokenizer(files: Mapping[str, bytes], folder: str | Path, config: Mode
             backend = tokenizers.Tokenizer.from_buffer(files["tokenizer.json"])
     except TokenizerError as error:
         raise TokenizerError(
-            f"{path} cannot be read as a tokenizer ({str(error).removeprefix('tokenizers: ')}); copy it again from the "
-            "model's release"
+            f"{path} cannot be read as a tokenizer ({what_it_is(path) or str(error).removeprefix('tokenizers: ')}); "
+            "copy it again from the model's release"
         ) from None
     # Files saved in the middle of a training carry its limits, which would cut every text without a word.
     backend.no_truncation()
     backend.no_padding()
     named, extra, added = _special_tokens(files, folder)
-    _add_tokens(path, backend, config, named, extra, added)
+    beyond = _add_tokens(path, backend, config, named, extra, added)
     templates = _chat_templates(files, folder)
-    return Tokenizer(backend, templates.get("default"), named, templates)
+    return Tokenizer(backend, templates.get("default"), named, templates, beyond)
 
 
 def _read(path: Path) -> bytes:
@@ -253,14 +263,21 @@ def _read(path: Path) -> bytes:
         raise TokenizerError(f"{path} cannot be read as {kind}: {error.strerror or error}") from None
 
 
-def _check_vocabulary(path: Path, backend: Any, config: ModelConfig) -> None:
-    tokens = max(backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+def _check_vocabulary(path: Path, backend: Any, config: ModelConfig) -> dict[int, str]:
+    """The added tokens that the model has no row for, by id: they came after its training, for padding, say."""
     rows = config.vocab_size
-    if tokens > rows or rows - tokens > min(MAX_SPARE_ROWS, rows * MAX_SPARE_FRACTION):
+    added = {i: token.content for i, token in backend.get_added_tokens_decoder().items()}
+    ids = backend.get_vocab(with_added_tokens=True).values()
+    beyond = {i: added.get(i, "") for i in sorted(i for i in ids if i >= rows)}
+    spare = rows - max(ids, default=-1) - 1
+    if not all(i in added for i in beyond) or not -MAX_SPARE_ROWS <= spare <= min(
+        MAX_SPARE_ROWS, rows * MAX_SPARE_FRACTION
+    ):
         raise TokenizerError(
-            f"{path} belongs to another model: its largest token id is {tokens - 1}, but vocab_size of config.json "
-            f"is {rows}; copy the tokenizer.json that was released with these weights"
+            f"{path} belongs to another model: its largest token id is {max(ids, default=-1)}, but vocab_size of "
+            f"config.json is {rows}; copy the tokenizer.json that was released with these weights"
         )
+    return beyond
 
 
 def _object(files: Mapping[str, bytes], folder: Path, name: str) -> dict[str, Any]:
@@ -270,7 +287,7 @@ def _object(files: Mapping[str, bytes], folder: Path, name: str) -> dict[str, An
     try:
         content = json.loads(files[name])
     except (ValueError, RecursionError) as error:
-        raise TokenizerError(f"{folder / name} cannot be read as JSON: {error}") from None
+        raise TokenizerError(f"{folder / name} cannot be read as JSON: {what_it_is(folder / name) or error}") from None
     if not isinstance(content, dict):
         raise TokenizerError(f"{folder / name} must hold a JSON object, not a {type(content).__name__}")
     return content
@@ -373,8 +390,11 @@ def _add_tokens(
     named: Mapping[str, str],
     extra: Sequence[str],
     added: Sequence[Mapping[str, Any]],
-) -> None:
-    """Adds the tokens that tokenizer.json lacks, with the next free ids, and the flags that others say differently."""
+) -> dict[int, str]:
+    """Adds the tokens that tokenizer.json lacks, with the next free ids, and the flags that others say differently.
+
+    What comes back is `_check_vocabulary`'s.
+    """
     from tokenizers import AddedToken
 
     known = {token.content: token for token in backend.get_added_tokens_decoder().values()}
@@ -392,26 +412,17 @@ def _add_tokens(
         elif not before.special:
             flags = {flag: getattr(before, flag) for flag in _FLAGS}
             new[text] = AddedToken(text, **flags | {"special": True})
-    vocabulary = backend.get_vocab(with_added_tokens=True)
-    count = max(vocabulary.values(), default=-1) + 1
-    beyond = count + sum(text not in vocabulary for text in new)
-    # What is added here may lie beyond the model's rows: a token for padding that no training ever used, say.
-    if config is not None and beyond > config.vocab_size:
-        _check_vocabulary(path, backend, config)
     with _typed(f"{path}: its added tokens are not sound"):
         backend.add_tokens(list(new.values()))
-    if config is not None and beyond <= config.vocab_size:
-        _check_vocabulary(path, backend, config)
+    beyond = {} if config is None else _check_vocabulary(path, backend, config)
     given = {entry["content"]: entry["id"] for entry in added}
     ids = {text: backend.token_to_id(text) for text in new}
-    rows = math.inf if config is None else config.vocab_size
+    others = {t: ids[t] for t in given if ids.get(t, given[t]) != given[t]}
     for what, found in (
-        ("have no row in the model, so that a prompt with one is refused", [t for t in new if (ids[t] or 0) >= rows]),
-        (
-            "get other ids than the file says, those after the largest",
-            [t for t in given if ids.get(t, given[t]) != given[t]],
-        ),
+        ("have no row in the model, so that a text with one is refused", {text: i for i, text in beyond.items()}),
+        ("get other ids than the file says, those after the largest", others),
     ):
         if found:
-            names = ", ".join(f"{text!r:.40} ({ids[text]})" for text in found[:10])
+            names = ", ".join(f"{text!r:.40} ({i})" for text, i in list(found.items())[:10])
             log.warning("%s: %d added tokens %s: %s", path.parent, len(found), what, names)
+    return beyond

@@ -1,10 +1,12 @@
 import json
+import math
 import re
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny import BASE, CONFIGS, LLAMA3, YARN, raw_config
+from tiny import BASE, CONFIGS, LLAMA3, SAME, YARN, raw_config, without_nulls
 
 from smollm3_jax.config import GenerationConfig, ModelConfig, RopeScaling, with_yarn
 from smollm3_jax.errors import ConfigError, OptionError
@@ -97,7 +99,7 @@ FAULTS = {
     "spellings disagree": ({"rope_scaling": YARN, "rope_parameters": {"rope_type": "default"}}, "disagree"),
     "factor below 1": ({"rope_scaling": YARN | {"factor": 0.5}}, "factor"),
     "partial rotation": ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
-    "dtype": ({"torch_dtype": "banana"}, "banana"),
+    "dtype is no text": ({"torch_dtype": 16}, "torch_dtype is 16"),
     "architectures are no list": ({"architectures": 5}, "architectures is 5"),
     "architectures are no names": ({"architectures": [5]}, "list of names"),
     "eos beyond int32": ({"eos_token_id": 2**31}, "eos_token_id"),
@@ -148,55 +150,6 @@ def test_a_missing_file_is_named(tmp_path):
         ModelConfig.from_hf(tmp_path)
 
 
-NULL_FACTOR = {"rope_type": "yarn", "factor": None, "original_max_position_embeddings": 64}
-SAME = {
-    "no architectures": ({"architectures": []}, {}),
-    "a decoder alone": ({"architectures": ["SmolLM3Model"]}, {}),
-    "swish": ({"hidden_act": "swish"}, {}),
-    "dtype auto": ({"torch_dtype": "auto"}, {"torch_dtype": None}),
-    "dtype float8": ({"torch_dtype": "float8_e4m3fn"}, {"torch_dtype": None}),
-    "dtype float64": ({"torch_dtype": None, "dtype": "float64"}, {"torch_dtype": None}),
-    "dtype half": ({"torch_dtype": "half"}, {"torch_dtype": "float16"}),
-    "dtypes": ({"dtype": "bfloat16"}, {"torch_dtype": "bfloat16"}),
-    "no padding": ({"pad_token_id": -1}, {"pad_token_id": None}),
-    "window beyond int32": ({"sliding_window": 2**62}, {"sliding_window": 2**62}),
-    "default": ({"rope_scaling": {"rope_type": "default", "factor": 1.0}}, {}),
-    "default of 2": ({"rope_scaling": {"type": "default", "factor": 2.0, "finetuned": True}}, {}),
-    "only theta": ({"rope_scaling": YARN, "rope_parameters": {"rope_theta": 1e4}}, {"rope_scaling": YARN}),
-    "null beside": ({"rope_parameters": YARN | {"rope_theta": 1e4}}, {"rope_scaling": YARN}),
-    "original derived": (
-        {"rope_scaling": {"rope_type": "yarn", "factor": 2.0}},
-        {"rope_scaling": YARN | {"original_max_position_embeddings": 512}},
-    ),
-    "original of llama3 derived": (
-        {"rope_scaling": {k: v for k, v in LLAMA3.items() if "original" not in k}},
-        {"rope_scaling": LLAMA3 | {"original_max_position_embeddings": 512}},
-    ),
-    "original outside": (
-        {"rope_scaling": {"type": "yarn", "factor": 2.0}, "original_max_position_embeddings": 64},
-        {"rope_scaling": YARN},
-    ),
-    "factor derived": ({"rope_scaling": NULL_FACTOR}, {"rope_scaling": NULL_FACTOR | {"factor": 8.0}}),
-    "YaRN's own fields": (
-        {"rope_scaling": YARN | {"finetuned": True, "attn_factor": 3.0, "extrapolation_factor": 2.0}},
-        {"rope_scaling": YARN},
-    ),
-    "betas of 0": ({"rope_scaling": YARN | {"beta_fast": 0, "beta_slow": 0.0}}, {"rope_scaling": YARN}),
-    "fields of another kind": (
-        {"rope_scaling": {"rope_type": "linear", "factor": 3.0, "attention_factor": 2.0} | {"beta_fast": 9}},
-        {"rope_scaling": {"rope_type": "linear", "factor": 3.0}},
-    ),
-    "linear's original length": (
-        {"rope_scaling": {"rope_type": "linear", "factor": 3.0, "original_max_position_embeddings": 64}},
-        {"rope_scaling": {"rope_type": "linear", "factor": 3.0}},
-    ),
-}
-
-
-def without_nulls(raw):
-    return {key: value for key, value in raw.items() if value is not None}
-
-
 @pytest.mark.parametrize("name", SAME)
 def test_what_is_redundant_or_derivable_may_be_absent_or_present(name):
     change, meaning = SAME[name]
@@ -230,7 +183,7 @@ def test_transformers_reads_the_same_rope(name):
     ("change", "words"),
     [
         ({"dtype": "bfloat16"}, "torch_dtype 'float32' and dtype 'bfloat16' disagree"),
-        ({"torch_dtype": "float8_e5m2"}, "float8_e5m2 is not one of"),
+        ({"torch_dtype": "float8_e5m2"}, "'float8_e5m2' is not one of"),
         (
             {"rope_scaling": YARN | {"attn_factor": 1.0, "finetuned": False}},
             "'yarn' makes no use of attn_factor, finet",
@@ -253,7 +206,7 @@ def test_a_foreign_file_is_named(tmp_path):
         ModelConfig.from_hf(tmp_path)
     path.unlink()
     path.symlink_to("/dev/zero")
-    with pytest.raises(ConfigError, match="no file, or larger than"):
+    with pytest.raises(ConfigError, match="no regular file"):
         ModelConfig.from_hf(tmp_path)
 
 
@@ -275,6 +228,68 @@ def test_any_value_of_a_field_is_read_or_refused(field, value):
         assert str(error)
     else:
         assert ModelConfig.from_hf(config.to_hf()) == config
+
+
+ODD: list[object] = [0, -1, 1, 2, 3, 2**31 - 1, 2**31, 2**62, 2**63, 10**400, -3, 0.5, 1.5, -2.5, 0.0, 5e-324, 1e-300]
+ODD += [1e-30, 1e-6, 1e30, 1e300, math.nan, math.inf, -math.inf, "", "x", True, False, None, [], {}, [0], [None], ["x"]]
+ODD += [{"a": 1}, [1, 0], 2**53 + 1]
+SCALINGS = {"yarn": YARN, "llama3": LLAMA3, "linear": {"rope_type": "linear", "factor": 2.0}}
+SCALING_FIELDS = {name for scaling in SCALINGS.values() for name in scaling} | {
+    "rope_theta",
+    "type",
+    "finetuned",
+    "foo",
+}
+SCALING_FIELDS |= {"attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"}
+OTHERS = {
+    "head_dim",
+    "layer_types",
+    "no_rope_layers",
+    "rope_parameters",
+    "use_sliding_window",
+    "sliding_window",
+    "dtype",
+}
+OTHERS |= {
+    "tie_word_embeddings",
+    "attention_bias",
+    "mlp_bias",
+    "initializer_range",
+    "quantization",
+    "quantization_config",
+}
+OTHERS |= {"original_max_position_embeddings", "partial_rotary_factor"}
+
+
+def odd_configs():
+    """BASE with every field, and RoPE's in every kind of scaling, set to every odd value."""
+    for field in sorted({*BASE, *OTHERS}):
+        for value in ODD:
+            yield BASE | {"use_sliding_window": True, "sliding_window": 5} | {field: value}
+    for scaling in SCALINGS.values():
+        for field in sorted(SCALING_FIELDS):
+            for value in ODD:
+                yield BASE | {"rope_scaling": scaling | {field: value}}
+
+
+@pytest.mark.filterwarnings("error")
+def test_odd_numbers_are_refused_or_make_finite_angles(caplog):
+    """W18: every outcome is a typed error of one short line, or a model whose RoPE and windows are numbers."""
+    read = 0
+    for raw in odd_configs():
+        try:
+            config = ModelConfig.from_hf(json.loads(json.dumps(raw)))
+        except ConfigError as error:
+            assert 0 < len(str(error)) < 1500, raw
+            continue
+        read += 1
+        if config.head_dim < 2**20:
+            frequencies, factor = inverse_frequencies(config)
+            assert np.isfinite(frequencies).all() and (np.abs(frequencies) <= 1).all() and 0 < factor < 1e6, raw
+        assert all(0 < window < 2**31 for window in config.windows or ()), raw
+        assert all(0 <= i < 2**31 for i in GenerationConfig.from_hf({}, config).eos_token_id), raw
+        assert ModelConfig.from_hf(json.loads(json.dumps(config.to_hf()))) == config, raw
+    assert read > 500
 
 
 def test_generation_config_falls_back_on_config(tmp_path):

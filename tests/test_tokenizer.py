@@ -272,7 +272,10 @@ def test_the_files_beside_a_tokenizer_mean_what_they_mean_to_transformers(folder
 def test_a_token_without_a_row_is_a_warning(folder: Path, caplog: pytest.LogCaptureFixture, token: Any):
     write(folder / "tokenizer_config.json", {"pad_token": token})
     tokenizer = load_tokenizer(folder, config(TINY_SIZE))
-    assert tokenizer.encode("[PAD]", False) == [TINY_SIZE]
+    assert tokenizer.encode("hello", False) == load_tokenizer(folder).encode("hello", False)
+    with pytest.raises(OptionError, match=r"'\[PAD\]', the token 258, which the model has no row for"):
+        tokenizer.encode("hello [PAD]", False)
+    assert tokenizer.decode([TINY_SIZE], False) == "[PAD]"
     assert "1 added tokens have no row in the model" in caplog.text and "'[PAD]' (258)" in caplog.text
 
 
@@ -425,7 +428,7 @@ def test_a_padded_vocabulary_belongs_to_the_tokenizer(folder: Path, rows: int):
     assert load_tokenizer(folder, config(rows)).decode([rows - 1]) in ("", "</s>")
 
 
-@pytest.mark.parametrize("rows", [1, 256, TINY_SIZE - 1, 2 * TINY_SIZE + 1, 49152, 128256])
+@pytest.mark.parametrize("rows", [1, 255, 2 * TINY_SIZE + 1, 49152, 128256])
 def test_a_tokenizer_of_another_model_is_refused_with_both_sizes(folder: Path, rows: int):
     with pytest.raises(TokenizerError, match=rf"largest token id is {TINY_SIZE - 1}, but vocab_size .* is {rows};"):
         load_tokenizer(folder, config(rows))
@@ -436,7 +439,7 @@ def test_the_released_tokenizer_fits_its_vocabulary_and_paddings_of_it(released:
     _check_vocabulary(RELEASE / "tokenizer.json", released.backend, config(rows))
 
 
-@pytest.mark.parametrize("rows", [128255, 128256 + 1024])
+@pytest.mark.parametrize("rows", [127999, 128256 + 1024])
 def test_the_released_tokenizer_fits_no_other_vocabulary(released: Tokenizer, rows: int):
     with pytest.raises(TokenizerError, match=f"largest token id is 128255, but vocab_size .* is {rows};"):
         _check_vocabulary(RELEASE / "tokenizer.json", released.backend, config(rows))

@@ -77,6 +77,59 @@ CONFIGS: dict[str, dict[str, Any]] = {
 }
 
 
+NULL_FACTOR: dict[str, Any] = {"rope_type": "yarn", "factor": None, "original_max_position_embeddings": 64}
+# name -> what differs from BASE in its words, and what in its meaning: transformers reads both the same.
+SAME: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "no architectures": ({"architectures": []}, {}),
+    "a decoder alone": ({"architectures": ["SmolLM3Model"]}, {}),
+    "swish": ({"hidden_act": "swish"}, {}),
+    "dtype auto": ({"torch_dtype": "auto"}, {"torch_dtype": None}),
+    "dtype float8": ({"torch_dtype": "float8_e4m3fn"}, {"torch_dtype": None}),
+    "dtype float64": ({"torch_dtype": None, "dtype": "float64"}, {"torch_dtype": None}),
+    "dtype half": ({"torch_dtype": "half"}, {"torch_dtype": "float16"}),
+    "dtype bf16": ({"torch_dtype": "bf16"}, {"torch_dtype": "bfloat16"}),
+    "dtype of another program": ({"torch_dtype": "mxfp4"}, {"torch_dtype": None}),
+    "dtypes": ({"dtype": "bfloat16"}, {"torch_dtype": "bfloat16"}),
+    "no padding": ({"pad_token_id": -1}, {"pad_token_id": None}),
+    "window beyond int32": ({"sliding_window": 2**62}, {"sliding_window": 2**62}),
+    "default": ({"rope_scaling": {"rope_type": "default", "factor": 1.0}}, {}),
+    "default of 2": ({"rope_scaling": {"type": "default", "factor": 2.0, "finetuned": True}}, {}),
+    "only theta": ({"rope_scaling": YARN, "rope_parameters": {"rope_theta": 1e4}}, {"rope_scaling": YARN}),
+    "null beside": ({"rope_parameters": YARN | {"rope_theta": 1e4}}, {"rope_scaling": YARN}),
+    "original derived": (
+        {"rope_scaling": {"rope_type": "yarn", "factor": 2.0}},
+        {"rope_scaling": YARN | {"original_max_position_embeddings": 512}},
+    ),
+    "original of llama3 derived": (
+        {"rope_scaling": {k: v for k, v in LLAMA3.items() if "original" not in k}},
+        {"rope_scaling": LLAMA3 | {"original_max_position_embeddings": 512}},
+    ),
+    "original outside": (
+        {"rope_scaling": {"type": "yarn", "factor": 2.0}, "original_max_position_embeddings": 64},
+        {"rope_scaling": YARN},
+    ),
+    "factor derived": ({"rope_scaling": NULL_FACTOR}, {"rope_scaling": NULL_FACTOR | {"factor": 8.0}}),
+    "YaRN's own fields": (
+        {"rope_scaling": YARN | {"finetuned": True, "attn_factor": 3.0, "extrapolation_factor": 2.0}},
+        {"rope_scaling": YARN},
+    ),
+    "betas of 0": ({"rope_scaling": YARN | {"beta_fast": 0, "beta_slow": 0.0}}, {"rope_scaling": YARN}),
+    "fields of another kind": (
+        {"rope_scaling": {"rope_type": "linear", "factor": 3.0, "attention_factor": 2.0} | {"beta_fast": 9}},
+        {"rope_scaling": {"rope_type": "linear", "factor": 3.0}},
+    ),
+    "linear's original length": (
+        {"rope_scaling": {"rope_type": "linear", "factor": 3.0, "original_max_position_embeddings": 64}},
+        {"rope_scaling": {"rope_type": "linear", "factor": 3.0}},
+    ),
+}
+
+
+def without_nulls(raw: dict[str, Any]) -> dict[str, Any]:
+    """config.json's content without the keys that are None."""
+    return {key: value for key, value in raw.items() if value is not None}
+
+
 def raw_config(name: str) -> dict[str, Any]:
     """config.json's content; keys that are None here are absent there."""
     return {key: value for key, value in (BASE | CONFIGS[name]).items() if value is not None}

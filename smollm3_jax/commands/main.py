@@ -20,7 +20,10 @@ COMMANDS = {
     "chat": ("talk with a model in the terminal; /help lists what it understands", "MODEL"),
     "convert": ("rewrite a checkpoint as a Hugging Face folder", "SRC DST"),
     "quantize": ("rewrite a checkpoint with quantized weights", "SRC DST --weights SCHEME"),
-    "verify": ("compare a checkpoint's computation with a reference; exit code 0 or 4", "MODEL --against REFERENCE"),
+    "verify": (
+        "compare a checkpoint's computation with a reference; exit code 0 or 4",
+        "MODEL (--against REFERENCE | --goldens)",
+    ),
     "perplexity": ("how well a model predicts text, computed as it would generate it", "MODEL --text FILE.jsonl"),
     "train": (
         "continue pretraining, in a run folder that a restart goes on from",

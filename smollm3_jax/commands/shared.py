@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from ..config import DTYPES, WEIGHT_SCHEMES, GenerationConfig, with_yarn
 from ..screen_text import UNSEEN, plain
 
-MODEL_HELP = "a model folder, a .gguf file, a hub id such as HuggingFaceTB/SmolLM3-3B, or demo"
+MODEL_HELP = "a model folder, a .gguf file, a hub id such as HuggingFaceTB/SmolLM3-3B (or ORG/NAME@REVISION), or demo"
 
 if TYPE_CHECKING:
     from rich.console import Console

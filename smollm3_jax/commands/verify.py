@@ -9,7 +9,10 @@ VERIFICATION_FAILED = 4
 
 def add(parser: argparse.ArgumentParser) -> None:
     add_model_name(parser)
-    parser.add_argument("--against", required=True, metavar="MODEL|transformers")
+    reference = parser.add_mutually_exclusive_group(required=True)
+    reference.add_argument("--against", metavar="MODEL|transformers")
+    goldens_help = "with the released SmolLM3-3B's golden logits and text; of no use for any other model"
+    reference.add_argument("--goldens", action="store_true", help=goldens_help)
     parser.add_argument("--prompt", metavar="TEXT", help="the text to compute on (default: a built-in one)")
     parser.add_argument("--json", action="store_true")
 
@@ -21,6 +24,8 @@ def run(args: argparse.Namespace) -> int:
     from ..verify import verify
 
     require_devices()
+    if args.goldens:
+        return _goldens(args)
     against = args.against if args.against == "transformers" else folder(args.against)
     report = verify(folder(args.model), against, args.prompt)
     if args.json:
@@ -41,4 +46,36 @@ def run(args: argparse.Namespace) -> int:
         console().print(table)
         say(f"tolerance for {report['tolerance']['dtype']}: {report['tolerance']['source']}")
         say("verified" if report["ok"] else "NOT verified")
+    return 0 if report["ok"] else VERIFICATION_FAILED
+
+
+def _goldens(args: argparse.Namespace) -> int:
+    from rich.table import Table
+
+    from ..errors import OptionError
+    from ..goldens import verify_goldens
+    from ..screen_text import plain
+
+    if args.prompt is not None:
+        raise OptionError("--goldens brings its own prompt: leave --prompt out")
+    report = verify_goldens(folder(args.model))
+    if args.json:
+        print_json(report)
+        return 0 if report["ok"] else VERIFICATION_FAILED
+    print(f"{plain(report['model'])} against the golden values of {report['against']}")
+    table = Table(show_header=False)
+    for name in ("mean_max_abs", "first_max_abs"):
+        value = report[name]
+        table.add_row(name, "not finite" if value is None else f"{value:.3g}")
+    table.add_row("text", plain(report["text"]))
+    for name, passed in report["checks"].items():
+        table.add_row(f"check: {name}", "passed" if passed else "FAILED")
+    console().print(table)
+    print(f"source: {report['source']}")
+    if not report["ok"]:
+        print(
+            f"{report['against']} has other values than this checkpoint: it is another one of the same architecture "
+            "(the base model, a fine-tuned one, rounded weights), or it is damaged"
+        )
+    print("verified" if report["ok"] else "NOT verified")
     return 0 if report["ok"] else VERIFICATION_FAILED

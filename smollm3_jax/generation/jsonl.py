@@ -24,6 +24,7 @@ from sharding.rules import Sharding
 
 from ..chat.template import check_depth, encode_chat, render
 from ..errors import DataError, OptionError, SaveError, SmolLM3Error
+from ..file_kind import what_it_is
 from ..files import locked
 from ..model import SmolLM3
 from ..progress import busy, tally
@@ -92,6 +93,8 @@ class Batch:
             raise self._unreadable(error) from None
         if not stat.S_ISREG(found.st_mode):  # it is read twice
             raise OptionError(f"{self.source} is not a regular file")
+        if what := what_it_is(self.source):
+            raise OptionError(f"{self.source} holds no lines of JSON: {what}")
         self._found = found
         self._left = {index: self._digest(line) for index, line in self._lines()}
         self._file = self._lock()

@@ -62,6 +62,4 @@ def _of_page(address: str, parts: list[str]) -> tuple[str, str | None]:
 
 def _fetch_first(hub_id: str, file: str, revision: str | None) -> str:
     at = f" --revision {revision}" if revision else ""
-    return (
-        f"{file} of {hub_id} is a file on the hub: fetch it with `hf download {hub_id} {file}{at}`, and give its path"
-    )
+    return f"fetch it with `hf download {hub_id} {file}{at}`, and give its path"

@@ -25,11 +25,12 @@ SPLITS = {
     "gpt-2": (),  # this one and the next are written as their tokenizer.json has them
     "smollm": (),
 }
-# Other names of llama.cpp for the same.
-ALIASES = dict.fromkeys(
-    ("llama3", "llama-v3", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2"),
-    "llama-bpe",
-) | dict.fromkeys(("phi-2", "jina-es", "jina-de", "jina-v2-es", "jina-v2-de", "gigachat", "a.x-4.0", "mellum"), "gpt-2")
+# llama.cpp's other names for the same.
+OTHER_NAMES = {
+    "llama-bpe": ("llama3", "llama-v3", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2"),
+    "gpt-2": ("phi-2", "jina-es", "jina-de", "jina-v2-es", "jina-v2-de", "gigachat", "a.x-4.0", "mellum"),
+}
+ALIASES = {name: pre for pre, names in OTHER_NAMES.items() for name in names}
 
 
 def tokenizer_files(metadata: dict[str, Any], ids: dict[str, int]) -> dict[str, str]:
@@ -79,11 +80,22 @@ def tokenizer_files(metadata: dict[str, Any], ids: dict[str, int]) -> dict[str, 
         tokenizer.post_processor = processors.TemplateProcessing(
             [bos, "$A"], [bos, "$A", f"{bos}:1", "$B:1"], [(bos, ids["bos_token_id"])]
         )
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+    config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
     config |= {name.removesuffix("_id"): tokens[token_id] for name, token_id in ids.items()}
-    if (template := metadata_value(metadata, "tokenizer.chat_template", str, None)) is not None:
-        config["chat_template"] = template
+    if templates := _chat_templates(metadata):
+        config["chat_template"] = templates
     return {"tokenizer.json": tokenizer.to_str(), "tokenizer_config.json": json.dumps(config, indent=2)}
+
+
+def _chat_templates(metadata: dict[str, Any]) -> str | list[dict[str, str]] | None:
+    """The entry of tokenizer_config.json: one text, or several by name ("default", "tool_use")."""
+    key = "tokenizer.chat_template"
+    named = {name.removeprefix(key + "."): name for name in metadata if name.startswith(key + ".")}
+    named = {"default": key} | named if key in metadata else named
+    texts = {name: metadata_value(metadata, key, str) for name, key in named.items()}
+    if texts.keys() <= {"default"}:
+        return texts.get("default")
+    return [{"name": name, "template": text} for name, text in texts.items()]
 
 
 def _pre_tokenizer(pre: str) -> Any:

@@ -125,7 +125,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
 def _open_torch(folder: Path) -> dict[str, StoredTensor]:
     paths = torch_files.find(folder)
     if not paths:
-        what = adapter_in(folder) or gguf_in(folder)
+        what = adapter_in(folder) or gguf_in(folder) or _others_in(folder)
         raise CheckpointFormatError(
             f"{folder} holds no weights: neither {safetensors.INDEX}, {safetensors.SINGLE}, {torch_files.SINGLE} "
             f"nor a .pt file{f'; it {what}' if what else ''}"
@@ -138,6 +138,13 @@ def _open_torch(folder: Path) -> dict[str, StoredTensor]:
             )
         tensors[tensor.name] = tensor
     return tensors
+
+
+def _others_in(folder: Path) -> str | None:
+    """What to say of weights in a format of other programs."""
+    kinds = (".onnx", ".msgpack", ".h5", ".pth", ".ckpt", ".npz", ".tflite", ".engine")
+    names = [shown(path.name) for path in sorted(folder.iterdir()) if path.suffix in kinds]
+    return f"has {', '.join(names[:5])}, which cannot be read: take the model's safetensors files" if names else None
 
 
 def check_tensors(path: Path, config: ModelConfig, found: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:

@@ -23,8 +23,8 @@ INTEGER_TAGS = {"I8": "int8", "U8": "uint8"}
 STORED_DTYPES = NUMPY_DTYPES | INTEGER_DTYPES
 # Tensors that some releases of transformers, and other trainers, save though the config determines them.
 _BUFFER = re.compile(
-    r"(?:.*\.)?(?:(?:rotary_emb|rotary_pos_emb)\.\w+"
-    r"|inv_freq|cos_cached|sin_cached|causal_mask|attn_mask|attention_mask|masked_bias|position_ids)",
+    r"(?:.*\.)?(?:(?:rotary_emb|rotary_pos_emb|rope)\.\w+"
+    r"|inv_freq|freqs_cis|cos_cached|sin_cached|causal_mask|attn_mask|attention_mask|masked_bias|position_ids)",
 )
 
 
@@ -50,7 +50,7 @@ class StoredTensor:
 
 def shown(name: object) -> str:
     """A name from a file as messages have it: one line, without control characters, and not without end."""
-    text = plain(name)
+    text = plain(str(name)[:201])
     return text if len(text) <= 200 else f"{text[:200]}..."
 
 

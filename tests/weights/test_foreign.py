@@ -1,6 +1,7 @@
 """Folders and files that are something else than a model: each is named, with the way out, and nothing is unpickled."""
 
 import json
+import os
 import shutil
 import struct
 import subprocess
@@ -92,6 +93,19 @@ FOLDERS: dict[Callable[[Path], None], tuple[str, ...]] = {
 }
 
 
+def run(folder: Path) -> None:
+    (folder / "settings.json").write_text("{}")
+    (folder / "checkpoints").mkdir()
+
+
+def onnx(folder: Path) -> None:
+    (folder / "config.json").write_text(json.dumps(raw_config("plain")))
+    (folder / "model.onnx").touch()
+
+
+FOLDERS |= {run: ("a training run's", "smollm3 export"), onnx: ("holds no weights", "model.onnx, which cannot be read")}
+
+
 @pytest.mark.parametrize("make", FOLDERS, ids=lambda make: make.__name__)
 def test_a_folder_that_is_no_model(make, tmp_path, capsys):
     folder = tmp_path / "m"
@@ -129,6 +143,19 @@ def test_a_pointer_or_a_page(name, content, words, tmp_path, capsys):
     assert content is PAGE or ("of 6,150,230,128 bytes" in message and "git lfs pull" in message)
 
 
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "pytorch_model.bin"])
+@pytest.mark.parametrize("kind", ["pipe", "device"])
+def test_what_never_ends_is_not_read(name, kind, tmp_path, capsys):
+    folder = tiny_checkpoint(tmp_path / "m")
+    if name != "config.json":
+        (folder / "model.safetensors").unlink()
+    else:
+        (folder / name).unlink()
+    os.mkfifo(folder / name) if kind == "pipe" else (folder / name).symlink_to("/dev/zero")
+    message = refusal(capsys, folder)
+    assert name in message and ("no regular file" in message or "no file" in message)
+
+
 def test_a_shard_that_is_a_pointer(tmp_path, capsys):
     folder = tiny_checkpoint(tmp_path / "m")
     tensors = random_tensors(raw_config("plain"))
@@ -155,6 +182,25 @@ def test_weights_under_a_wrong_name(tmp_path, capsys):
     assert "it is a safetensors file: let its name end in .safetensors" in refusal(capsys, folder)
     (folder / "m.gguf").write_bytes(content)
     assert "no GGUF file: it is a safetensors file" in refusal(capsys, folder / "m.gguf")
+
+
+def test_a_pointer_for_a_tokenizer_or_for_lines(tmp_path, capsys):
+    from tiny import talking_checkpoint
+
+    folder = talking_checkpoint(tmp_path / "m")
+    lines = tmp_path / "lines.jsonl"
+    lines.write_bytes(POINTER)
+    calls = [
+        ["perplexity", "--model", str(folder), "--text", str(lines)],
+        ["generate", "--model", str(folder), "--input", str(lines), "--output", str(tmp_path / "out.jsonl")],
+        ["tokenize", str(lines), str(tmp_path / "out"), "--model", str(folder)],
+    ]
+    for call in calls:
+        assert main(call) in (2, 3)
+        out, err = capsys.readouterr()
+        assert out == "" and "lines.jsonl" in err and "git lfs pull" in err and err.count("\n") == 1
+    (folder / "tokenizer.json").write_bytes(POINTER)
+    assert "tokenizer.json cannot be read as a tokenizer (it is a git-LFS pointer" in refusal(capsys, folder)
 
 
 def gguf(path: Path, keys: dict[str, str], tensors: tuple[str, ...] = ()) -> Path:

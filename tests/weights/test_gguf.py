@@ -19,6 +19,8 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, trainers
 from tokenizers.pre_tokenizers import ByteLevel
 
+from smollm3_jax import from_pretrained
+from smollm3_jax.commands.main import main
 from smollm3_jax.config import ModelConfig, RopeScaling
 from smollm3_jax.errors import CheckpointFormatError, SupportError
 from smollm3_jax.weights import gguf as reader
@@ -614,6 +616,19 @@ def test_tokenizer_is_rebuilt(tmp_path, pre, specials_first):
     assert "bos_token" not in config and "pad_token" not in config
 
 
+def test_templates_by_name_are_kept(tmp_path):
+    keys = vocabulary_keys(["a", "b", "ab"], [1, 1, 1], ["a b"], "smollm")
+    keys |= {"tokenizer.chat_template": "{{ 1 }}", "tokenizer.chat_template.tool_use": "{{ 2 }}"}
+    _, config = rebuilt(minimal(tmp_path, metadata() | keys))
+    assert config["chat_template"] == [
+        {"name": "default", "template": "{{ 1 }}"},
+        {"name": "tool_use", "template": "{{ 2 }}"},
+    ]
+    del keys["tokenizer.chat_template"]
+    _, config = rebuilt(minimal(tmp_path, metadata() | keys))
+    assert config["chat_template"] == [{"name": "tool_use", "template": "{{ 2 }}"}]
+
+
 def test_unused_rows_are_no_tokens(tmp_path):
     theirs = trained("smollm", specials_first=False)
     keys = gguf_keys_of(theirs, "smollm")
@@ -690,6 +705,48 @@ def test_smollm3_tokenizer_on_six_languages(tmp_path):
     # A sixth of each language, about 1.3 MB of text, encoded twice.
     lines = [line for file in languages for line in file.read_text().splitlines()[::6]]
     assert_same(ours, theirs, [chat, *TEXTS, *(json.loads(line)["text"] for line in lines)])
+
+
+@pytest.mark.slow
+@pytest.mark.torch
+def test_every_command_reads_the_file_itself(tmp_path, capsys, monkeypatch):
+    """Text and logits are those of the folder that it converts to, which transformers reads."""
+    from parity import bound, reference_logits, reference_model
+
+    monkeypatch.setenv("SMOLLM3_JAX_CACHE", str(tmp_path / "cache"))
+    theirs = trained("smollm", specials_first=False)
+    keys = gguf_keys_of(theirs, "smollm", eos_token_id=theirs.token_to_id("<|end|>"))
+    keys |= {"tokenizer.chat_template": "{{ messages[0].content }}"}
+    rows = theirs.get_vocab_size()
+    shapes = SHAPES | {"token_embd.weight": (rows, HIDDEN)}
+    stored = {name: permute(0.05 * array, name) for name, array in weights(shapes).items()}
+    path = write(tmp_path / "m.gguf", stored, metadata("smollm3", vocab_size=rows) | keys, "smollm3")
+    (tmp_path / "text.jsonl").write_text('{"text": "the quick brown fox"}\n')
+    assert main(["convert", str(path), str(tmp_path / "hf")]) == 0
+    tokens = np.arange(12)[None]
+    expected = reference_logits(reference_model(tmp_path / "hf"), tokens)
+    assert np.abs(np.asarray(from_pretrained(path)(tokens)) - expected).max() <= bound(expected)
+    calls = {
+        "generate": ["generate", "--prompt", "the fox", "--max-new-tokens", "4", "--temperature", "0", "--model"],
+        "chat": ["generate", "--chat", "--prompt", "the fox", "--max-new-tokens", "4", "--temperature", "0", "--model"],
+        "perplexity": ["perplexity", "--text", str(tmp_path / "text.jsonl"), "--model"],
+        "verify": ["verify", "--against", str(tmp_path / "hf"), "--model"],
+        "plan": ["plan", "memory", "--model"],
+        "tokenize": ["tokenize", str(tmp_path / "text.jsonl"), "--workers", "1", "--model"],
+        "inspect": ["inspect", "--model"],
+    }
+    for name, call in calls.items():
+        outs = []
+        for model in (path, tmp_path / "hf"):
+            capsys.readouterr()
+            more = [str(tmp_path / f"tokens-{model.name}")] if name == "tokenize" else []
+            code = main([*call[:2], *more, *call[2:], str(model)] if more else [*call, str(model)])
+            out, err = capsys.readouterr()
+            assert code == 0, (name, err)
+            outs.append(out.replace(str(path), str(tmp_path / "hf")))
+        assert outs[0] == outs[1] or name in ("verify", "inspect"), name
+    assert main(["verify", str(path), "--against", "transformers"]) == 2
+    assert "convert" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -182,7 +182,7 @@ CONFIGS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "string_size": ({"hidden_size": "64"}, ("hidden_size is '64'",)),
     "float_layers": ({"num_hidden_layers": 4.0}, ("num_hidden_layers is 4.0",)),
     "huge_theta": ({"rope_theta": 10**400}, ("rope_theta",)),
-    "dtype": ({"torch_dtype": "e4m3"}, ("dtype is 'e4m3'", "bfloat16")),
+    "dtype": ({"torch_dtype": 16}, ("torch_dtype is 16", "must be str")),
 }
 
 
@@ -550,6 +550,32 @@ def test_missing_template(tmp_path, capsys):
     assert main([*GENERATE, str(folder), "--chat"]) == 3
     out, err = capsys.readouterr()
     assert out == "" and "chat_template.jinja" in err and err.count("\n") == 1
+
+
+def test_added_tokens_beyond_the_rows(tmp_path, capsys, caplog):
+    """W22: a padding token that the model has no row for is in the way of nothing but itself."""
+    from tokenizers import AddedToken, Tokenizer
+
+    folder = add_tokenizer(tiny_checkpoint(tmp_path / "hf"), 160)
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.add_special_tokens([AddedToken("[PAD]", special=True)])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text('{"pad_token": "[PAD]"}')
+    assert tokenizer.token_to_id("[PAD]") == 160
+    capsys.readouterr()
+    for call in (["inspect", str(folder)], ["convert", str(folder), str(tmp_path / "out")], [*GENERATE, str(folder)]):
+        caplog.clear()
+        assert main(call) == 0
+        assert "1 added tokens have no row in the model" in caplog.text
+    capsys.readouterr()
+    assert main([*GENERATE, str(tmp_path / "out"), "--prompt", "w3 [PAD]"]) == 2
+    assert "the text holds '[PAD]', the token 160, which the model has no row for" in capsys.readouterr().err
+    (folder / "text.jsonl").write_text('{"text": "w1 [PAD] w2"}\n')
+    assert main(["perplexity", "--model", str(folder), "--text", str(folder / "text.jsonl")]) == 2
+    tokenizer.add_tokens([f"x{i}" for i in range(1100)])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    assert main(["inspect", str(folder)]) == 3
+    assert "belongs to another model: its largest token id is 1260" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("tokens", [161, 64])

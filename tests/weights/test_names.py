@@ -113,6 +113,23 @@ def test_the_logits_are_the_whole_models(case, tmp_path, expected):
     }
 
 
+@pytest.mark.parametrize("case", ["buffers", "no_model", "only_head", "head_too", "compiled", "data_parallel"])
+def test_the_same_in_torch_files(case, tmp_path, expected):
+    """W20: buffers of any dtype, names and tied heads are read there as in safetensors."""
+    import torch
+
+    name, change, _ = CASES[case]
+    raw = raw_config(name)
+    tensors = change(random_tensors(raw))
+    state = {
+        key: torch.tensor(array.astype(np.float32) if array.dtype == ml_dtypes.bfloat16 else array)
+        for key, array in tensors.items()
+    }
+    torch.save(state, tmp_path / "pytorch_model.bin")
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    assert np.abs(ours(tmp_path, raw) - expected[name]).max() <= bound(expected[name])
+
+
 def test_a_tied_head_of_another_dtype_with_equal_values(tmp_path, expected):
     raw = raw_config("plain")
     folder = write_checkpoint(tmp_path / "half", raw, half_head(random_tensors(raw)))
