@@ -14,15 +14,9 @@ def what_it_is(path: str | Path, expected: str = "") -> str | None:
     """
     path = Path(path)
     try:
-<<<<<<< HEAD
-        if not Path(path).is_file():  # but a pipe, say, that nobody may ever write to
-            return None
-        with Path(path).open("rb") as file:
-=======
         if path.exists() and not path.is_file():
             return "it is no regular file"  # a pipe would be waited for, a device never ends
         with path.open("rb") as file:
->>>>>>> checkpoints
             begin = file.read(512)
     except OSError:
         return None

@@ -14,11 +14,8 @@ from .. import files
 from ..errors import OptionError, SmolLM3Error
 from ..generation.api import Delta
 from ..generation.sampling import SamplingParams
-<<<<<<< HEAD
 from ..generation.stats import Stats
-=======
 from ..reading import read_file, why
->>>>>>> cli
 from ..tokenizer import Tokenizer
 from .parse import Event, Parser, Text, Thinking, ToolCall
 from .screen import PROMPT, Answer, Screen
