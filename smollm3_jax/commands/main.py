@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import io
 import logging
 import os
 import sys
@@ -41,6 +42,8 @@ FLAGS = {"-q", "--quiet", "-v", "--verbose"}
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code: 0, 2 (usage), 3 (bad input), 4 (verification failed)."""
     words = list(sys.argv[1:] if argv is None else argv)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # not every encoding has what there is to say
     if words[:1] == ["__complete"]:  # what the lines of `smollm3 completion` ask
         from .completion import candidates
 

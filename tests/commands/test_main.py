@@ -54,6 +54,16 @@ def test_python_m():
     assert done.returncode == 0 and done.stdout.startswith("usage: smollm3 ")
 
 
+def test_any_encoding_will_do():
+    done = subprocess.run(
+        [sys.executable, "-m", "smollm3_jax", "doctor"],
+        env=os.environ | {"PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "ascii", "SMOLLM3_JAX_CACHE": "/tmp/ä"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0 and done.stderr == "" and "SMOLLM3_JAX_CACHE=/tmp/\\xe4\n" in done.stdout
+
+
 def test_version(capsys):
     import smollm3_jax as s3
 
