@@ -33,7 +33,7 @@ def expected(models: Path) -> dict[str, Any]:
     ("words", "flags"),
     [
         ([], {"JAX_ENABLE_X64": "1", **STRICT}),
-        (["x64"], OTHERS),
+        pytest.param(["x64"], OTHERS, marks=pytest.mark.slow),
     ],
     ids=["x64 and strict", "x64 by the caller"],
 )
