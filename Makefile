@@ -10,7 +10,7 @@ TOGETHER := -n 2 --dist loadfile --no-loadscope-reorder
 MARKS := not torch
 PINS := $(wildcard constraints/python$(VERSION).txt)
 
-.PHONY: setup run test test-light test-full lint goldens clean
+.PHONY: setup run test test-light test-full docs lint goldens clean
 
 setup: $(VENV)/test.stamp
 
@@ -34,6 +34,10 @@ test-full: setup
 test-light: $(VENV)/dev.stamp
 	$(CPU) $(BIN)/python -m pytest $(TOGETHER) -m '$(MARKS)'
 
+# Pages of docs/ in docs/_build; a warning is an error.
+docs: $(VENV)/docs.stamp
+	$(CPU) $(BIN)/python -m sphinx -q -W --keep-going -b html docs docs/_build
+
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -44,4 +48,4 @@ goldens: setup
 	WRITE_GOLDENS=1 $(CPU) $(BIN)/python -m pytest -k golden
 
 clean:
-	rm -rf $(VENV) .venv-light build dist *.egg-info
+	rm -rf $(VENV) .venv-light build dist docs/_build *.egg-info

@@ -1,4 +1,4 @@
-"""The README's commands are understood as they are printed."""
+"""The commands of the README and of docs/ are understood as they are printed."""
 
 import itertools
 import re
@@ -9,13 +9,14 @@ import pytest
 
 from smollm3_jax.commands.main import COMMANDS, parse, parser_of
 
-README = (Path(__file__).parents[2] / "README.md").read_text()
+ROOT = Path(__file__).parents[2]
+PRINTED = "\n".join(page.read_text() for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))))
 
 
 def printed() -> list[str]:
     """Every call of the command, in blocks and in sentences, without what stands behind a #."""
-    inside, found = False, re.findall(r"`(smollm3 [^`]+)`", README)
-    for line in README.splitlines():
+    inside, found = False, re.findall(r"`(smollm3 [^`]+)`", PRINTED)
+    for line in PRINTED.splitlines():
         if line.startswith("```"):
             inside = not inside
         elif inside:
