@@ -149,7 +149,8 @@ def _generate_many(args: argparse.Namespace) -> int:
             )
     speed = f"; {batch.stats.line()}" if batch.stats.tokens else ""
     failed = f", {batch.failed} of them errors" if batch.failed else ""
-    print(f"smollm3: {batch.done} lines in {args.output}{failed}{speed}", file=sys.stderr)
+    if not args.quiet or batch.failed:
+        print(f"smollm3: {batch.done} lines in {args.output}{failed}{speed}", file=sys.stderr)
     if args.stats:
         print(f"smollm3: {batch.stats.listed()}", file=sys.stderr)
     return SOME_FAILED if batch.failed else 0
