@@ -7,6 +7,7 @@ import io
 import json
 import logging
 import re
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -181,6 +182,25 @@ class Tokenizer:
         """The most characters that become one token. In a byte-level vocabulary a token's spelling has one a byte."""
         longest = max(map(len, self.backend.get_vocab(with_added_tokens=True)), default=1)
         return longest if self.backend.normalizer is None else 4 * longest  # which may join characters
+
+
+# What came along with a model, beside the module: in it, it would be static metadata, and part of every jit's key.
+_of_model: "weakref.WeakKeyDictionary[Any, Callable[[], Tokenizer | None]]" = weakref.WeakKeyDictionary()
+
+
+def carry_tokenizer(model: Any, load: Callable[[], Tokenizer | None]) -> None:
+    """Makes `tokenizer_of(model)` what `load` gives when it is first asked for."""
+    _of_model[model] = functools.cache(load)
+
+
+def tokenizer_of(model: Any) -> Tokenizer | None:
+    """The tokenizer that came with a model, or None.
+
+    Raises:
+      TokenizerError: as for `load_tokenizer`.
+    """
+    load = _of_model.get(model)
+    return None if load is None else load()
 
 
 @contextlib.contextmanager

@@ -402,6 +402,7 @@ def _parse(line: bytes) -> dict[str, Any]:
 
 def _answer(line: _Line, tokenizer: Tokenizer) -> dict[str, Any]:
     prompt = line.request.prompt
+    assert not isinstance(prompt, str)  # lines are encoded as they are read
     samples = [
         {
             "text": sample.text,

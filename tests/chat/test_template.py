@@ -409,7 +409,7 @@ def test_a_template_without_limits_is_ended(monkeypatch: pytest.MonkeyPatch, sou
     begin = time.monotonic()
     with pytest.raises(TokenizerError, match=words):
         render(source, [HI])
-    assert time.monotonic() - begin < 6
+    assert time.monotonic() - begin < 30
     assert render("{{ messages[0].content }}", [HI]) == "Hi"
 
 

@@ -96,7 +96,7 @@ def test_every_line_is_answered_as_if_alone(model, tokenizer, tmp_path):
         assert got[index]["completion_tokens"] == len(completion.token_ids)
         assert got[index]["finish_reason"] == completion.finish_reason
     assert [got[i]["prompt_tokens"] for i in range(6)] == [2, 2, 2, 40, 1, 2]
-    assert got[3]["text"] == "w33 w33 w33 w33 w33"
+    assert got[3]["text"] == " w33 w33 w33 w33 w33"  # after the prompt's last word
     samples = alone([5, 6], temperature=2.0, n=3, seed=7)
     assert [sample["text"] for sample in got[2]["samples"]] == [sample.text for sample in samples]
     assert got[2]["completion_tokens"] == 15 and "text" not in got[2]
