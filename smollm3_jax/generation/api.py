@@ -145,7 +145,7 @@ def generate(
     free = params is None and "max_new_tokens" not in fields  # nobody asked for so many: they need not fit
     params = dataclasses.replace(params, **fields) if params else with_defaults(model.generation_config, **fields)
     for i, request in enumerate(requests):
-        own = fitted(params, len(request.prompt), model.config) if free else params
+        own = fitted(params, len(request.prompt), model.config.max_position_embeddings) if free else params
         # Row i draws with seed + i; the samples of a prompt follow each other.
         own = dataclasses.replace(own, seed=(params.seed + i * params.n) % 2**32)
         requests[i] = dataclasses.replace(request, params=own)
@@ -189,9 +189,9 @@ def chat_ends(tokenizer: Tokenizer, config: ModelConfig) -> tuple[int, ...]:
     return () if end is None or end >= config.vocab_size else (end,)
 
 
-def fitted(params: SamplingParams, prompt_tokens: int, config: ModelConfig) -> SamplingParams:
-    """The same with no more new tokens than the model's context leaves: for a number that nobody asked for."""
-    room = max(1, config.max_position_embeddings - prompt_tokens)
+def fitted(params: SamplingParams, prompt_tokens: int, context: int) -> SamplingParams:
+    """The same with no more new tokens than the context leaves: for a number that nobody asked for."""
+    room = max(1, context - prompt_tokens)
     return dataclasses.replace(params, max_new_tokens=min(params.max_new_tokens, room))
 
 
@@ -377,7 +377,7 @@ def _requests(model: SmolLM3, requests: Iterable[Request | str], tokenizer: Toke
         one = with_ids(Request(request) if isinstance(request, str) else request, model.config, tokenizer, name)
         if isinstance(request, str):
             params = with_defaults(model.generation_config)
-            one = dataclasses.replace(one, params=fitted(params, len(one.prompt), model.config))
+            one = dataclasses.replace(one, params=fitted(params, len(one.prompt), model.config.max_position_embeddings))
         yield one
 
 

@@ -437,7 +437,7 @@ def stream(model, requests, **options):
 
 class Anything:
     vocab_size, max_position_embeddings, eos_token_id, chat_template = 10, 10**9, (), None
-    encode = lambda self, text: [1]
+    encode = lambda self, text, **options: [1]
     config = generation_config = property(lambda self: self)
 
 jsonl.stream = stream
