@@ -19,9 +19,8 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--yes", action="store_true", help="run the tools that it calls without a question")
     add_sampling(parser)
     parser.epilog = (
-        "--max-new-tokens is here by default the model's own, or else 4096 for one that can think and 1024 for another. "
-        "Where output is no terminal, "
-        "answers are printed without the reasoning."
+        "--max-new-tokens is here by default the model's own, or else 4096 for one that can think and 1024 for "
+        "another. Where output is no terminal, answers are printed without the reasoning."
     )
 
 

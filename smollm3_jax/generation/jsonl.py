@@ -388,9 +388,7 @@ def chat_request(
 ) -> Request:
     """A conversation up to the opening of the assistant's next turn, by the chat template, and what ends that."""
     limit = min(context or config.max_position_embeddings, config.max_position_embeddings)
-    prompt = encode_chat(
-        tokenizer, messages, context=limit, add_generation_prompt=True, enable_thinking=thinking
-    )
+    prompt = encode_chat(tokenizer, messages, context=limit, add_generation_prompt=True, enable_thinking=thinking)
     params = fitted(params, len(prompt), limit) if fit else params
     return Request(prompt, params, chat_ends(tokenizer, config))
 

@@ -238,6 +238,8 @@ OPENAI = {"id": "a", "type": "function", "function": {"name": "f", "arguments": 
     [
         (turn("assistant", None, tool_calls=[BARE]), F),
         (turn("assistant", "", tool_calls=[OPENAI]), F),
+        (turn("assistant", "", tool_calls=[{"name": "f", "parameters": {"x": [1, "é"]}}]), F),
+        (turn("assistant", "", tool_calls=[OPENAI | {"index": 0, "other": 1}]), F),
         ({"role": "assistant", "tool_calls": [OPENAI]}, F),
         (turn("assistant", "Let me see.", tool_calls=[BARE, OPENAI]), f"Let me see.\n{F}\n{F}"),
         (turn("assistant", "Hi", tool_calls=[]), "Hi"),
@@ -305,6 +307,8 @@ IMAGE = {"type": "image_url", "image_url": {"url": "a"}}
         ([turn("assistant", tool_calls=[BARE, "f()"])], r"messages\[0\]\.tool_calls\[1\] must be"),
         ([turn("assistant", tool_calls=[{"function": "f"}])], r"tool_calls\[0\] must be"),
         ([turn("assistant", tool_calls=[{"type": "custom", "name": "f"}])], r"tool_calls\[0\] must be"),
+        ([turn("assistant", tool_calls=[{"name": "f", "city": "Oslo"}])], "'city', which is neither"),
+        ([turn("assistant", tool_calls=[{"function": {"name": "f", "city": "Oslo"}}])], "'city', which is neither"),
         ([turn("assistant", tool_calls=[{"name": "f", "arguments": "{"}])], r"tool_calls\[0\]: the arguments of f"),
         ([turn("assistant", tool_calls=[{"name": "f", "arguments": "[1]"}])], "a list, not an object"),
         ([turn("assistant", tool_calls=[{"name": "f", "arguments": []}])], "a list, not an object"),
