@@ -13,9 +13,9 @@ from smollm3_jax.errors import ConfigError, OptionError
 from smollm3_jax.rope import inverse_frequencies
 
 
-def test_the_released_config(shared):
-    raw = json.loads((shared / "smollm3-3b" / "config.json").read_text())
-    config = ModelConfig.from_hf(shared / "smollm3-3b")
+def test_the_released_config(release):
+    raw = json.loads((release / "config.json").read_text())
+    config = ModelConfig.from_hf(release)
     assert (config.head_dim, config.tie_word_embeddings) == (128, True)
     assert [i for i, rope in enumerate(config.rope_layers) if not rope] == [3, 7, 11, 15, 19, 23, 27, 31, 35]
     assert (config.rope_theta, config.rope_scaling, config.dtype) == (5e6, None, "bfloat16")

@@ -54,9 +54,9 @@ def test_frequencies_equal_transformers(name, theta):
     assert factor == pytest.approx(expected_factor, rel=1e-12)
 
 
-def test_yarn_of_the_model_card(shared):
+def test_yarn_of_the_model_card(release):
     """Figures computed from the formulas by hand: ramp from pair 24 to 39, attention factor 0.1 ln 2 + 1."""
-    raw = json.loads((shared / "smollm3-3b" / "config.json").read_text())
+    raw = json.loads((release / "config.json").read_text())
     plain, _ = inverse_frequencies(ModelConfig.from_hf(raw))
     raw |= {"rope_scaling": {"factor": 2.0, "original_max_position_embeddings": 65536, "type": "yarn"}}
     stretched, factor = inverse_frequencies(ModelConfig.from_hf(raw))

@@ -16,8 +16,6 @@ from smollm3_jax.config import ModelConfig
 from smollm3_jax.errors import OptionError, TokenizerError
 from smollm3_jax.tokenizer import Tokenizer, _check_vocabulary, load_tokenizer
 
-FIXTURES = Path(__file__).resolve().parents[1].parent / "shared" / "fixtures"
-RELEASE = FIXTURES / "smollm3-3b"
 LANGUAGES = ("en", "fr", "es", "de", "it", "pt")
 TINY_SIZE = 256 + 2
 
@@ -41,10 +39,8 @@ def config(vocab_size: int) -> ModelConfig:
 
 
 @pytest.fixture(scope="module")
-def released() -> Tokenizer:
-    if not RELEASE.exists():
-        pytest.skip("needs ../shared/fixtures/smollm3-3b")
-    return load_tokenizer(RELEASE, ModelConfig.from_hf(RELEASE))
+def released(full_release: Path) -> Tokenizer:
+    return load_tokenizer(full_release, ModelConfig.from_hf(full_release))
 
 
 @pytest.fixture
@@ -69,8 +65,8 @@ def write(path: Path, content: Any) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("language", LANGUAGES)
-def test_encodes_as_transformers(released: Tokenizer, theirs: Any, language: str):
-    lines = (FIXTURES / "corpus" / f"{language}.jsonl").read_text(encoding="utf-8").splitlines()
+def test_encodes_as_transformers(released: Tokenizer, theirs: Any, corpus: Path, language: str):
+    lines = (corpus / f"{language}.jsonl").read_text(encoding="utf-8").splitlines()
     for text in [json.loads(line)["text"] for line in lines[:: len(lines) // 4]]:
         ids = released.encode(text)
         assert len(ids) > 10
@@ -80,9 +76,9 @@ def test_encodes_as_transformers(released: Tokenizer, theirs: Any, language: str
 
 
 @pytest.fixture(scope="module")
-def theirs(released: Tokenizer) -> Any:
+def theirs(full_release: Path) -> Any:
     transformers = pytest.importorskip("transformers")
-    return transformers.PreTrainedTokenizerFast.from_pretrained(RELEASE)
+    return transformers.PreTrainedTokenizerFast.from_pretrained(full_release)
 
 
 @pytest.mark.slow
@@ -436,13 +432,13 @@ def test_a_tokenizer_of_another_model_is_refused_with_both_sizes(folder: Path, r
 
 @pytest.mark.parametrize("rows", [128256, 128256 + 1023])
 def test_the_released_tokenizer_fits_its_vocabulary_and_paddings_of_it(released: Tokenizer, rows: int):
-    _check_vocabulary(RELEASE / "tokenizer.json", released.backend, config(rows))
+    _check_vocabulary(Path("tokenizer.json"), released.backend, config(rows))
 
 
 @pytest.mark.parametrize("rows", [127999, 128256 + 1024])
 def test_the_released_tokenizer_fits_no_other_vocabulary(released: Tokenizer, rows: int):
     with pytest.raises(TokenizerError, match=f"largest token id is 128255, but vocab_size .* is {rows};"):
-        _check_vocabulary(RELEASE / "tokenizer.json", released.backend, config(rows))
+        _check_vocabulary(Path("tokenizer.json"), released.backend, config(rows))
 
 
 @pytest.mark.slow

@@ -22,7 +22,6 @@ from smollm3_jax.config import ModelConfig
 from smollm3_jax.errors import OptionError, TokenizerError
 from smollm3_jax.tokenizer import Tokenizer, load_tokenizer
 
-RELEASE = Path(__file__).resolve().parents[2].parent / "shared" / "fixtures" / "smollm3-3b"
 GOLDENS = Path(__file__).with_name("goldens.json")
 CLOCK = datetime(2025, 7, 4, 12, 30)
 
@@ -112,16 +111,15 @@ DIALECT = (
 
 
 @pytest.fixture(scope="module")
-def template() -> str:
-    if not RELEASE.exists():
-        pytest.skip("needs ../shared/fixtures/smollm3-3b")
-    return (RELEASE / "chat_template.jinja").read_text(encoding="utf-8")
+def template(release: Path) -> str:
+    return (release / "chat_template.jinja").read_text(encoding="utf-8")
 
 
 @pytest.fixture(scope="module")
-def theirs(template: str) -> Iterator[Render]:
-    """apply_chat_template of transformers for the released tokenizer, at the time of CLOCK."""
+def theirs(template: str, release: Path) -> Iterator[Render]:
+    """apply_chat_template of transformers for the released template and token maps, at the time of CLOCK."""
     transformers = pytest.importorskip("transformers")
+    import tokenizers
     from transformers.utils import chat_template_utils
 
     class PinnedClock(datetime):
@@ -129,8 +127,13 @@ def theirs(template: str) -> Iterator[Render]:
         def now(cls, tz: Any = None) -> datetime:
             return CLOCK
 
-    tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(RELEASE)
-    assert tokenizer.chat_template == template
+    maps = json.loads((release / "special_tokens_map.json").read_text())
+    # No text is encoded, so that any vocabulary will do.
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizers.Tokenizer(tokenizers.models.BPE()),
+        chat_template=template,
+        **{name: token["content"] if isinstance(token, dict) else token for name, token in maps.items()},
+    )
     with pytest.MonkeyPatch.context() as patch:
         # Its compiled templates look the name up when they run, so those in its cache follow too.
         patch.setattr(chat_template_utils, "datetime", PinnedClock)
@@ -454,9 +457,8 @@ def test_the_process_that_renders_ends_with_its_parent():
 
 
 @pytest.fixture(scope="module")
-def released(shared: Path) -> Tokenizer:
-    config = json.loads((shared / "smollm3-3b" / "config.json").read_text())
-    return load_tokenizer(shared / "smollm3-3b", ModelConfig.from_hf(config))
+def released(full_release: Path) -> Tokenizer:
+    return load_tokenizer(full_release, ModelConfig.from_hf(full_release))
 
 
 def whole(tokenizer: Tokenizer, messages: Any, **options: Any) -> list[int]:
