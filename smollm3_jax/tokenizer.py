@@ -101,7 +101,7 @@ class Tokenizer:
             text.encode()
         except UnicodeEncodeError as error:
             raise OptionError(f"the text is not valid Unicode: a lone surrogate at character {error.start}") from None
-        with _typed(f"the tokenizer cannot encode a text of {len(text):,} characters"):
+        with typed(f"the tokenizer cannot encode a text of {len(text):,} characters"):
             found = self.backend.encode(text, add_special_tokens=add_special_tokens)
         if self.rowless and (without := self.rowless.keys() & set(found.ids)):
             token = min(without)
@@ -125,7 +125,7 @@ class Tokenizer:
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """The text of token ids; ids of padding rows, which no token has, give nothing."""
-        with _typed("the tokenizer cannot decode"):
+        with typed("the tokenizer cannot decode"):
             return self.backend.decode(ids, skip_special_tokens=skip_special_tokens)
 
     def decode_stream(
@@ -152,7 +152,7 @@ class Tokenizer:
                 piece = self.decode(ids, skip_special_tokens)[said:]
             else:
                 ids.append(token)
-                with _typed("the tokenizer cannot decode"):
+                with typed("the tokenizer cannot decode"):
                     piece = pieces.step(self.backend, token) or ""
             said += len(piece)
             return piece
@@ -204,7 +204,7 @@ def tokenizer_of(model: Any) -> Tokenizer | None:
 
 
 @contextlib.contextmanager
-def _typed(what: str) -> Iterator[None]:
+def typed(what: str) -> Iterator[None]:
     """`tokenizers` raises bare exceptions, and where it panics a BaseException that is no Exception."""
     try:
         yield
@@ -255,7 +255,7 @@ def build_tokenizer(files: Mapping[str, bytes], folder: str | Path, config: Mode
             "next to config.json"
         )
     try:
-        with _typed("tokenizers"):
+        with typed("tokenizers"):
             backend = tokenizers.Tokenizer.from_buffer(files["tokenizer.json"])
     except TokenizerError as error:
         raise TokenizerError(
@@ -432,7 +432,7 @@ def _add_tokens(
         elif not before.special:
             flags = {flag: getattr(before, flag) for flag in _FLAGS}
             new[text] = AddedToken(text, **flags | {"special": True})
-    with _typed(f"{path}: its added tokens are not sound"):
+    with typed(f"{path}: its added tokens are not sound"):
         backend.add_tokens(list(new.values()))
     beyond = {} if config is None else _check_vocabulary(path, backend, config)
     given = {entry["content"]: entry["id"] for entry in added}

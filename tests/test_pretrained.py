@@ -195,7 +195,7 @@ def test_generation_config_gives_defaults_and_what_is_said_counts(talking: Path,
     own = s3.GenerationConfig.from_hf(raw, config)
     params = sampling.with_defaults(own)
     assert (params.max_new_tokens, params.min_p, params.stop, params.suppress_tokens) == (7, 0.1, ["w3"], [4])
-    assert sampling.with_defaults(own, max_new_tokens=9, stop=[], repetition_penalty=1.0) == s3.SamplingParams(
+    assert sampling.with_defaults(own, max_new_tokens=9, stop=(), repetition_penalty=1.0) == s3.SamplingParams(
         max_new_tokens=9, min_p=0.1, suppress_tokens=[4]
     )
 

@@ -454,3 +454,51 @@ def test_a_panic_of_the_library_is_an_error():
     backend.pre_tokenizer = tokenizers.pre_tokenizers.Split(tokenizers.Regex("(a+)+$"), "isolated")
     with pytest.raises(TokenizerError, match="cannot encode a text of 41 characters: Onig"):
         Tokenizer(backend, None, {}).encode("a" * 40 + "b")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"[" * 100_000,
+        b'{"added_tokens": ' + b"[" * 100_000 + b"]" * 100_000 + b"}",
+        b'{"model": {"type": "BPE", "vocab": ' + b'{"a":' * 100_000 + b"1" + b"}" * 100_000 + b"}}",
+    ],
+)
+def test_a_deep_tokenizer_is_refused(folder: Path, content: bytes):
+    (folder / "tokenizer.json").write_bytes(content)
+    with pytest.raises(TokenizerError, match="cannot be read as a tokenizer"):
+        load_tokenizer(folder, config(TINY_SIZE))
+
+
+def test_a_huge_tokenizer_and_an_endless_one_are_refused_unread(folder: Path):
+    with (folder / "tokenizer.json").open("wb") as file:
+        file.truncate(1 << 40)
+    with pytest.raises(TokenizerError, match=r"1,099,511,627,776 bytes; at most 268,435,456 are read"):
+        load_tokenizer(folder, config(TINY_SIZE))
+    (folder / "tokenizer.json").unlink()
+    (folder / "tokenizer.json").symlink_to("/dev/zero")
+    with pytest.raises(TokenizerError, match="no regular file"):
+        load_tokenizer(folder, config(TINY_SIZE))
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("tokenizer_config.json", {"eos_token": 5}),
+        ("tokenizer_config.json", {"extra_special_tokens": 5}),
+        ("tokenizer_config.json", {"extra_special_tokens": [5]}),
+        ("tokenizer_config.json", {"added_tokens_decoder": [1]}),
+        ("tokenizer_config.json", {"added_tokens_decoder": {"258": "x"}}),
+        ("tokenizer_config.json", {"added_tokens_decoder": {"x": {"content": "x"}}}),
+        ("tokenizer_config.json", {"added_tokens_decoder": {"9" * 5000: {"content": "x"}}}),
+        ("special_tokens_map.json", {"eos_token": 5}),
+        ("special_tokens_map.json", [1]),
+        ("added_tokens.json", {"x": "y"}),
+        ("added_tokens.json", {"x": -1}),
+        ("added_tokens.json", "[" * 10_000),
+    ],
+)
+def test_tokens_in_no_known_form_are_named(folder: Path, name: str, content: Any):
+    write(folder / name, content)
+    with pytest.raises(TokenizerError, match=name.replace(".", r"\.")):
+        load_tokenizer(folder, config(300))

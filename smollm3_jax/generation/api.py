@@ -285,9 +285,7 @@ def stream(
         "fewer new tokens (max_new_tokens), slots or prompts, or a cache of int8, take less",
     ):
         cache_dtype = cache_dtype or model.cache_dtype
-        yield from _run(
-            *(model, queue, tokenizer, batch, room, capacity, cache_dtype, steps, lookup, stats, sharding)
-        )
+        yield from _run(*(model, queue, tokenizer, batch, room, capacity, cache_dtype, steps, lookup, stats, sharding))
 
 
 def _run(

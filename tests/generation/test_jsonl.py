@@ -2,6 +2,7 @@ import errno
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -570,3 +571,46 @@ def test_mistakes_of_the_command(talking, tmp_path, capsys, arguments, words):
     assert main(["generate", "--model", str(talking), *[names.get(word) or word for word in arguments]]) == 2
     out, err = capsys.readouterr()
     assert out == "" and words in err and len(err.splitlines()) == 1
+
+
+def test_a_chat_ends_with_the_tokenizers_end_too(talking: Path, model: s3.SmolLM3, tmp_path: Path):
+    """config.json may know the end of a document alone, and the tokenizer that of a turn."""
+    folder = tmp_path / "model"
+    shutil.copytree(talking, folder)
+    (folder / "tokenizer_config.json").write_text('{"eos_token": "w33"}')
+    tokenizer = load_tokenizer(folder, ModelConfig.from_hf(folder))
+    forced = {"max_new_tokens": 3, "logit_bias": {"33": 100.0}}
+    messages = [{"role": "user", "content": "w5"}]
+    source = write(
+        tmp_path / "in",
+        {"messages": messages, **forced},
+        {"prompt": "w5", **forced},
+        {"messages": messages, "ignore_eos": True, **forced},
+        {"prompt": "w5", "stop": ["w33"], **forced},
+    )
+    run(model, tokenizer, source, tmp_path / "out")
+    got = answers(tmp_path / "out")
+    reasons = [(got[i]["finish_reason"], got[i]["completion_tokens"]) for i in range(4)]
+    assert reasons == [("stop", 1), ("length", 3), ("length", 3), ("stop", 1)]
+
+
+def test_a_stop_text_that_is_a_special_token_is_its_id(talking: Path, model: s3.SmolLM3, tmp_path: Path):
+    """The text leaves special tokens out, so that it would never be found there."""
+    tokenizer = load_tokenizer(talking, ModelConfig.from_hf(talking))
+    tokenizer.backend.add_special_tokens(["w33"])
+    forced = s3.SamplingParams(max_new_tokens=3, logit_bias={33: 100.0}, stop=["w33"])
+    [found] = complete(model, [Request([5], forced)], tokenizer=tokenizer)
+    assert (found.finish_reason, found.token_ids, found.text) == ("stop", [33], "")
+    more = s3.SamplingParams(stop=["w33"], stop_token_ids=[*range(40, 55)])
+    with pytest.raises(OptionError, match="stop_token_ids"):
+        complete(model, [Request([5], more)], tokenizer=tokenizer)
+    text = s3.SamplingParams(max_new_tokens=3, logit_bias={34: 100.0}, stop=["w34"])
+    assert complete(model, [Request([5], text)], tokenizer=tokenizer)[0].finish_reason == "stop"
+
+
+def test_a_prompt_too_long_for_its_default_gets_what_is_left(model, tokenizer, tmp_path):
+    """512 tokens of context: 128 new ones are nobody's wish, 200 are."""
+    source = write(tmp_path / "in", {"prompt": "w5 " * 500}, {"prompt": "w5 " * 500, "max_new_tokens": 20})
+    run(model, tokenizer, source, tmp_path / "out", s3.SamplingParams(ignore_eos=True), fit=True)
+    got = answers(tmp_path / "out")
+    assert got[0]["completion_tokens"] == 12 and "exceeds" in got[1]["error"]

@@ -686,6 +686,18 @@ def test_tokenizer_that_cannot_be_rebuilt_is_left_out_with_a_warning(tmp_path, c
     assert record.name == reader.__name__ and message in record.getMessage() and "m.gguf" in record.getMessage()
 
 
+@pytest.mark.parametrize("default", [None, "d"])
+def test_templates_with_names_are_kept(tmp_path, default):
+    """transformers writes them as tokenizer.chat_template.NAME, and the names as tokenizer.chat_templates."""
+    keys = vocabulary_keys(["a", "b", "ab"], [1, 1, 1], ["a b"], "smollm")
+    keys |= {"tokenizer.chat_template.tool_use": "t", "tokenizer.chat_templates": ["tool_use"]}
+    keys |= {} if default is None else {"tokenizer.chat_template": default}
+    _, config = rebuilt(minimal(tmp_path, metadata() | keys))
+    tools = [{"name": "tool_use", "template": "t"}]
+    own = [] if default is None else [{"name": "default", "template": default}]
+    assert sorted(config["chat_template"], key=str) == sorted(own + tools, key=str)
+
+
 @pytest.mark.slow
 def test_smollm3_tokenizer_on_six_languages(full_release, corpus, tmp_path):
     theirs = Tokenizer.from_str((full_release / "tokenizer.json").read_text())
