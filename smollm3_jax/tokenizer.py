@@ -348,38 +348,21 @@ def _special_tokens(files: Mapping[str, bytes], folder: Path) -> tuple[dict[str,
     Null ones stay out, so that a template finds them undefined.
     """
     raw = _object(files, folder, "tokenizer_config.json")
-    where, extra = (
-        folder / "tokenizer_config.json",
-        raw.get("extra_special_tokens") or raw.get("additional_special_tokens"),
-    )
-    # Named by the model: "image_token", say.
-    named = {
-        name: token
-        for name, token in raw.items()
-        if name in SPECIAL_TOKENS or (name.endswith("_token") and (_content(token) or ""))
-    }
+    named, extra = _named(raw, folder / "tokenizer_config.json")
     added = raw.get("added_tokens_decoder")
+    where = folder / "tokenizer_config.json"
     if added is None:
-        where = folder / "special_tokens_map.json"
-        overriding = _object(files, folder, "special_tokens_map.json")
-        other = overriding.pop("extra_special_tokens", None) or overriding.pop("additional_special_tokens", None)
-        named |= {name: token for name, token in overriding.items() if name.endswith("_token")}
-        if isinstance(extra, list) and isinstance(other, list):
-            other = extra + [token for token in other if token not in extra]
-        elif isinstance(extra, dict) and isinstance(other, dict):
-            other = extra | other
-        extra = extra if other is None else other
+        over = _object(files, folder, "special_tokens_map.json")
+        names, others = _named(over, folder / "special_tokens_map.json")
+        named |= names
+        if isinstance(extra, list) and isinstance(others, list):
+            extra = extra + [token for token in others if token not in extra]
+        else:
+            extra = others or extra
     if isinstance(extra, dict):
         named, extra = named | extra, []
-    if not isinstance(extra, list | None) or any(_content(token) is None for token in extra or []):
-        raise TokenizerError(f"{where}: extra_special_tokens must be a list of tokens, or an object of them by name")
-    found = {name: _content(token) for name, token in named.items() if token is not None}
-    if wrong := [name for name, token in found.items() if token is None]:
-        raise TokenizerError(
-            f"{where}: {wrong[0]} is {named[wrong[0]]!r:.80}; it must be a text, or an object with content"
-        )
-    texts = {name: token for name, token in found.items() if token}
-    others = [str(_content(token)) for token in extra or []]
+    texts = {name: text for name, token in named.items() if (text := _content(token))}
+    others = [str(_content(token)) for token in extra]
     if added is None:
         where, listed = folder / "added_tokens.json", _object(files, folder, "added_tokens.json")
         special = {*texts.values(), *others}
@@ -392,6 +375,26 @@ def _special_tokens(files: Mapping[str, bytes], folder: Path) -> tuple[dict[str,
             raise TokenizerError(f"{where}: every added token must have a text and a number")
         entry["id"] = int(entry["id"])
     return texts, others, sorted(entries, key=lambda entry: entry["id"])
+
+
+def _named(raw: Mapping[str, Any], where: Path) -> tuple[dict[str, Any], Any]:
+    """A file's special tokens that have a name, those that the model named ("image_token") included, and the others: a
+    list, or an object by name."""
+    found = {name: token for name, token in raw.items() if name in SPECIAL_TOKENS and token is not None}
+    if wrong := [name for name, token in found.items() if _content(token) is None]:
+        raise TokenizerError(
+            f"{where}: {wrong[0]} is {raw[wrong[0]]!r:.80}; it must be a text, or an object with content"
+        )
+    found |= {name: token for name, token in raw.items() if name in SPECIAL_TOKENS or _is_token(name, token)}
+    extra = raw.get("extra_special_tokens") or raw.get("additional_special_tokens") or []
+    tokens = extra.values() if isinstance(extra, dict) else extra
+    if not isinstance(extra, list | dict) or any(_content(token) is None for token in tokens):
+        raise TokenizerError(f"{where}: extra_special_tokens must be a list of tokens, or an object of them by name")
+    return found, extra
+
+
+def _is_token(name: str, token: Any) -> bool:
+    return name.endswith("_token") and _content(token) is not None
 
 
 def _content(token: Any) -> str | None:
