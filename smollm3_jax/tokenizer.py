@@ -355,12 +355,7 @@ def _special_tokens(files: Mapping[str, bytes], folder: Path) -> tuple[dict[str,
         over = _object(files, folder, "special_tokens_map.json")
         names, others = _named(over, folder / "special_tokens_map.json")
         named |= names
-        if isinstance(extra, list) and isinstance(others, list):
-            extra = extra + [token for token in others if token not in extra]
-        else:
-            extra = others or extra
-    if isinstance(extra, dict):
-        named, extra = named | extra, []
+        extra += [token for token in others if token not in extra]
     texts = {name: text for name, token in named.items() if (text := _content(token))}
     others = [str(_content(token)) for token in extra]
     if added is None:
@@ -377,9 +372,8 @@ def _special_tokens(files: Mapping[str, bytes], folder: Path) -> tuple[dict[str,
     return texts, others, sorted(entries, key=lambda entry: entry["id"])
 
 
-def _named(raw: Mapping[str, Any], where: Path) -> tuple[dict[str, Any], Any]:
-    """A file's special tokens that have a name, those that the model named ("image_token") included, and the others: a
-    list, or an object by name."""
+def _named(raw: Mapping[str, Any], where: Path) -> tuple[dict[str, Any], list[Any]]:
+    """A file's special tokens that have a name, those that the model named ("image_token") included, and the others."""
     found = {name: token for name, token in raw.items() if name in SPECIAL_TOKENS and token is not None}
     if wrong := [name for name, token in found.items() if _content(token) is None]:
         raise TokenizerError(
@@ -390,7 +384,7 @@ def _named(raw: Mapping[str, Any], where: Path) -> tuple[dict[str, Any], Any]:
     tokens = extra.values() if isinstance(extra, dict) else extra
     if not isinstance(extra, list | dict) or any(_content(token) is None for token in tokens):
         raise TokenizerError(f"{where}: extra_special_tokens must be a list of tokens, or an object of them by name")
-    return found, extra
+    return (found | extra, []) if isinstance(extra, dict) else (found, list(extra))
 
 
 def _is_token(name: str, token: Any) -> bool:

@@ -29,7 +29,7 @@ def test_generate_prints_one_object(talking, capsys):
     got = answer(capsys, "--model", talking, "--prompt", "w5 w6", "--max-new-tokens", 5)
     assert got.keys() == {"text", "token_ids", "prompt_token_ids", "finish_reason"}
     assert got["prompt_token_ids"] == [5, 6] and len(got["token_ids"]) == 5
-    assert got["text"] == " ".join(f"w{i}" for i in got["token_ids"])
+    assert got["text"] == "".join(f" w{i}" for i in got["token_ids"])  # as it goes on from the prompt
     assert got["finish_reason"] == "length"
 
 
