@@ -372,7 +372,7 @@ def text_request(
 ) -> Request:
     """A text to go on from; `fit` as for `Batch`, `context` as for `run`."""
     limit = min(context or config.max_position_embeddings, config.max_position_embeddings)
-    prompt = tokenizer.encode(text, context=limit)
+    prompt = tokenizer.encode(text, context=config.max_position_embeddings)
     return Request(prompt, fitted(params, len(prompt), limit) if fit else params)
 
 
@@ -388,7 +388,13 @@ def chat_request(
 ) -> Request:
     """A conversation up to the opening of the assistant's next turn, by the chat template, and what ends that."""
     limit = min(context or config.max_position_embeddings, config.max_position_embeddings)
-    prompt = encode_chat(tokenizer, messages, context=limit, add_generation_prompt=True, enable_thinking=thinking)
+    prompt = encode_chat(
+        tokenizer,
+        messages,
+        context=config.max_position_embeddings,
+        add_generation_prompt=True,
+        enable_thinking=thinking,
+    )
     params = fitted(params, len(prompt), limit) if fit else params
     return Request(prompt, params, chat_ends(tokenizer, config))
 
