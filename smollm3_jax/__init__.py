@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from .generation.api import Request, generate, stream
     from .generation.sampling import SamplingParams
     from .model import SmolLM3
-    from .weights.load import from_pretrained
-    from .weights.save import convert, save_pretrained
+    from .pretrained import convert, from_pretrained, load_tokenizer, save_pretrained
+    from .tokenizer import Tokenizer
 
 __all__ = [
     "GenerationConfig",
@@ -26,9 +26,11 @@ __all__ = [
     "SamplingParams",
     "SmolLM3",
     "SmolLM3Error",
+    "Tokenizer",
     "convert",
     "from_pretrained",
     "generate",
+    "load_tokenizer",
     "save_pretrained",
     "stream",
 ]
@@ -40,8 +42,8 @@ _HOME = {
     "generation.api": ("Request", "generate", "stream"),
     "generation.sampling": ("SamplingParams",),
     "model": ("SmolLM3",),
-    "weights.load": ("from_pretrained",),
-    "weights.save": ("convert", "save_pretrained"),
+    "pretrained": ("convert", "from_pretrained", "load_tokenizer", "save_pretrained"),
+    "tokenizer": ("Tokenizer",),
 }
 
 

@@ -274,10 +274,16 @@ class GenerationConfig:
     def from_hf(cls, source: "str | Path | Mapping[str, Any]", config: ModelConfig) -> "GenerationConfig":
         """Reads a folder's generation_config.json (or its content); config.json's EOS where there is none."""
         if isinstance(source, Mapping):
-            raw = dict(source)
-        else:
-            path = Path(source) / "generation_config.json"
-            raw = read_json(path) if path.exists() else {}
+            return cls._parse(source, config)
+        path = Path(source) / "generation_config.json"
+        raw = read_json(path) if path.exists() else {}
+        try:
+            return cls._parse(raw, config)
+        except ConfigError as error:
+            raise ConfigError(f"{path}: {error}") from None
+
+    @classmethod
+    def _parse(cls, raw: Mapping[str, Any], config: ModelConfig) -> "GenerationConfig":
         eos = raw["eos_token_id"] if raw.get("eos_token_id") is not None else config.eos_token_id
         number = (int, float)
         return cls(
@@ -286,7 +292,7 @@ class GenerationConfig:
             temperature=float(_typed(raw, "temperature", number, 1.0)),
             top_p=float(_typed(raw, "top_p", number, 1.0)),
             top_k=_typed(raw, "top_k", int, 0),
-            source=json.dumps(raw),
+            source=json.dumps(dict(raw)),
         )
 
     def to_hf(self) -> dict[str, Any]:

@@ -1,7 +1,8 @@
 """The typed errors of the package. The CLI prints their message and exits with their code."""
 
 import contextlib
-from collections.abc import Iterator
+import difflib
+from collections.abc import Iterable, Iterator, Mapping
 
 from .screen_text import plain
 
@@ -24,6 +25,19 @@ class OptionError(SmolLM3Error, ValueError):
     """An option or argument that cannot be meant as given."""
 
     exit_code = 2
+
+
+def unknown_name(where: str, name: str, known: Iterable[str], elsewhere: Mapping[str, str]) -> OptionError:
+    """The error about an argument that is not there, with the name that is meant.
+
+    Args:
+      elsewhere: what other libraries call something -> what it is here.
+    """
+    near = difflib.get_close_matches(name, list(known), 1)
+    meant = elsewhere.get(name) or (near[0] if near else None)
+    return OptionError(
+        f"{where} has no argument {name}; " + (f"use {meant}" if meant else f"it has {', '.join(sorted(known))}")
+    )
 
 
 class ConfigError(SmolLM3Error, ValueError):

@@ -7,6 +7,7 @@ import io
 import json
 import logging
 import re
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -100,7 +101,7 @@ class Tokenizer:
             text.encode()
         except UnicodeEncodeError as error:
             raise OptionError(f"the text is not valid Unicode: a lone surrogate at character {error.start}") from None
-        with _typed(f"the tokenizer cannot encode a text of {len(text):,} characters"):
+        with typed(f"the tokenizer cannot encode a text of {len(text):,} characters"):
             found = self.backend.encode(text, add_special_tokens=add_special_tokens)
         if self.rowless and (without := self.rowless.keys() & set(found.ids)):
             token = min(without)
@@ -124,7 +125,7 @@ class Tokenizer:
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """The text of token ids; ids of padding rows, which no token has, give nothing."""
-        with _typed("the tokenizer cannot decode"):
+        with typed("the tokenizer cannot decode"):
             return self.backend.decode(ids, skip_special_tokens=skip_special_tokens)
 
     def decode_stream(
@@ -151,7 +152,7 @@ class Tokenizer:
                 piece = self.decode(ids, skip_special_tokens)[said:]
             else:
                 ids.append(token)
-                with _typed("the tokenizer cannot decode"):
+                with typed("the tokenizer cannot decode"):
                     piece = pieces.step(self.backend, token) or ""
             said += len(piece)
             return piece
@@ -183,8 +184,27 @@ class Tokenizer:
         return longest if self.backend.normalizer is None else 4 * longest  # which may join characters
 
 
+# What came along with a model, beside the module: in it, it would be static metadata, and part of every jit's key.
+_of_model: "weakref.WeakKeyDictionary[Any, Callable[[], Tokenizer | None]]" = weakref.WeakKeyDictionary()
+
+
+def carry_tokenizer(model: Any, load: Callable[[], Tokenizer | None]) -> None:
+    """Makes `tokenizer_of(model)` what `load` gives when it is first asked for."""
+    _of_model[model] = functools.cache(load)
+
+
+def tokenizer_of(model: Any) -> Tokenizer | None:
+    """The tokenizer that came with a model, or None.
+
+    Raises:
+      TokenizerError: as for `load_tokenizer`.
+    """
+    load = _of_model.get(model)
+    return None if load is None else load()
+
+
 @contextlib.contextmanager
-def _typed(what: str) -> Iterator[None]:
+def typed(what: str) -> Iterator[None]:
     """`tokenizers` raises bare exceptions, and where it panics a BaseException that is no Exception."""
     try:
         yield
@@ -235,7 +255,7 @@ def build_tokenizer(files: Mapping[str, bytes], folder: str | Path, config: Mode
             "next to config.json"
         )
     try:
-        with _typed("tokenizers"):
+        with typed("tokenizers"):
             backend = tokenizers.Tokenizer.from_buffer(files["tokenizer.json"])
     except TokenizerError as error:
         raise TokenizerError(
@@ -328,38 +348,16 @@ def _special_tokens(files: Mapping[str, bytes], folder: Path) -> tuple[dict[str,
     Null ones stay out, so that a template finds them undefined.
     """
     raw = _object(files, folder, "tokenizer_config.json")
-    where, extra = (
-        folder / "tokenizer_config.json",
-        raw.get("extra_special_tokens") or raw.get("additional_special_tokens"),
-    )
-    # Named by the model: "image_token", say.
-    named = {
-        name: token
-        for name, token in raw.items()
-        if name in SPECIAL_TOKENS or (name.endswith("_token") and (_content(token) or ""))
-    }
+    named, extra = _named(raw, folder / "tokenizer_config.json")
     added = raw.get("added_tokens_decoder")
+    where = folder / "tokenizer_config.json"
     if added is None:
-        where = folder / "special_tokens_map.json"
-        overriding = _object(files, folder, "special_tokens_map.json")
-        other = overriding.pop("extra_special_tokens", None) or overriding.pop("additional_special_tokens", None)
-        named |= {name: token for name, token in overriding.items() if name.endswith("_token")}
-        if isinstance(extra, list) and isinstance(other, list):
-            other = extra + [token for token in other if token not in extra]
-        elif isinstance(extra, dict) and isinstance(other, dict):
-            other = extra | other
-        extra = extra if other is None else other
-    if isinstance(extra, dict):
-        named, extra = named | extra, []
-    if not isinstance(extra, list | None) or any(_content(token) is None for token in extra or []):
-        raise TokenizerError(f"{where}: extra_special_tokens must be a list of tokens, or an object of them by name")
-    found = {name: _content(token) for name, token in named.items() if token is not None}
-    if wrong := [name for name, token in found.items() if token is None]:
-        raise TokenizerError(
-            f"{where}: {wrong[0]} is {named[wrong[0]]!r:.80}; it must be a text, or an object with content"
-        )
-    texts = {name: token for name, token in found.items() if token}
-    others = [str(_content(token)) for token in extra or []]
+        over = _object(files, folder, "special_tokens_map.json")
+        names, others = _named(over, folder / "special_tokens_map.json")
+        named |= names
+        extra += [token for token in others if token not in extra]
+    texts = {name: text for name, token in named.items() if (text := _content(token))}
+    others = [str(_content(token)) for token in extra]
     if added is None:
         where, listed = folder / "added_tokens.json", _object(files, folder, "added_tokens.json")
         special = {*texts.values(), *others}
@@ -372,6 +370,25 @@ def _special_tokens(files: Mapping[str, bytes], folder: Path) -> tuple[dict[str,
             raise TokenizerError(f"{where}: every added token must have a text and a number")
         entry["id"] = int(entry["id"])
     return texts, others, sorted(entries, key=lambda entry: entry["id"])
+
+
+def _named(raw: Mapping[str, Any], where: Path) -> tuple[dict[str, Any], list[Any]]:
+    """A file's special tokens that have a name, those that the model named ("image_token") included, and the others."""
+    found = {name: token for name, token in raw.items() if name in SPECIAL_TOKENS and token is not None}
+    if wrong := [name for name, token in found.items() if _content(token) is None]:
+        raise TokenizerError(
+            f"{where}: {wrong[0]} is {raw[wrong[0]]!r:.80}; it must be a text, or an object with content"
+        )
+    found |= {name: token for name, token in raw.items() if name in SPECIAL_TOKENS or _is_token(name, token)}
+    extra = raw.get("extra_special_tokens") or raw.get("additional_special_tokens") or []
+    tokens = extra.values() if isinstance(extra, dict) else extra
+    if not isinstance(extra, list | dict) or any(_content(token) is None for token in tokens):
+        raise TokenizerError(f"{where}: extra_special_tokens must be a list of tokens, or an object of them by name")
+    return (found | extra, []) if isinstance(extra, dict) else (found, list(extra))
+
+
+def _is_token(name: str, token: Any) -> bool:
+    return name.endswith("_token") and _content(token) is not None
 
 
 def _content(token: Any) -> str | None:
@@ -412,7 +429,7 @@ def _add_tokens(
         elif not before.special:
             flags = {flag: getattr(before, flag) for flag in _FLAGS}
             new[text] = AddedToken(text, **flags | {"special": True})
-    with _typed(f"{path}: its added tokens are not sound"):
+    with typed(f"{path}: its added tokens are not sound"):
         backend.add_tokens(list(new.values()))
     beyond = {} if config is None else _check_vocabulary(path, backend, config)
     given = {entry["content"]: entry["id"] for entry in added}

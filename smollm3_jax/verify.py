@@ -20,7 +20,7 @@ from .model import SmolLM3
 from .progress import busy
 from .support import how_to_install
 from .tokenizer import load_tokenizer
-from .weights import hub
+from .weights.demo import model_folder
 from .weights.load import Checkpoint, common_dtype, is_gguf, load, open_checkpoint, text_folder
 from .weights.quantized import dequantized
 from .weights.stored import NUMPY_DTYPES, StoredTensor, is_finite, raw_bytes
@@ -102,7 +102,7 @@ def verify(folder: str | Path, against: str | Path, prompt: str | None = None) -
       SmolLM3Error: a checkpoint is unsound, or the two are not of one architecture.
       SupportError: transformers is asked for, but not installed.
     """
-    path = hub.resolve(folder)
+    path = model_folder(str(folder))
     ours = open_checkpoint(path)
     tokens = _tokens(path, ours, prompt)
     if against == "transformers":
@@ -114,7 +114,7 @@ def verify(folder: str | Path, against: str | Path, prompt: str | None = None) -
             )
         theirs, dtype = None, "float32"
     else:
-        theirs = open_checkpoint(hub.resolve(against))
+        theirs = open_checkpoint(model_folder(str(against)))
         _check_same_architecture(ours, theirs)
         # Weights that were rounded on one side only are judged by the coarser dtype.
         dtypes = {common_dtype(ours.tensors), common_dtype(theirs.tensors)}

@@ -1,6 +1,11 @@
+import functools
+import hashlib
 import os
+import re
+import shutil
 import signal
 import tempfile
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -24,15 +29,48 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 # XLA's own stay, and so do the programs of test_real_weights.py.)
 jax.config.update("jax_disable_most_optimizations", True)
 
-SHARED = Path(__file__).resolve().parents[1].parent / "shared" / "fixtures"
+HERE = Path(__file__).resolve().parent
+SHARED = HERE.parents[1] / "shared" / "fixtures"
+TOKENIZER_SHA256 = "7b6a500b662a34eb3f0374db856ba4ad7de4c81040571d78dc0d357238930005"
 
 
 @pytest.fixture(scope="session")
-def shared() -> Path:
-    """The released tokenizer, template and config, and text in six languages; not part of this repository."""
-    if not SHARED.is_dir():
-        pytest.skip(f"{SHARED} is absent: the released tokenizer and config are not part of this repository")
-    return SHARED
+def release() -> Path:
+    """SmolLM3-3B's config, template, token maps and index; neither its weights nor its tokenizer.json."""
+    return HERE / "data" / "smollm3-3b"
+
+
+@pytest.fixture(scope="session")
+def full_release(release: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with tokenizer.json, 17 MB, from beside this repository or from a hub."""
+    folder = tmp_path_factory.mktemp("released") / "smollm3-3b"
+    shutil.copytree(release, folder)
+    own = SHARED / "smollm3-3b" / "tokenizer.json"
+    source = own if own.exists() else _tokenizer_of_the_hub()
+    assert hashlib.sha256(source.read_bytes()).hexdigest() == TOKENIZER_SHA256
+    (folder / "tokenizer.json").symlink_to(source)
+    return folder
+
+
+@functools.cache
+def _tokenizer_of_the_hub() -> Path:
+    from huggingface_hub import hf_hub_download
+
+    from smollm3_jax.config import RELEASE
+
+    try:
+        return Path(hf_hub_download(RELEASE, "tokenizer.json", etag_timeout=5))
+    except Exception as error:  # of httpx, of the library, ...: whatever a network can bring
+        reason = (str(error).strip().splitlines() or [""])[0][:200]
+        pytest.skip(f"no tokenizer.json of {RELEASE}: none is in {SHARED}, and no hub gives it ({reason})")
+
+
+@pytest.fixture(scope="session")
+def corpus() -> Path:
+    """Text in six languages, JSON lines; its licences are not this repository's."""
+    if not (SHARED / "corpus").is_dir():
+        pytest.skip(f"no text in six languages: {SHARED / 'corpus'} is not part of this repository")
+    return SHARED / "corpus"
 
 
 @pytest.fixture(scope="session")
@@ -59,3 +97,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Files with slow tests come first, so that no process is left with one at the end."""
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in slow)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """How many tests were skipped, by the reason."""
+    reasons: Counter[str] = Counter()
+    for report in terminalreporter.stats.get("skipped", []):
+        if isinstance(report.longrepr, tuple):
+            reasons[re.sub(r"^Skipped: ", "", report.longrepr[2])] += 1
+    if reasons:
+        terminalreporter.section(f"{sum(reasons.values())} tests were skipped")
+        for reason, count in reasons.most_common():
+            terminalreporter.line(f"{count:5} {reason}")

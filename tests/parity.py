@@ -31,3 +31,19 @@ def reference_logits(model: Any, tokens: np.ndarray, attention_mask: np.ndarray 
         return (
             model(torch.tensor(tokens, dtype=torch.long), attention_mask=mask, use_cache=False).logits.float().numpy()
         )
+
+
+def rope_rounding(scaling: Any) -> float:
+    """How far two libraries' frequencies may lie apart, relative, with 2**-24 for each rounding.
+
+    A power is within 2 roundings and its reciprocal adds one: 6 between two libraries, and 2 for what scales them.
+    llama3 blends f / factor and f by a share s that is linear in f itself: s = (L f / 2 pi - low) / (high - low). So a
+    relative error of f comes out 1 + f s'(f) (1 - 1 / factor) / ((1 - s) / factor + s) times as large, where
+    f s'(f) = s + low / (high - low); the fraction has its maximum at s = 0 or at s = 1. The share's own roundings, 3 of
+    each library, go the same way.
+    """
+    if scaling is None or scaling.rope_type != "llama3":
+        return 8 * 2.0**-24
+    offset = scaling.low_freq_factor / (scaling.high_freq_factor - scaling.low_freq_factor)
+    share = max(offset * (scaling.factor - 1), (1 + offset) * (1 - 1 / scaling.factor))
+    return (8 * (1 + share) + 6 * share) * 2.0**-24

@@ -31,8 +31,8 @@ FULL = pytest.mark.skipif(not os.environ.get("FULL"), reason="takes a minute: `m
 
 
 @pytest.fixture(scope="module")
-def raw_config(shared):
-    return json.loads((shared / "smollm3-3b" / "config.json").read_text())
+def raw_config(release):
+    return json.loads((release / "config.json").read_text())
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -41,9 +41,9 @@ def nothing_kept():
 
 
 @pytest.fixture(scope="module")
-def compiled(shared, tmp_path_factory):
+def compiled(release, tmp_path_factory):
     """Compiles decoding for one H100: what is asked for, the program, and the compiler's list of what it launches."""
-    raw = json.loads((shared / "smollm3-3b" / "config.json").read_text())
+    raw = json.loads((release / "config.json").read_text())
     raw.pop("layer_types", None)
     _, devices = topology("h100:1")
 

@@ -114,11 +114,11 @@ def test_half_a_surrogate_pair_is_skipped_and_counted(talking, tmp_path, capsys)
 
 
 @pytest.fixture(scope="module")
-def real(demo_folder, shared, tmp_path_factory):
+def real(demo_folder, corpus, tmp_path_factory):
     """Two documents of each language."""
     lines = []
     for language in ("en", "fr", "es", "de", "it", "pt"):
-        with (shared / "corpus" / f"{language}.jsonl").open() as file:
+        with (corpus / f"{language}.jsonl").open() as file:
             lines += [json.loads(next(file)) for _ in range(2)]
     path = write(tmp_path_factory.mktemp("text") / "text.jsonl", *lines)
     return read_documents(path, load_tokenizer(demo_folder, s3.ModelConfig.from_hf(demo_folder)), 12 * 128, 128)

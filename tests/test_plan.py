@@ -44,8 +44,8 @@ needs_cuda = pytest.mark.skipif(
 needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
 
 
-def test_the_shape_of_the_release(shared):
-    ours, released = ModelConfig.from_hf(SMOLLM3_3B), ModelConfig.from_hf(shared / "smollm3-3b")
+def test_the_shape_of_the_release(release):
+    ours, released = ModelConfig.from_hf(SMOLLM3_3B), ModelConfig.from_hf(release)
     assert dataclasses.replace(ours, source=released.source) == released
 
 

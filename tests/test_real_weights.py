@@ -17,12 +17,12 @@ PROMPT = "The capital of France is"
 
 
 @pytest.fixture(scope="module")
-def tokens(demo_folder, shared) -> np.ndarray:
+def tokens(demo_folder, corpus) -> np.ndarray:
     """int32 [1, 512]: the beginnings of documents in six languages."""
     tokenizer = load_tokenizer(demo_folder, s3.ModelConfig.from_hf(demo_folder))
     ids = []
     for language in ("en", "fr", "es", "de", "it", "pt"):
-        with (shared / "corpus" / f"{language}.jsonl").open() as lines:
+        with (corpus / f"{language}.jsonl").open() as lines:
             ids += tokenizer.encode(json.loads(next(lines))["text"])[:86]
     assert len(ids) >= 512
     return np.array([ids[:512]], np.int32)

@@ -16,8 +16,6 @@ from smollm3_jax.config import ModelConfig
 from smollm3_jax.errors import OptionError, TokenizerError
 from smollm3_jax.tokenizer import Tokenizer, _check_vocabulary, load_tokenizer
 
-FIXTURES = Path(__file__).resolve().parents[1].parent / "shared" / "fixtures"
-RELEASE = FIXTURES / "smollm3-3b"
 LANGUAGES = ("en", "fr", "es", "de", "it", "pt")
 TINY_SIZE = 256 + 2
 
@@ -41,10 +39,8 @@ def config(vocab_size: int) -> ModelConfig:
 
 
 @pytest.fixture(scope="module")
-def released() -> Tokenizer:
-    if not RELEASE.exists():
-        pytest.skip("needs ../shared/fixtures/smollm3-3b")
-    return load_tokenizer(RELEASE, ModelConfig.from_hf(RELEASE))
+def released(full_release: Path) -> Tokenizer:
+    return load_tokenizer(full_release, ModelConfig.from_hf(full_release))
 
 
 @pytest.fixture
@@ -69,8 +65,8 @@ def write(path: Path, content: Any) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("language", LANGUAGES)
-def test_encodes_as_transformers(released: Tokenizer, theirs: Any, language: str):
-    lines = (FIXTURES / "corpus" / f"{language}.jsonl").read_text(encoding="utf-8").splitlines()
+def test_encodes_as_transformers(released: Tokenizer, theirs: Any, corpus: Path, language: str):
+    lines = (corpus / f"{language}.jsonl").read_text(encoding="utf-8").splitlines()
     for text in [json.loads(line)["text"] for line in lines[:: len(lines) // 4]]:
         ids = released.encode(text)
         assert len(ids) > 10
@@ -80,9 +76,9 @@ def test_encodes_as_transformers(released: Tokenizer, theirs: Any, language: str
 
 
 @pytest.fixture(scope="module")
-def theirs(released: Tokenizer) -> Any:
+def theirs(full_release: Path) -> Any:
     transformers = pytest.importorskip("transformers")
-    return transformers.PreTrainedTokenizerFast.from_pretrained(RELEASE)
+    return transformers.PreTrainedTokenizerFast.from_pretrained(full_release)
 
 
 @pytest.mark.slow
@@ -436,13 +432,13 @@ def test_a_tokenizer_of_another_model_is_refused_with_both_sizes(folder: Path, r
 
 @pytest.mark.parametrize("rows", [128256, 128256 + 1023])
 def test_the_released_tokenizer_fits_its_vocabulary_and_paddings_of_it(released: Tokenizer, rows: int):
-    _check_vocabulary(RELEASE / "tokenizer.json", released.backend, config(rows))
+    _check_vocabulary(Path("tokenizer.json"), released.backend, config(rows))
 
 
 @pytest.mark.parametrize("rows", [127999, 128256 + 1024])
 def test_the_released_tokenizer_fits_no_other_vocabulary(released: Tokenizer, rows: int):
     with pytest.raises(TokenizerError, match=f"largest token id is 128255, but vocab_size .* is {rows};"):
-        _check_vocabulary(RELEASE / "tokenizer.json", released.backend, config(rows))
+        _check_vocabulary(Path("tokenizer.json"), released.backend, config(rows))
 
 
 @pytest.mark.slow
@@ -458,3 +454,51 @@ def test_a_panic_of_the_library_is_an_error():
     backend.pre_tokenizer = tokenizers.pre_tokenizers.Split(tokenizers.Regex("(a+)+$"), "isolated")
     with pytest.raises(TokenizerError, match="cannot encode a text of 41 characters: Onig"):
         Tokenizer(backend, None, {}).encode("a" * 40 + "b")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"[" * 100_000,
+        b'{"added_tokens": ' + b"[" * 100_000 + b"]" * 100_000 + b"}",
+        b'{"model": {"type": "BPE", "vocab": ' + b'{"a":' * 100_000 + b"1" + b"}" * 100_000 + b"}}",
+    ],
+)
+def test_a_deep_tokenizer_is_refused(folder: Path, content: bytes):
+    (folder / "tokenizer.json").write_bytes(content)
+    with pytest.raises(TokenizerError, match="cannot be read as a tokenizer"):
+        load_tokenizer(folder, config(TINY_SIZE))
+
+
+def test_a_huge_tokenizer_and_an_endless_one_are_refused_unread(folder: Path):
+    with (folder / "tokenizer.json").open("wb") as file:
+        file.truncate(1 << 40)
+    with pytest.raises(TokenizerError, match=r"1,099,511,627,776 bytes; at most 268,435,456 are read"):
+        load_tokenizer(folder, config(TINY_SIZE))
+    (folder / "tokenizer.json").unlink()
+    (folder / "tokenizer.json").symlink_to("/dev/zero")
+    with pytest.raises(TokenizerError, match="no regular file"):
+        load_tokenizer(folder, config(TINY_SIZE))
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("tokenizer_config.json", {"eos_token": 5}),
+        ("tokenizer_config.json", {"extra_special_tokens": 5}),
+        ("tokenizer_config.json", {"extra_special_tokens": [5]}),
+        ("tokenizer_config.json", {"added_tokens_decoder": [1]}),
+        ("tokenizer_config.json", {"added_tokens_decoder": {"258": "x"}}),
+        ("tokenizer_config.json", {"added_tokens_decoder": {"x": {"content": "x"}}}),
+        ("tokenizer_config.json", {"added_tokens_decoder": {"9" * 5000: {"content": "x"}}}),
+        ("special_tokens_map.json", {"eos_token": 5}),
+        ("special_tokens_map.json", [1]),
+        ("added_tokens.json", {"x": "y"}),
+        ("added_tokens.json", {"x": -1}),
+        ("added_tokens.json", "[" * 10_000),
+    ],
+)
+def test_tokens_in_no_known_form_are_named(folder: Path, name: str, content: Any):
+    write(folder / name, content)
+    with pytest.raises(TokenizerError, match=name.replace(".", r"\.")):
+        load_tokenizer(folder, config(300))

@@ -27,7 +27,7 @@ import json
 import re
 import threading
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -212,21 +212,45 @@ def _unfinished_tag(text: str, at: int, tags: Iterable[str]) -> int:
 
 
 _Call = tuple[str, dict[str, Any]]
+ARGUMENTS = ("arguments", "parameters", "args", "input")
 
 
 def _read_json(payload: str) -> list[_Call]:
     call = _load(payload)
     if not isinstance(call, dict):
         raise ValueError("the call is not a JSON object")
-    name, arguments = call.get("name"), call.get("arguments")
-    if not isinstance(name, str) or not name:
-        raise ValueError("the call has no name, or one that is not a string")
+    name, arguments = read_call(call)
     if isinstance(arguments, str) and arguments:
         arguments = _load(arguments)
     arguments = {} if arguments in (None, "") else arguments  # as in `template.normalize`
     if not isinstance(arguments, dict):
         raise ValueError("the arguments are not a JSON object")
     return [(name, arguments)]
+
+
+def read_call(call: Mapping[str, Any]) -> tuple[str, Any]:
+    """The name and the arguments, as they are, of a call in any spelling; None for arguments that are not there.
+
+    Models write "parameters", "args" and "input" for "arguments", and may put both into "function", as OpenAI does.
+
+    Raises:
+      ValueError: it has no name, arguments twice, or a key that nobody knows: it would be lost, and a function with a
+        default in its place would answer another question.
+    """
+    function = call.get("function")
+    if isinstance(function, Mapping) and not {"name", *ARGUMENTS} & call.keys():
+        known, outer, call = {"name", *ARGUMENTS}, call.keys() - {"function", "id", "type", "index"}, function
+    else:
+        known, outer = {"name", "id", "type", *ARGUMENTS}, set()
+    name = call.get("name")
+    if not isinstance(name, str) or not name:
+        raise ValueError("the call has no name, or one that is not a string")
+    if unknown := sorted(map(str, (call.keys() - known) | outer)):
+        raise ValueError(f"the call has {unknown[0]!r:.60}, which is neither its name nor its arguments")
+    given = [key for key in ARGUMENTS if key in call]
+    if any(call[key] != call[given[0]] for key in given):
+        raise ValueError(f"the call has {' and '.join(given)}, which differ")
+    return name, call[given[0]] if given else None
 
 
 def _load(source: str) -> Any:

@@ -24,6 +24,7 @@ from typing import Any
 
 from ..errors import OptionError, SupportError, TokenizerError
 from ..tokenizer import Tokenizer
+from .parse import read_call
 
 SECONDS = 10  # that a rendering may take: it takes milliseconds
 ROLES = ("system", "developer", "user", "assistant", "tool")
@@ -253,11 +254,15 @@ def _reasoning(fields: Mapping[str, Any], where: str) -> str:
 
 def _tool_call(call: Any, where: str) -> str:
     """A call in OpenAI's form ({"type": "function", "function": {...}}) or bare, as the model writes it."""
-    function = call.get("function", call) if isinstance(call, Mapping) else None
-    name = function.get("name") if isinstance(function, Mapping) else None
-    if not isinstance(function, Mapping) or not isinstance(name, str) or call.get("type", "function") != "function":
-        raise OptionError(f'{where} must be {{"type": "function", "function": {{"name": ..., "arguments": ...}}}}')
-    arguments = function.get("arguments")
+    form = f'{where} must be {{"type": "function", "function": {{"name": ..., "arguments": ...}}}}'
+    if not isinstance(call, Mapping) or call.get("type", "function") != "function":
+        raise OptionError(form)
+    try:
+        # What APIs put around the function (ids, places in a stream) is not the model's.
+        function = call.get("function")
+        name, arguments = read_call({"function": function} if isinstance(function, Mapping) else call)
+    except ValueError as error:
+        raise OptionError(f"{form}: {error}") from None
     arguments = {} if arguments in (None, "") else arguments  # how APIs send a call without arguments
     try:
         arguments = json.loads(arguments) if isinstance(arguments, str) else arguments

@@ -391,7 +391,7 @@ def _encode(chat: Chat, messages: list[dict[str, Any]], **options: Any) -> list[
         messages = [{key: v for key, v in message.items() if key not in REASONING_FIELDS} for message in messages]
     tools = [schema(name, function) for name, function in chat.tools.items()] or None
     options = {"add_generation_prompt": True, "enable_thinking": chat.think, "tools": tools} | options
-    return encode_chat(chat.tokenizer, _with_system(chat, messages), **options)
+    return encode_chat(chat.tokenizer, _with_system(chat, messages), context=chat.context, **options)
 
 
 def _with_system(chat: Chat, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:

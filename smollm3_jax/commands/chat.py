@@ -19,8 +19,8 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--yes", action="store_true", help="run the tools that it calls without a question")
     add_sampling(parser)
     parser.epilog = (
-        "--max-new-tokens is here by default 4096 for a model that can think, else 1024. Where output is no terminal, "
-        "answers are printed without the reasoning."
+        "--max-new-tokens is here by default the model's own, or else 4096 for one that can think and 1024 for "
+        "another. Where output is no terminal, answers are printed without the reasoning."
     )
 
 
@@ -30,7 +30,7 @@ def run(args: argparse.Namespace) -> int:
     from ..chat import terminal
     from ..chat.screen import Screen, is_interactive, line_reader
     from ..chat.tools import load_tools
-    from ..generation.api import Delta, Request, check_request, stream, think_ids
+    from ..generation.api import Delta, Request, chat_ends, check_request, stream, think_ids
     from ..generation.sampling import SamplingParams
     from ..generation.stats import Stats
     from ..weights.hub import cache_dir
@@ -39,12 +39,13 @@ def run(args: argparse.Namespace) -> int:
         if isinstance(file, io.TextIOWrapper):
             file.reconfigure(errors=errors)
     checkpoint, tokenizer = open_model(args)
-    if args.max_new_tokens is None:
+    if args.max_new_tokens is None and checkpoint.generation_config.to_hf().get("max_new_tokens") is None:
         args.max_new_tokens = 1024 if -1 in think_ids(tokenizer) else 4096
     params = sampling_params(args, checkpoint.generation_config)
     if params.n != 1 or params.logprobs is not None or params.prompt_logprobs:
         raise OptionError("--n, --logprobs and --prompt-logprobs are for `smollm3 generate`: a chat shows one answer")
-    probe = Request([0], dataclasses.replace(params, max_new_tokens=1))
+    ends = chat_ends(tokenizer, checkpoint.config)
+    probe = Request([0], dataclasses.replace(params, max_new_tokens=1), ends)
     check_request(checkpoint.config, checkpoint.generation_config, probe, tokenizer)
 
     def generate(
@@ -52,7 +53,7 @@ def run(args: argparse.Namespace) -> int:
     ) -> Generator[Delta, None, None]:
         # Few steps at a time: an answer should flow.
         options = {"max_slots": 1, "capacity": capacity, "cache_dtype": args.cache, "steps": 4, "stats": stats}
-        yield from stream(model, [Request(prompt, params)], tokenizer=tokenizer, **options)
+        yield from stream(model, [Request(prompt, params, ends)], tokenizer=tokenizer, **options)
 
     history = cache_dir() / "history"
     chat = terminal.Chat(

@@ -44,8 +44,8 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from ..generation.api import Completion, Request, check_request, stream
-    from ..generation.jsonl import encode_messages, spell_logprobs, spell_prompt_logprobs
+    from ..generation.api import Completion, check_request, stream
+    from ..generation.jsonl import chat_request, spell_logprobs, spell_prompt_logprobs, text_request
     from ..generation.stats import Stats
 
     if isinstance(sys.stdout, io.TextIOWrapper):
@@ -62,14 +62,15 @@ def run(args: argparse.Namespace) -> int:
         raise OptionError("--logprobs and --prompt-logprobs add to what --json prints: give --json too")
     checkpoint, tokenizer = open_model(args)
     params = sampling_params(args, checkpoint.generation_config)
-    text = _prompt(args)
+    text, free = _prompt(args), args.max_new_tokens is None
     if args.chat:
         messages = [{"role": "system", "content": args.system}] if args.system is not None else []
         messages.append({"role": "user", "content": text})
-        prompt = encode_messages(tokenizer, messages, not args.no_think)
+        request = chat_request(checkpoint.config, tokenizer, messages, params, not args.no_think, fit=free)
     else:
-        prompt = tokenizer.encode(text)
-    request = Request(prompt, params)
+        request = text_request(checkpoint.config, tokenizer, text, params, fit=free)
+    prompt, params = request.prompt, request.params
+    assert not isinstance(prompt, str)
     check_request(checkpoint.config, checkpoint.generation_config, request, tokenizer, lookup=args.lookup)
     model = load_model(args, checkpoint)
     if args.lookup and not args.quiet:  # how many drafts were accepted
@@ -141,7 +142,8 @@ def _generate_many(args: argparse.Namespace) -> int:
     # A folder under all of its names; a hub id stays one.
     settings = {"model": str(Path(args.model).resolve()) if Path(args.model).exists() else args.model}
     settings |= {name: getattr(args, name) for name in ("dtype", "weights", "cache", "yarn")}
-    with Batch(args.input, args.output, params, chat=args.chat, thinking=not args.no_think, settings=settings) as batch:
+    options = {"chat": args.chat, "thinking": not args.no_think, "fit": args.max_new_tokens is None}
+    with Batch(args.input, args.output, params, settings=settings, **options) as batch:
         if batch.left:
             slots = SLOTS if args.slots is None else args.slots
             batch.run(

@@ -75,16 +75,16 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
     def several(name: str, kind: Any, metavar: str, help: str) -> None:
         group.add_argument(name, type=kind, metavar=metavar, help=f"{help}; may be repeated", action="append")
 
-    option("--max-new-tokens", int, "N", "default: 128", "--max-tokens")
+    option("--max-new-tokens", int, "N", f"{own}, or 128", "--max-tokens")
     option("--temperature", float, "T", f"0 is greedy; {own}", "--temp")
     option("--top-k", int, "K", f"sample among the K likeliest tokens; {own}")
     option("--top-p", float, "P", f"sample among the fewest tokens that hold this probability; {own}")
-    option("--min-p", float, "P", "sample among tokens at least P times as likely as the likeliest")
-    option("--repetition-penalty", float, "X", "above 1: tokens of the prompt and the text become less likely")
+    option("--min-p", float, "P", f"sample among tokens at least P times as likely as the likeliest; {own}")
+    option("--repetition-penalty", float, "X", f"above 1: tokens of the prompt and the text become less likely; {own}")
     option("--presence-penalty", float, "X", "subtracted from the logit of every token that was generated")
     option("--frequency-penalty", float, "X", "the same, once for each time that it was")
     several("--logit-bias", _bias, "ID=VALUE", "add VALUE to this token's logit")
-    several("--stop", str, "TEXT", "end before this text")
+    several("--stop", str, "TEXT", "end before this text; a special token's, such as <|im_end|>, is that token")
     several("--stop-token-id", int, "ID", "end with this token")
     group.add_argument("--ignore-eos", action="store_true", help="go on after the model's own end (for benchmarks)")
     option("--seed", int, "S", "default: 0")
@@ -104,13 +104,13 @@ def _bias(text: str) -> tuple[int, float]:
 
 def sampling_params(args: argparse.Namespace, own: GenerationConfig) -> "SamplingParams":
     """What was given; for the rest the model's own settings, then the defaults of SamplingParams."""
-    from ..generation.sampling import SamplingParams
+    from ..generation.sampling import SamplingParams, with_defaults
 
     given = {field.name: getattr(args, field.name, None) for field in dataclasses.fields(SamplingParams)}
-    given["logit_bias"] = dict(args.logit_bias or ())
+    given["logit_bias"] = dict(args.logit_bias) if args.logit_bias else None
     given["stop_token_ids"] = args.stop_token_id
-    settings = {"temperature": own.temperature * own.do_sample, "top_p": own.top_p, "top_k": own.top_k}
-    return SamplingParams(**settings | {name: value for name, value in given.items() if value is not None})
+    given |= {name: getattr(args, name) or None for name in ("ignore_eos", "prompt_logprobs")}  # False is not said
+    return with_defaults(own, **{name: value for name, value in given.items() if value is not None})
 
 
 def folder(model: str, revision: str | None = None, token: str | None = None) -> Path:

@@ -8,7 +8,8 @@ tokens; slots come in powers of two.
 import dataclasses
 import logging
 import math
-from collections.abc import Iterable, Iterator, Sequence
+import operator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -20,13 +21,13 @@ from sharding.rules import Sharding
 
 from ..compile_cache import enable
 from ..config import GenerationConfig, ModelConfig
-from ..errors import OptionError, memory_for
+from ..errors import OptionError, memory_for, unknown_name
 from ..kv_cache import KVCache, empty_cache
 from ..model import SmolLM3
-from ..tokenizer import Tokenizer
+from ..tokenizer import Tokenizer, tokenizer_of
 from .device_loop import MAX_STEPS, Chosen, Slots, decode, free, insert, prefill, slot_shardings
 from .prompt_lookup import MAX_DRAFT, can_draft, decode_lookup, remember
-from .sampling import MAX_STOP_IDS, Choice, SamplingParams
+from .sampling import ELSEWHERE, MAX_STOP_IDS, Choice, SamplingParams, with_defaults
 from .stats import Stats, counted
 
 log = logging.getLogger(__name__)
@@ -41,10 +42,14 @@ MIN_CAPACITY = 128
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """A prompt, as token ids, and how to continue it."""
+    """A prompt, as text or token ids, and how to continue it.
 
-    prompt: Sequence[int]
+    ends: ids that end it beside the model's own, unless params.ignore_eos; see `chat_ends`.
+    """
+
+    prompt: Sequence[int] | str
     params: SamplingParams = dataclasses.field(default_factory=SamplingParams)
+    ends: Sequence[int] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,26 +107,115 @@ class Completion:
 
 def generate(
     model: SmolLM3,
-    prompts: Sequence[Sequence[int]],
+    prompts: Any,
     params: SamplingParams | None = None,
     *,
+    tokenizer: Tokenizer | None = None,
     sharding: Sharding | None = None,
-) -> list[list[int]]:
-    """New token ids for each prompt (for each sample of each prompt, if params.n > 1).
+    **fields: Any,
+) -> Any:
+    """What the model says after each prompt: text after text, token ids after token ids.
 
-    A row that met an end-of-sequence token ends with it. Prompts may differ in length: a row's result
-    does not depend on the other rows.
+    Prompts may differ in length: a row's result does not depend on the other rows.
+
+    Args:
+      prompts: a text, a list of texts, or a list of lists of token ids.
+      params: None is what the model's generation_config.json says (see `with_defaults`), which may be to sample.
+      tokenizer: for texts; None is the one that came with the model, see `from_pretrained`.
+      **fields: of SamplingParams, over those of `params`: generate(model, "Hi", max_new_tokens=8).
+
+    Returns:
+      For a text its continuation, or a list of them if params.n > 1. For a list one result for each prompt (for each
+      sample of each prompt): texts, or new ids, which end with the end-of-sequence token that was met.
 
     Raises:
-      OptionError: a prompt is empty, holds an id outside the vocabulary, or leaves no room in the context.
+      OptionError: a prompt is empty, no text or list of ids, holds an id outside the vocabulary, is a text where there
+        is no tokenizer, or leaves no room in the context; or a field is none.
     """
-    params = params or SamplingParams()
-    # Row i draws with seed + i; the samples of a prompt follow each other.
-    requests = [
-        Request(prompt, dataclasses.replace(params, seed=(params.seed + row * params.n) % 2**32))
-        for row, prompt in enumerate(prompts)
-    ]
-    return [completion.token_ids for completion in complete(model, requests, sharding=sharding)]
+    known = [field.name for field in dataclasses.fields(SamplingParams)]
+    for name in fields:
+        if name not in known:
+            raise unknown_name("generate", name, [*known, "params", "tokenizer", "sharding"], ELSEWHERE)
+    rows = [prompts] if isinstance(prompts, str) else _rows(prompts)
+    texts = isinstance(prompts, str) or (len(rows) > 0 and isinstance(rows[0], str))
+    if any(isinstance(row, str) != texts for row in rows):
+        raise OptionError("prompts are texts or lists of token ids, not both at once")
+    tokenizer = tokenizer or tokenizer_of(model)
+    requests = [with_ids(Request(row), model.config, tokenizer, f"prompt {i}") for i, row in enumerate(rows)]
+    free = params is None and "max_new_tokens" not in fields  # nobody asked for so many: they need not fit
+    params = dataclasses.replace(params, **fields) if params else with_defaults(model.generation_config, **fields)
+    for i, request in enumerate(requests):
+        own = fitted(params, len(request.prompt), model.config.max_position_embeddings) if free else params
+        # Row i draws with seed + i; the samples of a prompt follow each other.
+        own = dataclasses.replace(own, seed=(params.seed + i * params.n) % 2**32)
+        requests[i] = dataclasses.replace(request, params=own)
+    done = complete(model, requests, tokenizer=tokenizer, sharding=sharding)
+    if not texts:
+        return [completion.token_ids for completion in done]
+    found = [completion.text for completion in done]
+    return found[0] if isinstance(prompts, str) and params.n == 1 else found
+
+
+def _rows(prompts: Any) -> list[Any]:
+    """The prompts of a list, an array of ids [B, T], ...
+
+    Raises:
+      OptionError: it is one prompt as a flat list of ids, a chat's messages, or no list.
+    """
+    try:
+        rows = list(prompts)
+    except TypeError:
+        raise OptionError(
+            f"prompts is a {type(prompts).__name__}; give a text, a list of texts, or a list of lists of token ids"
+        ) from None
+    if any(isinstance(row, Mapping) for row in rows):
+        raise OptionError(
+            "prompts are texts or lists of token ids, not messages; smollm3_jax.chat.template.encode_chat makes ids of "
+            "messages, smollm3_jax.generation.api.chat_ends what ends an answer"
+        )
+    if any(np.ndim(row) == 0 and not isinstance(row, str) for row in rows):
+        raise OptionError(
+            f"prompts is a flat list of {len(rows)} ids; give a list of prompts, each a list of ids: [[1, 2, 3]]"
+        )
+    return rows
+
+
+def chat_ends(tokenizer: Tokenizer, config: ModelConfig) -> tuple[int, ...]:
+    """What ends an answer in a chat beside the model's own ends: the end that the tokenizer's files name.
+
+    A template closes every turn with it, whatever config.json says, which may know the end of a document alone.
+    """
+    end = tokenizer.eos_token_id
+    return () if end is None or end >= config.vocab_size else (end,)
+
+
+def fitted(params: SamplingParams, prompt_tokens: int, context: int) -> SamplingParams:
+    """The same with no more new tokens than the context leaves: for a number that nobody asked for."""
+    room = max(1, context - prompt_tokens)
+    return dataclasses.replace(params, max_new_tokens=min(params.max_new_tokens, room))
+
+
+def with_ids(
+    request: Request, config: ModelConfig, tokenizer: Tokenizer | None = None, name: str = "the prompt"
+) -> Request:
+    """The request with its prompt as a list of token ids.
+
+    Raises:
+      OptionError: it is a text that is too long or has no tokenizer, or is neither a text nor a list of ids.
+    """
+    prompt = request.prompt
+    if isinstance(prompt, str):
+        if tokenizer is None:
+            raise OptionError(
+                f"{name} is a text, and the model has no tokenizer: give one (tokenizer=smollm3_jax.load_tokenizer("
+                "FOLDER)), or give token ids"
+            )
+        return dataclasses.replace(request, prompt=tokenizer.encode(prompt, context=config.max_position_embeddings))
+    try:
+        ids = [operator.index(token) for token in np.asarray(prompt).tolist()]
+    except (TypeError, ValueError):
+        raise OptionError(f"{name} is {prompt!r:.60}; it must be a text or a list of token ids") from None
+    return dataclasses.replace(request, prompt=ids)
 
 
 def complete(model: SmolLM3, requests: Sequence[Request], **options: Any) -> list[Completion]:
@@ -134,7 +228,7 @@ def complete(model: SmolLM3, requests: Sequence[Request], **options: Any) -> lis
 
 def stream(
     model: SmolLM3,
-    requests: Iterable[Request],
+    requests: Iterable[Request | str] | str,
     *,
     tokenizer: Tokenizer | None = None,
     max_slots: int = 64,
@@ -150,8 +244,9 @@ def stream(
     A slot that has finished takes the next request at once. Closing the iterator stops everything.
 
     Args:
-      requests: read as slots become free if `capacity` is given, at once if it is not.
-      tokenizer: for text, stop texts and thinking budgets.
+      requests: read as slots become free if `capacity` is given, at once if it is not. A text is a request with the
+        model's own settings, as for `generate`.
+      tokenizer: for text, stop texts and thinking budgets; None is the one that came with the model.
       max_slots: at most so many sequences at a time.
       capacity: the most tokens that a sequence may have, its prompt included.
       cache_dtype: None is what the checkpoint says, or else the activations'; "int8" halves it.
@@ -169,12 +264,14 @@ def stream(
     enable()
     sharding = sharding or Sharding.of_array(model.norm[...])
     config = model.config, model.generation_config
+    tokenizer = tokenizer or tokenizer_of(model)
+    queue: Iterable[Request] = _requests(model, [requests] if isinstance(requests, str) else requests, tokenizer)
     if capacity is None:
-        requests = list(requests)
-        for index, request in enumerate(requests):
+        queue = list(queue)
+        for index, request in enumerate(queue):
             check_request(*config, request, tokenizer, lookup=lookup, name=f"prompt {index}")
-        capacity = max((len(r.prompt) + r.params.max_new_tokens for r in requests), default=0)
-        max_slots = min(max_slots, sum(r.params.n for r in requests))
+        capacity = max((len(r.prompt) + r.params.max_new_tokens for r in queue), default=0)
+        max_slots = min(max_slots, sum(r.params.n for r in queue))
     if not max_slots:
         return
     batch = 1 << (max_slots - 1).bit_length()
@@ -188,9 +285,7 @@ def stream(
         "fewer new tokens (max_new_tokens), slots or prompts, or a cache of int8, take less",
     ):
         cache_dtype = cache_dtype or model.cache_dtype
-        yield from _run(
-            *(model, requests, tokenizer, batch, room, capacity, cache_dtype, steps, lookup, stats, sharding)
-        )
+        yield from _run(*(model, queue, tokenizer, batch, room, capacity, cache_dtype, steps, lookup, stats, sharding))
 
 
 def _run(
@@ -272,6 +367,18 @@ def _run(
         log.info("prompt lookup: %d of %d drafted tokens accepted (%.0f %%)", accepted, drafted, share)
 
 
+def _requests(model: SmolLM3, requests: Iterable[Request | str], tokenizer: Tokenizer | None) -> Iterator[Request]:
+    for i, request in enumerate(requests):
+        name = f"prompt {i}"
+        if not isinstance(request, Request | str):
+            raise OptionError(f"{name} is a {type(request).__name__}; it must be a Request or a text")
+        one = with_ids(Request(request) if isinstance(request, str) else request, model.config, tokenizer, name)
+        if isinstance(request, str):
+            params = with_defaults(model.generation_config)
+            one = dataclasses.replace(one, params=fitted(params, len(one.prompt), model.config.max_position_embeddings))
+        yield one
+
+
 def pieces(length: int, chunk: int, capacity: int) -> Iterator[tuple[int, int, int, int]]:
     """How a prompt goes in: (start, tokens, tokens with padding, bound on what is there before) of each piece."""
     first = (length - 1) % chunk + 1 if length else 0
@@ -332,7 +439,8 @@ def check_request(
     Raises:
       OptionError: naming the field, or the prompt by its name here.
     """
-    prompt, params = request.prompt, request.params
+    prompt, params = with_ids(request, config, tokenizer, name).prompt, request.params
+    assert not isinstance(prompt, str)
     if len(prompt) == 0:
         raise OptionError(f"{name} is empty; give at least one token")
     if bad := [i for i in prompt if not 0 <= i < config.vocab_size]:
@@ -355,8 +463,21 @@ def check_request(
         raise OptionError("stop texts need a tokenizer; give one, or use stop_token_ids")
     if params.max_thinking_tokens is not None and -1 in think_ids(tokenizer):
         raise OptionError("max_thinking_tokens needs a tokenizer that has <think> and </think> as tokens")
-    if len(generation_config.eos_token_id) + len(params.stop_token_ids) > MAX_STOP_IDS:
+    if len(stop_ids(config, generation_config, request, tokenizer)) > MAX_STOP_IDS:
         raise OptionError(f"stop_token_ids: with the model's own, a sequence has at most {MAX_STOP_IDS}")
+
+
+def stop_ids(
+    config: ModelConfig, generation_config: GenerationConfig, request: Request, tokenizer: Tokenizer | None
+) -> tuple[int, ...]:
+    """All ids that end a request, each once: the model's own and the request's, and stop texts that are one token."""
+    params = request.params
+    ends = () if params.ignore_eos else (*generation_config.eos_token_id, *request.ends)
+    ends = [token for token in ends if token < config.vocab_size]  # what has no row is never chosen
+    # A special token is not in the text, so that it would never be found there.
+    special = [] if tokenizer is None else [tokenizer.special_id(stop) for stop in params.stop]
+    found = [token for token in special if token is not None and token < config.vocab_size]
+    return tuple(dict.fromkeys([*ends, *params.stop_token_ids, *found]))
 
 
 def think_ids(tokenizer: Tokenizer | None) -> tuple[int, int]:
@@ -385,19 +506,20 @@ class _Sequence:
     """One sample of a request on the host: its tokens, and how far its text has been handed out."""
 
     def __init__(self, model: SmolLM3, index: int, sample: int, request: Request, tokenizer: Tokenizer | None):
+        assert not isinstance(request.prompt, str)  # `with_ids` was here
         self.index, self.sample, self.request, self.tokenizer = index, sample, request, tokenizer
+        self.prompt = request.prompt
         self.vocab_size = model.config.vocab_size
-        ends = () if request.params.ignore_eos else model.generation_config.eos_token_id
-        self.stop_ids = (*ends, *request.params.stop_token_ids)
+        self.stop_ids = stop_ids(model.config, model.generation_config, request, tokenizer)
         self.prompt_logprobs: tuple[float, ...] | None = None
         self.tokens: list[int] = []
         self.text = ""  # all that is decoded
         self.handed_out = 0  # characters of it
-        self.decoder = None if tokenizer is None else tokenizer.decode_stream()
+        self.decoder = None if tokenizer is None else tokenizer.decode_stream(prompt=self.prompt)
 
     def slot(self) -> Slots:
         """Its state on the device, without the leading B."""
-        params, prompt = self.request.params, self.request.prompt
+        params, prompt = self.request.params, self.prompt
         opens, closes = think_ids(self.tokenizer)
         budget = params.max_thinking_tokens
         # A prompt may end inside the thinking that its template opened.

@@ -22,14 +22,15 @@ from typing import Any
 
 from sharding.rules import Sharding
 
-from ..chat.template import check_depth, encode_chat, render
+from ..chat.template import check_depth, encode_chat
+from ..config import ModelConfig
 from ..errors import DataError, OptionError, SaveError, SmolLM3Error
 from ..file_kind import what_it_is
 from ..files import locked
 from ..model import SmolLM3
 from ..progress import busy, tally
 from ..tokenizer import Tokenizer
-from .api import Completion, Request, check_request, stream
+from .api import Completion, Request, chat_ends, check_request, fitted, stream
 from .sampling import SamplingParams
 from .stats import Stats
 
@@ -66,6 +67,7 @@ class Batch:
         chat: bool = False,
         thinking: bool = True,
         settings: Mapping[str, Any] | None = None,
+        fit: bool = False,
     ):
         """Looks through both files, and cuts a torn last line off the target.
 
@@ -73,6 +75,7 @@ class Batch:
           params: for lines that say nothing else; a line without a seed draws with seed + index * n.
           chat: a "prompt" is a user's message, and the chat template is applied to it.
           thinking: what the chat template is told about thinking.
+          fit: params.max_new_tokens is no wish of anybody's: a prompt that leaves less room gets less.
           settings: what else the answers depend on (JSON): the model above all.
 
         Raises:
@@ -80,7 +83,7 @@ class Batch:
           SaveError: the target cannot be written, another process is writing it, or it is not this batch's.
         """
         self.source, self.target = Path(source), Path(target)
-        self.params, self.chat, self.thinking = params or SamplingParams(), chat, thinking
+        self.params, self.chat, self.thinking, self.fit = params or SamplingParams(), chat, thinking, fit
         self.done = self.failed = 0
         self.stats = Stats()
         # Fields at their defaults stay out, so that a later version with more of them can go on.
@@ -159,8 +162,8 @@ class Batch:
             raise OptionError(f"slots is {slots}; it must be at least 1")
         if context is not None and context < 2:
             raise OptionError(f"context is {context}; it must be at least 2")
-        if self.chat and tokenizer.chat_template is None:
-            render(None, [])  # says so once, not in every line
+        if self.chat:
+            tokenizer.template()  # says once, not in every line, that there is none
         try:
             sequences = self.left * self.params.n
             if context is None:
@@ -199,7 +202,7 @@ class Batch:
         for index, line in self._lines():
             if index in self._left:
                 with contextlib.suppress(Exception):  # it is that line's answer, later
-                    request = self._request(index, _parse(line), tokenizer)
+                    request = self._request(index, _parse(line), model, tokenizer)
                     check_request(model.config, model.generation_config, request, tokenizer)
                     longest = max(longest, len(request.prompt) + request.params.max_new_tokens)
                     sequences += request.params.n
@@ -219,7 +222,7 @@ class Batch:
             try:
                 fields = _parse(line)
                 name = {"id": fields["id"]} if "id" in fields else {}
-                request = self._request(index, fields, tokenizer)
+                request = self._request(index, fields, model, tokenizer, context)
                 check_request(model.config, model.generation_config, request, tokenizer, context)
             except Exception as error:  # whatever it is: the other lines can do nothing about it
                 text = str(error) if isinstance(error, SmolLM3Error) else f"{type(error).__name__}: {error}"
@@ -230,7 +233,14 @@ class Batch:
             count += 1
             yield request
 
-    def _request(self, index: int, fields: Mapping[str, Any], tokenizer: Tokenizer) -> Request:
+    def _request(
+        self,
+        index: int,
+        fields: Mapping[str, Any],
+        model: SmolLM3,
+        tokenizer: Tokenizer,
+        context: int | None = None,
+    ) -> Request:
         given = {name: value for name, value in fields.items() if name not in ("id", "prompt", "messages")}
         if unknown := [name for name in given if name not in SAMPLING_FIELDS]:
             raise OptionError(
@@ -246,15 +256,16 @@ class Batch:
             }
         seed = (self.params.seed + index * self.params.n) % 2**32
         params = dataclasses.replace(self.params, **{"seed": seed} | given)
-        if "messages" in fields:
-            return Request(encode_messages(tokenizer, fields["messages"], self.thinking), params)
-        prompt = fields["prompt"]
-        if not isinstance(prompt, str):
+        prompt, messages = fields.get("prompt"), fields.get("messages")
+        if "prompt" in fields and not isinstance(prompt, str):
             raise OptionError(f"prompt is a {type(prompt).__name__}; it must be a text")
-        if self.chat:
+        if self.chat and "prompt" in fields:
             messages = [{"role": "user", "content": prompt}]
-            return Request(encode_messages(tokenizer, messages, self.thinking), params)
-        return Request(tokenizer.encode(prompt), params)
+        fit = self.fit and "max_new_tokens" not in given
+        if isinstance(prompt, str) and messages is None:
+            return text_request(model.config, tokenizer, prompt, params, fit=fit, context=context)
+        thinking = self.thinking
+        return chat_request(model.config, tokenizer, messages, params, thinking, fit=fit, context=context)  # pyright: ignore[reportArgumentType]
 
     def _lines(self) -> Iterator[tuple[int, bytes]]:
         """The lines that are not blank, by their numbers."""
@@ -350,9 +361,42 @@ class Batch:
         return SaveError(f"{self.target} cannot be written: {error.strerror or error}{kept}")
 
 
-def encode_messages(tokenizer: Tokenizer, messages: Sequence[Mapping[str, Any]], thinking: bool = True) -> list[int]:
-    """Token ids of a conversation up to the opening of the assistant's next turn, by the chat template."""
-    return encode_chat(tokenizer, messages, add_generation_prompt=True, enable_thinking=thinking)
+def text_request(
+    config: ModelConfig,
+    tokenizer: Tokenizer,
+    text: str,
+    params: SamplingParams,
+    *,
+    fit: bool = False,
+    context: int | None = None,
+) -> Request:
+    """A text to go on from; `fit` as for `Batch`, `context` as for `run`."""
+    limit = min(context or config.max_position_embeddings, config.max_position_embeddings)
+    prompt = tokenizer.encode(text, context=config.max_position_embeddings)
+    return Request(prompt, fitted(params, len(prompt), limit) if fit else params)
+
+
+def chat_request(
+    config: ModelConfig,
+    tokenizer: Tokenizer,
+    messages: Sequence[Mapping[str, Any]],
+    params: SamplingParams,
+    thinking: bool = True,
+    *,
+    fit: bool = False,
+    context: int | None = None,
+) -> Request:
+    """A conversation up to the opening of the assistant's next turn, by the chat template, and what ends that."""
+    limit = min(context or config.max_position_embeddings, config.max_position_embeddings)
+    prompt = encode_chat(
+        tokenizer,
+        messages,
+        context=config.max_position_embeddings,
+        add_generation_prompt=True,
+        enable_thinking=thinking,
+    )
+    params = fitted(params, len(prompt), limit) if fit else params
+    return Request(prompt, params, chat_ends(tokenizer, config))
 
 
 def spell_logprobs(completion: Completion, tokenizer: Tokenizer) -> dict[str, Any]:
@@ -402,6 +446,7 @@ def _parse(line: bytes) -> dict[str, Any]:
 
 def _answer(line: _Line, tokenizer: Tokenizer) -> dict[str, Any]:
     prompt = line.request.prompt
+    assert not isinstance(prompt, str)  # lines are encoded as they are read
     samples = [
         {
             "text": sample.text,

@@ -33,7 +33,8 @@ MAX_DRAFT = 64
 def can_draft(params: SamplingParams) -> bool:
     """Whether verification equals decoding: greedy choice of unchanged logits, token by token."""
     plain = SamplingParams(temperature=params.temperature)
-    fields = ("temperature", "repetition_penalty", "presence_penalty", "frequency_penalty", "logit_bias")
+    penalties = ("repetition_penalty", "presence_penalty", "frequency_penalty")
+    fields = ("temperature", *penalties, "logit_bias", "suppress_tokens")
     unchanged = all(getattr(params, field) == getattr(plain, field) for field in fields)
     return params.temperature == 0 and unchanged and params.logprobs is None and params.max_thinking_tokens is None
 

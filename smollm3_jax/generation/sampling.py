@@ -8,6 +8,8 @@ Shapes: B slots, V vocabulary, N listed ids (padded with -1).
 """
 
 import dataclasses
+import functools
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -16,12 +18,41 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from ..errors import OptionError
+from ..config import GenerationConfig
+from ..errors import ConfigError, OptionError, unknown_name
 
 # Limits of what one slot carries on the device.
 MAX_STOP_IDS = 16
 MAX_BIASES = 300
 MAX_LOGPROBS = 20
+
+# What other libraries call a parameter -> its name here.
+ELSEWHERE = {
+    **dict.fromkeys(("max_tokens", "max_length", "max_output_tokens", "num_predict", "n_predict"), "max_new_tokens"),
+    **dict.fromkeys(("num_return_sequences", "best_of"), "n"),
+    **dict.fromkeys(("stop_strings", "stop_sequences", "stop_words", "stop_str"), "stop"),
+    **dict.fromkeys(("eos_token_id", "stop_ids"), "stop_token_ids"),
+    **dict.fromkeys(("random_seed", "rng_seed", "random_state"), "seed"),
+    **dict.fromkeys(("repeat_penalty", "rep_pen"), "repetition_penalty"),
+    **dict.fromkeys(("num_logprobs", "top_logprobs", "output_logprobs"), "logprobs"),
+    **dict.fromkeys(("bad_token_ids", "banned_tokens"), "suppress_tokens"),
+    "temp": "temperature",
+    "do_sample": "temperature (0 is greedy, above it samples)",
+    "thinking_budget": "max_thinking_tokens",
+}
+# What generation_config.json may ask for that is not done here -> the values that ask for nothing.
+NOT_DONE: dict[str, tuple[Any, ...]] = {
+    **dict.fromkeys(("no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "min_length", "min_new_tokens"), (0,)),
+    **dict.fromkeys(("num_beams", "num_beam_groups", "num_return_sequences"), (0, 1)),
+    **dict.fromkeys(("guidance_scale", "typical_p", "encoder_repetition_penalty"), (1,)),
+    **dict.fromkeys(("penalty_alpha", "epsilon_cutoff", "eta_cutoff", "diversity_penalty", "top_h"), (0,)),
+    **dict.fromkeys(("bad_words_ids", "force_words_ids", "begin_suppress_tokens", "forced_decoder_ids"), ([],)),
+    **dict.fromkeys(("sequence_bias", "exponential_decay_length_penalty"), ([], {})),
+    **dict.fromkeys(("forced_bos_token_id", "forced_eos_token_id", "constraints", "watermarking_config"), ()),
+    **dict.fromkeys(("max_length", "max_time"), (0, 20)),  # 20 is what transformers takes where nothing is said
+}
+
+log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -38,7 +69,9 @@ class SamplingParams:
     presence_penalty: subtracted from the logits of tokens generated so far; 0 is off.
     frequency_penalty: the same, once for each time; 0 is off.
     logit_bias: token id -> what is added to its logit.
-    stop: texts that end the generation; they are not part of the text.
+    suppress_tokens: ids that are never chosen.
+    stop: texts that end the generation; they are not part of the text. The text of a special token, such as
+      <|im_end|>, is that token.
     stop_token_ids: ids that end it, beside the model's own end-of-sequence ids.
     ignore_eos: go on to max_new_tokens whatever comes (for benchmarks); stop and stop_token_ids hold.
     seed: row i of a batch, or sample i of one prompt, draws with seed + i.
@@ -61,6 +94,7 @@ class SamplingParams:
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     logit_bias: Mapping[int, float] = dataclasses.field(default_factory=dict)
+    suppress_tokens: Sequence[int] = ()
     stop: Sequence[str] = ()
     stop_token_ids: Sequence[int] = ()
     ignore_eos: bool = False
@@ -69,6 +103,13 @@ class SamplingParams:
     logprobs: int | None = None
     prompt_logprobs: bool = False
     max_thinking_tokens: int | None = None
+
+    def __new__(cls, *_: Any, **given: Any) -> "SamplingParams":
+        known = [field.name for field in dataclasses.fields(cls)]
+        for name in given:
+            if name not in known:
+                raise unknown_name("SamplingParams", name, known, ELSEWHERE)
+        return super().__new__(cls)
 
     def __post_init__(self):
         def check(ok: bool, field: str, must: str) -> None:
@@ -98,7 +139,10 @@ class SamplingParams:
         if self.max_thinking_tokens is not None:
             whole("max_thinking_tokens", 0, 2**31 - 1, "None, or 0 or more")
         check(isinstance(self.logit_bias, Mapping), "logit_bias", "a mapping from token ids to numbers")
-        check(len(self.logit_bias) <= MAX_BIASES, "logit_bias", f"of at most {MAX_BIASES} ids")
+        banned = isinstance(self.suppress_tokens, Sequence) and not isinstance(self.suppress_tokens, str)
+        check(banned, "suppress_tokens", "a list of ids")
+        if len(self.logit_bias) + len(self.suppress_tokens) > MAX_BIASES:
+            raise OptionError(f"logit_bias and suppress_tokens name more than {MAX_BIASES} ids together")
         check(all(map(_is_float32, self.logit_bias.values())), "logit_bias", "of finite numbers")
         texts = isinstance(self.stop, Sequence) and not isinstance(self.stop, str)
         texts = texts and all(isinstance(text, str) and text for text in self.stop)
@@ -114,10 +158,45 @@ class SamplingParams:
         Raises:
           OptionError: naming the field.
         """
-        for field in ("logit_bias", "stop_token_ids"):
+        for field in ("logit_bias", "suppress_tokens", "stop_token_ids"):
             for token in getattr(self, field):
                 if not isinstance(token, int) or isinstance(token, bool) or not 0 <= token < vocab_size:
                     raise OptionError(f"{field} names the id {token!r}; the vocabulary has {vocab_size} tokens")
+
+
+def with_defaults(own: GenerationConfig, **given: Any) -> SamplingParams:
+    """What was given; for the rest what the model's generation_config.json says, then the defaults of SamplingParams.
+
+    What it asks for and cannot be had here is named in a warning, once.
+
+    Raises:
+      ConfigError: a value of generation_config.json that would count is none, by its key.
+      OptionError: what was given is not right.
+    """
+    raw = own.to_hf()
+    found: dict[str, Any] = {"temperature": own.temperature * own.do_sample, "top_p": own.top_p, "top_k": own.top_k}
+    for name in ("min_p", "repetition_penalty", "max_new_tokens", "suppress_tokens"):
+        if raw.get(name) is not None:
+            found[name] = raw[name]
+    if stops := raw.get("stop_strings"):
+        found["stop"] = [stops] if isinstance(stops, str) else stops
+    found = {name: value for name, value in found.items() if name not in given}
+    try:
+        SamplingParams(**found)
+    except OptionError as error:
+        raise ConfigError(f"generation_config.json: {error}; correct it there, or give another value") from None
+    asked = {name: raw[name] for name, nothing in NOT_DONE.items() if raw.get(name) not in (None, False, *nothing)}
+    if "max_new_tokens" in raw:
+        asked.pop("max_length", None)  # the same, and it does not count then
+    if asked:
+        _not_done(", ".join(f"{name} ({value!r:.60})" for name, value in asked.items()))
+    return SamplingParams(**found | given)
+
+
+@functools.lru_cache(maxsize=64)
+def _not_done(what: str) -> None:
+    """Says it once."""
+    log.warning("generation_config.json asks for what is not done here, and is left out: %s", what)
 
 
 def _is_float32(value: Any) -> bool:
@@ -153,7 +232,7 @@ class Choice:
     @classmethod
     def of(cls, params: SamplingParams, prompt: Sequence[int], sample: int, vocab_size: int) -> "Choice":
         """One slot's, without the leading B."""
-        biases = list(params.logit_bias.items())
+        biases = [*params.logit_bias.items(), *((token, -np.inf) for token in params.suppress_tokens)]
         biases += [(-1, 0.0)] * (MAX_BIASES - len(biases))
         in_prompt = np.zeros(vocab_size, bool)
         in_prompt[np.asarray(prompt)] = True

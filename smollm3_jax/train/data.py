@@ -266,14 +266,19 @@ def encoder(tokenizer: Any, config: ModelConfig) -> Encode:
       OptionError: there is no token to put behind a text.
     """
     eos = config.eos_token_id
-    eos = eos[0] if isinstance(eos, tuple) else eos
-    if eos is None:
+    ends = eos if isinstance(eos, tuple) else () if eos is None else (eos,)
+    if not ends:
         raise OptionError("config.json has no eos_token_id, which training puts behind each document")
+    # A tokenizer may put one there itself. (Another token that it appends is no end, and one that is written out in a
+    # document is text.)
+    bare, whole = tokenizer.encode("a", add_special_tokens=False), tokenizer.encode("a")
+    appended = len(whole) > len(bare) and whole[-1] in (*ends, tokenizer.eos_token_id)
+    end = [] if appended else [ends[0]]
 
     def encode(document: Any) -> np.ndarray:
         if isinstance(document, str):
             try:
-                return np.asarray([*tokenizer.encode(document), eos], np.int32)
+                return np.asarray([*tokenizer.encode(document), *end], np.int32)
             except SmolLM3Error as error:
                 raise BadRecord(str(error)) from None
         if not document.size:

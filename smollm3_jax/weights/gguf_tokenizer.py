@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import TokenizerError
+from ..tokenizer import typed
 from .gguf_header import metadata_value
 
 CONTROL, USER_DEFINED, UNUSED = 3, 4, 5  # types of a token
@@ -33,6 +34,7 @@ OTHER_NAMES = {
 ALIASES = {name: pre for pre, names in OTHER_NAMES.items() for name in names}
 
 
+@typed("its tokenizer is not sound")
 def tokenizer_files(metadata: dict[str, Any], ids: dict[str, int]) -> dict[str, str]:
     """tokenizer.json and tokenizer_config.json, rebuilt; empty if the file carries no tokenizer.
 

@@ -242,38 +242,6 @@ def check_dtype(dtype: Any) -> str:
     return name
 
 
-def from_pretrained(
-    model: str | Path,
-    dtype: Any = None,
-    mesh: Mesh | None = None,
-    rules: str | Mapping[str, Any] | None = None,
-    *,
-    weights: str | None = None,
-    stacked: bool = False,
-    revision: str | None = None,
-    token: str | None = None,
-) -> SmolLM3:
-    """Loads a model, tensor by tensor, straight to where each one stays.
-
-    Args:
-      model: a Hugging Face folder, a .gguf file, or a hub id.
-      dtype: float32, bfloat16 or float16; None keeps the checkpoint's own, which must then be one.
-      mesh: place every parameter on this mesh; None is the default device.
-      rules: a strategy of `sharding.rules` or a table of one's own; None with a mesh means "fsdp".
-      weights: quantize them on the way: "int8", "int8-g64", "int8-g32" or "int4" (see quantize.py); dtype is
-        then the activations'. None keeps them as they are, quantized or not.
-      stacked: one array holds a parameter of all layers, which training scans over, in place of one array a layer.
-        Decoding wants the latter on every platform: out of a stack, layers are copied before they are used.
-      revision, token: of the hub.
-
-    Raises:
-      SmolLM3Error: what is wrong, with the file, tensor or field by name.
-      ShardingError: the rules do not fit the mesh or the model.
-    """
-    checkpoint = open_checkpoint(hub.resolve(model, revision, token))
-    return load(checkpoint, dtype, mesh, rules, weights=weights, stacked=stacked)
-
-
 def load(
     checkpoint: Checkpoint,
     dtype: Any = None,
@@ -283,7 +251,7 @@ def load(
     weights: str | None = None,
     stacked: bool = False,
 ) -> SmolLM3:
-    """As `from_pretrained`, from an open checkpoint."""
+    """Loads an open checkpoint, tensor by tensor, straight to where each one stays; as `pretrained.from_pretrained`."""
     require_devices()
     config, tensors = checkpoint.config, checkpoint.tensors
     plain = plain_tensors(tensors)

@@ -39,24 +39,21 @@ log = logging.getLogger(__name__)
 
 
 def save_pretrained(
-    model: SmolLM3, folder: str | Path, max_shard_size: int | str = "5GB", format: str = "safetensors"
+    model: SmolLM3,
+    folder: str | Path,
+    max_shard_size: int | str = "5GB",
+    format: str = "safetensors",
+    texts: Mapping[str, bytes] | None = None,
 ) -> None:
-    """Writes the model as a Hugging Face folder; files that it holds beside a model's weights and configs are kept.
-
-    The folder is replaced as a whole: at any moment, power cuts included, it is the old or the new one.
+    """Writes a model as a Hugging Face folder; see `pretrained.save_pretrained`.
 
     Args:
-      max_shard_size: bytes, or "5GB", "500MB", "2GiB", ...
-      format: "safetensors", or "torch" for a state dict.
-
-    Raises:
-      OptionError: a quantized model cannot be a state dict.
-      SaveError: the disk is full, the folder is read-only, or another process is writing it.
+      texts: the text files that go with it; None keeps those that the folder has.
     """
     dtype = model.dtype.name
     config = model.config if model.config.dtype == dtype else dataclasses.replace(model.config, dtype=dtype)
     tensors = tensors_of(model)
-    write_folder(Path(folder), config, model.generation_config, tensors, None, max_shard_size, format, force=True)
+    write_folder(Path(folder), config, model.generation_config, tensors, texts, max_shard_size, format, force=True)
 
 
 def tensors_of(model: SmolLM3) -> list[StoredTensor]:

@@ -5,7 +5,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from . import hub
+from .demo import model_folder
 from .key_map import slots
 from .load import open_checkpoint
 
@@ -16,7 +16,7 @@ def summarize(source: str | Path) -> dict[str, Any]:
     Raises:
       SmolLM3Error: the checkpoint is unsound.
     """
-    path = hub.resolve(source)
+    path = model_folder(str(source))
     checkpoint = open_checkpoint(path)
     tensors = checkpoint.tensors
     plain = dataclasses.replace(checkpoint.config, quantization=None)

@@ -40,7 +40,11 @@ class Letters:
             return {"<think>": 1, "</think>": 2}.get(text)
 
     @staticmethod
-    def decode_stream():
+    def special_id(text):
+        return None
+
+    @staticmethod
+    def decode_stream(prompt):
         half = False
 
         def step(token):

@@ -2,6 +2,7 @@ import errno
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -96,7 +97,7 @@ def test_every_line_is_answered_as_if_alone(model, tokenizer, tmp_path):
         assert got[index]["completion_tokens"] == len(completion.token_ids)
         assert got[index]["finish_reason"] == completion.finish_reason
     assert [got[i]["prompt_tokens"] for i in range(6)] == [2, 2, 2, 40, 1, 2]
-    assert got[3]["text"] == "w33 w33 w33 w33 w33"
+    assert got[3]["text"] == " w33 w33 w33 w33 w33"  # after the prompt's last word
     samples = alone([5, 6], temperature=2.0, n=3, seed=7)
     assert [sample["text"] for sample in got[2]["samples"]] == [sample.text for sample in samples]
     assert got[2]["completion_tokens"] == 15 and "text" not in got[2]
@@ -437,7 +438,7 @@ def stream(model, requests, **options):
 
 class Anything:
     vocab_size, max_position_embeddings, eos_token_id, chat_template = 10, 10**9, (), None
-    encode = lambda self, text: [1]
+    encode = lambda self, text, **options: [1]
     config = generation_config = property(lambda self: self)
 
 jsonl.stream = stream
@@ -570,3 +571,46 @@ def test_mistakes_of_the_command(talking, tmp_path, capsys, arguments, words):
     assert main(["generate", "--model", str(talking), *[names.get(word) or word for word in arguments]]) == 2
     out, err = capsys.readouterr()
     assert out == "" and words in err and len(err.splitlines()) == 1
+
+
+def test_a_chat_ends_with_the_tokenizers_end_too(talking: Path, model: s3.SmolLM3, tmp_path: Path):
+    """config.json may know the end of a document alone, and the tokenizer that of a turn."""
+    folder = tmp_path / "model"
+    shutil.copytree(talking, folder)
+    (folder / "tokenizer_config.json").write_text('{"eos_token": "w33"}')
+    tokenizer = load_tokenizer(folder, ModelConfig.from_hf(folder))
+    forced = {"max_new_tokens": 3, "logit_bias": {"33": 100.0}}
+    messages = [{"role": "user", "content": "w5"}]
+    source = write(
+        tmp_path / "in",
+        {"messages": messages, **forced},
+        {"prompt": "w5", **forced},
+        {"messages": messages, "ignore_eos": True, **forced},
+        {"prompt": "w5", "stop": ["w33"], **forced},
+    )
+    run(model, tokenizer, source, tmp_path / "out")
+    got = answers(tmp_path / "out")
+    reasons = [(got[i]["finish_reason"], got[i]["completion_tokens"]) for i in range(4)]
+    assert reasons == [("stop", 1), ("length", 3), ("length", 3), ("stop", 1)]
+
+
+def test_a_stop_text_that_is_a_special_token_is_its_id(talking: Path, model: s3.SmolLM3, tmp_path: Path):
+    """The text leaves special tokens out, so that it would never be found there."""
+    tokenizer = load_tokenizer(talking, ModelConfig.from_hf(talking))
+    tokenizer.backend.add_special_tokens(["w33"])
+    forced = s3.SamplingParams(max_new_tokens=3, logit_bias={33: 100.0}, stop=["w33"])
+    [found] = complete(model, [Request([5], forced)], tokenizer=tokenizer)
+    assert (found.finish_reason, found.token_ids, found.text) == ("stop", [33], "")
+    more = s3.SamplingParams(stop=["w33"], stop_token_ids=[*range(40, 55)])
+    with pytest.raises(OptionError, match="stop_token_ids"):
+        complete(model, [Request([5], more)], tokenizer=tokenizer)
+    text = s3.SamplingParams(max_new_tokens=3, logit_bias={34: 100.0}, stop=["w34"])
+    assert complete(model, [Request([5], text)], tokenizer=tokenizer)[0].finish_reason == "stop"
+
+
+def test_a_prompt_too_long_for_its_default_gets_what_is_left(model, tokenizer, tmp_path):
+    """512 tokens of context: 128 new ones are nobody's wish, 200 are."""
+    source = write(tmp_path / "in", {"prompt": "w5 " * 500}, {"prompt": "w5 " * 500, "max_new_tokens": 20})
+    run(model, tokenizer, source, tmp_path / "out", s3.SamplingParams(ignore_eos=True), fit=True)
+    got = answers(tmp_path / "out")
+    assert got[0]["completion_tokens"] == 12 and "exceeds" in got[1]["error"]

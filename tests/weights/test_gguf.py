@@ -26,7 +26,6 @@ from smollm3_jax.errors import CheckpointFormatError, SupportError
 from smollm3_jax.weights import gguf as reader
 from smollm3_jax.weights import gguf_header, gguf_tokenizer
 
-SHARED = Path(__file__).resolve().parents[2].parent / "shared"
 KIND = gguf.GGMLQuantizationType
 LAYERS, HEADS, KV_HEADS, HEAD_DIM, HIDDEN, MLP, VOCAB = 4, 4, 2, 64, 256, 512, 24
 # GGUF name -> Hugging Face name, shape; K-quants need rows that are a multiple of 256 long.
@@ -687,12 +686,21 @@ def test_tokenizer_that_cannot_be_rebuilt_is_left_out_with_a_warning(tmp_path, c
     assert record.name == reader.__name__ and message in record.getMessage() and "m.gguf" in record.getMessage()
 
 
+@pytest.mark.parametrize("default", [None, "d"])
+def test_templates_with_names_are_kept(tmp_path, default):
+    """transformers writes them as tokenizer.chat_template.NAME, and the names as tokenizer.chat_templates."""
+    keys = vocabulary_keys(["a", "b", "ab"], [1, 1, 1], ["a b"], "smollm")
+    keys |= {"tokenizer.chat_template.tool_use": "t", "tokenizer.chat_templates": ["tool_use"]}
+    keys |= {} if default is None else {"tokenizer.chat_template": default}
+    _, config = rebuilt(minimal(tmp_path, metadata() | keys))
+    tools = [{"name": "tool_use", "template": "t"}]
+    own = [] if default is None else [{"name": "default", "template": default}]
+    assert sorted(config["chat_template"], key=str) == sorted(own + tools, key=str)
+
+
 @pytest.mark.slow
-def test_smollm3_tokenizer_on_six_languages(tmp_path):
-    source = SHARED / "fixtures" / "smollm3-3b" / "tokenizer.json"
-    if not source.exists():
-        pytest.skip(f"{source} is absent: the released tokenizer is not part of this repository")
-    theirs = Tokenizer.from_str(source.read_text())
+def test_smollm3_tokenizer_on_six_languages(full_release, corpus, tmp_path):
+    theirs = Tokenizer.from_str((full_release / "tokenizer.json").read_text())
     keys = gguf_keys_of(theirs, "smaug-bpe", bos_token_id=128000, eos_token_id=128012, padding_token_id=128004)
     ours, config = rebuilt(minimal(tmp_path, metadata("smollm3") | keys, "smollm3"))
     assert config["eos_token"] == "<|im_end|>" and config["pad_token"] == "<|finetune_right_pad_id|>"
@@ -700,7 +708,7 @@ def test_smollm3_tokenizer_on_six_languages(tmp_path):
     assert mine.pop("post_processor") is None and original.pop("post_processor")["special_tokens"] == {}
     assert mine == original
     chat = "<|im_start|>system\n/think<|im_end|>\n<|im_start|>assistant\n<think>\n12345 ¿qué?</think>\n<tool_call>{}"
-    languages = sorted((SHARED / "fixtures" / "corpus").glob("*.jsonl"))
+    languages = sorted(corpus.glob("*.jsonl"))
     assert len(languages) == 6
     # A sixth of each language, about 1.3 MB of text, encoded twice.
     lines = [line for file in languages for line in file.read_text().splitlines()[::6]]

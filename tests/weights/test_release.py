@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.mark.slow
-def test_the_released_layout_loads_within_its_memory_and_comes_back(shared, tmp_path, capsys):
+def test_the_released_layout_loads_within_its_memory_and_comes_back(full_release, tmp_path, capsys):
     code = """
 import sys
 from pathlib import Path
@@ -23,7 +23,7 @@ bench_load.write_random_release(Path(sys.argv[2]), Path(sys.argv[3]))
 """
     release = tmp_path / "release"
     release.mkdir()
-    scripts, source = ROOT / "scripts", shared / "smollm3-3b"
+    scripts, source = ROOT / "scripts", full_release
     subprocess.run([sys.executable, "-c", code, scripts, source, release], check=True)
     assert main(["inspect", str(release)]) == 0
     assert "3,075,098,624 parameters, 6,150,197,248 bytes" in capsys.readouterr().out
