@@ -1,11 +1,12 @@
 """The commands of the README and of docs/, run as they are printed.
 
 A block after `<!-- run -->` is run by bash, or by Python if it says so, in one folder for each page and in the page's
-order; the block without a language after it is what comes out. "..." stands for anything, and so does every
-number in a block after `<!-- like -->`: it was measured on another machine. What is not marked wants minutes, a network,
-an accelerator or something of the reader's own.
+order; the block without a language after it is what comes out. "..." stands for anything, and so does every number in
+a block after `<!-- like -->`, which was measured on another machine. What is not marked wants minutes, a network, an
+accelerator or something of the reader's own.
 """
 
+import itertools
 import os
 import re
 import subprocess
@@ -33,7 +34,7 @@ class Block(NamedTuple):
 def blocks(page: Path) -> list[Block]:
     found = FENCED.findall(page.read_text())
     runs = []
-    for (mark, language, code), (after, then, text) in zip(found, [*found[1:], ("", "end", "")], strict=True):
+    for (mark, language, code), (after, then, text) in itertools.pairwise([*found, ("", "end", "")]):
         if "run" in mark:
             shown = text if not then and "run" not in after and _follows(page, code, text) else None
             runs.append(Block(language, code, shown, "like" in after))
@@ -70,7 +71,8 @@ def test_commands_print_what_the_page_says(page, tmp_path):
     kept |= {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "COLUMNS": "160", "DEMO": str(demo)}
     for block in blocks(page):
         command = [sys.executable, "-c", block.code] if block.language == "python" else ["bash", "-ec", block.code]
-        done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=kept, timeout=900)
+        options = {"cwd": tmp_path, "env": kept, "timeout": 900}
+        done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, **options)
         assert done.returncode == 0, (block.code, done.stdout, done.stderr)
         if block.printed is not None:
             expected = pattern(block.printed, block.measured)

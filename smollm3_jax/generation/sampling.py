@@ -71,7 +71,7 @@ class SamplingParams:
     logit_bias: token id -> what is added to its logit.
     suppress_tokens: ids that are never chosen.
     stop: texts that end the generation; they are not part of the text. The text of a special token, such as
-      <|im_end|>, is that token.
+      `<|im_end|>`, is that token.
     stop_token_ids: ids that end it, beside the model's own end-of-sequence ids.
     ignore_eos: go on to max_new_tokens whatever comes (for benchmarks); stop and stop_token_ids hold.
     seed: row i of a batch, or sample i of one prompt, draws with seed + i.
