@@ -8,6 +8,7 @@ v5's.
 import dataclasses
 import json
 import logging
+import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -276,7 +277,7 @@ class GenerationConfig:
         if isinstance(source, Mapping):
             return cls._parse(source, config)
         path = Path(source) / "generation_config.json"
-        raw = read_json(path) if path.exists() else {}
+        raw = read_json(path) if os.path.lexists(path) else {}
         try:
             return cls._parse(raw, config)
         except ConfigError as error:

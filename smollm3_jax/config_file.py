@@ -93,7 +93,8 @@ def adapter_in(folder: Path) -> str | None:
 
 def gguf_in(folder: Path) -> str | None:
     """What to say of a folder whose weights are GGUF files; None if there are none."""
-    files = sorted(folder.glob("*.gguf"))
+    files = sorted(path for path in folder.glob("*.*") if path.suffix.lower() == ".gguf")
+    files = files or sorted(path for path in folder.glob("*/*.*") if path.suffix.lower() == ".gguf")
     if not files:
         return None
     more = f", or one of {len(files) - 1} others" if files[1:] else ""

@@ -20,13 +20,8 @@ def what_it_is(path: str | Path, expected: str = "") -> str | None:
             begin = file.read(512)
     except OSError:
         return None
-    if begin.startswith(b"version https://git-lfs"):
-        size = re.search(rb"^size (\d{1,18})\r?$", begin, re.MULTILINE)
-        of = f" of {int(size[1]):,} bytes" if size else ""
-        return (
-            f"it is a git-LFS pointer to a file{of}, not the file: run `git lfs pull` in its folder, or download it "
-            "anew (`smollm3 pull ORG/NAME` fetches a model)"
-        )
+    if pointer := lfs_pointer(begin):
+        return pointer
     if re.match(rb"(\xef\xbb\xbf)?\s*<(!doctype html|html|head|\?xml)", begin, re.IGNORECASE):
         return "it is a web page, not the file: download the file itself"
     if expected != "GGUF" and begin.startswith(b"GGUF"):
@@ -36,3 +31,15 @@ def what_it_is(path: str | Path, expected: str = "") -> str | None:
     if expected != "zip" and begin.startswith(b"PK\3\4"):
         return "it is a zip archive, as PyTorch writes: let its name end in .bin if it is a state dict"
     return None
+
+
+def lfs_pointer(begin: bytes) -> str | None:
+    """The same of a file's first bytes, if they are a git-LFS pointer's."""
+    if not begin.startswith(b"version https://git-lfs"):
+        return None
+    size = re.search(rb"^size (\d{1,18})\r?$", begin, re.MULTILINE)
+    of = f" of {int(size[1]):,} bytes" if size else ""
+    return (
+        f"it is a git-LFS pointer to a file{of}, not the file: run `git lfs pull` in its folder, or download it anew "
+        "(`smollm3 pull ORG/NAME` fetches a model)"
+    )

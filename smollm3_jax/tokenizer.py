@@ -6,6 +6,7 @@ import functools
 import io
 import json
 import logging
+import os
 import re
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,7 +15,7 @@ from typing import Any
 
 from .config import ModelConfig
 from .errors import OptionError, SmolLM3Error, TokenizerError
-from .file_kind import what_it_is
+from .file_kind import lfs_pointer, what_it_is
 
 # A model may have more embedding rows than its tokenizer has tokens: trainers round the vocabulary up, to a
 # multiple of 64 or 128 and at most (Megatron's 128 for each of 8 tensor-parallel ranks) of 1024. Rounding up
@@ -231,7 +232,8 @@ def load_tokenizer(folder: str | Path, config: ModelConfig | None = None) -> Tok
         config = ModelConfig.from_hf(folder)
     names = ["tokenizer.json", *NAMES]
     names += sorted(f"{TEMPLATES}/{path.name}" for path in (folder / TEMPLATES).glob("*.jinja"))
-    files = {name: _read(folder / name) for name in names if (folder / name).exists()}
+    # A link that leads nowhere is there: to pass over it would give another prompt, without a word.
+    files = {name: _read(folder / name) for name in names if os.path.lexists(folder / name)}
     return build_tokenizer(files, folder, config)
 
 
@@ -273,6 +275,8 @@ def build_tokenizer(files: Mapping[str, bytes], folder: str | Path, config: Mode
 
 def _read(path: Path) -> bytes:
     try:
+        if path.is_symlink() and not path.exists():
+            raise OSError("it is a link that leads nowhere; copy the file again from the model's release")
         if not path.is_file():
             raise OSError("it is no regular file")
         if (size := path.stat().st_size) > MAX_FILE_BYTES:
@@ -318,6 +322,8 @@ def _chat_templates(files: Mapping[str, bytes], folder: Path) -> dict[str, str]:
     own: dict[str, str] = {}
     for name, content in files.items():
         if name == "chat_template.jinja" or (name.startswith(f"{TEMPLATES}/") and name.endswith(".jinja")):
+            if pointer := lfs_pointer(content[:512]):  # which is a sound template, of a text that nobody meant
+                raise TokenizerError(f"{folder / name} is no chat template: {pointer}")
             try:
                 text = io.TextIOWrapper(io.BytesIO(content), encoding="utf-8").read()  # with \n for every line break
             except ValueError as error:

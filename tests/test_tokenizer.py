@@ -419,6 +419,22 @@ def test_garbled_files_beside_the_tokenizer_are_named(folder: Path, name: str, c
         load_tokenizer(folder, config(TINY_SIZE))
 
 
+@pytest.mark.parametrize("name", ["chat_template.jinja", "additional_chat_templates/tool_use.jinja"])
+def test_a_pointer_is_no_template(folder: Path, name: str):
+    (folder / name).parent.mkdir(exist_ok=True)
+    (folder / name).write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5000\n")
+    with pytest.raises(TokenizerError, match=rf"{name} is no chat template: it is a git-LFS pointer .* 5,000 bytes"):
+        load_tokenizer(folder)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja"])
+def test_a_link_that_leads_nowhere_is_named(folder: Path, name: str):
+    (folder / name).unlink(missing_ok=True)
+    (folder / name).symlink_to("../../blobs/0")
+    with pytest.raises(TokenizerError, match=f"{name} cannot be read as .*: it is a link that leads nowhere"):
+        load_tokenizer(folder)
+
+
 @pytest.mark.parametrize("rows", [TINY_SIZE, 320, 512, 2 * TINY_SIZE])
 def test_a_padded_vocabulary_belongs_to_the_tokenizer(folder: Path, rows: int):
     assert load_tokenizer(folder, config(rows)).decode([rows - 1]) in ("", "</s>")

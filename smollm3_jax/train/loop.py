@@ -51,7 +51,7 @@ from ..tokenizer import load_tokenizer
 from ..weights import demo
 from ..weights.key_map import abstract_model
 from ..weights.load import load, open_checkpoint, text_folder
-from ..weights.texts import check_links, is_text_file, text_files
+from ..weights.texts import check_links, is_text_file, read_texts
 from . import checkpoint as checkpoints
 from .checkpoint import Checkpoints, Damaged, run_folder
 from .data import Batches, ahead, encoder, expanded, held_out_rows, on_mesh
@@ -546,7 +546,7 @@ def _keep_texts(source: Path, folder: epath.Path) -> None:
     if not source.is_dir():  # a .gguf
         return
     check_links(source)
-    texts = {name: file.read_bytes() for name, file in text_files(source).items()}
+    texts = read_texts(source)
     try:
         if is_remote(folder):
             for name, content in texts.items():

@@ -22,10 +22,13 @@ def hub_address(model: str) -> tuple[str, str | None] | None:
     if match := re.fullmatch(rf"({_HUB_ID})(?:@(\S+))?", model.removeprefix("hf://").rstrip("/"), re.ASCII):
         return match[1].removesuffix(".git"), match[2]
     hosts = "|".join(map(re.escape, (*HOSTS, *_own_host())))
-    if match := re.fullmatch(rf"(?:https?://|git@|ssh://git@)?(?:{hosts})[:/](.*)", model, re.ASCII | re.IGNORECASE):
-        return _of_page(model, [unquote(part) for part in urlsplit(f"//-/{match[1]}").path.split("/") if part])
+    # An address to clone from may hold a name and a token: they are neither needed nor shown.
+    begin = r"(?:https?://(?:[^/@\s]*@)?|git@|ssh://git@)?"
+    shown = re.sub(r"://[^/\s]*@", "://***@", model)
+    if match := re.fullmatch(rf"{begin}(?:{hosts})[:/](.*)", model, re.ASCII | re.IGNORECASE):
+        return _of_page(shown, [unquote(part) for part in urlsplit(f"//-/{match[1]}").path.split("/") if part])
     if re.match(r"(https?|git|ssh|hf)(://|@)", model, re.IGNORECASE):
-        raise HubError(f"{model} is no address of a model on the hub; {EXAMPLE}; a folder or a .gguf file works too")
+        raise HubError(f"{shown} is no address of a model on the hub; {EXAMPLE}; a folder or a .gguf file works too")
     return None
 
 
@@ -36,7 +39,7 @@ def gguf_on_hub(model: str) -> str:
 
 
 def _own_host() -> list[str]:
-    host = urlsplit(os.environ.get("HF_ENDPOINT", "")).netloc
+    host = urlsplit(os.environ.get("HF_ENDPOINT", "")).netloc.rpartition("@")[2]
     return [host] if host else []
 
 

@@ -103,15 +103,31 @@ def _open(path: Path, name_of: Callable[[str], str | None]) -> GGUFFile:
     if all(entry.kind in PLAIN for entry in entries):  # a quantized model has no dtype of its own
         sizes = {dtype: sum(t.nbytes for t in tensors if t.dtype == dtype) for dtype in PLAIN.values()}
         config["torch_dtype"] = max(sizes, key=lambda dtype: sizes[dtype])
-    keys = {"bos_token_id": "bos", "eos_token_id": "eos", "pad_token_id": "padding"}
-    ids = {name: metadata_value(metadata, f"tokenizer.ggml.{key}_token_id", int, None) for name, key in keys.items()}
-    ids = {name: token_id for name, token_id in ids.items() if token_id is not None}
+    ids = _token_ids(path, metadata, config["vocab_size"])
+    # llama.cpp ends at these too: where a turn, or a message that calls a tool, is over.
+    ends = [ids.pop(name) for name in ("eot_token_id", "eom_token_id") if name in ids]
+    ends = list(dict.fromkeys([ids.get("eos_token_id", ends[0]), *ends])) if ends else []
+    generation = ids | ({"eos_token_id": ends} if ends[1:] or (ends and "eos_token_id" not in ids) else {})
     try:
         files = tokenizer_files(metadata, ids)
     except (TokenizerError, ValueError) as error:
         log.warning("%s: its tokenizer is left out: %s", path, error)
         files = {}
-    return GGUFFile(config | ids, ids, tensors, files)
+    return GGUFFile(config | ids, generation, tensors, files)
+
+
+def _token_ids(path: Path, metadata: dict[str, Any], rows: int) -> dict[str, int]:
+    """The special tokens' ids by config.json's names; as in llama.cpp, those that no token has are left out."""
+    ids, tokens = {}, metadata.get("tokenizer.ggml.tokens")
+    count = len(tokens) if isinstance(tokens, list) else rows
+    for key in ("bos", "eos", "padding", "eot", "eom"):
+        full = f"tokenizer.ggml.{key}_token_id"
+        token_id = metadata_value(metadata, full, int, None)
+        if token_id is not None and not 0 <= token_id < count:
+            log.warning("%s: %s is %d, but there are %d tokens: left out", path, full, token_id, count)
+        elif token_id is not None:
+            ids[f"{'pad' if key == 'padding' else key}_token_id"] = token_id
+    return ids
 
 
 def _config(metadata: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> dict[str, Any]:
@@ -168,7 +184,7 @@ def _rope_scaling(get: Callable[..., Any]) -> dict[str, Any] | None:
     factor = get("rope.scaling.factor", NUMBER, REQUIRED if kind == "yarn" else get("rope.scale_linear", NUMBER, 1.0))
     if kind != "yarn":
         return None if kind == "none" or factor in (0, 1) else {"rope_type": "linear", "factor": factor}
-    length = get("rope.scaling.original_context_length", int)
+    length = get("rope.scaling.original_context_length", int, get("context_length", int))
     betas = {name: get(f"rope.scaling.yarn_{name}", NUMBER, None) for name in ("beta_fast", "beta_slow")}
     scaling = {"rope_type": "yarn", "factor": factor, "original_max_position_embeddings": length}
     return scaling | {name: beta for name, beta in betas.items() if beta is not None}

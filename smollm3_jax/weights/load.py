@@ -33,7 +33,7 @@ from .key_map import EMBED_NAME, HEAD_NAME, PARTS, Slot, abstract_model, hf_name
 from .names import canonical, is_head
 from .quantized import quantized, with_scheme
 from .stored import NUMPY_DTYPES, STORED_DTYPES, StoredTensor, is_buffer, is_finite, raw_bytes, shown
-from .texts import text_files
+from .texts import read_texts
 
 PIECE = 1 << 20  # numbers that are compared at once
 _LORA = (
@@ -116,7 +116,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
             )
         else:
             found = _open_torch(path)
-        texts = {name: file.read_bytes() for name, file in text_files(path).items()}
+        texts = read_texts(path)
         if "tokenizer.json" in texts:
             load_tokenizer(path, config)  # only to see that it belongs to this model
     return Checkpoint(config, generation, check_tensors(path, config, found), texts)
@@ -201,19 +201,17 @@ def _shape_mismatch(tensor: StoredTensor, slot: Slot) -> str:
 
 
 def _same_numbers(a: StoredTensor, b: StoredTensor) -> bool:
-    """Whether two tensors are equal bit for bit; those of different dtypes as float32, which holds all of them."""
+    """Whether two tensors hold the same numbers, 0 and -0 being one; compared in float32, which holds all of them."""
     if a.shape != b.shape:
         return False
     if a.read is b.read:
         return True
     x, y = a.read(), b.read()
-    if a.dtype == b.dtype:
-        return raw_bytes(x) == raw_bytes(y)
+    if a.dtype == b.dtype and raw_bytes(x) == raw_bytes(y):
+        return True
     x, y = x.reshape(-1), y.reshape(-1)
-    return all(
-        raw_bytes(x[start : start + PIECE].astype(np.float32)) == raw_bytes(y[start : start + PIECE].astype(np.float32))
-        for start in range(0, x.size, PIECE)
-    )
+    pieces = [slice(start, start + PIECE) for start in range(0, x.size, PIECE)]
+    return all(np.array_equal(np.float32(x[piece]), np.float32(y[piece]), equal_nan=True) for piece in pieces)
 
 
 def plain_tensors(tensors: Mapping[str, StoredTensor]) -> list[StoredTensor]:

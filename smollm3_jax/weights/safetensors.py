@@ -14,9 +14,11 @@ from typing import Any
 
 import numpy as np
 
+from ..config_file import MAX_JSON_BYTES
 from ..errors import CheckpointFormatError, SaveError
 from ..file_kind import what_it_is
 from ..files import new_file
+from ..reading import read_file, why
 from .stored import INTEGER_TAGS, SAFETENSORS_TAGS, STORED_DTYPES, StoredTensor, is_buffer, raw_bytes, shown
 
 INDEX = "model.safetensors.index.json"
@@ -146,10 +148,10 @@ def read_weight_map(index: Path) -> dict[str, str]:
       CheckpointFormatError: the index is garbled, or names a file outside its folder.
     """
     try:
-        weight_map = json.loads(index.read_bytes(), object_pairs_hook=_unique)["weight_map"]
+        weight_map = json.loads(read_file(index, MAX_JSON_BYTES), object_pairs_hook=_unique)["weight_map"]
         entries = list(weight_map.items())
     except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
-        reason = what_it_is(index) or shown(repr(error))
+        reason = what_it_is(index) or (why(error) if isinstance(error, OSError) else shown(repr(error)))
         raise CheckpointFormatError(f"{index} has no readable weight_map: {reason}") from None
     for name, shard in entries:
         # Judged by name: the shards of a Hugging Face cache are links that lead out of the folder.

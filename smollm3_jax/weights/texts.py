@@ -5,7 +5,8 @@ import re
 from pathlib import Path
 
 from ..errors import CheckpointFormatError
-from ..tokenizer import TEMPLATES
+from ..reading import read_file, why
+from ..tokenizer import MAX_FILE_BYTES, TEMPLATES
 
 _TEXT = re.compile(
     r"tokenizer\.json|tokenizer_config\.json|special_tokens_map\.json|added_tokens\.json|vocab\.(json|txt)|merges\.txt"
@@ -29,6 +30,21 @@ def text_files(folder: Path) -> dict[str, Path]:
     return {name: found[name] for name in sorted(found) if found[name].is_file()}
 
 
+def read_texts(folder: Path) -> dict[str, bytes]:
+    """The content of `text_files`, by name.
+
+    Raises:
+      CheckpointFormatError: one cannot be read, or is far too large for a text.
+    """
+    found = {}
+    for name, path in text_files(folder).items():
+        try:
+            found[name] = read_file(path, MAX_FILE_BYTES)
+        except OSError as error:
+            raise CheckpointFormatError(f"{path} cannot be read: {why(error)}") from None
+    return found
+
+
 def left_out(folder: Path) -> list[str]:
     """What a model folder holds beside all that belongs to the model; folders end with a slash."""
     names = (path.name + "/" * path.is_dir() for path in folder.iterdir())
@@ -41,8 +57,11 @@ def check_links(folder: Path) -> None:
     The links of a Hugging Face cache, from snapshots/COMMIT into blobs, belong to it.
 
     Raises:
-      CheckpointFormatError: a text file is a link that leads out of the folder.
+      CheckpointFormatError: a text file is a link that leads out of the folder, or nowhere.
     """
+    for path in folder.iterdir():
+        if is_text_file(path.name) and path.is_symlink() and not path.exists():
+            raise CheckpointFormatError(f"{path} is a link that leads nowhere: put the file in its place, or remove it")
     inside = Path(os.path.realpath(folder))
     blobs = inside.parents[1] / "blobs" if inside.parent.name == "snapshots" else None
     for name, path in text_files(folder).items():

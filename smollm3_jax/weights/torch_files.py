@@ -40,7 +40,7 @@ def find(folder: Path) -> list[Path]:
         return [folder / shard for shard in sorted(set(read_weight_map(folder / INDEX).values()))]
     if (folder / SINGLE).exists():
         return [folder / SINGLE]
-    lone = sorted([*folder.glob("*.pt"), *folder.glob("*.bin")])
+    lone = sorted(p for kind in ("*.pt", "*.bin") for p in folder.glob(kind) if p.name != "adapter_model.bin")
     if len(lone) > 1:
         raise CheckpointFormatError(
             f"{folder} has {', '.join(p.name for p in lone)} and no {INDEX}; keep one, or name the weights {SINGLE}"
@@ -103,7 +103,7 @@ def _stored(path: Path, name: str, tensor: Any) -> StoredTensor:
         )
 
     def read() -> np.ndarray:
-        whole = tensor.detach().contiguous()
+        whole = tensor.detach().resolve_neg().contiguous()
         if dtype == "bfloat16":  # numpy's comes from ml_dtypes, which torch does not know: hand over the bits
             return whole.view(_torch().int16).numpy().view(NUMPY_DTYPES[dtype])
         return whole.numpy()

@@ -34,6 +34,8 @@ GIVEN = {
     "https://huggingface.co/org/name/blob/refs/pr/2/model.safetensors": "refs/pr/2",
     "https://huggingface.co/models/org/name": None,
     "https://mirror.example/org/name/tree/dev": "dev",
+    "https://user:hf_secret@huggingface.co/org/name": None,
+    "https://hf_secret@hf.co/org/name.git": None,
 }
 
 
@@ -65,6 +67,17 @@ def test_what_names_something_else(given, words, monkeypatch):
     with pytest.raises(HubError) as error:
         hub_address(given)
     assert words in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "given", ["https://me:hf_secret@huggingface.co/datasets/a/b", "https://hf_secret@github.com/a/b"]
+)
+def test_a_token_in_an_address_is_not_shown(given, monkeypatch):
+    monkeypatch.setenv("HF_ENDPOINT", "https://me:hf_secret@mirror.example")
+    with pytest.raises(HubError) as error:
+        hub_address(given)
+    assert "hf_secret" not in str(error.value) and "https://***@" in str(error.value)
+    assert hub_address("https://mirror.example/org/name") == ("org/name", None)
 
 
 @pytest.mark.parametrize(

@@ -42,6 +42,16 @@ def torch_adapter_with_config(folder: Path) -> None:
     (folder / "adapter_model.safetensors").unlink()
 
 
+def torch_adapter_with_its_weights(folder: Path) -> None:
+    torch_adapter_with_config(folder)
+    (folder / "adapter_model.bin").write_bytes(b"PK")
+
+
+def gguf_below(folder: Path) -> None:
+    (folder / "Q4").mkdir()
+    (folder / "Q4" / "a.GGUF").write_bytes(b"GGUF")
+
+
 def only_gguf(folder: Path) -> None:
     for name in ("b.Q8_0.gguf", "a.Q4_0.gguf"):
         (folder / name).write_bytes(b"GGUF")
@@ -83,6 +93,8 @@ FOLDERS: dict[Callable[[Path], None], tuple[str, ...]] = {
     adapter: ("an adapter (LoRA) of 'org/base'", "merge_and_unload"),
     adapter_with_config: ("an adapter (LoRA) of 'org/base'", "merge_and_unload"),
     torch_adapter_with_config: ("holds no weights", "an adapter (LoRA)"),
+    torch_adapter_with_its_weights: ("holds no weights", "an adapter (LoRA)"),
+    gguf_below: ("holds GGUF files", "Q4/a.GGUF"),
     only_gguf: ("holds GGUF files", "give the file", "a.Q4_0.gguf, or one of 1 others"),
     gguf_with_config: ("holds no weights", "give the file", "a.gguf"),
     mlx: ("MLX has quantized", "--dequantize"),
@@ -154,6 +166,26 @@ def test_what_never_ends_is_not_read(name, kind, tmp_path, capsys):
     os.mkfifo(folder / name) if kind == "pipe" else (folder / name).symlink_to("/dev/zero")
     message = refusal(capsys, folder)
     assert name in message and ("no regular file" in message or "no file" in message)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.model", "chat_template.jinja", "LICENSE", "model.safetensors.index.json"])
+def test_a_text_without_end_is_not_read(name, tmp_path, capsys):
+    folder = tiny_checkpoint(tmp_path / "m")
+    if name.endswith(".index.json"):
+        (folder / "model.safetensors").unlink()
+    (folder / name).touch()
+    os.truncate(folder / name, 1 << 40)
+    assert f"{name} " in (error := refusal(capsys, folder)) and "it is larger than" in error
+
+
+def test_a_link_that_leads_nowhere_is_no_absent_file(tmp_path, capsys):
+    folder = tiny_checkpoint(tmp_path / "m")
+    (folder / "generation_config.json").symlink_to("../../blobs/0")
+    assert "generation_config.json is missing" in refusal(capsys, folder)
+    (folder / "generation_config.json").unlink()
+    (folder / "merges.txt").symlink_to("../../blobs/0")
+    assert main(["convert", str(folder), str(tmp_path / "out")]) == 3
+    assert "merges.txt is a link that leads nowhere" in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
 def test_a_shard_that_is_a_pointer(tmp_path, capsys):

@@ -299,6 +299,7 @@ YARN_512 = YARN | {"rope__scaling__original_context_length": 256}
         ({"rope__scaling__factor": 4.0}, RopeScaling(rope_type="linear", factor=4.0)),
         ({"rope__scale_linear": 4.0}, RopeScaling(rope_type="linear", factor=4.0)),
         ({"rope__scaling__type": "linear", "rope__scaling__factor": 4.0}, RopeScaling(rope_type="linear", factor=4.0)),
+        (YARN, RopeScaling(rope_type="yarn", factor=2.0, original_max_position_embeddings=512)),
         (YARN_512, RopeScaling(rope_type="yarn", factor=2.0, original_max_position_embeddings=256)),
         (
             YARN_512 | {"rope__scaling__yarn_beta_fast": 16.0, "rope__scaling__attn_factor": 1.0},
@@ -314,7 +315,6 @@ def test_rope_scaling(tmp_path, keys, expected):
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        (YARN, "rope.scaling.original_context_length is missing"),
         ({"rope__scaling__type": "yarn"}, "rope.scaling.factor is missing"),
         ({"rope__scaling__type": "longrope"}, "'longrope'"),
         (YARN_512 | {"rope__scaling__attn_factor": 1.1}, "attn_factor is 1.1"),
@@ -669,7 +669,6 @@ def test_default_pre_tokenizer_is_llama_cpps():
         ({"merges": ["a b c"]}, "merges are not sound"),
         ({"tokens": ["a", "b", "ab", "a"]}, "'a'"),
         ({"tokens": ["a", "b", "ab"]}, "3 tokens, 4 token types"),
-        ({"eos_token_id": 4}, "'eos_token_id': 4"),
         ({"add_bos_token": True}, "no bos_token_id"),
         ({"merges": None}, "no tokenizer.ggml.merges"),
         ({"types": None}, "no tokenizer.ggml.token_type"),
@@ -684,6 +683,28 @@ def test_tokenizer_that_cannot_be_rebuilt_is_left_out_with_a_warning(tmp_path, c
     assert file.tokenizer_files == {} and len(file.tensors) == 1
     [record] = caplog.records
     assert record.name == reader.__name__ and message in record.getMessage() and "m.gguf" in record.getMessage()
+
+
+@pytest.mark.parametrize("token_id", [4, 2**31, 2**32 - 1])
+@pytest.mark.parametrize(("key", "name"), [("eos", "eos"), ("padding", "pad"), ("bos", "bos"), ("eot", "eot")])
+def test_a_special_token_that_there_is_not_is_left_out(tmp_path, caplog, key, name, token_id):
+    keys = vocabulary_keys(["a", "b", "ab", "<x>"], [1, 1, 1, 3], ["a b"], "smollm", **{f"{key}_token_id": token_id})
+    with caplog.at_level(logging.WARNING):
+        file = opened(minimal(tmp_path, metadata() | keys))
+    assert f"{name}_token_id" not in file.config and not file.generation_config and file.tokenizer_files
+    [record] = caplog.records
+    assert f"tokenizer.ggml.{key}_token_id is {token_id}, but there are 4 tokens" in record.getMessage()
+
+
+@pytest.mark.parametrize(
+    ("ids", "ends"),
+    [({"eos": 2, "eot": 3}, [2, 3]), ({"eos": 2, "eot": 2}, 2), ({"eot": 3}, [3]), ({"eos": 1, "eom": 3}, [1, 3])],
+)
+def test_the_ends_of_turns_and_messages_are_ends(tmp_path, ids, ends):
+    ids = {f"{name}_token_id": token_id for name, token_id in ids.items()}
+    keys = vocabulary_keys(["a", "b", "ab", "<x>"], [1, 1, 1, 3], ["a b"], "smollm", **ids)
+    file = opened(minimal(tmp_path, metadata() | keys))
+    assert file.generation_config["eos_token_id"] == ends and file.config.get("eos_token_id") == ids.get("eos_token_id")
 
 
 @pytest.mark.parametrize("default", [None, "d"])

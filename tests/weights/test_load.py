@@ -254,6 +254,14 @@ def test_tied_head_that_equals_the_embedding(tmp_path):
     np.testing.assert_array_equal(logits(model), logits(smollm3_jax.from_pretrained(tmp_path / "saved")))
 
 
+def test_a_tied_head_whose_zeros_have_another_sign(tmp_path):
+    def change(tensors: dict[str, np.ndarray]) -> None:
+        tensors[EMBED][5] = 0.0
+        tensors[HEAD] = np.where(tensors[EMBED] == 0, np.float32(-0.0), tensors[EMBED])
+
+    assert HEAD not in open_checkpoint(edited(tmp_path / "hf", change)).tensors
+
+
 def inspect(folder: Path) -> dict[str, Any]:
     from smollm3_jax.weights.summary import summarize
 
@@ -403,6 +411,7 @@ def test_torch_files(dtype, tmp_path):
     state = torch_state(hf)
     single = torch_folder(tmp_path / "single", pytorch_model_bin=state)
     lone = torch_folder(tmp_path / "lone", weights_pt={k: torch.nn.Parameter(v) for k, v in state.items()})
+    negated = torch_folder(tmp_path / "negated", pytorch_model_bin={k: torch._neg_view(-v) for k, v in state.items()})
     strided = torch_folder(
         tmp_path / "strided", pytorch_model_bin={k: v.t().contiguous().t() for k, v in state.items()}
     )
@@ -417,7 +426,7 @@ def test_torch_files(dtype, tmp_path):
         json.dumps({"weight_map": {k: f"{part}.bin" for part, some in parts.items() for k in some}})
     )
     wanted = open_checkpoint(hf).tensors
-    for folder in (single, lone, strided, legacy, sharded):
+    for folder in (single, lone, negated, strided, legacy, sharded):
         checkpoint = open_checkpoint(folder)
         assert checkpoint.tensors.keys() == wanted.keys()
         for name, tensor in checkpoint.tensors.items():
