@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("\n".join(candidates(words[1:])))
         return 0
     if words[:1] == ["help"]:
-        words = [*words[1:2], "--help"]
+        words = [*(word for word in words[1:2] if word != "help"), "--help"]
     flags = []
     while words and words[0] in FLAGS:
         flags.append(words.pop(0))
@@ -135,7 +135,9 @@ def _run(name: str, command: ModuleType, args: argparse.Namespace) -> int:
         return 0
     except Exception as error:
         from ..errors import OutOfMemoryError, lacks_memory
+        from ..support import refused_by_jax
 
+        error = refused_by_jax(error) or error
         if lacks_memory(error):
             why = (str(error).splitlines() or ["none is left"])[0][:200]
             error = OutOfMemoryError(f"there is too little memory: {why}; a smaller model, batch or context takes less")
