@@ -242,6 +242,28 @@ def test_a_reader_that_leaves_ends_a_table_without_a_word(talking):
     assert (done.returncode, done.stderr) == (0, "")
 
 
+@pytest.mark.parametrize("closed", ["1", "2"])
+def test_closed_streams(talking, closed):
+    """sys.stdout is None there."""
+    script = f'"$0" -m smollm3_jax generate "$1" -p w5 --max-tokens 1 {closed}>&-'
+    done = subprocess.run(
+        ["bash", "-c", script, sys.executable, talking],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_an_interrupt_before_the_command_runs(capsys, monkeypatch):
+    def interrupted(name: str) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("smollm3_jax.commands.main.parser_of", interrupted)
+    assert main(["inspect", "x"]) == 130
+    assert capsys.readouterr().err == "smollm3: interrupted\n"
+
+
 def test_help_of_help(capsys):
     with pytest.raises(SystemExit, match=r"^0$"):
         main(["help", "help"])
