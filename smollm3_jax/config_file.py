@@ -97,7 +97,7 @@ def gguf_in(folder: Path) -> str | None:
     files = files or sorted(path for path in folder.glob("*/*.*") if path.suffix.lower() == ".gguf")
     if not files:
         return None
-    more = f", or one of {len(files) - 1} others" if files[1:] else ""
+    more = f", or another of the {len(files)}" if files[1:] else ""
     return f"holds GGUF files, which are models by themselves: give the file, {files[0]}{more}"
 
 
@@ -107,7 +107,7 @@ def _model_below(folder: Path) -> str | None:
     below = sorted(folder.glob("*/config.json")) or sorted(folder.glob("snapshots/*/config.json"))
     if not below:
         return None
-    more = f" or one of {len(below) - 1} others" if below[1:] else ""
+    more = f", or another of the {len(below)}" if below[1:] else ""
     return f"holds models in folders of its own: give {below[0].parent}{more}"
 
 

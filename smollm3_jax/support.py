@@ -121,6 +121,20 @@ def require_devices() -> None:
     raise SupportError(_no_device(chosen, reason))
 
 
+def refused_by_jax(error: BaseException) -> SupportError | None:
+    """What to say of an error that comes of what the environment says of jax; None if it comes of something else."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    where = trace.tb_frame.f_globals.get("__name__") if trace else None
+    if isinstance(error, ValueError) and where == "jax._src.config":  # a value that jax does not know
+        name = next(iter(re.findall(r"\bjax_\w+", str(error), re.IGNORECASE)), "JAX_...").upper()
+        return SupportError(f"jax does not take the variable {name}: {error}; mend or unset it")
+    if isinstance(error, RuntimeError) and re.search(r"Disallowed \S+-to-\S+ transfer", str(error)):
+        return SupportError(f"JAX_TRANSFER_GUARD forbids what this command does: {_reason(error)}; unset it")
+    return None
+
+
 def _reason(error: object) -> str:
     return (str(error).splitlines() or [""])[0].split(" (set JAX_PLATFORMS=")[0]
 

@@ -41,7 +41,18 @@ FLAGS = {"-q", "--quiet", "-v", "--verbose"}
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code: 0, 2 (usage), 3 (bad input), 4 (verification failed)."""
-    words = list(sys.argv[1:] if argv is None else argv)
+    # Where one is closed, nobody listens; a file that is opened may not take its number.
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+    try:
+        return _main(list(sys.argv[1:] if argv is None else argv))
+    except KeyboardInterrupt as interrupt:
+        print("; ".join(["smollm3: interrupted", *map(plain, interrupt.args)]), file=sys.stderr)
+        return 130
+
+
+def _main(words: list[str]) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # not every encoding has what there is to say
     if words[:1] == ["__complete"]:  # what the lines of `smollm3 completion` ask
@@ -50,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("\n".join(candidates(words[1:])))
         return 0
     if words[:1] == ["help"]:
-        words = [*words[1:2], "--help"]
+        words = [*(word for word in words[1:2] if word != "help"), "--help"]
     flags = []
     while words and words[0] in FLAGS:
         flags.append(words.pop(0))
@@ -127,15 +138,14 @@ def _run(name: str, command: ModuleType, args: argparse.Namespace) -> int:
             require_supported()
             keep_to_the_cpu_without_accelerator()
         return command.run(args)
-    except KeyboardInterrupt as interrupt:
-        print("; ".join(["smollm3: interrupted", *map(plain, interrupt.args)]), file=sys.stderr)
-        return 130
     except BrokenPipeError:  # the reader of our output has left
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except Exception as error:
         from ..errors import OutOfMemoryError, lacks_memory
+        from ..support import refused_by_jax
 
+        error = refused_by_jax(error) or error
         if lacks_memory(error):
             why = (str(error).splitlines() or ["none is left"])[0][:200]
             error = OutOfMemoryError(f"there is too little memory: {why}; a smaller model, batch or context takes less")

@@ -160,4 +160,7 @@ def console() -> "Console":
         def render_str(self, text: str, **options: Any) -> Any:
             return super().render_str(plain(text, lines=True), **options)
 
+        def on_broken_pipe(self) -> None:
+            raise  # BrokenPipeError, which ends every command in the same way
+
     return Plain(width=None if sys.stdout.isatty() else 160, markup=False, emoji=False)

@@ -11,6 +11,7 @@ stopped, in whatever way, goes on where it was, and cannot go on with another in
 
 import contextlib
 import dataclasses
+import difflib
 import hashlib
 import json
 import math
@@ -243,8 +244,10 @@ class Batch:
     ) -> Request:
         given = {name: value for name, value in fields.items() if name not in ("id", "prompt", "messages")}
         if unknown := [name for name in given if name not in SAMPLING_FIELDS]:
+            close = difflib.get_close_matches(unknown[0], SAMPLING_FIELDS, n=1)
+            meant = f"; did you mean {close[0]}?" if close else ""
             raise OptionError(
-                f"the field {unknown[0]!r} is unknown; a line has prompt or messages, and may have id, "
+                f"the field {unknown[0]!r} is unknown{meant}; a line has prompt or messages, and may have id, "
                 + ", ".join(SAMPLING_FIELDS)
             )
         if ("prompt" in fields) == ("messages" in fields):

@@ -5,6 +5,7 @@ import contextlib
 import hashlib
 import json
 import multiprocessing
+import multiprocessing.resource_tracker
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -81,7 +82,9 @@ def tokenize(
     ]
     totals, last, done = [0, 0, 0], "", 0
     with tally("shards", shards) as report, _pool(workers, corpus, model) as pool, _writing(folder):
-        for future in concurrent.futures.as_completed([pool.submit(_shard, *job) for job in jobs]):
+        with _interrupts_kept():  # the processes begin with the first job, and are silent until `_begin`
+            futures = [pool.submit(_shard, *job) for job in jobs]
+        for future in concurrent.futures.as_completed(futures):
             *counts, reason = future.result()
             totals = [total + count for total, count in zip(totals, counts, strict=True)]
             last, done = reason or last, done + 1
@@ -124,10 +127,22 @@ def _pool(workers: int, corpus: Source, model: Path) -> Iterator[concurrent.futu
             pool.shutdown(wait=False, cancel_futures=True)
 
 
+@contextlib.contextmanager
+def _interrupts_kept() -> Iterator[None]:
+    """Ctrl-C comes after the block; processes that begin in it do not see it until they say so."""
+    multiprocessing.resource_tracker.ensure_running()  # which would let it through when it starts
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _begin(corpus: Source, model: Path) -> None:
     """What a worker opens once: the documents, and what encodes them."""
     global _documents, _encode
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # without a word: the first process says it
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     config = ModelConfig.from_hf(model)
     _documents = open_documents("SRC", corpus, MAX_BYTES)
     _encode = encoder(load_tokenizer(model, config), config)

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import pytest
 from tiny import talking_checkpoint
 
@@ -207,6 +208,66 @@ def test_errors_are_plain_and_a_line(capsys, tmp_path):
         out, err = capsys.readouterr()
         assert out == "" and "\x1b" not in err and "\0" not in err and err.count("\n") == 1
     assert main(["convert", str(tmp_path / ("z" * 300)), "out"]) == 3
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("JAX_ENABLE_X64", "maybe"), ("JAX_DEFAULT_MATMUL_PRECISION", "best"), ("JAX_NUM_CPU_DEVICES", "two")],
+)
+def test_a_variable_that_jax_does_not_take(talking, name, value):
+    done = subprocess.run(
+        [sys.executable, "-m", "smollm3_jax", "generate", talking, "-p", "w5"],
+        env=os.environ | {"PYTHONPATH": str(ROOT), name: value},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 3 and done.stdout == "" and done.stderr.count("\n") == 1
+    assert done.stderr.startswith(f"smollm3: jax does not take the variable {name}: ") and value in done.stderr
+
+
+def test_forbidden_transfers_are_a_line(talking, capsys):
+    with jax.transfer_guard("disallow"):
+        assert main(["generate", str(talking), "-p", "w5"]) == 3
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith("smollm3: JAX_TRANSFER_GUARD forbids") and err.count("\n") == 1
+
+
+def test_a_reader_that_leaves_ends_a_table_without_a_word(talking):
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "smollm3_jax", "inspect", talking]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, env=environment, stdout=writer, stderr=subprocess.PIPE, text=True)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("closed", ["1", "2"])
+def test_closed_streams(talking, closed):
+    """sys.stdout is None there."""
+    script = f'"$0" -m smollm3_jax generate "$1" -p w5 --max-tokens 1 {closed}>&-'
+    done = subprocess.run(
+        ["bash", "-c", script, sys.executable, talking],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_an_interrupt_before_the_command_runs(capsys, monkeypatch):
+    def interrupted(name: str) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("smollm3_jax.commands.main.parser_of", interrupted)
+    assert main(["inspect", "x"]) == 130
+    assert capsys.readouterr().err == "smollm3: interrupted\n"
+
+
+def test_help_of_help(capsys):
+    with pytest.raises(SystemExit, match=r"^0$"):
+        main(["help", "help"])
+    assert capsys.readouterr().out.startswith("usage: smollm3 COMMAND")
 
 
 def test_quiet_says_nothing_on_the_way(capsys, caplog, talking, tmp_path):
