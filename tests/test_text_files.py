@@ -60,3 +60,8 @@ def test_damage_in_compressed_files_is_said(tmp_path, ending):
 def test_text_that_begins_as_an_archive_might(tmp_path):
     (tmp_path / "a.txt").write_bytes(b"BZh9 is how bzip2 begins")
     assert read(tmp_path / "a.txt") == b"BZh9 is how bzip2 begins"
+
+
+def test_a_name_with_nul(tmp_path):
+    with pytest.raises(OSError, match="has no NUL"):
+        read(tmp_path / "a\0b")

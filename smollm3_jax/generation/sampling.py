@@ -147,6 +147,8 @@ class SamplingParams:
         texts = isinstance(self.stop, Sequence) and not isinstance(self.stop, str)
         texts = texts and all(isinstance(text, str) and text for text in self.stop)
         check(texts, "stop", "a list of texts that are not empty")
+        halves = any("\ud800" <= char <= "\udfff" for text in self.stop for char in text)
+        check(not halves, "stop", "of whole characters: a lone surrogate is none")
         ids = isinstance(self.stop_token_ids, Sequence) and len(self.stop_token_ids) <= MAX_STOP_IDS
         check(ids, "stop_token_ids", f"a list of at most {MAX_STOP_IDS} ids")
         for field in ("ignore_eos", "prompt_logprobs"):

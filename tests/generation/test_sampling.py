@@ -182,6 +182,7 @@ def test_log_probabilities_are_the_definition():
         ("logit_bias", dict.fromkeys(range(MAX_BIASES + 1), 1.0)),
         ("stop", "text"),
         ("stop", [""]),
+        ("stop", ["end \udcff"]),
         ("stop_token_ids", list(range(17))),
         ("seed", -1),
         ("seed", 2**32),
