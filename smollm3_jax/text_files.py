@@ -78,7 +78,8 @@ def read(path: Path) -> bytes:
       DataError: it is damaged, or is text in another encoding.
       SupportError: it is compressed in a way that needs a library which is not installed.
     """
-    with io.BytesIO(read_file(path, _MOST_OF_A_PIPE)) if path.is_fifo() or "\0" in str(path) else path.open("rb") as file:
+    whole = path.is_fifo() or "\0" in str(path)  # `open` has no OSError for NUL
+    with io.BytesIO(read_file(path, _MOST_OF_A_PIPE)) if whole else path.open("rb") as file:
         return b"".join(blocks(file, path)).removeprefix(codecs.BOM_UTF8)
 
 
