@@ -65,6 +65,8 @@ def read_json(path: Path) -> dict[str, Any]:
             if path.name == "config.json"
             else None
         )
+        if path.is_symlink():
+            raise ConfigError(f"{path} is missing: a link of that name leads nowhere") from None
         raise ConfigError(f"{path} is missing; {f'the folder {what}' if what else 'a model folder needs it'}") from None
     except (OSError, ValueError, RecursionError) as error:
         reason = what_it_is(path) or str(error)

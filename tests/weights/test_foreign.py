@@ -181,7 +181,7 @@ def test_a_text_without_end_is_not_read(name, tmp_path, capsys):
 def test_a_link_that_leads_nowhere_is_no_absent_file(tmp_path, capsys):
     folder = tiny_checkpoint(tmp_path / "m")
     (folder / "generation_config.json").symlink_to("../../blobs/0")
-    assert "generation_config.json is missing" in refusal(capsys, folder)
+    assert "generation_config.json is missing: a link of that name" in refusal(capsys, folder)
     (folder / "generation_config.json").unlink()
     (folder / "merges.txt").symlink_to("../../blobs/0")
     assert main(["convert", str(folder), str(tmp_path / "out")]) == 3
