@@ -95,11 +95,11 @@ FOLDERS: dict[Callable[[Path], None], tuple[str, ...]] = {
     torch_adapter_with_config: ("holds no weights", "an adapter (LoRA)"),
     torch_adapter_with_its_weights: ("holds no weights", "an adapter (LoRA)"),
     gguf_below: ("holds GGUF files", "Q4/a.GGUF"),
-    only_gguf: ("holds GGUF files", "give the file", "a.Q4_0.gguf, or one of 1 others"),
+    only_gguf: ("holds GGUF files", "give the file", "a.Q4_0.gguf, or another of the 2"),
     gguf_with_config: ("holds no weights", "give the file", "a.gguf"),
     mlx: ("MLX has quantized", "--dequantize"),
     mlx_without_a_word: ("is U32", "quantized by another program"),
-    checkpoints: ("config.json is missing", "checkpoint-1000 or one of 1 others"),
+    checkpoints: ("config.json is missing", "checkpoint-1000, or another of the 2"),
     cache: ("config.json is missing", "snapshots/abc"),
     quantized: ("quant_method is 'gptq'", "plain weights"),
 }
