@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import json
+import re
 import signal
 import textwrap
 from collections.abc import Callable, Generator, Iterator
@@ -136,6 +137,8 @@ def load(chat: Chat, path: str) -> None:
     try:
         messages = json.loads(read_file(Path(path).expanduser(), MOST_BYTES))
         first = normalize(messages)[0]
+        if re.search("[\ud800-\udfff]", json.dumps(messages, ensure_ascii=False)):
+            raise ValueError("half a surrogate pair is in it, which is no text")
     except (OSError, RuntimeError, ValueError) as error:  # RuntimeError: of depth, and of ~somebody who is not known
         raise OptionError(f"{path} cannot be read as a conversation, a JSON list of messages: {why(error)}") from None
     has_system = first["role"] == "system"
@@ -144,7 +147,10 @@ def load(chat: Chat, path: str) -> None:
 
 
 def _save(chat: Chat, path: str) -> None:
-    text = json.dumps(_with_system(chat, chat.messages), ensure_ascii=False, indent=2) + "\n"
+    messages = _with_system(chat, chat.messages)
+    if not messages:
+        raise OptionError(f"{path} cannot be written: there is no message yet")
+    text = json.dumps(messages, ensure_ascii=False, indent=2) + "\n"
     try:
         files.write(Path(path).expanduser(), text)
     except (OSError, RuntimeError, ValueError) as error:  # RuntimeError: of ~somebody who is not known

@@ -40,7 +40,7 @@ class Monitor:
         self._sums = {"loss": None, "tokens": 0, "skipped": 0, "held_out": None}
         self._held_out_at = -1
         self._skips = 0
-        self._begin = self._said = time.monotonic()
+        self._begin = self._timed = self._said = time.monotonic()
         self._start = 0
         self._bar: Any = None
         self._backends: list[Callable[[int, Mapping[str, float]], None]] = []
@@ -55,6 +55,7 @@ class Monitor:
     def begin(self, step: int, resumed: bool, about: Mapping[str, Any]) -> None:
         """Before the first step: what is known of the steps so far, and what is about to run."""
         self._start, self._begin, self._about = step, time.monotonic(), about
+        self._timed = self._begin
         self._clock = time.time() - self._begin
         if resumed:
             lines, others = _known_lines(self._folder / "metrics.jsonl")
@@ -236,9 +237,12 @@ class Monitor:
         )
         if self._bar is not None:
             self._bar.update(self._task, completed=line["step"], numbers=numbers)
-        elif time.monotonic() - self._said >= SECONDS_BETWEEN_LINES:
-            done = line["step"] - self._start
-            left = (time.monotonic() - self._begin) / done * (self._settings.run.steps - line["step"])
+            return
+        done = line["step"] - self._start
+        if done == 1:  # what came before it, compilation above all, says nothing of the rest
+            self._timed = time.monotonic() - line["seconds"]
+        if time.monotonic() - self._said >= SECONDS_BETWEEN_LINES:
+            left = (time.monotonic() - self._timed) / done * (self._settings.run.steps - line["step"])
             self._said = time.monotonic()
             self._say(f"step {line['step']} of {self._settings.run.steps}: {numbers}, {left:,.0f} s left")
 

@@ -211,7 +211,8 @@ def find_files(name: str, source: Source, words: Words | None = None) -> list[ep
         raise SupportError(f"{source.path}: {error}; {how_to_install('remote')}") from error
     if not source.format and format_of(path) is None:
         raise DataError(
-            f"the name of {path} does not say what it is: say the format, {(words or Words()).format}=FORMAT"
+            f"the name of {path} does not say what it is: say the format, {(words or Words()).format}=FORMAT, "
+            f"one of {', '.join(_OPENERS)}; what is none of these (CSV, Arrow, archives) has to be converted first"
         )
     return [path]
 

@@ -305,6 +305,16 @@ def test_saving_follows_no_link(tmp_path: Path):
     assert precious.read_text() == "precious" and "cannot be written" in run.notes
 
 
+def test_nothing_is_not_saved(tmp_path: Path):
+    """Nor over a conversation that was saved before."""
+    path = tmp_path / "file.json"
+    path.write_text("precious")
+    run = Run([f"/save {path}"])
+    assert path.read_text() == "precious" and "there is no message yet" in run.notes
+    Run([f"/save {path}"], system="Be kind.")
+    assert json.loads(path.read_text()) == [turn("system", "Be kind.")]
+
+
 def test_what_cannot_be_saved_leaves_the_file_as_it_was(tmp_path: Path):
     path = tmp_path / "file.json"
     path.write_text("precious")
@@ -318,6 +328,8 @@ def test_what_cannot_be_saved_leaves_the_file_as_it_was(tmp_path: Path):
         *(None, "{", "3", "[]", '[{"role": "x"}]', '{"messages": []}', "[" * 10**5, "\xff"),
         '[{"role": "user", "content": "a", "x": ' + "[" * 600 + "]" * 600 + "}]",
         '[{"role": ["user"], "content": ""}]',
+        '[{"role": "user", "content": "\\ud800"}]',
+        '[{"role": "user", "content": "a", "name": ["\\udfff"]}]',
     ],
 )
 def test_what_is_no_conversation_changes_nothing(tmp_path: Path, content: str | None):

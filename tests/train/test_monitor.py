@@ -2,7 +2,9 @@ import io
 import json
 import logging
 import math
+import re
 import sys
+import time
 
 import pytest
 from etils import epath
@@ -133,6 +135,18 @@ def test_backends_that_fail_are_left_alone(watch, caplog):
         for step in (1, 2, 3):
             assert it.step(line(step)) is None
     assert seen == [1] and "wandb failed, training goes on without it: down" in caplog.text
+
+
+def test_what_is_left_does_not_count_compilation(watch, capsys, monkeypatch):
+    now = time.monotonic()
+    it = watch()
+    monkeypatch.setattr(monitor.time, "monotonic", lambda: now + 1000)  # the step has been compiled
+    it.step(line(1) | {"seconds": 2.0})
+    monkeypatch.setattr(monitor.time, "monotonic", lambda: now + 1100)
+    it.step(line(2))
+    left = re.findall(r"step (\d+) of (\d+):.*, ([\d,]+) s left", capsys.readouterr().err)
+    steps = int(left[0][1])
+    assert [(int(step), float(seconds)) for step, _, seconds in left] == [(1, 2 * (steps - 1)), (2, 51 * (steps - 2))]
 
 
 def test_logs_are_lines_of_json(watch, tmp_path):

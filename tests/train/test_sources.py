@@ -135,7 +135,7 @@ def test_folders_that_are_no_corpus(tmp_path, files, said):
 
 def test_a_file_without_a_known_ending(tmp_path):
     write_jsonl(tmp_path / "corpus", TEXTS)
-    with pytest.raises(DataError, match="say the format"):
+    with pytest.raises(DataError, match="say the format, --format=FORMAT, one of jsonl, parquet, "):
         read(tmp_path / "corpus")
     assert read(tmp_path / "corpus", format="jsonl") == TEXTS
 
