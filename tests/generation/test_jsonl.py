@@ -168,10 +168,10 @@ def test_bad_lines_are_answered_with_errors(model, tokenizer, tmp_path):
 def test_whatever_a_line_raises_is_its_answer(model, tokenizer, tmp_path, monkeypatch, error):
     real = Tokenizer.encode
 
-    def encode(self: Tokenizer, text: str, *rest: Any) -> list[int]:
+    def encode(self: Tokenizer, text: str, *rest: Any, **options: Any) -> list[int]:
         if text == "w13":
             raise error
-        return real(self, text, *rest)
+        return real(self, text, *rest, **options)
 
     monkeypatch.setattr(Tokenizer, "encode", encode)
     job = run(model, tokenizer, write(tmp_path / "in", {"prompt": "w13"}, {"prompt": "w5"}), tmp_path / "out")
