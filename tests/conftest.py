@@ -19,8 +19,13 @@ if "PYTEST_XDIST_WORKER" not in os.environ:
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # on tiny models, torch's threads wait more than they work
 
+import hypothesis
 import jax
 import pytest
+
+# How long an example takes says more of the machine than of the code.
+hypothesis.settings.register_profile("untimed", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
+hypothesis.settings.load_profile("untimed")
 
 # Where a shell started the tests in the background, Ctrl-C is ignored, and would be by the programs under test.
 signal.signal(signal.SIGINT, signal.default_int_handler)

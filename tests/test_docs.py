@@ -66,7 +66,8 @@ def test_commands_print_what_the_page_says(page, tmp_path):
     demo = pull_demo()
     for name in ("scripts", "sharding", "smollm3_jax"):
         (tmp_path / name).symlink_to(ROOT / name)
-    kept = {name: os.environ[name] for name in ("HOME", "TMPDIR", "SMOLLM3_JAX_CACHE") if name in os.environ}
+    names = ("HOME", "TMPDIR", "SMOLLM3_JAX_CACHE", "JAX_COMPILATION_CACHE_DIR")
+    kept = {name: os.environ[name] for name in names if name in os.environ}
     # Twice as wide as usual, so that no table is broken; what the tests themselves set is not passed on.
     kept |= {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "COLUMNS": "160", "DEMO": str(demo)}
     for block in blocks(page):
