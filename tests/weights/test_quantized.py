@@ -201,10 +201,10 @@ def test_nan_in_a_weight_that_is_quantized(plain, tmp_path, caplog):
     [
         ({"quant_method": "gptq", "bits": 4}, "quant_method is 'gptq'; only 'smollm3-jax' is supported"),
         ({"weights": "int8"}, "quant_method is None"),
-        ({"quant_method": "smollm3-jax", "weights": "int3"}, "quantization_config: weights 'int3' are no scheme"),
+        ({"quant_method": "smollm3-jax", "weights": "int3"}, "weights 'int3' are no scheme"),
         ({"quant_method": "smollm3-jax"}, "quantization_config: weights is missing"),
         ({"quant_method": "smollm3-jax", "weights": "int8", "cache": "int2"}, "cache 'int2' is no scheme"),
-        ({"quant_method": "smollm3-jax", "weights": "int8", "bits": 8}, "does not know bits"),
+        ({"quant_method": "smollm3-jax", "weights": "int8", "bits": 8}, "does not know 'bits'"),
         ("int8", "quantization_config is 'int8', a str; it must be dict"),
     ],
 )
