@@ -232,8 +232,10 @@ def test_what_cannot_be_tokenized_is_a_bad_record():
     """T8."""
 
     class Fussy:
-        def encode(self, text):
-            raise TokenizerError("a text of 3 characters cannot be tokenized")
+        def encode(self, text, **_):
+            if text == "abc":
+                raise TokenizerError("a text of 3 characters cannot be tokenized")
+            return [1]
 
     config = s3.ModelConfig.from_hf(tiny.raw_config("plain"))
     with pytest.raises(BadRecord, match="cannot be tokenized"):
