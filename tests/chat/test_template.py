@@ -411,10 +411,10 @@ BOMB = "{% set n = namespace(l=[1]) %}{% for i in range(60) %}{% set n.l = [n.l,
     ],
 )
 def test_a_template_without_limits_is_ended(monkeypatch: pytest.MonkeyPatch, source: str, words: str):
-    """S8: within the time, and what renders the next one is there at once."""
+    """S8: within the time, which a slow machine may meet first, and what renders the next one is there at once."""
     monkeypatch.setattr(template_module, "SECONDS", 2)
     begin = time.monotonic()
-    with pytest.raises(TokenizerError, match=words):
+    with pytest.raises(TokenizerError, match=f"{words}|not done after 2 s"):
         render(source, [HI])
     assert time.monotonic() - begin < 30
     assert render("{{ messages[0].content }}", [HI]) == "Hi"

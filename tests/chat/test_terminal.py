@@ -662,8 +662,9 @@ def test_by_pipe(demo_folder: Path):
     command = [*COMMAND, "--model", str(demo_folder), "--temperature", "0", "--max-new-tokens", "60"]
     done = subprocess.run(command, input=lines, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
-    first, second, tokens = done.stdout.splitlines()
+    first, second, tokens, *speeds = done.stdout.splitlines()
     assert "Paris" in first and "Rome" in second and " of 8,192 tokens" in tokens
+    assert "tokens/s" in "".join(speeds)
 
 
 class Person:
