@@ -232,7 +232,7 @@ def _folder(path: Path) -> os.stat_result | None:
 
 
 def _is_stream(path: Path) -> bool:
-    """Whether the user means what is behind it: /dev/stdout, /dev/fd/63, /dev/null; none of these can be replaced."""
+    """Whether the user means what it leads to: /dev/stdout, /dev/fd/63, /dev/null; none of these can be replaced."""
     return os.path.dirname(os.path.abspath(path)) in ("/dev", "/dev/fd", "/proc/self/fd")
 
 

@@ -86,7 +86,7 @@ class Tokenizer:
         A rendered chat holds its special tokens already: encode it with add_special_tokens=False.
 
         Args:
-          context: refuse a text that is too long for so many tokens, before any work is done on it.
+          context: refuse a text that cannot fit into this many tokens, before any work is done on it.
 
         Raises:
           OptionError: the text holds half of a surrogate pair, so it is no Unicode text; or it is too long; or it

@@ -89,7 +89,7 @@ def encode_chat(
     without such text give the ids of their rendering, encoded whole.
 
     Args:
-      context: refuse a conversation that is too long for so many tokens, before any work is done on it.
+      context: refuse a conversation that cannot fit into this many tokens, before any work is done on it.
       **options: those of `render`, but for the tokenizer's own.
 
     Raises:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import jinja2
 
 MEMORY = 1 << 30  # bytes of address space
-MAX_TEXT = 1 << 25  # characters; no context of a model holds so many
+MAX_TEXT = 1 << 25  # characters, more than any model's context holds
 
 
 def serve() -> None:

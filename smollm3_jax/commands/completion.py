@@ -22,7 +22,7 @@ _smollm3() {
     if [[ -n "$found" ]]; then compadd -- $found; else _files; fi
 }
 compdef _smollm3 smollm3
-# in ~/.zshrc, behind compinit: eval "$(smollm3 completion zsh)"
+# in ~/.zshrc, after compinit: eval "$(smollm3 completion zsh)"
 """,
     "fish": """\
 complete -c smollm3 -a '(smollm3 __complete (commandline -opc)[2..] (commandline -ct) 2>/dev/null)'

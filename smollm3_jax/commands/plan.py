@@ -11,7 +11,7 @@ from typing import Any
 
 from ..config import RELEASE, SMOLLM3_3B, WEIGHT_SCHEMES, ModelConfig
 from ..errors import OptionError
-from .shared import add_model_name, console, count, dtype, folder, print_json
+from .shared import add_model_name, count, dtype, folder, show
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -35,7 +35,9 @@ def add(parser: argparse.ArgumentParser) -> None:
         return sub
 
     train = plan("train", _plan_train, "memory, collectives and modelled time of a training step", True)
-    train.add_argument("--slices", type=count, default=1, metavar="N", help="so many of the topology (default: 1)")
+    train.add_argument(
+        "--slices", type=count, default=1, metavar="N", help="how many slices of this topology (default: 1)"
+    )
     train.add_argument("--rules", default="fsdp", choices=STRATEGIES, help="default: fsdp")
     train.add_argument("--batch", type=count, default=16, metavar="ROWS", help="over all devices (default: 16)")
     train.add_argument("--length", type=count, default=4096, metavar="N", help="tokens of a row (default: 4096)")
@@ -122,13 +124,9 @@ def _plan_decode(args: argparse.Namespace) -> int:
 
 
 def _show_plan(args: argparse.Namespace, report: dict[str, Any]) -> int:
-    if args.json:
-        print_json(report)
-    else:
-        from ..plan_tables import tables
+    from ..plan_tables import tables
 
-        for part in tables(report):
-            console().print(part, highlight=False)
+    show(args, report, tables)
     return 0
 
 
@@ -139,11 +137,7 @@ def _plan_memory(args: argparse.Namespace) -> int:
     report = plan_memory(_plan_config(args), args.batch)
     if args.out:
         draw_memory(report, args.out)
-    if args.json:
-        print_json(report)
-    else:
-        for part in memory_tables(report):
-            console().print(part, highlight=False)
+    show(args, report, memory_tables)
     return 0
 
 
@@ -156,9 +150,5 @@ def _plan_scale(args: argparse.Namespace) -> int:
     except ValueError:
         raise OptionError(f"--devices {args.devices}: not numbers, with commas between them") from None
     report = plan_scale(_plan_config(args), devices, args.length)
-    if args.json:
-        print_json(report)
-    else:
-        for part in scale_tables(report):
-            console().print(part, highlight=False)
+    show(args, report, scale_tables)
     return 0

@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import json
 import sys
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -48,7 +49,7 @@ def add_dtype(parser: Any, help: str, default: str | None = None) -> None:
 def add_model_name(
     parser: argparse.ArgumentParser, group: Any = None, help: str = MODEL_HELP, needed: bool = True
 ) -> None:
-    """The model as a word of its own or behind -m; main.py makes `args.model` of either."""
+    """The model as a word of its own or after -m; main.py makes `args.model` of either."""
     parser.add_argument("model_word", nargs="?", metavar="MODEL", help=help)
     (group or parser).add_argument("-m", "--model", metavar="MODEL", help="the same")
     parser.set_defaults(model_needed=needed)
@@ -91,7 +92,7 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
     option("--n", int, "N", "how many samples; sample i draws with seed + i")
     option("--logprobs", int, "N", "log-probabilities, of the N likeliest tokens too (0 to 20)")
     group.add_argument("--prompt-logprobs", action="store_true", help="log-probabilities of the prompt's tokens")
-    option("--max-thinking-tokens", int, "N", "after so many tokens of thinking the model has to answer")
+    option("--max-thinking-tokens", int, "N", "at most N tokens of thinking, then the model has to answer")
 
 
 def _bias(text: str) -> tuple[int, float]:
@@ -149,6 +150,15 @@ def print_json(content: Any) -> None:
     lines = json.dumps(content, ensure_ascii=False, indent=2).split("\n")
     # JSON's own spelling, of half a surrogate pair, too.
     print("\n".join(UNSEEN.sub(lambda match: f"\\u{ord(match[0]):04x}", line) for line in lines))
+
+
+def show(args: argparse.Namespace, report: Any, tables: Callable[[Any], Iterable[Any]]) -> None:
+    """A report as JSON with --json, else the tables that are made of it."""
+    if args.json:
+        print_json(report)
+        return
+    for part in tables(report):
+        console().print(part, highlight=False)
 
 
 def console() -> "Console":

@@ -8,7 +8,7 @@ import sys
 from typing import NoReturn
 
 from ..screen_text import plain as plain_text
-from .shared import console, print_json
+from .shared import print_json, show
 
 # Seconds.
 WAIT = 300
@@ -48,11 +48,7 @@ def run(args: argparse.Namespace) -> int:
         from ..train.dry_run import describe, tables
 
         report = describe(settings)
-        if args.json:
-            print_json(report)
-        else:
-            for part in tables(report):
-                console().print(part, highlight=False)
+        show(args, report, tables)
         return 0
     start(args.coordinator, args.processes, args.process, args.wait, args.heartbeat)
     require_devices()

@@ -142,7 +142,7 @@ def generate(
         raise OptionError("prompts are texts or lists of token ids, not both at once")
     tokenizer = tokenizer or tokenizer_of(model)
     requests = [with_ids(Request(row), model.config, tokenizer, f"prompt {i}") for i, row in enumerate(rows)]
-    free = params is None and "max_new_tokens" not in fields  # nobody asked for so many: they need not fit
+    free = params is None and "max_new_tokens" not in fields  # nobody asked for this number: it need not fit
     params = dataclasses.replace(params, **fields) if params else with_defaults(model.generation_config, **fields)
     for i, request in enumerate(requests):
         own = fitted(params, len(request.prompt), model.config.max_position_embeddings) if free else params
@@ -259,7 +259,7 @@ def stream(
 
     Raises:
       OptionError: a request that cannot be run, when its turn comes.
-      OutOfMemoryError: so many slots of so many tokens do not fit.
+      OutOfMemoryError: the slots do not fit into memory.
     """
     enable()
     sharding = sharding or Sharding.of_array(model.norm[...])

@@ -153,7 +153,7 @@ class Batch:
 
         Raises:
           OptionError: an option is out of range.
-          OutOfMemoryError: so many slots of so many tokens do not fit.
+          OutOfMemoryError: the slots do not fit into memory.
           DataError: the source has changed since this batch was made, so that lines may be missing; those that were
             read are answered.
           SaveError: an answer could not be written; those before it are.

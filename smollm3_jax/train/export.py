@@ -34,7 +34,7 @@ def export(
       force: the folder may be there, and its model is replaced.
 
     Raises:
-      OptionError: there is no such checkpoint, or not so many; or there is something in the folder already.
+      OptionError: there is no such checkpoint, or there are fewer; or there is something in the folder already.
       TrainingError: it is damaged.
       SaveError: the folder cannot be written.
     """

@@ -58,11 +58,11 @@ _ABOUT = re.compile(
 _OTHER_SPLIT = re.compile(r"(^|[/_.-])(test|valid|validation|dev|eval)([/_.-]|$)", re.IGNORECASE)
 _TRAIN_SPLIT = re.compile(r"(^|[/_.-])train([/_.-]|$)", re.IGNORECASE)
 _POINTER = b"version https://git-lfs.github.com/spec/"
-# Of a corpus of more bytes, or in an object store, long files are compared by pieces: their length, and so many bytes
-# at their beginning, middle and end.
+# A corpus of more than WHOLE bytes, or in an object store, is compared by pieces of its long files: their length, and
+# HASHED bytes at their beginning, middle and end.
 WHOLE = 2**35
 HASHED = 2**20
-# Of so many records one at least must have the field of the text.
+# One at least of the first LOOKED_AT records must have the field of the text.
 LOOKED_AT = 100
 
 

@@ -14,7 +14,7 @@ PRINTED = "\n".join(page.read_text() for page in (ROOT / "README.md", *sorted((R
 
 
 def printed() -> list[str]:
-    """Every call of the command, in blocks and in sentences, without what stands behind a #."""
+    """Every call of the command, in blocks and in sentences, without what follows a #."""
     inside, found = False, re.findall(r"`(smollm3 [^`]+)`", PRINTED)
     for line in PRINTED.splitlines():
         if line.startswith("```"):

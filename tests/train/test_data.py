@@ -72,7 +72,7 @@ def test_the_same_batches_from_a_state(corpora):
 @given(st.integers(0, 6), st.integers(1, 4), st.sampled_from([1, 2, 4]), st.sampled_from([1, 2, 4]), st.integers(2, 20))
 @settings(max_examples=25, deadline=None)
 def test_batches_do_not_depend_on_the_number_of_hosts(folder, before, after, hosts, later_hosts, length):
-    """T2: Some steps on so many hosts, then others on so many: together their rows are those of one host."""
+    """T2: Some steps on one number of hosts, then others on another: together their rows are those of one host."""
 
     def rows_of(host, count, batch):
         size = len(batch.tokens) // count

@@ -79,7 +79,7 @@ def test_bad_records_are_passed_over_and_counted():
 
 
 def test_documents_do_not_see_each_other():
-    """T13: Other documents in front of and behind one, of the same lengths: its loss stays the same to the bit."""
+    """T13: Other documents before and after one, of the same lengths: its loss stays the same to the bit."""
     import jax.numpy as jnp
     import tiny
     from flax import nnx
