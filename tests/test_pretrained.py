@@ -193,9 +193,9 @@ def test_generation_config_gives_defaults_and_what_is_said_counts(talking: Path,
     config = s3.ModelConfig.from_hf(talking)
     raw = {"max_new_tokens": 7, "min_p": 0.1, "stop_strings": "w3", "suppress_tokens": [4], "repetition_penalty": 1.5}
     own = s3.GenerationConfig.from_hf(raw, config)
-    params = sampling.with_defaults(own)
+    params = sampling.with_defaults(own, 160)
     assert (params.max_new_tokens, params.min_p, params.stop, params.suppress_tokens) == (7, 0.1, ["w3"], [4])
-    assert sampling.with_defaults(own, max_new_tokens=9, stop=(), repetition_penalty=1.0) == s3.SamplingParams(
+    assert sampling.with_defaults(own, 160, max_new_tokens=9, stop=(), repetition_penalty=1.0) == s3.SamplingParams(
         max_new_tokens=9, min_p=0.1, suppress_tokens=[4]
     )
 
@@ -210,6 +210,7 @@ def test_generation_config_gives_defaults_and_what_is_said_counts(talking: Path,
         ("temperature", -1.0),
         ("max_new_tokens", 0),
         ("suppress_tokens", "4"),
+        ("suppress_tokens", [160]),
         ("stop_strings", [""]),
         ("max_new_tokens", 2.5),
     ],
@@ -218,10 +219,10 @@ def test_a_bad_default_is_named_with_its_file(talking: Path, tmp_path: Path, key
     raw = {key: value, "do_sample": True}
     config = s3.GenerationConfig.from_hf(raw, s3.ModelConfig.from_hf(talking))
     name = "stop" if key == "stop_strings" else key
-    with pytest.raises(ConfigError, match=rf"generation_config\.json: {name} is "):
-        sampling.with_defaults(config)
+    with pytest.raises(ConfigError, match=rf"generation_config\.json: {name} (is|names the id) "):
+        sampling.with_defaults(config, 160)
     good = {"top_k": 1, "suppress_tokens": [], "stop": []}.get(name, 1)
-    assert getattr(sampling.with_defaults(config, **{name: good}), name) == good
+    assert getattr(sampling.with_defaults(config, 160, **{name: good}), name) == good
 
 
 @pytest.mark.parametrize(
@@ -237,6 +238,6 @@ def test_what_cannot_be_done_is_named_once(talking: Path, caplog: pytest.LogCapt
     own = s3.GenerationConfig.from_hf(raw, s3.ModelConfig.from_hf(talking))
     sampling._not_done.cache_clear()
     for _ in range(2):
-        sampling.with_defaults(own)
+        sampling.with_defaults(own, 160)
     [record] = caplog.records
     assert "no_repeat_ngram_size (3), num_beams (4), bad_words_ids ([[1, 2]])" in record.getMessage()

@@ -41,7 +41,7 @@ def run(args: argparse.Namespace) -> int:
     checkpoint, tokenizer = open_model(args)
     if args.max_new_tokens is None and checkpoint.generation_config.to_hf().get("max_new_tokens") is None:
         args.max_new_tokens = 1024 if -1 in think_ids(tokenizer) else 4096
-    params = sampling_params(args, checkpoint.generation_config)
+    params = sampling_params(args, checkpoint)
     if params.n != 1 or params.logprobs is not None or params.prompt_logprobs:
         raise OptionError("--n, --logprobs and --prompt-logprobs are for `smollm3 generate`: a chat shows one answer")
     ends = chat_ends(tokenizer, checkpoint.config)

@@ -61,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
     if (args.logprobs is not None or args.prompt_logprobs) and not args.json:
         raise OptionError("--logprobs and --prompt-logprobs add to what --json prints: give --json too")
     checkpoint, tokenizer = open_model(args)
-    params = sampling_params(args, checkpoint.generation_config)
+    params = sampling_params(args, checkpoint)
     text, free = _prompt(args), args.max_new_tokens is None
     if args.chat:
         messages = [{"role": "system", "content": args.system}] if args.system is not None else []
@@ -138,7 +138,7 @@ def _generate_many(args: argparse.Namespace) -> int:
     if given := [name for name in ("json", "lookup", "system") if getattr(args, name)]:
         raise OptionError(f"--{given[0]} is for one prompt: leave it out with --input")
     checkpoint, tokenizer = open_model(args)
-    params = sampling_params(args, checkpoint.generation_config)
+    params = sampling_params(args, checkpoint)
     # A folder under all of its names; a hub id stays one.
     settings = {"model": str(Path(args.model).resolve()) if Path(args.model).exists() else args.model}
     settings |= {name: getattr(args, name) for name in ("dtype", "weights", "cache", "yarn")}

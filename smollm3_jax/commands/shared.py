@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..config import DTYPES, WEIGHT_SCHEMES, GenerationConfig, with_yarn
+from ..config import DTYPES, WEIGHT_SCHEMES, with_yarn
 from ..screen_text import UNSEEN, plain
 
 MODEL_HELP = "a model folder, a .gguf file, a hub id such as HuggingFaceTB/SmolLM3-3B (or ORG/NAME@REVISION), or demo"
@@ -103,7 +103,7 @@ def _bias(text: str) -> tuple[int, float]:
         raise argparse.ArgumentTypeError(f"{text!r} is not ID=VALUE, such as 42=-1.5") from None
 
 
-def sampling_params(args: argparse.Namespace, own: GenerationConfig) -> "SamplingParams":
+def sampling_params(args: argparse.Namespace, model: "Checkpoint") -> "SamplingParams":
     """What was given; for the rest the model's own settings, then the defaults of SamplingParams."""
     from ..generation.sampling import SamplingParams, with_defaults
 
@@ -111,7 +111,8 @@ def sampling_params(args: argparse.Namespace, own: GenerationConfig) -> "Samplin
     given["logit_bias"] = dict(args.logit_bias) if args.logit_bias else None
     given["stop_token_ids"] = args.stop_token_id
     given |= {name: getattr(args, name) or None for name in ("ignore_eos", "prompt_logprobs")}  # False is not said
-    return with_defaults(own, **{name: value for name, value in given.items() if value is not None})
+    said = {name: value for name, value in given.items() if value is not None}
+    return with_defaults(model.generation_config, model.config.vocab_size, **said)
 
 
 def folder(model: str, revision: str | None = None, token: str | None = None) -> Path:

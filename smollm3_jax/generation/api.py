@@ -143,7 +143,8 @@ def generate(
     tokenizer = tokenizer or tokenizer_of(model)
     requests = [with_ids(Request(row), model.config, tokenizer, f"prompt {i}") for i, row in enumerate(rows)]
     free = params is None and "max_new_tokens" not in fields  # nobody asked for this number: it need not fit
-    params = dataclasses.replace(params, **fields) if params else with_defaults(model.generation_config, **fields)
+    own = model.generation_config, model.config.vocab_size
+    params = dataclasses.replace(params, **fields) if params else with_defaults(*own, **fields)
     for i, request in enumerate(requests):
         own = fitted(params, len(request.prompt), model.config.max_position_embeddings) if free else params
         # Row i draws with seed + i; the samples of a prompt follow each other.
@@ -374,7 +375,7 @@ def _requests(model: SmolLM3, requests: Iterable[Request | str], tokenizer: Toke
             raise OptionError(f"{name} is a {type(request).__name__}; it must be a Request or a text")
         one = with_ids(Request(request) if isinstance(request, str) else request, model.config, tokenizer, name)
         if isinstance(request, str):
-            params = with_defaults(model.generation_config)
+            params = with_defaults(model.generation_config, model.config.vocab_size)
             one = dataclasses.replace(one, params=fitted(params, len(one.prompt), model.config.max_position_embeddings))
         yield one
 

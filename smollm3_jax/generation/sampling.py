@@ -166,7 +166,7 @@ class SamplingParams:
                     raise OptionError(f"{field} names the id {token!r}; the vocabulary has {vocab_size} tokens")
 
 
-def with_defaults(own: GenerationConfig, **given: Any) -> SamplingParams:
+def with_defaults(own: GenerationConfig, vocab_size: int, **given: Any) -> SamplingParams:
     """What was given; for the rest what the model's generation_config.json says, then the defaults of SamplingParams.
 
     What it asks for and cannot be had here is named in a warning, once.
@@ -184,7 +184,7 @@ def with_defaults(own: GenerationConfig, **given: Any) -> SamplingParams:
         found["stop"] = [stops] if isinstance(stops, str) else stops
     found = {name: value for name, value in found.items() if name not in given}
     try:
-        SamplingParams(**found)
+        SamplingParams(**found).check_ids(vocab_size)
     except OptionError as error:
         raise ConfigError(f"generation_config.json: {error}; correct it there, or give another value") from None
     asked = {name: raw[name] for name, nothing in NOT_DONE.items() if raw.get(name) not in (None, False, *nothing)}
