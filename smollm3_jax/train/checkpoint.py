@@ -6,12 +6,14 @@ element leaves it as it was.
 """
 
 import contextlib
+import functools
 import hashlib
 import json
 import logging
 import os
 import re
-from collections.abc import Mapping
+import sys
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -58,6 +60,8 @@ class Checkpoints:
         self.damaged: set[int] = set()  # steps that restoring found to be so: retention does not count them
         handlers = {"state": ocp.StandardCheckpointHandler(), "about": ocp.JsonCheckpointHandler()}
         self._writer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler(**handlers))
+        self._hook = sys.unraisablehook
+        sys.unraisablehook = functools.partial(_without_late_writes, self._hook)
 
     def save(self, step: int, state: Any, about: Mapping[str, Any]) -> None:
         """Begins to write; returns when the arrays are on the host.
@@ -112,6 +116,15 @@ class Checkpoints:
             self._writer.close()
         except Exception as error:
             raise _failed(error) from error
+        finally:
+            sys.unraisablehook = self._hook
+
+
+def _without_late_writes(hook: Callable[[Any], Any], unraisable: Any) -> None:
+    """What Python says of errors that nobody can catch, less one: after a write has failed, and has been reported, the
+    other writes of the same save end when Orbax has closed the event loop that waited for them."""
+    if str(unraisable.exc_value) != "Event loop is closed":
+        hook(unraisable)
 
 
 def _failed(error: Exception) -> TrainingError:

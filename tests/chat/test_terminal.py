@@ -713,6 +713,8 @@ class Person:
         while self.process.poll() is None:
             self.read()
             assert time.monotonic() < end, self.text[-2000:]
+        while self.read():
+            pass
         with contextlib.suppress(OSError):
             os.close(self.master)
         return self.process.returncode
