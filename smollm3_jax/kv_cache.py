@@ -50,6 +50,34 @@ class KVCache:
         return self.layers[0].k.shape[2]
 
 
+@dataclasses.dataclass(frozen=True)
+class CacheView:
+    """Where the new tokens of a call go in the cache, and what they see of it.
+
+    length_B: int32, how many tokens each row of the call holds before; [1] with a slot.
+    segments_BT: int32, 1, and 0 for the padding at the end of a row; None is no padding.
+    slot: the cache's row that the call's one row continues; None: row i of the call continues row i.
+    past: for prefill, how many tokens (static) the row holds at most: they and the new ones are seen as one sequence by
+      the attention of whole sequences. None is for a few new tokens, which look at the cache itself.
+    """
+
+    length_B: Array
+    segments_BT: Array | None = None
+    slot: Array | None = None
+    past: int | None = None
+
+    @classmethod
+    def of(cls, cache: KVCache, segments_BT: Array | None, slot: Array | None, past: int | None) -> "CacheView":
+        """Of a call that continues the rows of `cache`."""
+        return cls(cache.length if slot is None else cache.length[slot][None], segments_BT, slot, past)
+
+    def with_tokens(self, cache: KVCache, layers: tuple[LayerCache, ...], shape: tuple[int, ...]) -> KVCache:
+        """The cache with its layers replaced and the lengths after `shape` [B, T] new tokens."""
+        segments_BT = jnp.ones(shape, jnp.int32) if self.segments_BT is None else self.segments_BT
+        length_B = advance(self.length_B, segments_BT)
+        return KVCache(layers, length_B if self.slot is None else cache.length.at[self.slot].set(length_B[0]))
+
+
 def empty_cache(
     config: ModelConfig, batch: int, capacity: int, dtype: jnp.dtype, sharding: Sharding | None = None
 ) -> KVCache:

@@ -12,7 +12,7 @@ K key-value heads, E head width, V vocabulary, L layers.
 import copy
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple, overload
 
 import chex
 import jax
@@ -23,9 +23,9 @@ from jax import Array
 from sharding.rules import Sharding, platform_of
 
 from . import nvidia, rope, xla_cpu
-from .attention import attention, attention_after, decode_attention, decode_step
+from .attention import attention, cached_attention
 from .config import GenerationConfig, ModelConfig
-from .kv_cache import KVCache, advance, read, rows, write
+from .kv_cache import CacheView, KVCache, LayerCache
 from .quantize import Quantized, Weight, linear, lookup, quantized, scheme_of
 
 
@@ -69,6 +69,7 @@ class SmolLM3(nnx.Module):
       rngs: where the initial weights come from (normal, `initializer_range`).
       dtype: of the parameters, and with them of the activations.
       generation_config: when to stop, carried along for `generate` and `save_pretrained`.
+      sharding: the mesh and rules that the arrays are to lie by. It says so and moves nothing; None is one device.
     """
 
     def __init__(
@@ -78,14 +79,27 @@ class SmolLM3(nnx.Module):
         rngs: nnx.Rngs,
         dtype: Any = jnp.float32,
         generation_config: GenerationConfig | None = None,
+        sharding: Sharding | None = None,
     ):
         self.config = config
         self.generation_config = generation_config or GenerationConfig.from_hf({}, config)
+        # Static, as the configs are: what is compiled for one mesh is never taken for another.
+        self.sharding = sharding
         self.embed = _weight(config, "embed", ("vocab", "embed"), rngs, dtype)
         self.layers: Block | nnx.List[Block] = Block(config, rngs=rngs, dtype=dtype)
         self.norm = nnx.Param(jnp.ones(config.hidden_size, dtype), axes=("embed",))
         tied = config.tie_word_embeddings
         self.head = None if tied else _weight(config, "head", ("vocab", "embed"), rngs, dtype)
+
+    @overload
+    def __call__(
+        self, tokens: Array, positions: Array | None = None, segment_ids: Array | None = None, cache: None = None
+    ) -> Array: ...
+
+    @overload
+    def __call__(
+        self, tokens: Array, positions: Array | None = None, segment_ids: Array | None = None, *, cache: KVCache
+    ) -> tuple[Array, KVCache]: ...
 
     def __call__(
         self,
@@ -93,9 +107,7 @@ class SmolLM3(nnx.Module):
         positions: Array | None = None,
         segment_ids: Array | None = None,
         cache: KVCache | None = None,
-        *,
-        sharding: Sharding | None = None,
-    ) -> Any:
+    ) -> Array | tuple[Array, KVCache]:
         """Logits of the next token.
 
         Args:
@@ -105,8 +117,6 @@ class SmolLM3(nnx.Module):
           segment_ids: int32 [B, T]; 0 is padding, other values name documents; None is one document.
             With a cache a row is one document, and padding may only stand at its end.
           cache: what came before these tokens. It is not donated: the old one stays valid.
-          sharding: the mesh and rules that parameters and cache were placed by; None on one device, or for
-            every device of the parameters' mesh to compute everything.
 
         Returns:
           float32 [B, T, V]; with a cache, also the cache that holds these tokens.
@@ -114,8 +124,30 @@ class SmolLM3(nnx.Module):
         tokens = jnp.asarray(tokens)
         chex.assert_rank(tokens, 2)
         chex.assert_equal_shape([x for x in (tokens, positions, segment_ids) if x is not None])
-        sharding = sharding or Sharding.of_array(self.norm[...])
-        return _logits(self, tokens, positions, segment_ids, cache, sharding=sharding)
+        return _logits(where_it_lies(self), tokens, positions, segment_ids, cache)
+
+    @overload
+    def hidden(
+        self,
+        tokens: Array,
+        positions: Array | None = None,
+        segment_ids: Array | None = None,
+        cache: None = None,
+        *,
+        remat: Callable[..., Any] | None = None,
+    ) -> tuple[Array, None]: ...
+
+    @overload
+    def hidden(
+        self,
+        tokens: Array,
+        positions: Array | None = None,
+        segment_ids: Array | None = None,
+        *,
+        cache: KVCache,
+        slot: Array | None = None,
+        past: int | None = None,
+    ) -> tuple[Array, KVCache]: ...
 
     def hidden(
         self,
@@ -127,21 +159,17 @@ class SmolLM3(nnx.Module):
         slot: Array | None = None,
         past: int | None = None,
         remat: Callable[..., Any] | None = None,
-        sharding: Sharding | None = None,
-    ) -> tuple[Array, Any]:
+    ) -> tuple[Array, KVCache | None]:
         """The model up to its final norm: [B, T, D] for `unembed`, and the cache (None without one).
 
         Args:
-          slot: the row of the cache that the tokens, one row of them, continue; None if rows are rows.
-          past: for prefill: at most so many tokens (static) are in the row already. They and the new
-            ones are then seen as one sequence by the attention of whole sequences; None is for a few
-            new tokens, which look at the cache itself.
+          slot, past: as for `CacheView`.
           remat: a policy of `jax.checkpoint` for each layer: what its backward pass finds kept, by the names
             that `block` gives; None keeps everything.
         """
-        norm = _norm_for(self.config, tokens, cache is not None, sharding)
-        states, _, cache = _run_layers(self, tokens, positions, segment_ids, cache, slot, past, sharding, remat=remat)
-        return norm(states, self.norm[...], self.config.rms_norm_eps), cache
+        out = _run_layers(self, tokens, positions, segment_ids, cache, slot, past, remat=remat)
+        norm = _norm_for(self, tokens, cache is not None)
+        return norm(out.x_BTD, self.norm[...], self.config.rms_norm_eps), out.cache
 
     @property
     def dtype(self) -> Any:
@@ -154,35 +182,67 @@ class SmolLM3(nnx.Module):
         quantization = self.config.quantization
         return self.dtype if quantization is None else jnp.dtype(quantization.cache or self.dtype)
 
-    def unembed(self, x: Array, sharding: Sharding | None = None) -> Array:
+    @property
+    def platform(self) -> str:
+        """What computes it: "cpu", "tpu" or "gpu"."""
+        return platform_of(self.sharding)
+
+    def unembed(self, x: Array) -> Array:
         """Logits, float32 [..., V], of final hidden states [..., D]."""
-        return linear(x, self.embed if self.head is None else self.head, sharding=sharding)
+        return linear(x, self.embed if self.head is None else self.head, sharding=self.sharding)
 
     def layer_states(self, tokens: Array) -> Array:
         """What enters the first layer and what leaves each, [L + 1, B, T, D]: for finding where models part."""
-        return _layer_states(self, tokens, sharding=Sharding.of_array(self.norm[...]))
+        return _layer_states(where_it_lies(self), tokens)
 
 
-@functools.partial(jax.jit, static_argnames="sharding")
+def with_sharding(model: SmolLM3, sharding: Sharding | None) -> SmolLM3:
+    """The same arrays in a model that says that they lie by `sharding`; nothing is moved."""
+    out = copy.copy(model)
+    out.sharding = sharding
+    return out
+
+
+def where_it_lies(model: SmolLM3) -> SmolLM3:
+    """The model itself; of one whose arrays somebody has moved to a mesh, and who did not say by which rules, one whose
+    every device computes everything."""
+    found = Sharding.of_array(model.norm[...]) if model.sharding is None else None
+    return model if found is None else with_sharding(model, found)
+
+
+@jax.jit
 def _logits(
-    model: SmolLM3,
-    tokens_BT: Array,
-    positions_BT: Array | None,
-    segments_BT: Array | None,
-    cache: KVCache | None,
-    *,
-    sharding: Sharding | None = None,
-) -> Any:
-    x_BTD, new_cache = model.hidden(tokens_BT, positions_BT, segments_BT, cache, sharding=sharding)
-    logits_BTV = model.unembed(x_BTD, sharding)
-    return logits_BTV if new_cache is None else (logits_BTV, new_cache)
+    model: SmolLM3, tokens_BT: Array, positions_BT: Array | None, segments_BT: Array | None, cache: KVCache | None
+) -> Array | tuple[Array, KVCache]:
+    if cache is None:
+        x_BTD, _ = model.hidden(tokens_BT, positions_BT, segments_BT)
+        return model.unembed(x_BTD)
+    x_BTD, cache = model.hidden(tokens_BT, positions_BT, segments_BT, cache=cache)
+    return model.unembed(x_BTD), cache
 
 
-@functools.partial(jax.jit, static_argnames="sharding")
-def _layer_states(model: SmolLM3, tokens_BT: Array, *, sharding: Sharding | None = None) -> Array:
-    first_BTD = _embed(model, tokens_BT, sharding)
-    _, states_LBTD, _ = _run_layers(model, tokens_BT, sharding=sharding, keep_states=True)
-    return jnp.concatenate([first_BTD[None], states_LBTD])
+@jax.jit
+def _layer_states(model: SmolLM3, tokens_BT: Array) -> Array:
+    states_LBTD = _run_layers(model, tokens_BT, keep_states=True).states_LBTD
+    assert states_LBTD is not None
+    return jnp.concatenate([_embed(model, tokens_BT)[None], states_LBTD])
+
+
+class _Layers(NamedTuple):
+    """What the layers make of tokens: the last one's output; every one's, where kept; the cache with the tokens."""
+
+    x_BTD: Array
+    states_LBTD: Array | None
+    cache: KVCache | None
+
+
+class _Layer(NamedTuple):
+    """What differs from layer to layer. window: int32 scalar, or None; cached: what the layer's cache holds, if any."""
+
+    weights: Block
+    use_rope: Array
+    window: Array | None
+    cached: LayerCache | None
 
 
 def _run_layers(
@@ -193,91 +253,68 @@ def _run_layers(
     cache: KVCache | None = None,
     slot: Array | None = None,
     past: int | None = None,
-    sharding: Sharding | None = None,
+    *,
     keep_states: bool = False,
     remat: Callable[..., Any] | None = None,
-) -> tuple[Array, Any, KVCache | None]:
-    """Embedding and all blocks: the last state, all of them if kept, and the new cache."""
-    config = model.config
-    index_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1], dtype=jnp.int32), tokens_BT.shape)
-    # Without segments there is one document a row, and nothing for attention to mask by them.
-    row_segments_BT = jnp.ones_like(index_BT) if segments_BT is None else segments_BT
-    length_B = jnp.zeros((), jnp.int32)  # of no use without a cache
-    if cache is not None:
-        length_B = cache.length if slot is None else cache.length[slot][None]
-        index_BT = index_BT + length_B[:, None]
-    cos, sin = rope.cos_sin(config, index_BT if positions_BT is None else positions_BT)
-    norm = _norm_for(config, tokens_BT, cache is not None, sharding)
+) -> _Layers:
+    """Embedding and all blocks."""
+    view = None if cache is None else CacheView.of(cache, segments_BT, slot, past)
+    if positions_BT is None:
+        positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1], dtype=jnp.int32), tokens_BT.shape)
+        positions_BT = positions_BT if view is None else positions_BT + view.length_B[:, None]
+    angles = rope.cos_sin(model.config, positions_BT)
+    norm = _norm_for(model, tokens_BT, cache is not None)
 
-    def step(x_BTD: Array, layer: tuple) -> tuple[Array, Any]:
-        weights, use_rope, window, cached = layer
-        if cached is None:
-            weights = _in_dtype(weights, x_BTD.dtype)
+    def step(x_BTD: Array, layer: _Layer) -> tuple[Array, tuple[Array | None, LayerCache | None]]:
+        where: Any = {"window": layer.window, "sharding": model.sharding}
 
-        def attend(q_BTHE: Array, k_BTKE: Array, v_BTKE: Array) -> tuple[Array, Any]:
-            if cached is not None and past is None and slot is None:
-                angles, where = rope.of_layer(cos, sin, use_rope), {"length_B": length_B, "window": window}
-                done = decode_step(q_BTHE, k_BTKE, v_BTKE, angles, cached, **where, sharding=sharding)
-                if done is not None:
-                    return done
-            q, k, v = rope.rotate(q_BTHE, cos, sin, use_rope), rope.rotate(k_BTKE, cos, sin, use_rope), v_BTKE
-            if cached is None:
-                segments = {"q_segments_BT": segments_BT, "kv_segments_BS": segments_BT}
-                return attention(q, k, v, **segments, window=window, sharding=sharding), None
-            stored = write(cached, k, v, length_B, slot, sharding)
-            if past is None:
-                of_rows = rows(stored, slot, sharding)
-                return decode_attention(q, of_rows, length_B=length_B, window=window, sharding=sharding), stored
-            if past == 0:
-                return attention(q, k, v, window=window, sharding=sharding), stored
-            # Read back from what was just written, so that the update stays in place; what lies at or
-            # behind the length is not the past.
-            past_k, past_v = read(stored, slot, past, k.dtype, sharding)
-            out = attention_after(
-                q,
-                k,
-                v,
-                past_k,
-                past_v,
-                length_B=length_B,
-                segments_BT=row_segments_BT,
-                window=window,
-                sharding=sharding,
-            )
-            return out, stored
+        def attend(q_BTHE: Array, k_BTKE: Array, v_BTKE: Array) -> tuple[Array, LayerCache | None]:
+            if view is not None and layer.cached is not None:
+                of_layer = angles, layer.cached, view
+                return cached_attention(q_BTHE, k_BTKE, v_BTKE, *of_layer, use_rope=layer.use_rope, **where)
+            q_BTHE, k_BTKE = (rope.rotate(x, *angles, layer.use_rope) for x in (q_BTHE, k_BTKE))
+            segments = {"q_segments_BT": segments_BT, "kv_segments_BS": segments_BT}
+            return attention(q_BTHE, k_BTKE, v_BTKE, **segments, **where), None
 
-        x_BTD, stored = block(config, weights, x_BTD, attend, sharding, norm)
-        return x_BTD, (x_BTD if keep_states else None, stored)
+        weights = layer.weights if cache is not None else _in_dtype(layer.weights, x_BTD.dtype)
+        x_BTD, cached = block(model.config, weights, x_BTD, attend, model.sharding, norm)
+        return x_BTD, (x_BTD if keep_states else None, cached)
 
-    scanned = cache is None and isinstance(model.layers, Block)
+    x_BTD, states_LBTD, cached = _layer_by_layer(step, model, _embed(model, tokens_BT), cache, remat)
+    if view is None or cache is None:
+        return _Layers(x_BTD, states_LBTD, None)
+    return _Layers(x_BTD, states_LBTD, view.with_tokens(cache, cached, tokens_BT.shape))
+
+
+def _layer_by_layer(
+    step: Callable[..., Any], model: SmolLM3, x_BTD: Array, cache: KVCache | None, remat: Callable[..., Any] | None
+) -> tuple[Array, Array | None, tuple[LayerCache, ...]]:
+    """step(x_BTD, layer) -> (x_BTD, (state or None, cached or None)) through all layers: the last x_BTD, the states
+    [L, B, T, D] if there are any, and the layers' caches, if there is one."""
+    config, layers = model.config, model.layers
+    scanned = isinstance(layers, Block) and cache is None
     # A GPU would copy each layer's weights out of their stack, and its activations and gradients into theirs: a third
     # of what a training step moves.
-    unroll = platform_of(sharding) == "gpu"
+    unroll = model.platform == "gpu"
     if remat is not None:
         # Inside a scan nothing moves between forward and backward pass: no barrier is needed against it.
         step = jax.checkpoint(step, policy=remat, prevent_cse=not scanned or unroll)
-    x_BTD = _embed(model, tokens_BT, sharding)
-    windows = (None,) * config.num_hidden_layers if config.windows is None else config.windows
-    if scanned:
-        layers = (model.layers, jnp.array(config.rope_layers), _int_or_none(config.windows), None)
-        x_BTD, (states, _) = jax.lax.scan(step, x_BTD, layers, unroll=unroll or 1)
-        return x_BTD, states, None
-    # Unrolled: on CPU a scan would copy each layer's weights out of their stack, and a cache that goes
+    windows = None if config.windows is None else jnp.array(config.windows, jnp.int32)
+    if isinstance(layers, Block) and scanned:
+        stack = _Layer(layers, jnp.array(config.rope_layers), windows, None)
+        x_BTD, (states_LBTD, _) = jax.lax.scan(step, x_BTD, stack, unroll=unroll or 1)
+        return x_BTD, states_LBTD, ()
+    # One by one: on CPU a scan would copy each layer's weights out of their stack, and a cache that goes
     # through a scan exists twice.
-    kept = []
-    for i, (use_rope, window) in enumerate(zip(config.rope_layers, windows, strict=True)):
-        cached = None if cache is None else cache.layers[i]
-        weights = (
-            jax.tree.map(lambda x, i=i: x[i], model.layers) if isinstance(model.layers, Block) else model.layers[i]
-        )
-        x_BTD, out = step(x_BTD, (weights, jnp.array(use_rope), _int_or_none(window), cached))
-        kept.append(out)
-    states = jnp.stack([state for state, _ in kept]) if keep_states else None
-    if cache is None:
-        return x_BTD, states, None
-    new_length_B = advance(length_B, row_segments_BT)
-    length = new_length_B if slot is None else cache.length.at[slot].set(new_length_B[0])
-    return x_BTD, states, KVCache(tuple(stored for _, stored in kept), length)
+    states, caches = [], []
+    for i, use_rope in enumerate(config.rope_layers):
+        weights = jax.tree.map(lambda x, i=i: x[i], layers) if isinstance(layers, Block) else layers[i]
+        window = None if config.windows is None else jnp.array(config.windows[i], jnp.int32)
+        layer = _Layer(weights, jnp.array(use_rope), window, None if cache is None else cache.layers[i])
+        x_BTD, (state, cached) = step(x_BTD, layer)
+        states.append(state)
+        caches.append(cached)
+    return x_BTD, None if states[0] is None else jnp.stack(states), tuple(caches)
 
 
 def unstacked(model: SmolLM3) -> SmolLM3:
@@ -304,10 +341,6 @@ def _in_dtype(weights: Block, dtype: Any) -> Block:
         return isinstance(x, Quantized)
 
     return jax.tree.map(lambda x: x if is_quantized(x) else x.astype(dtype), weights, is_leaf=is_quantized)
-
-
-def _int_or_none(x: Any) -> Array | None:
-    return None if x is None else jnp.array(x, jnp.int32)
 
 
 def _rms_norm(x_BTD: Array, weight_D: Array, eps: float, addends: tuple[Array, ...] = ()) -> Array:
@@ -380,19 +413,20 @@ def _linear(
     return (out + _widened(bias[...].astype(out.dtype), out)).astype(x.dtype)
 
 
-def _norm_for(config: ModelConfig, tokens_BT: Array, cached: bool, sharding: Sharding | None) -> Callable[..., Array]:
+def _norm_for(model: SmolLM3, tokens_BT: Array, cached: bool) -> Callable[..., Array]:
     """`_rms_norm`, or its kernel: for one token on one GPU, and with a cache, as then nothing asks for gradients."""
+    sharding = model.sharding
     alone = sharding is None or sharding.mesh.size == 1
-    fits = config.hidden_size.bit_count() == 1
-    if cached and alone and fits and tokens_BT.size == 1 and platform_of(sharding) == "gpu" and nvidia.kernels_fit():
+    fits = model.config.hidden_size.bit_count() == 1
+    if cached and alone and fits and tokens_BT.size == 1 and model.platform == "gpu" and nvidia.kernels_fit():
         from . import rms_norm_gpu
 
         return functools.partial(rms_norm_gpu.rms_norm, sharding=sharding)
     return _rms_norm
 
 
-def _embed(model: SmolLM3, tokens_BT: Array, sharding: Sharding | None = None) -> Array:
-    x_BTD = lookup(model.embed, tokens_BT, model.dtype, platform_of(sharding))
+def _embed(model: SmolLM3, tokens_BT: Array) -> Array:
+    x_BTD = lookup(model.embed, tokens_BT, model.dtype, model.platform)
     pad = model.config.pad_token_id
     if pad is None:
         return x_BTD

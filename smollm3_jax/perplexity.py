@@ -20,14 +20,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from sharding.rules import Sharding
-
 from . import text_files
 from .compile_cache import enable
 from .errors import OptionError
 from .file_kind import what_it_is
 from .kv_cache import KVCache, empty_cache
-from .model import SmolLM3
+from .model import SmolLM3, where_it_lies
 from .progress import tally
 from .quantize import kernel
 from .tokenizer import Tokenizer
@@ -117,21 +115,19 @@ def perplexity(
     model: SmolLM3,
     documents: Mapping[str, Sequence[Sequence[int]]],
     cache_dtype: Any = None,
-    sharding: Sharding | None = None,
 ) -> dict[str, Any]:
     """The perplexity of a document's tokens, each given those before it in the document.
 
     Args:
       documents: token ids by language, at least two of each document, none outside the vocabulary.
       cache_dtype: None is the model's own; "int8" quantizes it.
-      sharding: the mesh and rules that the model was placed by; None on one device.
 
     Returns:
       perplexity, nats_per_token and tokens, of all and of each language; and what computed them. Ready for
       json.dumps: None in place of numbers that are not finite.
     """
     enable()
-    sharding = sharding or Sharding.of_array(model.norm[...])
+    model = where_it_lies(model)
     rows = [(language, document) for language, of in documents.items() for document in of]
     batch = min(ROWS, len(rows))
     dtype = jnp.dtype(cache_dtype or model.cache_dtype)
@@ -140,14 +136,13 @@ def perplexity(
     with tally("documents", len(rows)) as report:
         for start in range(0, len(rows), batch):
             part = rows[start : start + batch]
-            sums = _nats(model, [document for _, document in part], batch, dtype, sharding)
+            sums = _nats(model, [document for _, document in part], batch, dtype)
             for (language, document), value in zip(part, sums, strict=True):
                 nats[language] += value
                 counts[language] += len(document) - 1
             report(start + len(part), sum(counts.values()))
-    platform = sharding.platform if sharding else jax.default_backend()
     scheme = model.config.quantization and model.config.quantization.weights
-    by = kernel(scheme, batch, platform)
+    by = kernel(scheme, batch, model.platform)
     return {
         **_measures(sum(nats.values()), sum(counts.values())),
         "languages": {language: _measures(nats[language], counts[language]) for language in documents},
@@ -159,7 +154,7 @@ def perplexity(
         "dtype": model.dtype.name,
         "kernel": by,
         "rows": batch,
-        "platform": platform,
+        "platform": model.platform,
     }
 
 
@@ -173,27 +168,23 @@ def _measures(nats: float, tokens: int) -> dict[str, Any]:
     }
 
 
-def _nats(
-    model: SmolLM3, documents: Sequence[Sequence[int]], batch: int, dtype: Any, sharding: Sharding | None
-) -> list[float]:
+def _nats(model: SmolLM3, documents: Sequence[Sequence[int]], batch: int, dtype: Any) -> list[float]:
     """-log p of each document's tokens but the first, summed."""
     steps = -(-(max(map(len, documents)) - 1) // STEPS) * STEPS
     tokens_BT = np.full((batch, steps + 1), -1, np.int32)
     for row, document in enumerate(documents):
         tokens_BT[row, : len(document)] = document
-    cache = empty_cache(model.config, batch, max(128, 1 << (steps - 1).bit_length()), dtype, sharding)
+    cache = empty_cache(model.config, batch, max(128, 1 << (steps - 1).bit_length()), dtype, model.sharding)
     sums_B = np.zeros(batch)
     for start in range(0, steps, STEPS):
         piece = jnp.asarray(tokens_BT[:, start : start + STEPS + 1])
-        cache, nats_TB = _score(model, cache, piece, sharding=sharding)
+        cache, nats_TB = _score(model, cache, piece)
         sums_B += np.asarray(nats_TB, np.float64).sum(axis=0)
     return sums_B[: len(documents)].tolist()
 
 
-@functools.partial(jax.jit, static_argnames="sharding", donate_argnames="cache")
-def _score(
-    model: SmolLM3, cache: KVCache, tokens_BT: Array, *, sharding: Sharding | None = None
-) -> tuple[KVCache, Array]:
+@functools.partial(jax.jit, donate_argnames="cache")
+def _score(model: SmolLM3, cache: KVCache, tokens_BT: Array) -> tuple[KVCache, Array]:
     """-log p, float32 [T - 1, B], of each token but the first; 0 where there is none (-1)."""
 
     def step(cache: KVCache, pair: tuple[Array, Array]) -> tuple[KVCache, Array]:
@@ -202,10 +193,8 @@ def _score(
             jnp.maximum(token_B, 0)[:, None],
             segment_ids=(token_B >= 0).astype(jnp.int32)[:, None],
             cache=cache,
-            sharding=sharding,
         )
-        assert new is not None
-        logits_BV = model.unembed(x_B1D[:, 0], sharding)
+        logits_BV = model.unembed(x_B1D[:, 0])
         chosen_B = jnp.take_along_axis(logits_BV, jnp.maximum(next_B, 0)[:, None], axis=1)[:, 0]
         return new, jnp.where(next_B >= 0, jax.nn.logsumexp(logits_BV, axis=-1) - chosen_B, 0)
 

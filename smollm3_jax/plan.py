@@ -77,7 +77,7 @@ class TrainSetting:
     @functools.cached_property
     def arguments(self) -> tuple[Any, Batch]:
         """Shapes of the state and the batch, each at its place."""
-        model = abstract_model(self.config, jnp.float32)
+        model = abstract_model(self.config, jnp.float32, sharding=self.sharding)
         state = jax.eval_shape(lambda model: init_state(model, _OPTIMIZER), model)
         state = jax.tree.map(placed, state, state_shardings(state, self.sharding))
         rows = self.batch
@@ -325,7 +325,7 @@ class DecodeSetting:
             axes, value = param.get_metadata("axes"), param.get_value()
             return param.replace(placed(value, self.sharding.named("weight", axes, value.shape)))
 
-        model = abstract_model(self.config, jnp.bfloat16, stacked=self.stacked)
+        model = abstract_model(self.config, jnp.bfloat16, stacked=self.stacked, sharding=self.sharding)
         return jax.tree.map(place, model, is_leaf=lambda x: isinstance(x, nnx.Variable))
 
     @functools.cached_property

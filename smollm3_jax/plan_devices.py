@@ -108,7 +108,8 @@ def compile_for(
     """A jitted function, compiled for the devices of a mesh that are not there.
 
     Args:
-      arguments: shapes, each at its place; sharding, more: keyword arguments of the function.
+      arguments: shapes, each at its place; more: keyword arguments of the function.
+      sharding: whose mesh the devices are.
       what: said while it is at it.
 
     Raises:
@@ -116,7 +117,7 @@ def compile_for(
     """
     with busy(what), _described(sharding):
         platforms = ("cuda",) if sharding.platform == "gpu" else None
-        lowered = function.trace(*arguments, sharding=sharding, **more).lower(lowering_platforms=platforms)
+        lowered = function.trace(*arguments, **more).lower(lowering_platforms=platforms)
         try:
             compiled = lowered.compile(compiler_options=dict(compiler_options) if compiler_options else None)
         except Exception as error:

@@ -308,6 +308,7 @@ from sharding.rules import Sharding
 from smollm3_jax.generation import api
 from smollm3_jax.attention import attention, decode_attention, dispatch
 from smollm3_jax.generation.api import Request, complete
+from smollm3_jax.model import with_sharding
 from smollm3_jax.kv_cache import LayerCache, cache_shardings, copy_row, empty_cache
 from tiny import raw_config
 
@@ -320,7 +321,8 @@ def place(sharding):
     def one(param):
         axes, value = param.get_metadata("axes"), param[...]
         return param.replace(jax.device_put(value, sharding.named("", axes, value.shape)))
-    return jax.tree.map(one, model, is_leaf=lambda x: isinstance(x, nnx.Variable))
+    placed = jax.tree.map(one, model, is_leaf=lambda x: isinstance(x, nnx.Variable))
+    return with_sharding(placed, sharding)
 
 api.CHUNK = {"cpu": 16}  # prompts in several pieces
 prompts = np.random.RandomState(0).randint(3, 160, (2, 70))
@@ -332,12 +334,12 @@ requests = [
 tokens = jnp.asarray(prompts[:, :24])
 
 def outcome(model, sharding, cache_dtype):
-    done = complete(model, requests, cache_dtype=cache_dtype, sharding=sharding)
+    done = complete(model, requests, cache_dtype=cache_dtype)
     logits, cache = [], empty_cache(config, 2, 32, jnp.float32, sharding)
     for start, end in ((0, 13), (13, 14), (14, 20)):
-        some, cache = model(tokens[:, start:end], cache=cache, sharding=sharding)
+        some, cache = model(tokens[:, start:end], cache=cache)
         logits.append(np.asarray(some))
-    whole = np.asarray(model(tokens, sharding=sharding))
+    whole = np.asarray(model(tokens))
     return (
         [completion.token_ids for completion in done],
         np.concatenate([[chosen.logprob for chosen in completion.logprobs] for completion in done]),

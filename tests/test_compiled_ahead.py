@@ -140,12 +140,13 @@ def test_one_long_sequence_at_full_depth(raw_config):
 
 
 def test_a_kernel_beside_split_weights(raw_config, monkeypatch):
-    """A caller who says nothing of the mesh: `Sharding.of_array` finds it, and keeps the kernel apart from what is
+    """A model that says nothing of its mesh: `Sharding.of_array` finds it, and keeps the kernel apart from what is
     split. Without that the compiler refuses."""
     setting = decoding(raw_config, "v5e:2x2", (1, 4), "fsdp", 1, 1, 128)
 
     def logits(sharding):
-        return model._logits.lower(setting.model, setting.scalar(1, 128), None, None, None, sharding=sharding).compile()
+        told = model.with_sharding(setting.model, sharding)
+        return model._logits.lower(told, setting.scalar(1, 128), None, None, None).compile()
 
     program = hlo.operations(logits(Sharding.of(setting.sharding.mesh, {})))
     kernels = [op.name for op in program if op.target == "tpu_custom_call"]

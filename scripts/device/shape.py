@@ -52,7 +52,7 @@ def random_model(
       stacked: layers as one stack, for training, or one array a layer, as inference has them.
       sharding: where the arrays go; None leaves them on the default device.
     """
-    abstract = abstract_model(config, dtype, stacked=stacked)
+    abstract = abstract_model(config, dtype, stacked=stacked, sharding=sharding)
     flat, tree = jax.tree_util.tree_flatten_with_path(abstract)
     keys = jax.random.split(jax.random.key(1, impl="rbg"), len(flat))
     arrays = []

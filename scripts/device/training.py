@@ -66,7 +66,7 @@ def prepared(run: Run, rows: int, deterministic: bool = False) -> tuple[Training
     state = first_state()
     segments = shape.packed_segments(rows, length, padding=PADDING)
     batch = on_mesh(Batch(shape.random_tokens(config, rows, length), segments), sharding)
-    lowered = train_step.lower(state, batch, optimizer=optimizer, options=StepOptions(), sharding=sharding)
+    lowered = train_step.lower(state, batch, optimizer=optimizer, options=StepOptions())
     compiled = lowered.compile(compiler_options(platform_of(sharding), deterministic))
     return Training(compiled, batch, state), first_state
 

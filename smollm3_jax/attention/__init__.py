@@ -3,6 +3,7 @@
 Shapes: B batch, T query length, S key length, H query heads, K key-value heads, G = H / K, E head width.
 """
 
+from .cached import cached_attention
 from .dispatch import attention, attention_after, decode_attention, decode_step
 
-__all__ = ["attention", "attention_after", "decode_attention", "decode_step"]
+__all__ = ["attention", "attention_after", "cached_attention", "decode_attention", "decode_step"]

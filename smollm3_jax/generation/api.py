@@ -17,13 +17,11 @@ import numpy as np
 from jax import Array
 from jax.sharding import NamedSharding
 
-from sharding.rules import Sharding
-
 from ..compile_cache import enable
 from ..config import GenerationConfig, ModelConfig
 from ..errors import OptionError, memory_for, unknown_name
 from ..kv_cache import KVCache, empty_cache
-from ..model import SmolLM3
+from ..model import SmolLM3, where_it_lies
 from ..tokenizer import Tokenizer, tokenizer_of
 from .device_loop import MAX_STEPS, Chosen, Slots, decode, free, insert, prefill, slot_shardings
 from .prompt_lookup import MAX_DRAFT, can_draft, decode_lookup, remember
@@ -111,7 +109,6 @@ def generate(
     params: SamplingParams | None = None,
     *,
     tokenizer: Tokenizer | None = None,
-    sharding: Sharding | None = None,
     **fields: Any,
 ) -> Any:
     """What the model says after each prompt: text after text, token ids after token ids.
@@ -135,7 +132,7 @@ def generate(
     known = [field.name for field in dataclasses.fields(SamplingParams)]
     for name in fields:
         if name not in known:
-            raise unknown_name("generate", name, [*known, "params", "tokenizer", "sharding"], ELSEWHERE)
+            raise unknown_name("generate", name, [*known, "params", "tokenizer"], ELSEWHERE)
     rows = [prompts] if isinstance(prompts, str) else _rows(prompts)
     texts = isinstance(prompts, str) or (len(rows) > 0 and isinstance(rows[0], str))
     if any(isinstance(row, str) != texts for row in rows):
@@ -150,7 +147,7 @@ def generate(
         # Row i draws with seed + i; the samples of a prompt follow each other.
         own = dataclasses.replace(own, seed=(params.seed + i * params.n) % 2**32)
         requests[i] = dataclasses.replace(request, params=own)
-    done = complete(model, requests, tokenizer=tokenizer, sharding=sharding)
+    done = complete(model, requests, tokenizer=tokenizer)
     if not texts:
         return [completion.token_ids for completion in done]
     found = [completion.text for completion in done]
@@ -238,7 +235,6 @@ def stream(
     steps: int = MAX_STEPS,
     lookup: int = 0,
     stats: Stats | None = None,
-    sharding: Sharding | None = None,
 ) -> Iterator[Delta]:
     """Runs requests side by side in slots of the cache, and yields what they say as it comes.
 
@@ -255,17 +251,15 @@ def stream(
       lookup: how many tokens to draft from the text so far and verify at once (see `prompt_lookup`); 0 is off.
         The share of them that was accepted is logged at the end.
       stats: gets what was done, how fast, and by which programs; to measure prompts, it waits for each of them.
-      sharding: the mesh and rules that the model was placed by; None on one device, or for every device of the
-        model's mesh to compute everything.
 
     Raises:
       OptionError: a request that cannot be run, when its turn comes.
       OutOfMemoryError: the slots do not fit into memory.
     """
     enable()
-    sharding = sharding or Sharding.of_array(model.norm[...])
-    config = model.config, model.generation_config
     tokenizer = tokenizer or tokenizer_of(model)
+    model = where_it_lies(model)
+    config = model.config, model.generation_config
     queue: Iterable[Request] = _requests(model, [requests] if isinstance(requests, str) else requests, tokenizer)
     if capacity is None:
         queue = list(queue)
@@ -276,17 +270,16 @@ def stream(
     if not max_slots:
         return
     batch = 1 << (max_slots - 1).bit_length()
-    if sharding is not None:
-        sharding = sharding.fitted(config[0].axis_sizes)
+    if model.sharding is not None:
         # As many slots as the mesh divides, though some of them stay empty.
-        batch = math.lcm(batch, sharding.parts("batch"))
+        batch = math.lcm(batch, model.sharding.parts("batch"))
     room = max(MIN_CAPACITY, 1 << (capacity + lookup - 1).bit_length())
     with memory_for(
         f"{counted(batch, 'slot')} of {room:,} tokens",
         "fewer new tokens (max_new_tokens), slots or prompts, or a cache of int8, take less",
     ):
         cache_dtype = cache_dtype or model.cache_dtype
-        yield from _run(*(model, queue, tokenizer, batch, room, capacity, cache_dtype, steps, lookup, stats, sharding))
+        yield from _run(*(model, queue, tokenizer, batch, room, capacity, cache_dtype, steps, lookup, stats))
 
 
 def _run(
@@ -300,16 +293,15 @@ def _run(
     steps: int,
     lookup: int,
     stats: Stats | None,
-    sharding: Sharding | None,
 ) -> Iterator[Delta]:
     """The loop of `stream`, with `batch` slots of `room` tokens."""
     config = model.config, model.generation_config
     wait, stats = stats is not None, stats or Stats()
     with stats.timed():
-        cache = empty_cache(model.config, batch, room, cache_dtype, sharding)
+        cache = empty_cache(model.config, batch, room, cache_dtype, model.sharding)
         history = np.full((batch, room), -1, np.int32) if lookup else None
-        cache, slots, history = _place(model, cache, _no_slots(model, batch), history, sharding)
-    chunk = CHUNK.get(sharding.platform if sharding else jax.default_backend(), ACCELERATOR_CHUNK)
+        cache, slots, history = _place(model, cache, _no_slots(model, batch), history)
+    chunk = CHUNK.get(model.platform, ACCELERATOR_CHUNK)
     running: dict[int, _Sequence] = {}
     waiting = enumerate(requests)
     samples: list[_Sequence] = []  # of the request at hand that have no slot yet
@@ -330,13 +322,15 @@ def _run(
             sequence = samples.pop(0)
             with stats.timed("prompt_seconds"):
                 if source is None:
-                    cache, logprobs = _prefill(model, cache, slot, sequence.request, chunk, stats, sharding)
+                    cache, logprobs = _prefill(model, cache, slot, sequence.request, chunk, stats)
                     sequence.prompt_logprobs, source = logprobs, slot
                     if wait:
                         jax.block_until_ready(cache)
                 first = None if source == slot else np.int32(source)
                 length = np.int32(len(sequence.request.prompt) - 1)
-                cache, slots = insert(cache, slots, np.int32(slot), sequence.slot(), length, first)
+                cache, slots = insert(
+                    cache, slots, np.int32(slot), sequence.slot(), length, first, sharding=model.sharding
+                )
                 if history is not None:
                     told = np.full(room, -1, np.int32)
                     told[: len(sequence.request.prompt)] = sequence.request.prompt
@@ -346,10 +340,10 @@ def _run(
             break
         with stats.timed("seconds"):
             if history is None:
-                cache, slots, chosen = decode(model, cache, slots, np.int32(steps), sharding=sharding)
+                cache, slots, chosen = decode(model, cache, slots, np.int32(steps))
             else:
                 cache, slots, history, tokens, tally = decode_lookup(
-                    model, cache, slots, history, np.int32(steps), draft=lookup, sharding=sharding
+                    model, cache, slots, history, np.int32(steps), draft=lookup
                 )
                 chosen = Chosen(tokens, None, None, None)
                 tried, kept = jax.device_get(tally)
@@ -398,7 +392,6 @@ def _prefill(
     request: Request,
     chunk: int,
     stats: Stats,
-    sharding: Sharding | None,
 ) -> tuple[KVCache, tuple[float, ...] | None]:
     """All but the last token of a prompt into a slot, and the log-probabilities of all but its first."""
     prompt = np.asarray(request.prompt, np.int32)
@@ -415,7 +408,6 @@ def _prefill(
             np.int32(count),
             past=past,
             logprobs=request.params.prompt_logprobs,
-            sharding=sharding,
         )
         if values is not None:
             logprobs.append((values, count))
@@ -492,11 +484,9 @@ def _no_slots(model: SmolLM3, batch: int) -> Slots:
     return jax.tree.map(lambda x: np.zeros((batch, *np.shape(x)), np.asarray(x).dtype), one)
 
 
-def _place(
-    model: SmolLM3, cache: KVCache, slots: Slots, history: Any, sharding: Sharding | None
-) -> tuple[KVCache, Slots, Any]:
+def _place(model: SmolLM3, cache: KVCache, slots: Slots, history: Any) -> tuple[KVCache, Slots, Any]:
     """Everything where calls of `decode` leave it: if it came from elsewhere, the second call was compiled anew."""
-    if sharding is not None:
+    if (sharding := model.sharding) is not None:
         of_slot = NamedSharding(sharding.mesh, sharding.spec("batch"))
         return cache, *jax.device_put((slots, history), (slot_shardings(sharding), of_slot))
     devices = list(model.norm[...].devices())

@@ -78,7 +78,7 @@ class Chosen:
     top_logprobs: Any
 
 
-@functools.partial(jax.jit, static_argnames=("past", "logprobs", "sharding"), donate_argnames="cache")
+@functools.partial(jax.jit, static_argnames=("past", "logprobs"), donate_argnames="cache")
 def prefill(
     model: SmolLM3,
     cache: KVCache,
@@ -89,9 +89,8 @@ def prefill(
     *,
     past: int,
     logprobs: bool = False,
-    sharding: Sharding | None = None,
 ) -> tuple[KVCache, Array | None]:
-    """Puts a piece of a prompt behind what a slot holds.
+    """Puts a piece of a prompt after what a slot holds.
 
     Args:
       tokens_1T: int32 [1, T], padded at the end.
@@ -105,14 +104,12 @@ def prefill(
     segments_1T = (jnp.arange(tokens_1T.shape[1], dtype=jnp.int32) < count).astype(jnp.int32)[None]
     # A first piece starts the slot anew, whatever it held.
     cache = dataclasses.replace(cache, length=cache.length.at[slot].set(0)) if past == 0 else cache
-    x_1TD, cache = model.hidden(
-        tokens_1T, segment_ids=segments_1T, cache=cache, slot=slot, past=past, sharding=sharding
-    )
+    x_1TD, cache = model.hidden(tokens_1T, segment_ids=segments_1T, cache=cache, slot=slot, past=past)
     if not logprobs:
         return cache, None
 
     def one(x_and_next: tuple[Array, Array]) -> Array:  # a few rows at a time: T x V is large
-        logits_V = model.unembed(x_and_next[0], sharding)
+        logits_V = model.unembed(x_and_next[0])
         return logits_V[x_and_next[1]] - jax.nn.logsumexp(logits_V)
 
     return cache, jax.lax.map(one, (x_1TD[0], next_T), batch_size=16)
@@ -147,12 +144,8 @@ def free(slots: Slots, slot: Array) -> Slots:
     return dataclasses.replace(slots, active=slots.active.at[slot].set(False))
 
 
-@functools.partial(
-    jax.jit, static_argnames="sharding", donate_argnames=("cache", "slots"), compiler_options=COMPILER_OPTIONS
-)
-def decode(
-    model: SmolLM3, cache: KVCache, slots: Slots, steps: Array, *, sharding: Sharding | None = None
-) -> tuple[KVCache, Slots, Chosen]:
+@functools.partial(jax.jit, donate_argnames=("cache", "slots"), compiler_options=COMPILER_OPTIONS)
+def decode(model: SmolLM3, cache: KVCache, slots: Slots, steps: Array) -> tuple[KVCache, Slots, Chosen]:
     """Up to `steps` (at most MAX_STEPS) tokens for each active slot; ends early when none is left."""
     batch = slots.token.shape[0]
     width = min(MAX_LOGPROBS, model.config.vocab_size)
@@ -170,8 +163,8 @@ def decode(
     def body(state: tuple) -> tuple:
         step, cache, slots, chosen = state
         segments_B1 = slots.active.astype(jnp.int32)[:, None]
-        x_B1D, cache = model.hidden(slots.token[:, None], segment_ids=segments_B1, cache=cache, sharding=sharding)
-        logits_BV = model.unembed(x_B1D[:, 0], sharding)
+        x_B1D, cache = model.hidden(slots.token[:, None], segment_ids=segments_B1, cache=cache)
+        logits_BV = model.unembed(x_B1D[:, 0])
         token_B = _close_thinking(choose(logits_BV, slots.choice, slots.generated), slots)
         logprob_B, top_ids, top_logprobs = log_probabilities(logits_BV, token_B, slots.choice.logprobs)
         # A finished slot runs along; what it says is neither kept nor fed to anyone else.
@@ -182,10 +175,10 @@ def decode(
         return step + 1, cache, _advance(slots, token_B), chosen
 
     _, cache, slots, chosen = jax.lax.while_loop(unfinished, body, (jnp.array(0, jnp.int32), cache, slots, chosen))
-    if sharding is not None:
+    if model.sharding is not None:
         # Left to itself the compiler spreads some of them otherwise than they came: the next call would be
         # compiled anew, and what was donated not be used.
-        slots = jax.lax.with_sharding_constraint(slots, slot_shardings(sharding))
+        slots = jax.lax.with_sharding_constraint(slots, slot_shardings(model.sharding))
     return cache, slots, chosen
 
 

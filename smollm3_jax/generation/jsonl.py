@@ -21,8 +21,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sharding.rules import Sharding
-
 from ..chat.template import check_depth, encode_chat
 from ..config import ModelConfig
 from ..errors import DataError, OptionError, SaveError, SmolLM3Error
@@ -141,7 +139,6 @@ class Batch:
         slots: int = SLOTS,
         context: int | None = None,
         cache_dtype: Any = None,
-        sharding: Sharding | None = None,
     ) -> None:
         """Answers the lines that are left.
 
@@ -149,7 +146,7 @@ class Batch:
           slots: how many sequences at a time, rounded up to a power of two.
           context: the most tokens that a sequence may have, its prompt included; None takes what the longest
             line needs, for which all lines are tokenized first.
-          cache_dtype, sharding: as for `stream`.
+          cache_dtype: as for `stream`.
 
         Raises:
           OptionError: an option is out of range.
@@ -183,7 +180,6 @@ class Batch:
                     capacity=context,
                     cache_dtype=cache_dtype,
                     stats=self.stats,
-                    sharding=sharding,
                 ):
                     line = running[delta.request]
                     line.samples[delta.sample].add(delta)

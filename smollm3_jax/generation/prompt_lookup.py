@@ -15,8 +15,6 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from sharding.rules import Sharding
-
 from ..kv_cache import KVCache
 from ..model import SmolLM3
 from .device_loop import COMPILER_OPTIONS, MAX_STEPS, Slots, slot_shardings
@@ -47,7 +45,7 @@ def remember(history_BS: Array, slot: Array, tokens_S: Array) -> Array:
 
 @functools.partial(
     jax.jit,
-    static_argnames=("draft", "sharding"),
+    static_argnames="draft",
     donate_argnames=("cache", "slots", "history_BS"),
     compiler_options=COMPILER_OPTIONS,
 )
@@ -59,7 +57,6 @@ def decode_lookup(
     steps: Array,
     *,
     draft: int,
-    sharding: Sharding | None = None,
 ) -> tuple[KVCache, Slots, Array, Array, Array]:
     """As `device_loop.decode`, for greedy slots, until one of them has `steps` new tokens.
 
@@ -85,8 +82,8 @@ def decode_lookup(
         length_B = cache.length
         draft_BD = jax.vmap(functools.partial(_draft, count=draft))(history_BS, length_B)
         tokens_BT = jnp.concatenate([slots.token[:, None], jnp.maximum(draft_BD, 0)], axis=1)
-        x_BTD, cache = model.hidden(tokens_BT, cache=cache, sharding=sharding)
-        said_BT = jnp.argmax(model.unembed(x_BTD, sharding), axis=-1).astype(jnp.int32)
+        x_BTD, cache = model.hidden(tokens_BT, cache=cache)
+        said_BT = jnp.argmax(model.unembed(x_BTD), axis=-1).astype(jnp.int32)
         agrees_BD = jnp.cumprod(said_BT[:, :-1] == draft_BD, axis=1, dtype=jnp.int32)
         # A sequence ends at its limit, or with the first stop token.
         stops_BT = (said_BT[:, :, None] == slots.stop_ids[:, None, :]).any(axis=2)
@@ -124,9 +121,9 @@ def decode_lookup(
         jnp.zeros(2, jnp.int32),
     )
     cache, slots, history_BS, new_BN, _, tally_2 = jax.lax.while_loop(unfinished, body, state)
-    if sharding is not None:  # as in `decode`
-        slots = jax.lax.with_sharding_constraint(slots, slot_shardings(sharding))
-        history_BS = sharding.constrain(history_BS, "batch", None)
+    if model.sharding is not None:  # as in `decode`
+        slots = jax.lax.with_sharding_constraint(slots, slot_shardings(model.sharding))
+        history_BS = model.sharding.constrain(history_BS, "batch", None)
     return cache, slots, history_BS, new_BN, tally_2
 
 

@@ -260,7 +260,6 @@ class _Run:
                 batch,
                 optimizer=self.optimizer(number)[0],
                 options=options,
-                sharding=self.sharding,
             )
             platform = self.sharding.platform if self.sharding else jax.default_backend()
             with self.monitor.busy("compiling the step"), _room(self.progress.state, batch):
@@ -492,7 +491,7 @@ class _Run:
                     pairs += [(blank, blank)] * (stage.rows - len(pairs))
                     arrays = (np.stack(part) for part in zip(*pairs, strict=True))
                     batch = on_mesh(Batch(*arrays), self.sharding)
-                    sums = _held_out(self.progress.state.model, batch, dtype=s.model.dtype, sharding=self.sharding)
+                    sums = _held_out(self.progress.state.model, batch, dtype=s.model.dtype)
                     nats, count = nats + float(sums[0]), count + float(sums[1])
             if count:
                 found[name] = {"nats_per_token": nats / count, "tokens": int(count)}
@@ -514,10 +513,10 @@ class _Run:
         }
 
 
-@functools.partial(jax.jit, static_argnames=("dtype", "sharding"))
-def _held_out(model: SmolLM3, batch: Batch, *, dtype: str, sharding: Sharding | None) -> tuple[Array, Array]:
+@functools.partial(jax.jit, static_argnames="dtype")
+def _held_out(model: SmolLM3, batch: Batch, *, dtype: str) -> tuple[Array, Array]:
     """(nats, tokens) of a batch."""
-    return loss_sums(model, batch, StepOptions(dtype=dtype), sharding)[1]
+    return loss_sums(model, batch, StepOptions(dtype=dtype))[1]
 
 
 def open_model(settings: Settings) -> tuple[Path, SmolLM3, Callable[[], SmolLM3], Sharding | None]:
@@ -529,14 +528,18 @@ def open_model(settings: Settings) -> tuple[Path, SmolLM3, Callable[[], SmolLM3]
     found = opened.config if opened else ModelConfig.from_hf(texts)
     config, generation = adapted(found, settings), opened.generation_config if opened else None
     sharding = _sharding(settings, config)
-    shapes = abstract_model(config, "float32", generation)
+    shapes = abstract_model(config, "float32", generation, sharding=sharding)
 
     def load_it() -> SmolLM3:
         if opened is not None:
             mesh, rules = (sharding.mesh, settings.mesh.rules or "fsdp") if sharding else (None, None)
             return load(dataclasses.replace(opened, config=config), "float32", mesh, rules, stacked=True)
         places = state_shardings(shapes, sharding) if sharding else None
-        return jax.jit(lambda: SmolLM3(config, rngs=nnx.Rngs(settings.run.seed)), out_shardings=places)()
+
+        def fresh() -> SmolLM3:
+            return SmolLM3(config, rngs=nnx.Rngs(settings.run.seed), sharding=sharding)
+
+        return jax.jit(fresh, out_shardings=places)()
 
     return texts, shapes, load_it, sharding
 

@@ -15,7 +15,7 @@ from flax import nnx
 from jax import Array
 from jax.sharding import NamedSharding
 
-from sharding.rules import Sharding, platform_of
+from sharding.rules import Sharding
 
 from ..model import SmolLM3
 from .loss import cross_entropy, next_tokens
@@ -106,25 +106,24 @@ def init_state(model: Any, optimizer: optax.GradientTransformation) -> TrainStat
     return TrainState(model, optimizer.init(model), jnp.zeros((), jnp.int32))
 
 
-@functools.partial(jax.jit, static_argnames=("optimizer", "options", "sharding"), donate_argnames="state")
+@functools.partial(jax.jit, static_argnames=("optimizer", "options"), donate_argnames="state")
 def train_step(
     state: TrainState,
     batch: Batch,
     *,
     optimizer: optax.GradientTransformation,
     options: StepOptions,
-    sharding: Sharding | None = None,
 ) -> tuple[TrainState, dict[str, Array]]:
     """The state after one update, and float32 metrics: loss (nats a token), objective (loss and z-loss),
     grad_norm, tokens (that had a label), updates (before this one), and bad (how many micro-batches had a loss
     or gradient that was not finite: they are left out, and if all are, the loss is NaN and the state stays as it
     was)."""
     model: Any = state.model  # optax's types know no modules
-    ((total, (nll, count)), gradients), bad = _gradients(model, batch, options, sharding)
+    ((total, (nll, count)), gradients), bad = _gradients(model, batch, options)
     count = jnp.maximum(count, 1)
     gradients = jax.tree.map(lambda x: x / count, gradients)
-    if sharding is not None:
-        gradients = jax.lax.with_sharding_constraint(gradients, state_shardings(gradients, sharding))
+    if model.sharding is not None:
+        gradients = jax.lax.with_sharding_constraint(gradients, state_shardings(gradients, model.sharding))
     with jax.numpy_dtype_promotion("standard"):  # optax mixes floats with its int32 count, whatever the caller forbids
         updates, kept = optimizer.update(gradients, state.optimizer, model)
     updated: Any = optax.apply_updates(model, updates)
@@ -142,15 +141,14 @@ def updates_of(state: TrainState) -> Array:
     return counts[0][1] if counts else jnp.zeros((), jnp.int32)
 
 
-def loss_sums(
-    model: SmolLM3, batch: Batch, options: StepOptions, sharding: Sharding | None = None
-) -> tuple[Array, tuple[Array, Array]]:
+def loss_sums(model: SmolLM3, batch: Batch, options: StepOptions) -> tuple[Array, tuple[Array, Array]]:
     """(what is minimised, (cross-entropy, labels)), all of them sums over the batch, float32."""
+    sharding = model.sharding
     cast = jax.tree.map(lambda x: x.astype(options.dtype), model)
-    if platform_of(sharding) == "cpu":
+    if model.platform == "cpu":
         # Each layer casts its own: XLA:CPU writes gradients into a stack of bfloat16 by way of all of it in float32.
         cast.layers = model.layers
-    if platform_of(sharding) == "gpu":
+    if model.platform == "gpu":
         # Left to itself XLA for GPU rounds the table after every device has gathered it, at twice the bytes.
         cast.embed = jax.lax.optimization_barrier(cast.embed)
     tokens_BT, segments_BT = batch.tokens, batch.segment_ids
@@ -160,7 +158,7 @@ def loss_sums(
     if order is not None:
         positions_BT = jnp.broadcast_to(jnp.array(order, jnp.int32), tokens_BT.shape)
         tokens_BT, segments_BT, labels_BT, mask_BT = (x[:, order] for x in (tokens_BT, segments_BT, labels_BT, mask_BT))
-    x_BTD, _ = cast.hidden(tokens_BT, positions_BT, segments_BT, remat=REMAT[options.remat], sharding=sharding)
+    x_BTD, _ = cast.hidden(tokens_BT, positions_BT, segments_BT, remat=REMAT[options.remat])
     head = cast.embed if cast.head is None else cast.head
     lean = options.remat in ("full", "offload")
     total, nll = cross_entropy(
@@ -170,7 +168,7 @@ def loss_sums(
 
 
 def _gradients(
-    model: SmolLM3, batch: Batch, options: StepOptions, sharding: Sharding | None
+    model: SmolLM3, batch: Batch, options: StepOptions
 ) -> tuple[tuple[tuple[Array, tuple[Array, Array]], Any], Array]:
     """((sums, gradients), how many micro-batches were not finite)."""
     gradient = jax.value_and_grad(loss_sums, has_aux=True)
@@ -179,20 +177,20 @@ def _gradients(
         return ~jnp.isfinite(found[0][0] + optax.tree.norm(found[1]))
 
     if options.micro_batches == 1:
-        found = gradient(model, batch, options, sharding)
+        found = gradient(model, batch, options)
         return found, is_bad(found).astype(jnp.float32)
     # Rows are dealt out, so that each micro-batch has some of every device's.
     micro = jax.tree.map(lambda x: x.reshape(-1, options.micro_batches, *x.shape[1:]).swapaxes(0, 1), batch)
 
     def step(carry: tuple, batch: Batch) -> tuple:
-        found = gradient(model, batch, options, sharding)
+        found = gradient(model, batch, options)
         bad = is_bad(found)
         added = jax.tree.map(lambda old, new: old + jnp.where(bad, 0, new), carry[0], found)
         return (added, carry[1] + bad.astype(jnp.float32)), None
 
     zeros = jax.tree.map(
         lambda x: jnp.zeros(x.shape, x.dtype),
-        jax.eval_shape(lambda: gradient(model, jax.tree.map(lambda x: x[0], micro), options, sharding)),
+        jax.eval_shape(lambda: gradient(model, jax.tree.map(lambda x: x[0], micro), options)),
     )
     return jax.lax.scan(step, (zeros, jnp.zeros((), jnp.float32)), micro)[0]
 

@@ -15,6 +15,8 @@ from typing import Any
 import jax
 from flax import nnx
 
+from sharding.rules import Sharding
+
 from ..config import AXIS_FIELDS, GenerationConfig, ModelConfig
 from ..model import SmolLM3, unstacked
 
@@ -77,12 +79,17 @@ def place(slot: Slot, params: Mapping[str, Any]) -> tuple[str, int | None]:
 
 
 def abstract_model(
-    config: ModelConfig, dtype: Any, generation_config: GenerationConfig | None = None, stacked: bool = True
+    config: ModelConfig,
+    dtype: Any,
+    generation_config: GenerationConfig | None = None,
+    stacked: bool = True,
+    sharding: Sharding | None = None,
 ) -> SmolLM3:
     """The model with `jax.ShapeDtypeStruct`s in place of arrays; its layers as one stack, or one by one."""
 
     def build() -> SmolLM3:
-        model = SmolLM3(config, rngs=nnx.Rngs(0), dtype=dtype, generation_config=generation_config)
+        own: Any = {"dtype": dtype, "generation_config": generation_config, "sharding": sharding}
+        model = SmolLM3(config, rngs=nnx.Rngs(0), **own)
         return model if stacked else unstacked(model)
 
     return jax.eval_shape(build)

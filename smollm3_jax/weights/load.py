@@ -273,7 +273,7 @@ def load(
     if others := sorted({tensor.dtype for tensor in plain} - {target}):
         log.info("casting %s tensors to %s", " and ".join(others), target)
     config = dataclasses.replace(config, dtype=target) if target != (config.dtype or own) else config
-    model = abstract_model(config, target, checkpoint.generation_config, stacked)
+    model = abstract_model(config, target, checkpoint.generation_config, stacked, sharding)
     params = parameters(model)
     by_param: dict[str, list[StoredTensor]] = {}
     for name, slot in slots(config).items():

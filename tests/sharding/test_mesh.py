@@ -145,7 +145,7 @@ at = NamedSharding(sharding.mesh, sharding.spec("batch", None))
 batch = Batch(put(tokens, at), put(np.ones_like(tokens), at))
 losses = []
 for _ in range(3):
-    state, metrics = train_step(state, batch, optimizer=optimizer, options=options, sharding=sharding)
+    state, metrics = train_step(state, batch, optimizer=optimizer, options=options)
     losses.append(float(metrics["loss"]))
 print(json.dumps({"losses": losses, "processes": len(process_map())}))
 """

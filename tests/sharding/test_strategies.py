@@ -21,6 +21,7 @@ from jax.sharding import NamedSharding
 import smollm3_jax as s3
 from sharding.mesh import DEFAULT_AXES, make_mesh
 from sharding.rules import Sharding
+from smollm3_jax.model import with_sharding
 from smollm3_jax.train.optimizer import adamw
 from smollm3_jax.train.step import Batch, StepOptions, init_state, loss_sums, state_shardings, train_step
 from tiny import YARN, raw_config
@@ -41,7 +42,7 @@ def worst(got, want):
     return max(float(np.abs(x - y).max() / max(np.abs(y).max(), 1e-12)) for x, y in pairs)
 
 def run(sharding, options=options):
-    model = s3.SmolLM3(config, rngs=nnx.Rngs(0))
+    model = with_sharding(s3.SmolLM3(config, rngs=nnx.Rngs(0)), sharding)
     batch = Batch(*(jnp.asarray(x, jnp.int32) for x in (tokens, segments)))
     state = init_state(model, optimizer)
     if sharding is not None:
@@ -51,12 +52,12 @@ def run(sharding, options=options):
             assert x.addressable_shards[0].data.shape == at.shard_shape(x.shape)
     logits = None
     if sharding is None or sharding.parts("length") == 1:
-        logits = state.model(batch.tokens, segment_ids=batch.segment_ids, sharding=sharding)
+        logits = state.model(batch.tokens, segment_ids=batch.segment_ids)
     (total, _), gradients = jax.jit(
-        jax.value_and_grad(loss_sums, has_aux=True), static_argnums=(2, 3))(state.model, batch, options, sharding)
+        jax.value_and_grad(loss_sums, has_aux=True), static_argnums=2)(state.model, batch, options)
     gradients = jax.device_get(gradients)
     placed = jax.tree.map(lambda x: x.sharding, state)
-    state, metrics = train_step(state, batch, optimizer=optimizer, options=options, sharding=sharding)
+    state, metrics = train_step(state, batch, optimizer=optimizer, options=options)
     if sharding is not None:  # what comes out lies where it went in
         for x, at in zip(jax.tree.leaves(state), jax.tree.leaves(placed), strict=True):
             assert x.sharding.is_equivalent_to(at, x.ndim), (x.sharding, at)
@@ -89,6 +90,7 @@ import smollm3_jax as s3
 from sharding.mesh import make_mesh
 from sharding.rules import Sharding
 from smollm3_jax.generation.api import Request, complete
+from smollm3_jax.model import with_sharding
 from tiny import YARN, random_tensors, raw_config, write_checkpoint
 
 raw = raw_config("plain") | {"rope_scaling": YARN}
@@ -107,10 +109,12 @@ for weights in (None, "int8"):
     for rules, axes in MESHES.items():
         sharding = Sharding.of(make_mesh(axes), rules).fitted(one.config.axis_sizes)
         model = s3.from_pretrained(folder, weights=weights, mesh=sharding.mesh, rules=rules)
+        assert model.sharding == sharding
         unsaid = [None] if (rules, weights) == ("fsdp_tp", None) else []  # what finds the mesh by itself
         for given in [sharding, *unsaid]:
-            got = np.asarray(model(tokens, sharding=given))
-            answers = complete(model, requests, sharding=given)
+            told = with_sharding(model, given)
+            got = np.asarray(told(tokens))
+            answers = complete(told, requests)
             found[f"{rules} {weights}{'' if given else ', no sharding given'}"] = [
                 float(np.abs(got - logits).max() / np.abs(logits).max()),
                 [a.token_ids for a in answers] == [a.token_ids for a in said],
