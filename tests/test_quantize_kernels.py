@@ -18,7 +18,7 @@ from sharding.rules import Sharding
 from smollm3_jax import quantize_gpu, quantize_kernels, quantize_tpu, quantize_wgmma
 from smollm3_jax.config import WEIGHT_SCHEMES
 from smollm3_jax.errors import SupportError
-from smollm3_jax.plan import topology
+from smollm3_jax.plan.devices import topology
 from smollm3_jax.quantize import dequantize, linear, quantize, quantized, range_scales
 from smollm3_jax.quantize_kernels import unpacked_product
 

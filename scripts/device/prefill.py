@@ -14,8 +14,8 @@ from smollm3_jax.generation.api import ACCELERATOR_CHUNK, pieces
 from smollm3_jax.generation.device_loop import prefill
 from smollm3_jax.kv_cache import empty_cache
 from smollm3_jax.model import SmolLM3
-from smollm3_jax.plan import DecodeSetting
-from smollm3_jax.plan_devices import sharding_for
+from smollm3_jax.plan.decode import DecodeSetting
+from smollm3_jax.plan.devices import sharding_for
 
 from . import shape
 from .modelled import say_modelled
