@@ -17,6 +17,7 @@ from ..generation.api import Delta
 from ..generation.sampling import SamplingParams
 from ..generation.stats import Stats
 from ..reading import read_file, why
+from ..sizes import power_of_two_from
 from ..tokenizer import Tokenizer
 from .parse import Event, Parser, Text, Thinking, ToolCall
 from .screen import PROMPT, Answer, Screen
@@ -303,7 +304,7 @@ def _answer(chat: Chat) -> tuple[dict[str, Any] | None, list[str]]:
     # With the same seed for all, a question that is asked again would have the same answer.
     seed = (chat.params.seed + chat.answers) % 2**32
     params = dataclasses.replace(chat.params, max_new_tokens=min(room, chat.params.max_new_tokens), seed=seed)
-    capacity = max(chat.capacity, 1 << (len(prompt) + params.max_new_tokens - 1).bit_length())
+    capacity = max(chat.capacity, power_of_two_from(len(prompt) + params.max_new_tokens))
     end = chat.tokenizer.decode(prompt[-8:], skip_special_tokens=False)
     parser = Parser(thinking=end.rstrip().endswith("<think>"))
     events: list[Event] = []

@@ -16,8 +16,8 @@ import smollm3_jax as s3
 from smollm3_jax.commands.main import main
 from smollm3_jax.config import WEIGHT_SCHEMES, ModelConfig, Quantization
 from smollm3_jax.errors import ConfigError, OptionError
+from smollm3_jax.evaluate.parity import verify
 from smollm3_jax.quantize import best_scales, dequantize, quantize
-from smollm3_jax.verify import verify
 from smollm3_jax.weights.key_map import parameters
 from smollm3_jax.weights.load import open_checkpoint
 from smollm3_jax.weights.summary import summarize
