@@ -47,11 +47,11 @@ from rich.table import Column, Table
 from smollm3_jax.config import SMOLLM3_3B, ModelConfig
 from smollm3_jax.errors import SmolLM3Error, TokenizerError
 from smollm3_jax.files import new_file, new_folder, write
+from smollm3_jax.paths import cache_dir
 from smollm3_jax.progress import busy, progress
 from smollm3_jax.support import how_to_install
 from smollm3_jax.tokenizer import load_tokenizer
 from smollm3_jax.weights.demo import pull_demo
-from smollm3_jax.weights.hub import cache_dir
 from smollm3_jax.weights.key_map import slots
 from smollm3_jax.weights.safetensors import SINGLE, write_file
 from smollm3_jax.weights.stored import NUMPY_DTYPES, StoredTensor

@@ -17,9 +17,10 @@ from jax import Array
 from jax.experimental import pallas as pl
 from jax.sharding import PartitionSpec
 
-from sharding.rules import Sharding, say_once
+from sharding.rules import Sharding
 
 from . import nvidia, quantize_gpu, quantize_tpu, quantize_wgmma
+from .logs import say_once
 
 log = logging.getLogger(__name__)
 

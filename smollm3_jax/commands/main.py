@@ -142,14 +142,16 @@ def _run(name: str, command: ModuleType, args: argparse.Namespace) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except Exception as error:
-        from ..errors import OutOfMemoryError, lacks_memory
+        from sharding.strategies import ShardingError
+
+        from ..errors import OptionError, OutOfMemoryError, lacks_memory
         from ..support import refused_by_jax
 
         error = refused_by_jax(error) or error
         if lacks_memory(error):
             why = (str(error).splitlines() or ["none is left"])[0][:200]
             error = OutOfMemoryError(f"there is too little memory: {why}; a smaller model, batch or context takes less")
-        code = getattr(error, "exit_code", None)
+        code = OptionError.exit_code if isinstance(error, ShardingError) else getattr(error, "exit_code", None)
         if code is None and isinstance(error, OSError):
             code = 3  # a name that is too long, a full disk, ...
         if code is None or args.verbose > 1:

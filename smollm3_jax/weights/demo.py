@@ -6,6 +6,7 @@ layer.
 
 from pathlib import Path
 
+from ..paths import cache_dir
 from . import hub
 from .save import convert
 
@@ -26,7 +27,7 @@ def pull_demo() -> Path:
     Raises:
       HubError: neither can be had.
     """
-    converted = hub.cache_dir() / hub.DEMO_ID.split("/")[1]
+    converted = cache_dir() / hub.DEMO_ID.split("/")[1]
     if (converted / "config.json").exists():  # folders are written whole or not at all
         return converted
     try:

@@ -22,7 +22,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import HubError, OptionError
-from ..files import is_remote, new_file, write
+from ..files import new_file, write
+from ..paths import cache_dir, is_remote
 from ..progress import progress
 from .address import EXAMPLE, gguf_on_hub, hub_address
 from .bucket import copy_of
@@ -47,13 +48,6 @@ HASH = "[0-9a-f]{40}([0-9a-f]{24})?"
 
 class HubUnreachable(HubError):
     """No hub answers (or HF_HUB_OFFLINE forbids to ask), and the cache does not hold the whole model."""
-
-
-def cache_dir() -> Path:
-    """The package's own cache: $SMOLLM3_JAX_CACHE, else smollm3-jax in $XDG_CACHE_HOME or ~/.cache."""
-    if own := os.environ.get("SMOLLM3_JAX_CACHE"):
-        return Path(own).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "smollm3-jax"
 
 
 def resolve(model: str | Path, revision: str | None = None, token: str | None = None) -> Path:

@@ -477,16 +477,6 @@ def test_names_of_models(monkeypatch, tmp_path):
     assert calls == [("org/ti.ny-3", "v1", "secret")]
 
 
-@pytest.mark.parametrize(
-    ("own", "xdg", "expected"),
-    [("/a", "/b", "/a"), ("", "/b", "/b/smollm3-jax"), ("", "", "/home/x/.cache/smollm3-jax")],
-)
-def test_cache_dir(monkeypatch, own, xdg, expected):
-    for name, value in {"SMOLLM3_JAX_CACHE": own, "XDG_CACHE_HOME": xdg, "HOME": "/home/x"}.items():
-        monkeypatch.setenv(name, value)
-    assert hub.cache_dir() == Path(expected)
-
-
 # ----- the demo's wheel -----
 
 PIP = """
