@@ -44,8 +44,9 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from ..generation.api import Completion, check_request, stream
-    from ..generation.jsonl import chat_request, spell_logprobs, spell_prompt_logprobs, text_request
+    from ..chat.template import encode_for_answer
+    from ..generation.api import Completion, chat_ends, check_request, stream
+    from ..generation.jsonl import fitted_request, spell_logprobs, spell_prompt_logprobs
     from ..generation.stats import Stats
 
     if isinstance(sys.stdout, io.TextIOWrapper):
@@ -63,14 +64,16 @@ def run(args: argparse.Namespace) -> int:
     checkpoint, tokenizer = open_model(args)
     params = sampling_params(args, checkpoint)
     text, free = _prompt(args), args.max_new_tokens is None
+    context = checkpoint.config.max_position_embeddings
     if args.chat:
         messages = [{"role": "system", "content": args.system}] if args.system is not None else []
         messages.append({"role": "user", "content": text})
-        request = chat_request(checkpoint.config, tokenizer, messages, params, not args.no_think, fit=free)
+        prompt = encode_for_answer(tokenizer, messages, context=context, thinking=not args.no_think)
+        ends = chat_ends(tokenizer, checkpoint.config)
     else:
-        request = text_request(checkpoint.config, tokenizer, text, params, fit=free)
-    prompt, params = request.prompt, request.params
-    assert not isinstance(prompt, str)
+        prompt, ends = tokenizer.encode(text, context=context), ()
+    request = fitted_request(checkpoint.config, prompt, params, ends, fit=free)
+    params = request.params
     check_request(checkpoint.config, checkpoint.generation_config, request, tokenizer, lookup=args.lookup)
     model = load_model(args, checkpoint)
     if args.lookup and not args.quiet:  # how many drafts were accepted
@@ -131,6 +134,7 @@ def _prompt(args: argparse.Namespace) -> str:
 
 
 def _generate_many(args: argparse.Namespace) -> int:
+    from ..chat.template import encode_for_answer
     from ..generation.jsonl import SLOTS, Batch
 
     if args.output is None:
@@ -143,6 +147,7 @@ def _generate_many(args: argparse.Namespace) -> int:
     settings = {"model": str(Path(args.model).resolve()) if Path(args.model).exists() else args.model}
     settings |= {name: getattr(args, name) for name in ("dtype", "weights", "cache", "yarn")}
     options = {"chat": args.chat, "thinking": not args.no_think, "fit": args.max_new_tokens is None}
+    options["encode_messages"] = encode_for_answer
     with Batch(args.input, args.output, params, settings=settings, **options) as batch:
         if batch.left:
             slots = SLOTS if args.slots is None else args.slots
