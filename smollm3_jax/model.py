@@ -385,7 +385,7 @@ def _norm_for(config: ModelConfig, tokens_BT: Array, cached: bool, sharding: Sha
     alone = sharding is None or sharding.mesh.size == 1
     fits = config.hidden_size.bit_count() == 1
     if cached and alone and fits and tokens_BT.size == 1 and platform_of(sharding) == "gpu" and nvidia.kernels_fit():
-        from . import rms_norm_gpu
+        from .kernels import rms_norm_gpu
 
         return functools.partial(rms_norm_gpu.rms_norm, sharding=sharding)
     return _rms_norm

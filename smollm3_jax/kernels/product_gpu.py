@@ -22,7 +22,7 @@ import numpy as np
 from jax import Array
 from jax.experimental import pallas as pl
 
-from .sizes import power_of_two_up_to
+from ..sizes import power_of_two_up_to
 
 # Takes cost estimates, and has `store`, for which plain assignments to memory stand before.
 NEW = jax.__version_info__ >= (0, 12)
