@@ -7,7 +7,7 @@ layer.
 from pathlib import Path
 
 from ..paths import cache_dir
-from . import hub
+from . import demo_wheel, hub
 from .save import convert
 
 
@@ -33,5 +33,5 @@ def pull_demo() -> Path:
     try:
         return hub.pull(hub.DEMO_ID)
     except hub.HubUnreachable:
-        convert(hub.demo_gguf(), converted, dtype="bfloat16", force=True)
+        convert(demo_wheel.demo_gguf(), converted, dtype="bfloat16", force=True)
         return converted
