@@ -115,11 +115,8 @@ def pull(hub_id: str, revision: str | None = None, token: str | None = None) -> 
     from huggingface_hub import HfApi, constants, hf_hub_download
 
     token = (token or "").strip() or None
-    if token and not re.fullmatch(r"[!-~]+", token):
-        raise HubError("the token holds a blank, a line break or a letter that is not ASCII: no hub's token does")
+    _check_arguments(hub_id, revision, token)
     _check_all_names()
-    if revision and (".." in revision or revision.startswith("/") or set(revision) & set("\\\0")):
-        raise HubError(f"{hub_id} has no revision {revision}: no branch, tag or commit has such a name")
     seconds = constants.HF_HUB_ETAG_TIMEOUT
     names: list[str] = []
 
@@ -163,6 +160,13 @@ def pull(hub_id: str, revision: str | None = None, token: str | None = None) -> 
     except Exception as error:  # the same, and of the disk
         raise unreachable or _explain(error, hub_id, revision, transferring=True) from error
     return folder
+
+
+def _check_arguments(hub_id: str, revision: str | None, token: str | None) -> None:
+    if token and not re.fullmatch(r"[!-~]+", token):
+        raise HubError("the token holds a blank, a line break or a letter that is not ASCII: no hub's token does")
+    if revision and (".." in revision or revision.startswith("/") or set(revision) & set("\\\0")):
+        raise HubError(f"{hub_id} has no revision {revision}: no branch, tag or commit has such a name")
 
 
 def _check_all_names() -> None:
