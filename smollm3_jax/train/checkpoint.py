@@ -23,7 +23,8 @@ from etils import epath
 from jax import Array
 
 from ..errors import OptionError, SmolLM3Error, TrainingError
-from ..files import is_remote, remove
+from ..files import remove
+from ..paths import is_remote
 from .job import together
 
 log = logging.getLogger(__name__)

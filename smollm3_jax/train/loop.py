@@ -44,8 +44,9 @@ from sharding.rules import Sharding
 from .. import compile_cache
 from ..config import ModelConfig
 from ..errors import DataError, OptionError, TrainingError, lacks_memory
-from ..files import carry, is_remote, locked, new_folder, remove, write
+from ..files import carry, locked, new_folder, remove, write
 from ..model import SmolLM3
+from ..paths import is_remote
 from ..support import SHOWN, version
 from ..tokenizer import load_tokenizer
 from ..weights import demo

@@ -21,13 +21,12 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from sharding.rules import say_once
-
 from ..errors import DataError, SupportError
-from ..files import is_remote, new_file
+from ..files import new_file
+from ..logs import say_once
+from ..paths import cache_dir, is_remote
 from ..support import how_to_install
 from ..text_files import COMPRESSED, HEAD, blocks, compression_of, decode, encoding_of, refuse_utf16
-from ..weights.hub import cache_dir
 from .json_records import spans
 from .settings import Source
 
