@@ -19,12 +19,12 @@ from jax.sharding import NamedSharding
 
 from sharding.rules import Sharding
 
-from ..config import ModelConfig
-from ..errors import DataError, OptionError, SmolLM3Error
+from ...config import ModelConfig
+from ...errors import DataError, OptionError, SmolLM3Error
+from ..settings import Settings, Source, stage_at
+from ..step import Batch
 from .packing import EndOfData, Rows
-from .settings import Settings, Source, stage_at
 from .sources import BadRecord, Documents, Words, find_files, grain, open_documents, stem
-from .step import Batch
 
 log = logging.getLogger(__name__)
 

@@ -9,8 +9,8 @@ import time
 import pytest
 from etils import epath
 
-from smollm3_jax.train import monitor
-from smollm3_jax.train.monitor import Monitor, read_lines
+from smollm3_jax.train.run import monitor
+from smollm3_jax.train.run.monitor import Monitor, read_lines
 from smollm3_jax.train.settings import parse
 
 ABOUT = {"parameters": 1, "devices": 1, "steps": 9, "tokens_per_step": 8, "weights": {"a": 1.0}, "documents": {"a": 1}}

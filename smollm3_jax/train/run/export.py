@@ -8,10 +8,10 @@ from typing import Any
 import jax
 from etils import epath
 
-from ..config import GenerationConfig, ModelConfig
-from ..errors import OptionError, TrainingError
-from ..weights.key_map import abstract_model
-from ..weights.save import cast, check_target, tensors_of, write_folder
+from ...config import GenerationConfig, ModelConfig
+from ...errors import OptionError, TrainingError
+from ...weights.key_map import abstract_model
+from ...weights.save import cast, check_target, tensors_of, write_folder
 from . import checkpoint as checkpoints
 from .checkpoint import Damaged
 

@@ -16,10 +16,10 @@ from runs import environment, write_corpus
 
 from smollm3_jax.commands.main import main
 from smollm3_jax.errors import DataError, OptionError, SaveError, TokenizerError
-from smollm3_jax.train import tokenize as module
+from smollm3_jax.train.data import tokenize as module
+from smollm3_jax.train.data.sources import open_documents
+from smollm3_jax.train.data.tokenize import tokenize
 from smollm3_jax.train.settings import Source
-from smollm3_jax.train.sources import open_documents
-from smollm3_jax.train.tokenize import tokenize
 
 
 @pytest.fixture(scope="module")

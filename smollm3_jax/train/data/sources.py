@@ -23,13 +23,13 @@ from etils import epath
 
 from sharding.rules import say_once
 
-from ..errors import DataError, SupportError
-from ..files import is_remote, new_file
-from ..support import how_to_install
-from ..text_files import COMPRESSED, HEAD, blocks, compression_of, decode, encoding_of, refuse_utf16
-from ..weights.hub import cache_dir
+from ...errors import DataError, SupportError
+from ...files import is_remote, new_file
+from ...support import how_to_install
+from ...text_files import COMPRESSED, HEAD, blocks, compression_of, decode, encoding_of, refuse_utf16
+from ...weights.hub import cache_dir
+from ..settings import Source
 from .json_records import spans
-from .settings import Source
 
 log = logging.getLogger(__name__)
 

@@ -15,11 +15,11 @@ import tiny
 from etils import epath
 from runs import command, environment, losses, same_end, start, train, write_corpus
 
-from smollm3_jax.train import checkpoint
+from smollm3_jax.train.run import checkpoint
 from smollm3_jax.weights.load import open_checkpoint
 
 pytestmark = pytest.mark.slow
-GOLDEN = Path(__file__).parents[1] / "goldens" / "run"
+GOLDEN = Path(__file__).parents[2] / "goldens" / "run"
 
 
 def damage(path, how):

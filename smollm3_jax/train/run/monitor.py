@@ -14,10 +14,10 @@ from typing import Any
 import jax
 from etils import epath
 
-from .. import progress, screen_text
-from ..files import append, is_remote, write
-from ..support import how_to_install
-from .settings import Settings, as_table
+from ... import progress, screen_text
+from ...files import append, is_remote, write
+from ...support import how_to_install
+from ..settings import Settings, as_table
 
 log = logging.getLogger(__name__)
 

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from smollm3_jax.errors import DataError, TrainingError
-from smollm3_jax.train import job
-from smollm3_jax.train.checkpoint import Damaged
+from smollm3_jax.train.run import job
+from smollm3_jax.train.run.checkpoint import Damaged
 
 
 @pytest.fixture

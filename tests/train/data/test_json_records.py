@@ -7,8 +7,8 @@ from etils import epath
 from hypothesis import given
 from hypothesis import strategies as st
 
-from smollm3_jax.train import json_records
-from smollm3_jax.train.json_records import spans
+from smollm3_jax.train.data import json_records
+from smollm3_jax.train.data.json_records import spans
 
 RECORDS = [{"text": "one]"}, {"text": "zwei, {", "deep": {"n": [1, {}]}}, {"text": "三"}]
 

@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 import smollm3_jax as s3
 from smollm3_jax.errors import DataError, SupportError, TokenizerError
 from smollm3_jax.tokenizer import load_tokenizer
-from smollm3_jax.train import sources
-from smollm3_jax.train.data import Batches, _Kept, ahead, encoder, expanded, held_out_rows
-from smollm3_jax.train.packing import EndOfData
+from smollm3_jax.train.data import sources
+from smollm3_jax.train.data.mixture import Batches, _Kept, ahead, encoder, expanded, held_out_rows
+from smollm3_jax.train.data.packing import EndOfData
+from smollm3_jax.train.data.sources import BadRecord
 from smollm3_jax.train.settings import parse
-from smollm3_jax.train.sources import BadRecord
 
 
 def encode(document):

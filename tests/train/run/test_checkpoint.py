@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from smollm3_jax.errors import TrainingError
-from smollm3_jax.train import checkpoint
-from smollm3_jax.train.checkpoint import Checkpoints, Damaged, digest, read_about, restore, steps
+from smollm3_jax.train.run import checkpoint
+from smollm3_jax.train.run.checkpoint import Checkpoints, Damaged, digest, read_about, restore, steps
 
 
 def digest_of(array):

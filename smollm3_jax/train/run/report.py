@@ -10,7 +10,7 @@ from typing import Any
 
 from etils import epath
 
-from ..files import write
+from ...files import write
 from .monitor import read_lines
 
 WIDTH, HEIGHT, MARGIN = 720, 256, 64

@@ -11,13 +11,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ..config import ModelConfig
-from ..errors import DataError, OptionError, SaveError
-from ..files import new_file, write
-from ..progress import tally
-from ..tokenizer import load_tokenizer
-from .data import encoder
-from .settings import Source
+from ...config import ModelConfig
+from ...errors import DataError, OptionError, SaveError
+from ...files import new_file, write
+from ...progress import tally
+from ...tokenizer import load_tokenizer
+from ..settings import Source
+from .mixture import encoder
 from .sources import MANIFEST, BadRecord, is_ours, open_documents, read_manifest
 
 MAX_BYTES = 100_000_000

@@ -12,9 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from smollm3_jax.errors import DataError
-from smollm3_jax.train import sources
+from smollm3_jax.train.data import sources
+from smollm3_jax.train.data.sources import BadRecord, Documents, Words, digest, find_files, open_documents
 from smollm3_jax.train.settings import Source
-from smollm3_jax.train.sources import BadRecord, Documents, Words, digest, find_files, open_documents
 
 
 @pytest.fixture(autouse=True)

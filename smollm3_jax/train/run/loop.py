@@ -41,27 +41,22 @@ from sharding.hardware import GIB, chip_of
 from sharding.mesh import DEFAULT_AXES, make_mesh, parse_axes
 from sharding.rules import Sharding
 
-from .. import compile_cache
-from ..config import ModelConfig
-from ..errors import DataError, OptionError, TrainingError, lacks_memory
-from ..files import carry, is_remote, locked, new_folder, remove, write
-from ..model import SmolLM3
-from ..support import SHOWN, version
-from ..tokenizer import load_tokenizer
-from ..weights import demo
-from ..weights.key_map import abstract_model
-from ..weights.load import load, open_checkpoint, text_folder
-from ..weights.texts import check_links, is_text_file, read_texts
-from . import checkpoint as checkpoints
-from .checkpoint import Checkpoints, Damaged, run_folder
-from .data import Batches, ahead, encoder, expanded, held_out_rows, on_mesh
-from .export import TOKENIZER
-from .job import agree, gathered, together
-from .monitor import Monitor
-from .optimizer import adamw, schedule
-from .packing import EndOfData
-from .settings import Settings, Stage, as_table, parse, stage_at, starts
-from .step import (
+from ... import compile_cache
+from ...config import ModelConfig
+from ...errors import DataError, OptionError, TrainingError, lacks_memory
+from ...files import carry, is_remote, locked, new_folder, remove, write
+from ...model import SmolLM3
+from ...support import SHOWN, version
+from ...tokenizer import load_tokenizer
+from ...weights import demo
+from ...weights.key_map import abstract_model
+from ...weights.load import load, open_checkpoint, text_folder
+from ...weights.texts import check_links, is_text_file, read_texts
+from ..data.mixture import Batches, ahead, encoder, expanded, held_out_rows, on_mesh
+from ..data.packing import EndOfData
+from ..optimizer import adamw, schedule
+from ..settings import Settings, Stage, as_table, parse, stage_at, starts
+from ..step import (
     Batch,
     StepOptions,
     TrainState,
@@ -71,6 +66,11 @@ from .step import (
     state_shardings,
     train_step,
 )
+from . import checkpoint as checkpoints
+from .checkpoint import Checkpoints, Damaged, run_folder
+from .export import TOKENIZER
+from .job import agree, gathered, together
+from .monitor import Monitor
 
 log = logging.getLogger(__name__)
 

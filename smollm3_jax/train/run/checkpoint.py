@@ -22,8 +22,8 @@ import orbax.checkpoint as ocp
 from etils import epath
 from jax import Array
 
-from ..errors import OptionError, SmolLM3Error, TrainingError
-from ..files import is_remote, remove
+from ...errors import OptionError, SmolLM3Error, TrainingError
+from ...files import is_remote, remove
 from .job import together
 
 log = logging.getLogger(__name__)

@@ -4,8 +4,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from smollm3_jax.errors import DataError
-from smollm3_jax.train.packing import EndOfData, Rows
-from smollm3_jax.train.sources import BadRecord
+from smollm3_jax.train.data.packing import EndOfData, Rows
+from smollm3_jax.train.data.sources import BadRecord
 
 DOCUMENTS = st.lists(st.integers(1, 9), min_size=1, max_size=12)
 

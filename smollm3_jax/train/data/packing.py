@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import DataError
+from ...errors import DataError
 from .sources import BadRecord
 
 log = logging.getLogger(__name__)

@@ -10,12 +10,12 @@ from rich.text import Text
 
 from sharding.hardware import GIB
 
-from ..config import RELEASE, SMOLLM3_3B, ModelConfig
-from ..files import is_remote
-from ..screen_text import plain
-from ..weights import demo
-from ..weights.load import text_folder
-from .settings import Settings, as_table, stage_at, starts
+from ...config import RELEASE, SMOLLM3_3B, ModelConfig
+from ...files import is_remote
+from ...screen_text import plain
+from ...weights import demo
+from ...weights.load import text_folder
+from ..settings import Settings, as_table, stage_at, starts
 
 
 def describe(settings: Settings) -> dict[str, Any]:
@@ -23,7 +23,7 @@ def describe(settings: Settings) -> dict[str, Any]:
 
     "missing" names the settings whose paths are not there.
     """
-    from ..plan import count_parameters
+    from ...plan import count_parameters
 
     stages = []
     for start, end in itertools.pairwise([*starts(settings), settings.run.steps]):

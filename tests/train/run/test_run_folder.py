@@ -10,9 +10,9 @@ from etils import epath
 from tiny import tiny_checkpoint
 
 from smollm3_jax.errors import CheckpointFormatError, OptionError
-from smollm3_jax.train import loop
-from smollm3_jax.train.export import TOKENIZER, names_in
-from smollm3_jax.train.monitor import Monitor
+from smollm3_jax.train.run import loop
+from smollm3_jax.train.run.export import TOKENIZER, names_in
+from smollm3_jax.train.run.monitor import Monitor
 from smollm3_jax.train.settings import parse
 
 ABOUT = {"parameters": 1, "devices": 1, "steps": 9, "tokens_per_step": 8, "weights": {"a": 1.0}, "documents": {"a": 1}}
