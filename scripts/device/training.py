@@ -15,7 +15,7 @@ from sharding.mesh import make_mesh
 from sharding.rules import Sharding, platform_of
 from smollm3_jax.plan import TrainSetting
 from smollm3_jax.plan_devices import sharding_for
-from smollm3_jax.train.data.mixture import on_mesh
+from smollm3_jax.train.data.prefetch import on_mesh
 from smollm3_jax.train.optimizer import adamw
 from smollm3_jax.train.step import Batch, StepOptions, compiler_options, init_state, train_step
 

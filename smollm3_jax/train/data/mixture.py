@@ -6,29 +6,22 @@ Mixing, shuffling and packing go by global indices on every host; each then take
 import dataclasses
 import logging
 import os
-import queue
-import threading
-import time
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax
 import numpy as np
 from etils import epath
-from jax.sharding import NamedSharding
 
-from sharding.rules import Sharding
-
-from ...config import ModelConfig
-from ...errors import DataError, OptionError, SmolLM3Error
+from ...errors import DataError
 from ..settings import Settings, Source, stage_at
 from ..step import Batch
-from .packing import EndOfData, Rows
-from .sources import BadRecord, Documents, Words, find_files, grain, open_documents, stem
+from .encode import Encode
+from .files import OptionNames, find_files, stem
+from .packing import Rows
+from .records import grain
+from .sources import Documents, open_documents
 
 log = logging.getLogger(__name__)
-
-Encode = Callable[[Any], np.ndarray]
 
 
 class Batches:
@@ -45,7 +38,7 @@ class Batches:
         data = settings.data
         self._settings = settings
         self._corpora = {
-            name: open_documents(name, source, data.max_document_bytes, words_for(settings, name))
+            name: open_documents(name, source, data.max_document_bytes, option_names(settings, name))
             for name, source in sources(settings).items()
         }
         self._rows = {
@@ -117,7 +110,7 @@ def expanded(settings: Settings) -> Settings:
     if not data.per_file or data.sources:
         return settings
     folder = epath.Path(os.path.expanduser(data.path))
-    whole, words = Source(path=data.path, format=data.format, field=data.field), words_for(settings, "data")
+    whole, words = Source(path=data.path, format=data.format, field=data.field), option_names(settings, "data")
     files: Sequence[Any] = find_files("data", whole, words)
     if any(
         suffix.lower() == ".json" for file in files for suffix in file.suffixes
@@ -135,11 +128,11 @@ def sources(settings: Settings) -> dict[str, Source]:
     return data.sources or {"data": Source(path=data.path, field=data.field, format=data.format)}
 
 
-def words_for(settings: Settings, name: str) -> Words:
+def option_names(settings: Settings, name: str) -> OptionNames:
     """How a user sets the options of a source."""
     data = settings.data
     of = "data" if data.per_file or not data.sources else f"data.sources.{name}"
-    return Words(f"{of}.field", f"{of}.format", "data.max_document_bytes")
+    return OptionNames(f"{of}.field", f"{of}.format", "data.max_document_bytes")
 
 
 def training_rows(name: str, documents: Documents, encode: Encode, settings: Settings) -> Rows:
@@ -158,7 +151,7 @@ def held_out_rows(settings: Settings, batches: Batches, encode: Encode) -> dict[
     data = settings.data
     if data.eval_path:
         whole = Source(path=data.eval_path, field=data.field, format=data.eval_format)
-        words = Words("data.field", "data.eval_format", "data.max_document_bytes")
+        words = OptionNames("data.field", "data.eval_format", "data.max_document_bytes")
         corpora = {"held out": open_documents("held out", whole, data.max_document_bytes, words)}
         orders: dict[str, Any] = {name: range(len(corpus)) for name, corpus in corpora.items()}
     elif data.eval_every_nth:
@@ -195,101 +188,6 @@ class _Kept:
 
     def __repr__(self) -> str:
         return f"_Kept({self._count}, {self._nth})"
-
-
-def ahead(
-    batches: Batches, start: int, stop: int, timeout: float, asked: Callable[[], bool], depth: int = 2
-) -> Generator[tuple[int, Batch, dict[str, Any]] | None, None, None]:
-    """(step, batch, the state behind it) of each step, made by a thread while the device works.
-
-    Where it has to wait and `asked()` says so, None comes instead.
-
-    Raises:
-      DataError: the thread failed, or a batch did not come within `timeout` seconds: then it is left behind.
-    """
-    made: queue.Queue[Any] = queue.Queue(depth)
-    left = threading.Event()
-
-    def put(item: Any) -> None:
-        while not left.is_set():
-            try:
-                return made.put(item, timeout=0.2)
-            except queue.Full:
-                continue
-
-    def work() -> None:
-        try:
-            for step in range(start, stop):
-                if left.is_set():
-                    return
-                batch = batches.next(step)
-                put((step, batch, batches.state()))
-            put(None)
-        except BaseException as error:
-            put(error)
-
-    thread = threading.Thread(target=work, name="batches", daemon=True)
-    thread.start()
-    try:
-        begin = time.monotonic()
-        while True:
-            try:
-                item = made.get(timeout=min(timeout, 0.5))
-            except queue.Empty:
-                if asked():
-                    yield None
-                if time.monotonic() - begin > timeout:
-                    raise DataError(f"no batch came within data.timeout={timeout:g} seconds") from None
-                continue
-            if item is None or isinstance(item, EndOfData):
-                return
-            if isinstance(item, BaseException):
-                raise item
-            yield item
-            begin = time.monotonic()
-    finally:
-        left.set()
-
-
-def on_mesh(batch: Batch, sharding: Sharding | None) -> Batch:
-    """The batch on the devices: each host hands over its own rows alone."""
-    if sharding is None:
-        return jax.tree.map(jax.numpy.asarray, batch)
-    at = NamedSharding(sharding.mesh, sharding.spec("batch", None))
-    return jax.tree.map(lambda x: jax.make_array_from_callback(x.shape, at, lambda index: x[index]), batch)
-
-
-def encoder(tokenizer: Any, config: ModelConfig) -> Encode:
-    """What turns a document into token ids: texts through the tokenizer, tokens as they are, checked.
-
-    Raises:
-      OptionError: there is no token to put behind a text.
-    """
-    eos = config.eos_token_id
-    ends = eos if isinstance(eos, tuple) else () if eos is None else (eos,)
-    if not ends:
-        raise OptionError("config.json has no eos_token_id, which training puts behind each document")
-    # A tokenizer may put one there itself. (Another token that it appends is no end, and one that is written out in a
-    # document is text.)
-    bare, whole = tokenizer.encode("a", add_special_tokens=False), tokenizer.encode("a")
-    appended = len(whole) > len(bare) and whole[-1] in (*ends, tokenizer.eos_token_id)
-    end = [] if appended else [ends[0]]
-
-    def encode(document: Any) -> np.ndarray:
-        if isinstance(document, str):
-            try:
-                return np.asarray([*tokenizer.encode(document), *end], np.int32)
-            except SmolLM3Error as error:
-                raise BadRecord(str(error)) from None
-        if not document.size:
-            raise BadRecord("a document without tokens")
-        if document.min() < 0 or document.max() >= config.vocab_size:
-            raise DataError(
-                f"tokens up to {document.max()}, but the model has {config.vocab_size}: another tokenizer's shards"
-            )
-        return document
-
-    return encode
 
 
 def _changed(name: str, before: Any, now: Any) -> str:

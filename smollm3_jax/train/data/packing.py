@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from ...errors import DataError
-from .sources import BadRecord
+from .records import BadRecord
 
 log = logging.getLogger(__name__)
 

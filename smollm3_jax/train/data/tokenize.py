@@ -17,8 +17,10 @@ from ...files import new_file, write
 from ...progress import tally
 from ...tokenizer import load_tokenizer
 from ..settings import Source
-from .mixture import encoder
-from .sources import MANIFEST, BadRecord, is_ours, open_documents, read_manifest
+from .encode import encoder
+from .files import MANIFEST, is_ours, read_manifest
+from .records import BadRecord
+from .sources import open_documents
 
 MAX_BYTES = 100_000_000
 _documents: Any

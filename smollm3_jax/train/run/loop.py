@@ -52,8 +52,10 @@ from ...weights import demo
 from ...weights.key_map import abstract_model
 from ...weights.load import load, open_checkpoint, text_folder
 from ...weights.texts import check_links, is_text_file, read_texts
-from ..data.mixture import Batches, ahead, encoder, expanded, held_out_rows, on_mesh
+from ..data.encode import encoder
+from ..data.mixture import Batches, expanded, held_out_rows
 from ..data.packing import EndOfData
+from ..data.prefetch import on_mesh, prefetch
 from ..optimizer import adamw, schedule
 from ..settings import Settings, Stage, as_table, parse, stage_at, starts
 from ..step import (
@@ -397,7 +399,7 @@ class _Run:
         def asked() -> bool:
             return self.stop.asked and jax.process_count() == 1  # in a job all have to come to the same step
 
-        with contextlib.closing(ahead(self.batches, progress.step, s.run.steps, s.data.timeout, asked)) as came:
+        with contextlib.closing(prefetch(self.batches, progress.step, s.run.steps, s.data.timeout, asked)) as came:
             begin = time.monotonic()
             for item in came:
                 if self.stop.agreed() or item is None:

@@ -1,20 +1,15 @@
 import json
 import sys
-import time
 
 import numpy as np
 import pytest
-import tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import smollm3_jax as s3
-from smollm3_jax.errors import DataError, SupportError, TokenizerError
-from smollm3_jax.tokenizer import load_tokenizer
-from smollm3_jax.train.data import sources
-from smollm3_jax.train.data.mixture import Batches, _Kept, ahead, encoder, expanded, held_out_rows
+from smollm3_jax.errors import DataError, SupportError
+from smollm3_jax.train.data import files
+from smollm3_jax.train.data.mixture import Batches, _Kept, expanded, held_out_rows
 from smollm3_jax.train.data.packing import EndOfData
-from smollm3_jax.train.data.sources import BadRecord
 from smollm3_jax.train.settings import parse
 
 
@@ -140,38 +135,6 @@ def test_what_is_held_out_is_not_trained_on(corpora):
         rows.next(100)
 
 
-def test_batches_come_ahead_and_end_with_the_data(corpora):
-    """T9."""
-    batches = batches_of(corpora, epochs=1)
-    steps = [step for step, _, _ in ahead(batches, 0, 100, 10, asked=lambda: True)]
-    assert steps == list(range(len(steps))) and 0 < len(steps) < 100
-    again = batches_of(corpora)
-    came = list(ahead(again, 0, 5, 10, asked=lambda: False))
-    assert [step for step, _, _ in came] == [0, 1, 2, 3, 4]
-    fresh = batches_of(corpora)
-    for step, batch, state in came:
-        np.testing.assert_array_equal(batch.tokens, fresh.next(step).tokens)
-        assert state == fresh.state()
-
-
-def test_a_thread_that_fails_or_hangs_is_told_of(corpora, monkeypatch):
-    """T10."""
-    batches = batches_of(corpora)
-    monkeypatch.setattr(batches, "next", lambda step: time.sleep(5))
-    begin = time.monotonic()
-    with pytest.raises(DataError, match=r"no batch came within data.timeout=0.2 seconds"):
-        list(ahead(batches, 0, 3, 0.2, asked=lambda: False))
-    assert time.monotonic() - begin < 2
-    assert next(ahead(batches, 0, 3, 5, asked=lambda: True)) is None  # who was asked to stop does not wait for it
-
-    def fail(step):
-        raise DataError("broken")
-
-    monkeypatch.setattr(batches, "next", fail)
-    with pytest.raises(DataError, match="broken"):
-        list(ahead(batches, 0, 3, 5, asked=lambda: False))
-
-
 def test_without_grain_training_says_what_to_install(corpora, monkeypatch):
     monkeypatch.setitem(sys.modules, "grain", None)
     with pytest.raises(SupportError, match=r"corpora need the package grain .*pip install 'grain"):
@@ -180,7 +143,7 @@ def test_without_grain_training_says_what_to_install(corpora, monkeypatch):
 
 def test_a_checkpoint_that_saw_long_files_by_pieces_is_gone_on_from(corpora, monkeypatch, caplog):
     """As older versions compared them."""
-    monkeypatch.setattr(sources, "HASHED", 20)
+    monkeypatch.setattr(files, "HASHED", 20)
     before = batches_of(corpora)
     for step in range(3):
         before.next(step)
@@ -195,7 +158,7 @@ def test_a_checkpoint_that_saw_long_files_by_pieces_is_gone_on_from(corpora, mon
 
 def test_an_edit_of_the_same_length_in_a_long_file_is_refused(corpora, monkeypatch):
     """T9."""
-    monkeypatch.setattr(sources, "HASHED", 20)
+    monkeypatch.setattr(files, "HASHED", 20)
     state = batches_of(corpora).state()
     text = (corpora / "a.jsonl").read_text()
     at = text.index("aaa", 30)
@@ -226,50 +189,3 @@ def test_a_source_for_each_file_of_documents_alone(corpora):
     (corpora / "c.json").write_text('[{"text": "ccc"}]')
     settings = expanded(parse({"data": {"path": str(corpora), "per_file": True}}))
     assert list(settings.data.sources) == ["a", "b", "c"]
-
-
-def test_what_cannot_be_tokenized_is_a_bad_record():
-    """T8."""
-
-    class Fussy:
-        def encode(self, text, **_):
-            if text == "abc":
-                raise TokenizerError("a text of 3 characters cannot be tokenized")
-            return [1]
-
-    config = s3.ModelConfig.from_hf(tiny.raw_config("plain"))
-    with pytest.raises(BadRecord, match="cannot be tokenized"):
-        encoder(Fussy(), config)("abc")
-
-
-@pytest.mark.parametrize(
-    ("files", "eos", "ids"),
-    [
-        ({}, 257, [71, 72, 257]),
-        ({"appends": "</s>"}, 257, [71, 72, 257]),
-        ({"appends": "</s>"}, [256, 257], [71, 72, 257]),
-        ({"appends": "<s>"}, 257, [71, 72, 256, 257]),
-        ({"appends": "<s>", "eos_token": "<s>"}, 257, [71, 72, 256]),
-        ({"begins": "<s>"}, 257, [256, 71, 72, 257]),
-    ],
-)
-def test_a_document_has_one_end(tmp_path, files, eos, ids):
-    """Also where the tokenizer writes one itself; a token of another meaning is none."""
-    import tokenizers
-    from tokenizers import models, pre_tokenizers, processors
-
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    backend = tokenizers.Tokenizer(models.BPE({letter: i for i, letter in enumerate(alphabet)}, []))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.add_special_tokens(["<s>", "</s>"])
-    if files:
-        token = files.get("appends") or files["begins"]
-        single = f"$A {token}" if "appends" in files else f"{token} $A"
-        special = [(token, backend.token_to_id(token))]
-        backend.post_processor = processors.TemplateProcessing(single=single, special_tokens=special)
-    backend.save(str(tmp_path / "tokenizer.json"))
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps({k: v for k, v in files.items() if k == "eos_token"}))
-    config = s3.ModelConfig.from_hf(tiny.raw_config("plain") | {"vocab_size": 258, "eos_token_id": eos})
-    encode = encoder(load_tokenizer(tmp_path, config), config)
-    assert encode("hi").tolist() == ids
-    assert encode("hi</s>").tolist()[-2:] == ([257, ids[-1]] if ids[-2] == 72 else [256, 257])

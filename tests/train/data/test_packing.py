@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 
 from smollm3_jax.errors import DataError
 from smollm3_jax.train.data.packing import EndOfData, Rows
-from smollm3_jax.train.data.sources import BadRecord
+from smollm3_jax.train.data.records import BadRecord
 
 DOCUMENTS = st.lists(st.integers(1, 9), min_size=1, max_size=12)
 
