@@ -23,9 +23,10 @@ from rich.table import Table
 from sharding import hlo
 from sharding.roofline import roofline
 from smollm3_jax.config import SMOLLM3_3B, ModelConfig
-from smollm3_jax.plan import TrainSetting, count_parameters, sharding_for, topology
+from smollm3_jax.plan import TrainSetting, sharding_for, topology
 from smollm3_jax.progress import busy
 from smollm3_jax.train.step import StepOptions
+from smollm3_jax.weights.key_map import count_parameters
 
 ROWS, LENGTH = 16, 4096
 WHOLE = "compile_xla_flags=--xla_jf_spmd_threshold_for_windowed_einsum_mib=1000000"

@@ -33,7 +33,7 @@ from .kv_cache import KVCache, cache_bytes, cache_shardings, empty_cache
 from .plan_devices import DoesNotFit, compile_for, sharding_for, topology
 from .train.optimizer import adamw
 from .train.step import COMPILER_OPTIONS, REMAT, Batch, StepOptions, init_state, state_shardings, train_step
-from .weights.key_map import abstract_model
+from .weights.key_map import abstract_model, count_parameters
 from .weights.quantized import with_scheme
 
 CONTEXTS = (4096, 8192, 16384, 32768, 65536, 131072)
@@ -291,11 +291,6 @@ def _collectives(model: Roofline) -> list[dict[str, Any]]:
 def _slice_devices(sharding: Sharding) -> int | None:
     slices = {getattr(device, "slice_index", 0) for device in sharding.mesh.devices.flat}
     return sharding.mesh.size // len(slices) if len(slices) > 1 else None
-
-
-@functools.cache
-def count_parameters(config: ModelConfig) -> int:
-    return sum(math.prod(x.shape) for x in jax.tree.leaves(abstract_model(config, "float32")))
 
 
 # --- decoding ---------------------------------------------------------------------------------------------

@@ -23,8 +23,9 @@ from smollm3_jax.commands.main import main
 from smollm3_jax.config import SMOLLM3_3B, ModelConfig
 from smollm3_jax.errors import OptionError, SupportError
 from smollm3_jax.kv_cache import empty_cache
-from smollm3_jax.plan import count_parameters, plan_decode, plan_memory, plan_train, topology, weight_bytes
+from smollm3_jax.plan import plan_decode, plan_memory, plan_train, topology, weight_bytes
 from smollm3_jax.plan_tables import tables
+from smollm3_jax.weights.key_map import count_parameters
 
 ROOT = Path(__file__).parents[1]
 GOLDENS = Path(__file__).parent / "goldens" / "plan"

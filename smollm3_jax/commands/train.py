@@ -55,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
     if getattr(args, "verbose", 0) < 2:
         logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax's tracebacks: what fails there is an error here
     from ..train.run.loop import STOPPED, train
-    from ..train.run.monitor import plain
+    from ..train.run.metrics import plain
 
     result = train(
         settings,

@@ -95,6 +95,11 @@ def abstract_model(
     return jax.eval_shape(build)
 
 
+@functools.cache
+def count_parameters(config: ModelConfig) -> int:
+    return sum(math.prod(x.shape) for x in jax.tree.leaves(abstract_model(config, "float32")))
+
+
 def slots(config: ModelConfig) -> dict[str, Slot]:
     """Every Hugging Face tensor that a checkpoint of this config holds -> its slot, in Hugging Face's order."""
     params = parameters(abstract_model(config, "float32"))

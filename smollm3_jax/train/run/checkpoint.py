@@ -24,7 +24,7 @@ from jax import Array
 
 from ...errors import OptionError, SmolLM3Error, TrainingError
 from ...files import is_remote, remove
-from .job import together
+from .job import raise_everywhere
 
 log = logging.getLogger(__name__)
 
@@ -196,7 +196,7 @@ def restore(folder: epath.Path, step: int, like: Any, under: str = "") -> Any:
     shapes = {name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding) for name, x in wanted.items()}
     places = jax.tree.map(lambda x: ocp.ArrayRestoreArgs(sharding=x.sharding, strict=True), shapes)
     arguments = ocp.args.PyTreeRestore(shapes, restore_args=places, partial_restore=bool(under))
-    with together():
+    with raise_everywhere():
         try:
             found = ocp.PyTreeCheckpointHandler().restore(folder / f"{step:08d}" / "state", args=arguments)
         except Exception as error:

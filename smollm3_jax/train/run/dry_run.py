@@ -14,6 +14,7 @@ from ...config import RELEASE, SMOLLM3_3B, ModelConfig
 from ...files import is_remote
 from ...screen_text import plain
 from ...weights import demo
+from ...weights.key_map import count_parameters
 from ...weights.load import text_folder
 from ..settings import Settings, as_table, stage_at, starts
 
@@ -23,8 +24,6 @@ def describe(settings: Settings) -> dict[str, Any]:
 
     "missing" names the settings whose paths are not there.
     """
-    from ...plan import count_parameters
-
     stages = []
     for start, end in itertools.pairwise([*starts(settings), settings.run.steps]):
         _, stage = stage_at(settings, start)

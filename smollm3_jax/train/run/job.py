@@ -33,7 +33,7 @@ def agree(what: str, value: Any) -> None:
 
 
 @contextlib.contextmanager
-def together() -> Iterator[None]:
+def raise_everywhere() -> Iterator[None]:
     """Around what one process may fail at alone: then all of them fail, with its kind of error and its message."""
     error: SmolLM3Error | None = None
     try:

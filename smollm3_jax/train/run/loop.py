@@ -71,7 +71,7 @@ from ..step import (
 from . import checkpoint as checkpoints
 from .checkpoint import Checkpoints, Damaged, run_folder
 from .export import TOKENIZER
-from .job import agree, gathered, together
+from .job import agree, gathered, raise_everywhere
 from .monitor import Monitor
 
 log = logging.getLogger(__name__)
@@ -149,7 +149,7 @@ def train(
     agree("settings or versions", [as_table(settings), version("smollm3-jax"), version("jax")])
     stop = Stop()
     with stop.listening(), contextlib.ExitStack() as stack:
-        with together():
+        with raise_everywhere():
             settings = expanded(settings)
             folder = run_folder(settings.run.dir)
             stack.enter_context(_only_one(folder))
@@ -188,7 +188,7 @@ class _Run:
         self.settings, self.stop = settings, stop
         self.allow_restart, self.allow_changes = allow_restart, allow_changes
         self.folder = run_folder(settings.run.dir)
-        with together():
+        with raise_everywhere():
             self.source, self.shapes, self.load, self.sharding = open_model(settings)
             self.config = self.shapes.config
             tokenizer = load_tokenizer(self.source, self.config)
@@ -210,7 +210,7 @@ class _Run:
 
     def first_state(self) -> TrainState:
         """Of the model as it is loaded. Raises TrainingError where it is not finite."""
-        with together():
+        with raise_everywhere():
             model = self.load()
         _, finite = checkpoints.digest(checkpoints.named_arrays({"model": model}))
         if bad := [name for name, good in finite.items() if not good]:
@@ -294,7 +294,7 @@ class _Run:
         damaged = []
         for step in reversed(checkpoints.steps(folder)):
             try:
-                with together():
+                with raise_everywhere():
                     about = checkpoints.read_about(folder, step)
                     self.compare(about)
                 self.progress.state = None  # what is to be replaced need not take memory
@@ -360,7 +360,7 @@ class _Run:
             resumed = self.restore()
             if not resumed:
                 progress.state = self.first_state()
-            with together():
+            with raise_everywhere():
                 if jax.process_index() == 0:  # not before a resume has found that the tokenizer is the same
                     _keep_texts(self.source, self.folder / TOKENIZER)
             self.monitor.begin(progress.step, resumed, self.describe())

@@ -16,8 +16,10 @@ from etils import epath
 
 from ... import progress, screen_text
 from ...files import append, is_remote, write
-from ...support import how_to_install
 from ..settings import Settings, as_table
+from . import backends
+from .metrics import as_text, known_lines, read_lines
+from .report import write_report
 
 log = logging.getLogger(__name__)
 
@@ -58,7 +60,7 @@ class Monitor:
         self._timed = self._begin
         self._clock = time.time() - self._begin
         if resumed:
-            lines, others = _known_lines(self._folder / "metrics.jsonl")
+            lines, others = known_lines(self._folder / "metrics.jsonl")
             if others and self._first:
                 log.warning("metrics.jsonl: %d lines that are no run's are left out", others)
             for line in lines:
@@ -69,7 +71,9 @@ class Monitor:
             return
         self._write("settings.json", json.dumps(as_table(self._settings), indent=2) + "\n")
         self._write("environment.json", json.dumps(self._environment, indent=2) + "\n")
-        self._backends = [b for b in (_tensorboard(self._folder, self._settings), _wandb(self._settings)) if b]
+        self._backends = [
+            b for b in (backends.tensorboard(self._folder, self._settings), backends.wandb(self._settings)) if b
+        ]
         self._say(_headline(about))
         self._open_bar(step)
 
@@ -87,8 +91,6 @@ class Monitor:
         if not self._about:  # it did not begin, and what was reported before holds
             return
         with self._surviving("report.html"):
-            from .report import write_report
-
             write_report(self._folder, {"state": state, "step": step, **self.summary(), **self._about})
 
     def summary(self) -> dict[str, Any]:
@@ -117,7 +119,7 @@ class Monitor:
             return
         with self._surviving("metrics.jsonl"):
             kept = [line for line in read_lines(self._folder / "metrics.jsonl") if line["step"] <= step]
-            self._write("metrics.jsonl", "".join(_text(line) for line in kept))
+            self._write("metrics.jsonl", "".join(as_text(line) for line in kept))
 
     # --- as it goes ---------------------------------------------------------------------------------------
 
@@ -263,7 +265,7 @@ class Monitor:
     def _append(self, name: str, line: Mapping[str, Any]) -> None:
         if not self._first:
             return
-        text = _text(line)
+        text = as_text(line)
         if is_remote(self._folder):
             self._behind[name] = self._behind.get(name, "") + text
             return
@@ -275,7 +277,7 @@ class Monitor:
         for name, text in list(self._behind.items()):
             file = self._folder / name
             with self._surviving(name):
-                self._write(name, (file.read_text() if file.exists() else "") + text)
+                self._write(name, (file.readas_text() if file.exists() else "") + text)
 
     @contextlib.contextmanager
     def _surviving(self, what: str) -> Iterator[None]:
@@ -286,60 +288,6 @@ class Monitor:
             log.warning("%s could not be written: %s", what, error)
 
 
-def _text(line: Mapping[str, Any]) -> str:
-    return json.dumps(plain(line)) + "\n"
-
-
-def plain(x: Any) -> Any:
-    """The same for JSON, which knows no NaN: numbers that are not finite are None."""
-    if isinstance(x, Mapping):
-        return {key: plain(value) for key, value in x.items()}
-    return None if isinstance(x, float) and not math.isfinite(x) else x
-
-
-def read_lines(path: epath.Path) -> list[dict[str, Any]]:
-    """Of a run's metrics.jsonl, null read as NaN; one that a kill cut short, or that no run wrote, is passed over."""
-    return _known_lines(path)[0]
-
-
-def _known_lines(path: epath.Path) -> tuple[list[dict[str, Any]], int]:
-    """(the lines that a run wrote, how many others there are but for a torn last one)."""
-    if not path.exists():
-        return [], 0
-    *whole, torn = path.read_bytes().split(b"\n")
-    lines = [_line(text) for text in (*whole, torn)]
-    others = sum(line is None and bool(text.strip()) for line, text in zip(lines, whole, strict=False))
-    return [line for line in lines if line is not None], others
-
-
-def _line(text: bytes) -> dict[str, Any] | None:
-    try:
-        line = _with_nan(json.loads(text.decode()))
-    except (ValueError, RecursionError):
-        return None
-    if not isinstance(line, dict) or type(line.get("step")) is not int or not 0 <= line["step"] < 2**53:
-        return None
-    if "held_out" in line:
-        found = line["held_out"]
-        sound = isinstance(found, dict) and all(
-            isinstance(x, dict) and _is_number(x.get("nats_per_token")) and _is_number(x.get("tokens"))
-            for x in found.values()
-        )
-        return line if sound else None
-    sound = all(_is_number(x) for x in line.values()) and {"loss", "seconds", "bad", "tokens"} <= line.keys()
-    return line if sound and math.isfinite(line["bad"]) and math.isfinite(line["tokens"]) else None
-
-
-def _is_number(x: Any) -> bool:
-    return isinstance(x, float) or (isinstance(x, int) and abs(x) < 2**63)
-
-
-def _with_nan(x: Any) -> Any:
-    if isinstance(x, dict):
-        return {key: _with_nan(value) for key, value in x.items()}
-    return math.nan if x is None else x
-
-
 def _headline(about: Mapping[str, Any]) -> str:
     share = ", ".join(f"{name} {100 * weight:.4g} %" for name, weight in about["weights"].items() if weight)
     documents = sum(about["documents"].values())
@@ -347,44 +295,3 @@ def _headline(about: Mapping[str, Any]) -> str:
         f"{about['parameters']:,} parameters, {about['devices']} devices, {about['steps']:,} steps of "
         f"{about['tokens_per_step']:,} tokens, {documents:,} documents: {share}"
     )
-
-
-def _tensorboard(folder: epath.Path, settings: Settings) -> Callable[[int, Mapping[str, float]], None] | None:
-    if not settings.log.tensorboard:
-        return None
-    try:
-        from tensorboardX import SummaryWriter  # pyright: ignore[reportMissingImports]
-    except ImportError:
-        log.warning(f"log.tensorboard: {how_to_install('tensorboard')}; metrics.jsonl has it all")
-        return None
-    writer = SummaryWriter(str(folder / "tensorboard"))
-    return _forgiving("tensorboard", lambda step, values: [writer.add_scalar(k, v, step) for k, v in values.items()])
-
-
-def _wandb(settings: Settings) -> Callable[[int, Mapping[str, float]], None] | None:
-    if not settings.log.wandb:
-        return None
-    try:
-        import wandb  # pyright: ignore[reportMissingImports]
-
-        run = wandb.init(project=settings.log.wandb, name=settings.run.name or None, config=as_table(settings))
-    except Exception as error:
-        log.warning("log.wandb: %s; metrics.jsonl has it all", str(error).splitlines()[0])
-        return None
-    return _forgiving("wandb", lambda step, values: run.log(dict(values), step=step))
-
-
-def _forgiving(name: str, write: Callable[[int, Mapping[str, float]], Any]) -> Callable[..., None]:
-    """The same, but for what fails: said once, then left alone."""
-    works = True
-
-    def attempt(step: int, values: Mapping[str, float]) -> None:
-        nonlocal works
-        if works:
-            try:
-                write(step, values)
-            except Exception as error:
-                works = False
-                log.warning("%s failed, training goes on without it: %s", name, error)
-
-    return attempt

@@ -11,7 +11,7 @@ from typing import Any
 from etils import epath
 
 from ...files import write
-from .monitor import read_lines
+from .metrics import read_lines
 
 WIDTH, HEIGHT, MARGIN = 720, 256, 64
 LOSS, HELD_OUT = "loss, nats a token", "held-out text, nats a token"

@@ -23,28 +23,28 @@ def words(text):
 
 
 def test_alone_nothing_is_said():
-    with job.together():
+    with job.raise_everywhere():
         pass
-    with pytest.raises(DataError, match="gone"), job.together():
+    with pytest.raises(DataError, match="gone"), job.raise_everywhere():
         raise DataError("gone")
     job.agree("settings", {"a": 1})
 
 
 def test_what_one_fails_at_all_fail_at(others):
     others(words(""), words("Damaged: a bit is another"))
-    with pytest.raises(Damaged, match="process 2: a bit is another"), job.together():
+    with pytest.raises(Damaged, match="process 2: a bit is another"), job.raise_everywhere():
         pass
     others(words("KeyError: of no kind that is known"))
-    with pytest.raises(TrainingError, match="process 1: of no kind"), job.together():
+    with pytest.raises(TrainingError, match="process 1: of no kind"), job.raise_everywhere():
         pass
     others(words("DataError: later"))
-    with pytest.raises(Damaged, match="first"), job.together():
+    with pytest.raises(Damaged, match="first"), job.raise_everywhere():
         raise Damaged("first")
 
 
 def test_a_message_may_be_long(others):
     others(words(""))
-    with pytest.raises(DataError), job.together():
+    with pytest.raises(DataError), job.raise_everywhere():
         raise DataError("ä" * 2 * job.MESSAGE_BYTES)
 
 

@@ -9,8 +9,9 @@ import time
 import pytest
 from etils import epath
 
-from smollm3_jax.train.run import monitor
-from smollm3_jax.train.run.monitor import Monitor, read_lines
+from smollm3_jax.train.run import backends, monitor
+from smollm3_jax.train.run.metrics import read_lines
+from smollm3_jax.train.run.monitor import Monitor
 from smollm3_jax.train.settings import parse
 
 ABOUT = {"parameters": 1, "devices": 1, "steps": 9, "tokens_per_step": 8, "weights": {"a": 1.0}, "documents": {"a": 1}}
@@ -130,7 +131,7 @@ def test_backends_that_fail_are_left_alone(watch, caplog):
         seen.append(step)
         raise ConnectionError("down")
 
-    it._backends = [monitor._forgiving("wandb", write)]
+    it._backends = [backends._forgiving("wandb", write)]
     with caplog.at_level(logging.WARNING):
         for step in (1, 2, 3):
             assert it.step(line(step)) is None
