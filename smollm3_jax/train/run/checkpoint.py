@@ -10,7 +10,6 @@ import functools
 import hashlib
 import json
 import logging
-import os
 import re
 import sys
 from collections.abc import Callable, Mapping
@@ -22,8 +21,8 @@ import orbax.checkpoint as ocp
 from etils import epath
 from jax import Array
 
-from ...errors import OptionError, SmolLM3Error, TrainingError
-from ...files import is_remote, remove
+from ...errors import SmolLM3Error, TrainingError
+from ...files import remove
 from .job import raise_everywhere
 
 log = logging.getLogger(__name__)
@@ -39,13 +38,6 @@ _NO_DAMAGE = ("RESOURCE_EXHAUSTED", "PERMISSION_DENIED", "UNAUTHENTICATED", "UNA
 
 class Damaged(SmolLM3Error):
     """A checkpoint that cannot be used; the reason."""
-
-
-def run_folder(path: str) -> epath.Path:
-    """A run's folder by the name that a user gives it; Orbax wants it absolute. Raises OptionError for s3://."""
-    if path.startswith("s3://"):
-        raise OptionError(f"{path}: Orbax writes to gs:// and to file systems, not to s3://; mount the bucket")
-    return epath.Path(path) if is_remote(path) else epath.Path(os.path.abspath(os.path.expanduser(path)))
 
 
 class Checkpoints:

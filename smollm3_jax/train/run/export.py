@@ -14,8 +14,7 @@ from ...weights.key_map import abstract_model
 from ...weights.save import cast, check_target, tensors_of, write_folder
 from . import checkpoint as checkpoints
 from .checkpoint import Damaged
-
-TOKENIZER = "tokenizer"  # the run folder's copy of the model's text files
+from .folder import TOKENIZER
 
 
 def export(

@@ -277,7 +277,7 @@ class Monitor:
         for name, text in list(self._behind.items()):
             file = self._folder / name
             with self._surviving(name):
-                self._write(name, (file.readas_text() if file.exists() else "") + text)
+                self._write(name, (file.read_text() if file.exists() else "") + text)
 
     @contextlib.contextmanager
     def _surviving(self, what: str) -> Iterator[None]:

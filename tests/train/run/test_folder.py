@@ -10,8 +10,8 @@ from etils import epath
 from tiny import tiny_checkpoint
 
 from smollm3_jax.errors import CheckpointFormatError, OptionError
-from smollm3_jax.train.run import loop
-from smollm3_jax.train.run.export import TOKENIZER, names_in
+from smollm3_jax.train.run.export import names_in
+from smollm3_jax.train.run.folder import TOKENIZER, keep_texts, only_one
 from smollm3_jax.train.run.monitor import Monitor
 from smollm3_jax.train.settings import parse
 
@@ -82,16 +82,16 @@ def test_a_lock_that_is_none(what, run, victim):
         lock.symlink_to({"file": victim / "diary.txt", "nothing": victim / "new", "folder": victim}[what])
     with (
         pytest.raises(OptionError, match=r"run\.dir=.*(it is a link|not a regular file)"),
-        loop._only_one(epath.Path(run)),
+        only_one(epath.Path(run)),
     ):
         pass
 
 
 def test_one_run_at_a_time(run):
     second = pytest.raises(OptionError, match="another process trains in")
-    with loop._only_one(epath.Path(run)), second, loop._only_one(epath.Path(run)):
+    with only_one(epath.Path(run)), second, only_one(epath.Path(run)):
         pass
-    with loop._only_one(epath.Path(run)):
+    with only_one(epath.Path(run)):
         pass
 
 
@@ -112,11 +112,11 @@ def test_the_text_files_are_replaced_as_one(tmp_path, run, monkeypatch):
 
     with monkeypatch.context() as patch, pytest.raises(OptionError, match="No space left"):
         patch.setattr(os, "fsync", fail)
-        loop._keep_texts(model, epath.Path(texts))
+        keep_texts(model, epath.Path(texts))
     assert {path.name: path.read_text() for path in texts.iterdir()} == dict.fromkeys(
         ("tokenizer.json", "chat_template.jinja", "notes.txt"), "old"
     )
-    loop._keep_texts(model, epath.Path(texts))
+    keep_texts(model, epath.Path(texts))
     assert {str(path.relative_to(texts)): path.read_text() for path in texts.rglob("*") if path.is_file()} == {
         "tokenizer.json": "new",
         "notes.txt": "old",
@@ -131,12 +131,12 @@ def test_the_text_files_are_replaced_as_one(tmp_path, run, monkeypatch):
 def test_text_files_are_not_written_through_a_link(tmp_path, run, victim):
     (run / TOKENIZER).symlink_to(victim)
     with pytest.raises(OptionError, match="it is a link"):
-        loop._keep_texts(tiny_checkpoint(tmp_path / "model"), epath.Path(run / TOKENIZER))
+        keep_texts(tiny_checkpoint(tmp_path / "model"), epath.Path(run / TOKENIZER))
 
 
 def test_text_files_that_lead_out_of_the_model(tmp_path, run, victim):
     model = tiny_checkpoint(tmp_path / "model")
     (model / "merges.txt").symlink_to(victim / "diary.txt")
     with pytest.raises(CheckpointFormatError, match=r"merges\.txt is a link that leads out"):
-        loop._keep_texts(model, epath.Path(run / TOKENIZER))
+        keep_texts(model, epath.Path(run / TOKENIZER))
     assert not list(run.iterdir())
