@@ -25,7 +25,7 @@ from sharding.roofline import roofline
 from smollm3_jax.config import SMOLLM3_3B, ModelConfig
 from smollm3_jax.plan import TrainSetting, sharding_for, topology
 from smollm3_jax.progress import busy
-from smollm3_jax.train.step import StepOptions
+from smollm3_jax.train.options import StepOptions
 from smollm3_jax.weights.key_map import count_parameters
 
 ROWS, LENGTH = 16, 4096

@@ -32,7 +32,8 @@ PLACES = {
     "state_shardings": ("train.state", "train.step"),
     "StepOptions": ("train.options", "train.step"),
     "train_step": ("train.step",),
-    "loss_sums": ("train.objectives.pretrain", "train.step"),
+    "Pretrain": ("train.objectives.pretrain",),
+    "loss_sums": ("train.step",),
     "adamw": ("train.optimizer",),
     "SmolLM3": ("model",),
     "ModelConfig": ("config",),
@@ -50,6 +51,15 @@ def find(name: str) -> Any:
         except (ImportError, AttributeError):
             continue
     raise SystemExit(f"compare_trees: {name} is in none of {', '.join(PLACES[name])}: say where it is in PLACES")
+
+
+def loss_of_a_batch() -> Any:
+    """(model, batch, options) -> (the sum to minimise, other sums)."""
+    return (
+        find("loss_sums")
+        if hasattr(importlib.import_module("smollm3_jax.train.step"), "loss_sums")
+        else find("Pretrain")()
+    )
 
 
 def call(function: Any, *arguments: Any, sharding: Any = None, **named: Any) -> Any:
@@ -74,10 +84,8 @@ def new_model(sharding: Any = None, **more: Any) -> Any:
 
     tiny = importlib.import_module("tiny")  # of the tree's tests
     config = find("ModelConfig").from_hf(tiny.raw_config("plain") | {"rope_scaling": tiny.YARN} | more)
-    model = find("SmolLM3")(config, rngs=nnx.Rngs(0))
-    if sharding is not None and "sharding" not in inspect.signature(find("train_step")).parameters:
-        model.sharding = sharding
-    return model
+    takes = "sharding" in inspect.signature(find("SmolLM3")).parameters
+    return find("SmolLM3")(config, rngs=nnx.Rngs(0), **({"sharding": sharding} if takes else {}))
 
 
 def rows(length: int = 32) -> Any:
@@ -132,10 +140,10 @@ def training() -> dict[str, Callable[[], None]]:
 def gradients() -> None:
     import jax
 
-    loss_sums, batch = find("loss_sums"), rows()
+    loss, batch = loss_of_a_batch(), rows()
     for dtype in ("float32", "bfloat16"):
         options = find("StepOptions")(dtype=dtype)
-        gradient = jax.jit(lambda model, options=options: jax.grad(lambda m: loss_sums(m, batch, options)[0])(model))
+        gradient = jax.jit(lambda model, options=options: jax.grad(lambda m: loss(m, batch, options)[0])(model))
         print(dtype, digest(gradient(new_model())))
 
 

@@ -32,7 +32,9 @@ from .generation.sampling import MAX_STOP_IDS, Choice, SamplingParams
 from .kv_cache import KVCache, cache_bytes, cache_shardings, empty_cache
 from .plan_devices import DoesNotFit, compile_for, sharding_for, topology
 from .train.optimizer import adamw
-from .train.step import COMPILER_OPTIONS, REMAT, Batch, StepOptions, init_state, state_shardings, train_step
+from .train.options import COMPILER_OPTIONS, REMAT, StepOptions
+from .train.state import Batch, init_state, state_shardings
+from .train.step import train_step
 from .weights.key_map import abstract_model, count_parameters
 from .weights.quantized import with_scheme
 

@@ -21,7 +21,7 @@ from smollm3_jax.generation.device_loop import decode
 from smollm3_jax.kv_cache import cache_bytes
 from smollm3_jax.plan import DecodeSetting, TrainSetting, share, weight_bytes
 from smollm3_jax.plan_devices import compile_for, sharding_for, topology
-from smollm3_jax.train.step import StepOptions
+from smollm3_jax.train.options import StepOptions
 from smollm3_jax.weights.key_map import count_parameters
 from smollm3_jax.weights.quantized import with_scheme
 

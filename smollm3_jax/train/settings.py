@@ -17,7 +17,7 @@ from ..config import DTYPES
 from ..errors import OptionError
 from ..reading import read_file, why
 from ..text_files import decode
-from .step import REMAT
+from .options import REMAT
 
 SCHEDULES = ("constant", "wsd", "cosine", "linear")
 POLICIES = ("stop", "rollback", "ignore")

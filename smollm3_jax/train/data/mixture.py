@@ -14,7 +14,7 @@ from etils import epath
 
 from ...errors import DataError
 from ..settings import Settings, Source, stage_at
-from ..step import Batch
+from ..state import Batch
 from .encode import Encode
 from .files import OptionNames, find_files, stem
 from .packing import Rows

@@ -12,7 +12,7 @@ from jax.sharding import NamedSharding
 from sharding.rules import Sharding
 
 from ...errors import DataError
-from ..step import Batch
+from ..state import Batch
 from .mixture import Batches
 from .packing import EndOfData
 

@@ -14,28 +14,35 @@ from ...config import RELEASE, SMOLLM3_3B, ModelConfig
 from ...files import is_remote
 from ...screen_text import plain
 from ...weights import demo
-from ...weights.key_map import count_parameters
+from ...weights.key_map import abstract_model
 from ...weights.load import text_folder
 from ..settings import Settings, as_table, stage_at, starts
+from ..state import count, split
 
 
-def describe(settings: Settings) -> dict[str, Any]:
+def describe(settings: Settings, trainable: str | None = None) -> dict[str, Any]:
     """Steps, tokens, stages with their mixtures, and the memory of parameters and optimizer: no data is read.
 
-    "missing" names the settings whose paths are not there.
+    Args:
+      trainable: the names of the parameters to train, as in `TrainState`.
+
+    Returns:
+      What `smollm3 train --dry-run --json` prints; "memory" in bytes, "missing" names the settings whose paths are not
+      there.
     """
     stages = []
     for start, end in itertools.pairwise([*starts(settings), settings.run.steps]):
         _, stage = stage_at(settings, start)
         tokens = (end - start) * stage.rows * stage.length
         stages.append({**as_table(stage), "steps": end - start, "tokens": tokens})
-    parameters = count_parameters(model_config(settings))
+    model = abstract_model(model_config(settings), "float32")
+    parameters, trained = count(model), count(split(model, trainable)[0])
     return {
         "steps": settings.run.steps,
         "tokens": sum(stage["tokens"] for stage in stages),
         "stages": stages,
         "parameters": parameters,
-        "memory": {"parameters": 4 * parameters, "optimizer": 8 * parameters},
+        "memory": {"parameters": 4 * parameters, "optimizer": 8 * trained},
         "missing": missing(settings),
         "settings": as_table(settings),
     }

@@ -11,8 +11,10 @@ from ...model import SmolLM3
 from ..data.mixture import held_out_rows
 from ..data.packing import EndOfData, Rows
 from ..data.prefetch import on_mesh
+from ..objectives import Objective
+from ..options import StepOptions
 from ..settings import stage_at
-from ..step import Batch, StepOptions, loss_sums
+from ..state import Batch
 from .setup import Run
 from .stop import Stop
 
@@ -34,8 +36,8 @@ def evaluate(run: Run, stop: Stop) -> None:
                 if batch is None:
                     break
                 batch = on_mesh(batch, run.sharding)
-                sums = _held_out(run.progress.state.model, batch, dtype=s.model.dtype)
-                nats, count = nats + float(sums[0]), count + float(sums[1])
+                sums = _sums(run.progress.state.model, batch, objective=run.objective, dtype=s.model.dtype)
+                nats, count = nats + float(sums["loss"]), count + float(sums["tokens"])
         if count:
             found[name] = {"nats_per_token": nats / count, "tokens": int(count)}
     if found:
@@ -55,7 +57,6 @@ def _next_batch(rows: Rows, count: int, length: int) -> Batch | None:
     return Batch(*(np.stack(part) for part in zip(*pairs, strict=True)))
 
 
-@functools.partial(jax.jit, static_argnames="dtype")
-def _held_out(model: SmolLM3, batch: Batch, *, dtype: str) -> tuple[Array, Array]:
-    """(nats, tokens) of a batch."""
-    return loss_sums(model, batch, StepOptions(dtype=dtype))[1]
+@functools.partial(jax.jit, static_argnames=("objective", "dtype"))
+def _sums(model: SmolLM3, batch: Batch, *, objective: Objective, dtype: str) -> dict[str, Array]:
+    return objective(model, batch, StepOptions(dtype=dtype))[1]

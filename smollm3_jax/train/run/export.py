@@ -75,7 +75,7 @@ def names_in(folder: epath.Path) -> list[str]:
     return [file.name for file in here if file.is_file()] + below
 
 
-@functools.partial(jax.jit, donate_argnums=(0, 1))
+@functools.partial(jax.jit, donate_argnums=0)
 def _running_mean(mean: Any, model: Any, count: Any) -> Any:
     """Of `count` models, float32; `mean` is that of those before."""
     return jax.tree.map(lambda old, new: old + (new - old) / count, mean, model)

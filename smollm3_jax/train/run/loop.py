@@ -20,6 +20,7 @@ from ...support import version
 from ..data.mixture import Batches, expanded
 from ..data.prefetch import on_mesh, prefetch
 from ..settings import Settings, as_table, stage_at
+from ..state import count, split
 from . import checkpoint
 from .evaluation import evaluate
 from .folder import TOKENIZER, keep_texts, only_one, run_folder
@@ -41,6 +42,7 @@ def train(
     allow_restart: bool = False,
     allow_changes: bool = False,
     clean: bool = False,
+    trainable: str | None = None,
 ) -> dict[str, Any]:
     """Trains until the settings' last step, the end of the data, or a signal.
 
@@ -49,6 +51,8 @@ def train(
       allow_restart: begin anew even where all checkpoints are damaged.
       allow_changes: go on though settings or data are not those that the checkpoint was made with.
       clean: first remove what interrupted saves left, and whatever else is no checkpoint there.
+      trainable: a regular expression of the names of the parameters to train, as in `TrainState`; the others stay as
+        they are. None trains all.
 
     Returns:
       "step", "stopped" (by a signal), "loss" of the last step, "skipped" and "held_out", "tokens" and "seconds" of this
@@ -71,7 +75,7 @@ def train(
             for left in checkpoint.left_overs(folder / "checkpoints"):
                 log.warning("removing %s", left)
                 remove(left)
-        return _train(set_up(settings), stop, allow_restart, allow_changes)
+        return _train(set_up(settings, trainable), stop, allow_restart, allow_changes)
 
 
 def _train(run: Run, stop: Stop, allow_restart: bool, allow_changes: bool) -> dict[str, Any]:
@@ -227,7 +231,9 @@ def _line(run: Run, metrics: dict[str, float], seconds: float, tokens: int) -> d
     line["tokens_per_second"] = tokens / seconds
     chip = chip_of(jax.devices()[0])
     if chip is not None:
-        useful = 6 * sum(x.size for x in jax.tree.leaves(progress.state.model)) * tokens
+        # Two operations a parameter and token forward, and twice two backward, where a frozen one has one product less.
+        state = progress.state
+        useful = (4 * count(state.model) + 2 * count(split(state.model, state.trainable)[0])) * tokens
         line["mfu"] = useful / seconds / (chip.peak * jax.device_count())
     return line
 
@@ -237,7 +243,7 @@ def _about(run: Run) -> dict[str, Any]:
     s = run.settings
     _, stage = stage_at(s, run.progress.step)
     return {
-        "parameters": sum(x.size for x in jax.tree.leaves(run.progress.state.model)),
+        "parameters": count(run.progress.state.model),
         "devices": jax.device_count(),
         "mesh": dict(run.sharding.mesh.shape) if run.sharding else None,
         "tokens_per_step": stage.rows * stage.length,

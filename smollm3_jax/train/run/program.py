@@ -10,8 +10,10 @@ import jax
 from sharding.hardware import GIB
 
 from ...errors import TrainingError, lacks_memory
+from ..options import StepOptions, compiler_options
 from ..settings import Stage
-from ..step import Batch, StepOptions, TrainState, compiler_options, train_step
+from ..state import Batch, TrainState
+from ..step import train_step
 from .setup import Run
 
 
@@ -20,10 +22,11 @@ def program_for(run: Run, number: int, stage: Stage, batch: Batch) -> Any:
     key = (number, batch.tokens.shape)
     if key not in run.programs:
         s, state = run.settings, run.progress.state
-        options = StepOptions(s.model.dtype, s.step.remat, stage.micro_batches, s.step.z_loss)
+        options = StepOptions(s.model.dtype, s.step.remat, stage.micro_batches)
         lowered = train_step.lower(
             state,
             batch,
+            objective=run.objective,
             optimizer=run.optimizer(number)[0],
             options=options,
         )

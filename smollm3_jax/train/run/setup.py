@@ -24,9 +24,11 @@ from ...weights.key_map import abstract_model
 from ...weights.load import load, open_checkpoint, text_folder
 from ..data.encode import Encode, encoder
 from ..data.mixture import Batches
+from ..objectives import Objective
+from ..objectives.pretrain import Pretrain
 from ..optimizer import adamw
 from ..settings import Settings, Stage, stage_at, starts
-from ..step import TrainState, init_state, state_shardings
+from ..state import TrainState, init_state, state_shardings
 from .checkpoint import Checkpoints, digest, named_arrays
 from .folder import environment, run_folder
 from .job import agree, raise_everywhere
@@ -56,8 +58,8 @@ class Run:
     """One call of `train`: what it set up, and where it stands.
 
     texts: the folder of the model's text files. shapes: the float32 model without arrays; load: makes the model.
-    batches: replaced by a rollback. optimizers: by the stage's number, (AdamW, its learning rate). programs: the
-    compiled step, by the stage's number and the batch's shape.
+    trainable: as in `TrainState`. batches: replaced by a rollback. optimizers: by the stage's number, (AdamW, its
+    learning rate). programs: the compiled step, by the stage's number and the batch's shape.
     """
 
     settings: Settings
@@ -68,6 +70,8 @@ class Run:
     sharding: Sharding | None
     tokenizer_digest: str
     encode: Encode
+    objective: Objective
+    trainable: str | None
     batches: Batches
     checkpoints: Checkpoints
     monitor: Monitor
@@ -84,7 +88,7 @@ class Run:
         return self.optimizers[stage]
 
 
-def set_up(settings: Settings) -> Run:
+def set_up(settings: Settings, trainable: str | None = None) -> Run:
     """A run before its first step, without a state. Raises SmolLM3Error or ShardingError, on all processes."""
     folder = run_folder(settings.run.dir)
     with raise_everywhere():
@@ -106,6 +110,8 @@ def set_up(settings: Settings) -> Run:
         sharding=sharding,
         tokenizer_digest=tokenizer_digest,
         encode=encode,
+        objective=Pretrain(settings.step.z_loss),
+        trainable=trainable,
         batches=batches,
         checkpoints=checkpoints,
         monitor=Monitor(folder, settings, environment()),
@@ -173,12 +179,12 @@ def first_state(run: Run) -> TrainState:
     _, finite = digest(named_arrays({"model": model}))
     if bad := [name for name, good in finite.items() if not good]:
         raise TrainingError(f"{run.settings.model.path}: not all is finite in {', '.join(bad[:10])}")
-    return _laid_out(init_state(model, run.optimizer(0)[0]), run.sharding)
+    return _laid_out(init_state(model, run.optimizer(0)[0], run.trainable), run.sharding)
 
 
 def state_like(run: Run, stage: Stage) -> TrainState:
     """The shapes of a state in a stage, each with its sharding."""
-    state = jax.eval_shape(lambda model: init_state(model, run.optimizer(0)[0]), run.shapes)
+    state = jax.eval_shape(lambda model: init_state(model, run.optimizer(0)[0], run.trainable), run.shapes)
     state = with_config(state, config_in(run.shapes.config, stage))
     if run.sharding is not None:
         shardings = state_shardings(state, run.sharding)
@@ -193,7 +199,7 @@ def in_stage(run: Run, number: int, stage: Stage) -> TrainState:
     if state.model.config != config:
         state = with_config(state, config)
     if number != run.progress.stage and stage.reset_optimizer:
-        fresh = init_state(state.model, run.optimizer(number)[0])
+        fresh = init_state(state.model, run.optimizer(number)[0], run.trainable)
         state = _laid_out(dataclasses.replace(fresh, step=state.step), run.sharding)
     return state
 

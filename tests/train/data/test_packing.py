@@ -85,7 +85,9 @@ def test_documents_do_not_see_each_other():
     from flax import nnx
 
     import smollm3_jax as s3
-    from smollm3_jax.train.step import Batch, StepOptions, loss_sums
+    from smollm3_jax.train.objectives.pretrain import Pretrain
+    from smollm3_jax.train.options import StepOptions
+    from smollm3_jax.train.state import Batch
 
     config = s3.ModelConfig.from_hf(tiny.raw_config("plain"))
     model = s3.SmolLM3(config, rngs=nnx.Rngs(0))
@@ -98,7 +100,7 @@ def test_documents_do_not_see_each_other():
         # A document of one token has no label: so only its own count.
         alone = np.where(segments == 2, 2, 100 + np.arange(27))
         batch = Batch(jnp.asarray(row)[None], jnp.asarray(alone, jnp.int32)[None])
-        return float(loss_sums(model, batch, StepOptions(dtype="float32"))[0])
+        return float(Pretrain()(model, batch, StepOptions(dtype="float32"))[0])
 
     wanted = loss_of_own(first, own, last)
     assert loss_of_own(last, own, first) == loss_of_own(another, own, last) == wanted

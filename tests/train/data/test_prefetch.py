@@ -8,7 +8,7 @@ import pytest
 from smollm3_jax.errors import DataError
 from smollm3_jax.train.data.packing import EndOfData
 from smollm3_jax.train.data.prefetch import on_mesh, prefetch
-from smollm3_jax.train.step import Batch
+from smollm3_jax.train.state import Batch
 
 
 class Numbers:
