@@ -45,7 +45,9 @@ def _ours(settings: dict[str, Any], tokens: Any) -> Any:
 
     import smollm3_jax as s3
     from smollm3_jax.train.optimizer import adamw
-    from smollm3_jax.train.step import Batch, StepOptions, init_state, train_step
+    from smollm3_jax.train.options import StepOptions
+    from smollm3_jax.train.state import Batch, init_state
+    from smollm3_jax.train.step import train_step
 
     model = s3.from_pretrained(settings["folder"], dtype="float32", stacked=True)
     optimizer = adamw(1e-5, weight_decay=0.1)

@@ -26,7 +26,7 @@ from smollm3_jax.config import SMOLLM3_3B, ModelConfig
 from smollm3_jax.plan.devices import sharding_for, topology
 from smollm3_jax.plan.train import TrainSetting
 from smollm3_jax.progress import busy
-from smollm3_jax.train.step import StepOptions
+from smollm3_jax.train.options import StepOptions
 from smollm3_jax.weights.key_map import count_parameters
 
 ROWS, LENGTH = 16, 4096

@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from smollm3_jax.files import new_file
-from smollm3_jax.train.monitor import read_lines
+from smollm3_jax.train.run.metrics import read_lines
 
 
 def held_out(run: str) -> dict[int, dict[str, float]]:

@@ -24,7 +24,7 @@ from smollm3_jax.plan.decode import DecodeSetting
 from smollm3_jax.plan.devices import compile_for, sharding_for, topology
 from smollm3_jax.plan.memory import weight_bytes
 from smollm3_jax.plan.train import TrainSetting
-from smollm3_jax.train.step import StepOptions
+from smollm3_jax.train.options import StepOptions
 from smollm3_jax.weights.key_map import count_parameters
 from smollm3_jax.weights.quantized import with_scheme
 

@@ -8,7 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from smollm3_jax.model import SmolLM3
-from smollm3_jax.train.step import Batch, StepOptions, loss_sums
+from smollm3_jax.train.objectives.pretrain import Pretrain
+from smollm3_jax.train.options import StepOptions
+from smollm3_jax.train.state import Batch
 from smollm3_jax.weights.key_map import parameters
 
 from . import shape
@@ -34,7 +36,7 @@ def batch_of(model: SmolLM3, length: int) -> Batch:
 @functools.partial(jax.jit, static_argnames="options")
 def gradients(model: SmolLM3, batch: Batch, options: StepOptions) -> Any:
     """Of the summed cross-entropy."""
-    return jax.grad(lambda m: loss_sums(m, batch, options)[0])(model)
+    return jax.grad(lambda m: Pretrain()(m, batch, options)[0])(model)
 
 
 def exact_gradients(model: SmolLM3, batch: Batch) -> Any:

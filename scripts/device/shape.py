@@ -14,7 +14,7 @@ from jax import Array
 from sharding.rules import Sharding
 from smollm3_jax.config import SMOLLM3_3B, ModelConfig
 from smollm3_jax.model import SmolLM3
-from smollm3_jax.train.step import state_shardings
+from smollm3_jax.train.state import state_shardings
 from smollm3_jax.weights.key_map import abstract_model
 from smollm3_jax.weights.quantized import with_scheme
 

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from smollm3_jax.model import SmolLM3
-from smollm3_jax.train.step import Batch, StepOptions
+from smollm3_jax.train.options import StepOptions
+from smollm3_jax.train.state import Batch
 
 from . import shape, torch_model
 from .parity import FLOAT32, exact_logits

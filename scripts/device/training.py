@@ -15,9 +15,11 @@ from sharding.mesh import make_mesh
 from sharding.rules import Sharding, platform_of
 from smollm3_jax.plan.devices import sharding_for
 from smollm3_jax.plan.train import TrainSetting
-from smollm3_jax.train.data import on_mesh
+from smollm3_jax.train.data.prefetch import on_mesh
 from smollm3_jax.train.optimizer import adamw
-from smollm3_jax.train.step import Batch, StepOptions, compiler_options, init_state, train_step
+from smollm3_jax.train.options import StepOptions, compiler_options
+from smollm3_jax.train.state import Batch, init_state
+from smollm3_jax.train.step import train_step
 
 from . import shape
 from .modelled import say_modelled

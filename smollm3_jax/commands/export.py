@@ -16,8 +16,8 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from ..train.checkpoint import run_folder
-    from ..train.export import export
+    from ..train.run.export import export
+    from ..train.run.folder import run_folder
 
     steps = export(run_folder(args.run_folder), Path(args.folder), args.step, args.average, args.dtype, args.force)
     say(f"{args.folder}: step {', '.join(map(str, steps))}")

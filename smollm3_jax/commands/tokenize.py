@@ -22,7 +22,7 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from ..train.tokenize import tokenize
+    from ..train.data.tokenize import tokenize
     from ..weights.load import text_folder
 
     report = tokenize(

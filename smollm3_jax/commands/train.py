@@ -45,7 +45,7 @@ def run(args: argparse.Namespace) -> int:
 
     settings = read_settings(args.config, args.settings)
     if args.dry_run:
-        from ..train.dry_run import describe, tables
+        from ..train.run.dry_run import describe, tables
 
         report = describe(settings)
         show(args, report, tables)
@@ -54,8 +54,8 @@ def run(args: argparse.Namespace) -> int:
     require_devices()
     if getattr(args, "verbose", 0) < 2:
         logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax's tracebacks: what fails there is an error here
-    from ..train.loop import STOPPED, train
-    from ..train.monitor import plain
+    from ..train.run.loop import STOPPED, train
+    from ..train.run.metrics import plain
 
     result = train(
         settings,

@@ -22,16 +22,9 @@ from ..config import ModelConfig
 from ..errors import OptionError
 from ..files import write_output
 from ..train.optimizer import adamw
-from ..train.step import (
-    COMPILER_OPTIONS,
-    REMAT,
-    Batch,
-    StepOptions,
-    TrainState,
-    init_state,
-    state_shardings,
-    train_step,
-)
+from ..train.options import COMPILER_OPTIONS, REMAT, StepOptions
+from ..train.state import Batch, TrainState, init_state, state_shardings
+from ..train.step import train_step
 from ..weights.key_map import abstract_model, count_parameters
 from .devices import DoesNotFit, compile_for, sharding_for, topology, with_sharding
 from .report import assumptions, bound_by, collectives, program, times

@@ -39,19 +39,20 @@ def cross_entropy(
     x_BTD: Array,
     head_VD: Array,
     labels_BT: Array,
-    mask_BT: Array,
+    weights_BT: Array,
     *,
     z_loss: float = 0.0,
     by_words: bool = False,
     sharding: Sharding | None = None,
 ) -> tuple[Array, Array]:
-    """Sums over the tokens where the mask holds.
+    """Sums over the tokens, weighted.
 
     Args:
       x_BTD: final hidden states.
       head_VD: the unembedding, in x's dtype.
       labels_BT: int32.
-      mask_BT: bool.
+      weights_BT: bool, where a token counts; or float32, by what it counts. They are not differentiated; a token of
+        weight 0 has no part in sums and gradients, whatever its logits are.
       z_loss: weight of the squared log-normalizers that keep logits near zero (PaLM, arXiv 2204.02311, section 5).
       by_words: compute the gradients a part of the vocabulary at a time, from logits computed again: a fourth
         product, for no gradient of the whole embedding on any device.
@@ -62,7 +63,13 @@ def cross_entropy(
       cross-entropy alone, which cannot. Logits and sums are float32; the logits' gradient is rounded to x's
       dtype for its two products.
     """
-    return _loss(z_loss, by_words, sharding, x_BTD, head_VD, labels_BT, mask_BT)
+    return _loss(z_loss, by_words, sharding, x_BTD, head_VD, labels_BT, weights_BT)
+
+
+def _weighted(x: Array, weights: Array) -> Array:
+    if weights.dtype == jnp.bool_:
+        return jnp.where(weights, x, 0)
+    return jnp.where(weights != 0, weights * x, 0)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
@@ -90,14 +97,14 @@ def _everywhere(
     x_BTD: Array,
     head_VD: Array,
     labels_BT: Array,
-    mask_BT: Array,
+    weights_BT: Array,
 ) -> tuple:
     """The sums and, if asked for, the gradients of x and head: each device its own tokens and words."""
     by_platform = {"cpu": CPU_LOGIT_BYTES, "gpu": GPU_LOGIT_BYTES}
     logit_bytes = by_platform.get(platform_of(sharding), ACCELERATOR_LOGIT_BYTES)
     logit_bytes = logit_bytes // 4 if by_words else logit_bytes
     if sharding is None:
-        arrays = (x_BTD, head_VD, labels_BT, mask_BT)
+        arrays = (x_BTD, head_VD, labels_BT, weights_BT)
         return _on_device(z_loss, gradients, by_words, logit_bytes, (), lambda x: x, *arrays)
     batch, length = (sharding.fitting(a, n) for a, n in zip(("batch", "length"), labels_BT.shape, strict=True))
     vocab, embed = (sharding.fitting(a, n) for a, n in zip(("vocab", "embed"), head_VD.shape, strict=True))
@@ -125,7 +132,7 @@ def _everywhere(
     tokens, states = sharding.spec(batch, length), sharding.spec(batch, length, None)
     in_specs = (states, sharding.spec(vocab, None), tokens, tokens)
     out_specs = ((sharding.spec(), sharding.spec()), *([states, sharding.spec(vocab, embed)] if gradients else []))
-    return sharding.shard_map(part, in_specs, out_specs)(x_BTD, head_VD, labels_BT, mask_BT)
+    return sharding.shard_map(part, in_specs, out_specs)(x_BTD, head_VD, labels_BT, weights_BT)
 
 
 def _on_device(
@@ -138,7 +145,7 @@ def _on_device(
     x_BTD: Array,
     head_VD: Array,
     labels_BT: Array,
-    mask_BT: Array,
+    weights_BT: Array,
 ) -> tuple:
     """((both sums), gradient of x, gradient of head) of these tokens; the gradients only if asked for.
 
@@ -159,13 +166,13 @@ def _on_device(
     def over_words(reduce: Any, x: Array) -> Array:
         return reduce(x, vocab_axes) if vocab_axes else x
 
-    def logit_gradient(logits_tV: Array, first: Any, normalizer_t: Array, labels_t: Array, mask_t: Array) -> Array:
+    def logit_gradient(logits_tV: Array, first: Any, normalizer_t: Array, labels_t: Array, weights_t: Array) -> Array:
         said_tV = jnp.arange(logits_tV.shape[1], dtype=jnp.int32)[None] == (labels_t - first)[:, None]
         share_tV = jnp.exp(logits_tV - normalizer_t[:, None]) * (1 + 2 * z_loss * normalizer_t)[:, None]
-        return jnp.where(mask_t[:, None], share_tV - said_tV.astype(jnp.float32), 0).astype(x_BTD.dtype)
+        return _weighted(share_tV - said_tV.astype(jnp.float32), weights_t[:, None]).astype(x_BTD.dtype)
 
     def step(carry: Any, chunk: tuple) -> tuple:
-        x_tD, labels_t, mask_t = chunk
+        x_tD, labels_t, weights_t = chunk
         logits_tV = multiply(x_tD, head_VD, (((1,), (1,)), ((), ())))
         said_tV = jnp.arange(words, dtype=jnp.int32)[None] == (labels_t - first)[:, None]
         most_t = over_words(jax.lax.pmax, logits_tV.max(axis=1))
@@ -173,31 +180,31 @@ def _on_device(
         normalizer_t = most_t + jnp.log(total_t)
         nll_t = normalizer_t - over_words(jax.lax.psum, jnp.where(said_tV, logits_tV, 0).sum(axis=1))
         loss_t = nll_t + z_loss * normalizer_t**2
-        sums = tuple(old + jnp.where(mask_t, new, 0).sum() for old, new in zip(carry[0], (loss_t, nll_t), strict=True))
+        sums = tuple(old + _weighted(new, weights_t).sum() for old, new in zip(carry[0], (loss_t, nll_t), strict=True))
         if not gradients or by_words:
             return (sums, None), normalizer_t
-        gradient_tV = logit_gradient(logits_tV, first, normalizer_t, labels_t, mask_t)
+        gradient_tV = logit_gradient(logits_tV, first, normalizer_t, labels_t, weights_t)
         gradient_tD = over_words(jax.lax.psum, multiply(gradient_tV, head_VD, (((1,), (0,)), ((), ()))))
         gradient_VD = carry[1] + multiply(gradient_tV, x_tD, (((0,), (0,)), ((), ())))
         return (sums, gradient_VD), gradient_tD.astype(x_tD.dtype)
 
     zero = jnp.zeros((), jnp.float32)
     start: Any = ((zero, zero), jnp.zeros((words, width), jnp.float32) if gradients and not by_words else None)
-    (sums, gradient_VD), found_Ct = jax.lax.scan(step, start, tuple(map(split, (x_BTD, labels_BT, mask_BT))))
+    (sums, gradient_VD), found_Ct = jax.lax.scan(step, start, tuple(map(split, (x_BTD, labels_BT, weights_BT))))
     if not gradients:
         return (sums,)
     if not by_words:
         x_gradient_BTD = found_Ct.reshape(-1, width)[:count].reshape(x_BTD.shape)
         return sums, x_gradient_BTD, settle(gradient_VD.astype(head_VD.dtype))
 
-    x_ND, labels_N, mask_N = x_BTD.reshape(count, width), labels_BT.reshape(count), mask_BT.reshape(count)
+    x_ND, labels_N, weights_N = x_BTD.reshape(count, width), labels_BT.reshape(count), weights_BT.reshape(count)
     normalizer_N = found_Ct.reshape(-1)[:count]
     pieces = next(n for n in range(min(words, chunks), words + 1) if words % n == 0)
 
     def piece_step(gradient_ND: Array, piece: tuple) -> tuple:
         head_vD, first = piece
         logits_Nv = multiply(x_ND, head_vD, (((1,), (1,)), ((), ())))
-        gradient_Nv = logit_gradient(logits_Nv, first, normalizer_N, labels_N, mask_N)
+        gradient_Nv = logit_gradient(logits_Nv, first, normalizer_N, labels_N, weights_N)
         head_gradient_vD = multiply(gradient_Nv, x_ND, (((0,), (0,)), ((), ()))).astype(head_vD.dtype)
         return gradient_ND + multiply(gradient_Nv, head_vD, (((1,), (0,)), ((), ()))), settle(head_gradient_vD)
 

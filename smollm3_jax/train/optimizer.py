@@ -15,7 +15,7 @@ def adamw(
     weight_decay: float = 0.1,
     clip_norm: float = 1.0,
 ) -> optax.GradientTransformation:
-    """AdamW behind clipping by the global norm (0: none); weight decay on everything but the embedding.
+    """AdamW after clipping by the global norm (0: none); weight decay on everything but the embedding.
 
     The defaults are those of SmolLM3's pretraining (its stage files in huggingface/smollm).
     """
@@ -25,7 +25,8 @@ def adamw(
 
 def _decayed(params: SmolLM3) -> SmolLM3:
     decayed = jax.tree.map(lambda _: True, params)
-    decayed.embed.set_value(False)
+    if decayed.embed.get_value() is not None:  # it is trained
+        decayed.embed.set_value(False)
     return decayed
 
 

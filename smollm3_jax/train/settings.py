@@ -17,7 +17,7 @@ from ..config import DTYPES
 from ..errors import OptionError
 from ..reading import read_file, why
 from ..text_files import decode
-from .step import REMAT
+from .options import REMAT
 
 SCHEDULES = ("constant", "wsd", "cosine", "linear")
 POLICIES = ("stop", "rollback", "ignore")
@@ -28,7 +28,7 @@ T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True)
-class Run:
+class RunSettings:
     """dir: the run folder. steps: updates in all. seed: of the data's order. name: for displays."""
 
     dir: str = ""
@@ -38,7 +38,7 @@ class Run:
 
 
 @dataclasses.dataclass(frozen=True)
-class Model:
+class ModelSettings:
     """path: a folder, a hub id, "demo", or "" for a new model of `config`'s shape, drawn from the seed.
 
     dtype: of products. nope_interval: RoPE off on every n-th layer (SmolLM3: 4); 0: on none; -1 leaves the
@@ -65,7 +65,7 @@ class Source:
 
 
 @dataclasses.dataclass(frozen=True)
-class Data:
+class DataSettings:
     """path: of the only source, its format and field as in a source's table; or sources: by name; per_file makes a
     source of each file of path.
 
@@ -96,7 +96,7 @@ class Data:
 
 
 @dataclasses.dataclass(frozen=True)
-class Optimizer:
+class OptimizerSettings:
     """AdamW and its learning rate. schedule: constant, wsd (linear decay over the last `decay_steps`), cosine or
     linear, each after a linear warm-up from 0. end: the final learning rate as a share of the peak."""
 
@@ -113,7 +113,7 @@ class Optimizer:
 
 
 @dataclasses.dataclass(frozen=True)
-class Step:
+class StepSettings:
     """remat: a key of step.REMAT. micro_batches: into how many parts a step's rows are split, which
     are computed one after the other. z_loss: its weight.
 
@@ -127,7 +127,7 @@ class Step:
 
 
 @dataclasses.dataclass(frozen=True)
-class Mesh:
+class MeshSettings:
     """rules: a strategy of sharding.rules. axes: like "fsdp=8,tensor=2"; "" is the strategy's usual mesh."""
 
     rules: str = ""
@@ -135,7 +135,7 @@ class Mesh:
 
 
 @dataclasses.dataclass(frozen=True)
-class Checkpoint:
+class CheckpointSettings:
     """every: steps between checkpoints (0: only the last). keep: newest ones that stay, at least 2. keep_every: of
     older ones each multiple of it stays too (0: none)."""
 
@@ -145,7 +145,7 @@ class Checkpoint:
 
 
 @dataclasses.dataclass(frozen=True)
-class Evaluation:
+class EvaluationSettings:
     """every: steps between evaluations (0: none). tokens: how many of each source."""
 
     every: int = 0
@@ -153,7 +153,7 @@ class Evaluation:
 
 
 @dataclasses.dataclass(frozen=True)
-class Guard:
+class GuardSettings:
     """When to give up. skips: so many steps in a row without a finite gradient. spike: a loss so many standard
     deviations above the mean of the last `window` steps (0: none). policy: stop, rollback (to the last good
     checkpoint, past the batches since) or ignore; retries: how many rollbacks."""
@@ -166,7 +166,7 @@ class Guard:
 
 
 @dataclasses.dataclass(frozen=True)
-class Log:
+class LogSettings:
     """every: steps between lines of metrics.jsonl. tensorboard, wandb: write there too (extras of those names).
     profile: "10-12" profiles these steps."""
 
@@ -194,16 +194,16 @@ class Stage:
 class Settings:
     """One training run."""
 
-    run: Run = dataclasses.field(default_factory=Run)
-    model: Model = dataclasses.field(default_factory=Model)
-    data: Data = dataclasses.field(default_factory=Data)
-    optimizer: Optimizer = dataclasses.field(default_factory=Optimizer)
-    step: Step = dataclasses.field(default_factory=Step)
-    mesh: Mesh = dataclasses.field(default_factory=Mesh)
-    checkpoint: Checkpoint = dataclasses.field(default_factory=Checkpoint)
-    eval: Evaluation = dataclasses.field(default_factory=Evaluation)
-    guard: Guard = dataclasses.field(default_factory=Guard)
-    log: Log = dataclasses.field(default_factory=Log)
+    run: RunSettings = dataclasses.field(default_factory=RunSettings)
+    model: ModelSettings = dataclasses.field(default_factory=ModelSettings)
+    data: DataSettings = dataclasses.field(default_factory=DataSettings)
+    optimizer: OptimizerSettings = dataclasses.field(default_factory=OptimizerSettings)
+    step: StepSettings = dataclasses.field(default_factory=StepSettings)
+    mesh: MeshSettings = dataclasses.field(default_factory=MeshSettings)
+    checkpoint: CheckpointSettings = dataclasses.field(default_factory=CheckpointSettings)
+    eval: EvaluationSettings = dataclasses.field(default_factory=EvaluationSettings)
+    guard: GuardSettings = dataclasses.field(default_factory=GuardSettings)
+    log: LogSettings = dataclasses.field(default_factory=LogSettings)
     stages: tuple[Stage, ...] = ()
 
 

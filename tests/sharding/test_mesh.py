@@ -127,7 +127,9 @@ from jax.sharding import NamedSharding
 import smollm3_jax as s3
 from sharding.rules import Sharding
 from smollm3_jax.train.optimizer import adamw
-from smollm3_jax.train.step import Batch, StepOptions, init_state, state_shardings, train_step
+from smollm3_jax.train.options import StepOptions
+from smollm3_jax.train.state import Batch, init_state, state_shardings
+from smollm3_jax.train.step import train_step
 
 optimizer, options = adamw(1e-3), StepOptions(dtype="float32")
 random = np.random.RandomState(0)

@@ -23,7 +23,10 @@ from sharding.mesh import DEFAULT_AXES, make_mesh
 from sharding.rules import Sharding
 from smollm3_jax.model import with_sharding
 from smollm3_jax.train.optimizer import adamw
-from smollm3_jax.train.step import Batch, StepOptions, init_state, loss_sums, state_shardings, train_step
+from smollm3_jax.train.objectives.pretrain import Pretrain
+from smollm3_jax.train.options import StepOptions
+from smollm3_jax.train.state import Batch, init_state, state_shardings
+from smollm3_jax.train.step import train_step
 from tiny import YARN, raw_config
 
 AXES = {"fsdp_tp": {"data": 2, "fsdp": 2, "tensor": 2}, "fsdp_tp_cp": {"fsdp": 2, "context": 2, "tensor": 2},
@@ -54,7 +57,7 @@ def run(sharding, options=options):
     if sharding is None or sharding.parts("length") == 1:
         logits = state.model(batch.tokens, segment_ids=batch.segment_ids)
     (total, _), gradients = jax.jit(
-        jax.value_and_grad(loss_sums, has_aux=True), static_argnums=2)(state.model, batch, options)
+        jax.value_and_grad(Pretrain(), has_aux=True), static_argnums=2)(state.model, batch, options)
     gradients = jax.device_get(gradients)
     placed = jax.tree.map(lambda x: x.sharding, state)
     state, metrics = train_step(state, batch, optimizer=optimizer, options=options)

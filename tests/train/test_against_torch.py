@@ -7,8 +7,11 @@ import pytest
 import tiny
 
 import smollm3_jax as s3
+from smollm3_jax.train.objectives.pretrain import Pretrain
 from smollm3_jax.train.optimizer import adamw, schedule
-from smollm3_jax.train.step import Batch, StepOptions, init_state, loss_sums, train_step
+from smollm3_jax.train.options import StepOptions
+from smollm3_jax.train.state import Batch, init_state
+from smollm3_jax.train.step import train_step
 from smollm3_jax.weights.save import tensors_of
 
 STEPS = 20
@@ -71,9 +74,9 @@ def test_bfloat16_gradients_are_as_good_as_torch_autocasts(tmp_path):
     def ours():
         batch = Batch(jnp.asarray(tokens, jnp.int32), jnp.ones(tokens.shape, jnp.int32))
         model = s3.from_pretrained(folder, dtype="float32", stacked=True)
-        gradient = jax.jit(jax.grad(loss_sums, has_aux=True), static_argnums=2)
-        gradients, (_, count) = gradient(model, batch, StepOptions(dtype="bfloat16"))
-        return {x.name: x.read() / float(count) for x in tensors_of(jax.device_get(gradients))}
+        gradient = jax.jit(jax.grad(Pretrain(), has_aux=True), static_argnums=2)
+        gradients, sums = gradient(model, batch, StepOptions(dtype="bfloat16"))
+        return {x.name: x.read() / float(sums["tokens"]) for x in tensors_of(jax.device_get(gradients))}
 
     exact, autocast, found = theirs(False), theirs(True), ours()
 

@@ -15,8 +15,11 @@ from sharding import hlo
 from sharding.hardware import CHIPS
 from smollm3_jax.plan.devices import compile_for, sharding_for, topology
 from smollm3_jax.plan.train import TrainSetting
+from smollm3_jax.train.objectives.pretrain import Pretrain
 from smollm3_jax.train.optimizer import adamw
-from smollm3_jax.train.step import REMAT, Batch, StepOptions, compiler_options, init_state, loss_sums, train_step
+from smollm3_jax.train.options import REMAT, StepOptions, compiler_options
+from smollm3_jax.train.state import Batch, init_state
+from smollm3_jax.train.step import train_step
 
 FLOAT32 = StepOptions(dtype="float32")
 
@@ -44,7 +47,7 @@ def leaves(tree):
 
 def test_the_loss_is_the_cross_entropy_of_the_models_logits(config, batch):
     model = new_model(config)
-    total, (nll, count) = loss_sums(model, batch, FLOAT32)
+    total, sums = Pretrain()(model, batch, FLOAT32)
     logits = jax.nn.log_softmax(model(batch.tokens, segment_ids=batch.segment_ids))
     expected = [
         -logits[row, t, batch.tokens[row, t + 1]]
@@ -52,15 +55,15 @@ def test_the_loss_is_the_cross_entropy_of_the_models_logits(config, batch):
         for t in range(23)
         if batch.segment_ids[row, t] == batch.segment_ids[row, t + 1] != 0
     ]
-    assert count == len(expected)
-    np.testing.assert_allclose([total, nll], np.sum(expected), rtol=1e-5)
+    assert sums["tokens"] == len(expected)
+    np.testing.assert_allclose([total, sums["loss"]], np.sum(expected), rtol=1e-5)
 
 
 def test_what_the_backward_pass_computes_again_changes_nothing(config, batch):
     gradients = {}
     for remat in REMAT:
         options = dataclasses.replace(FLOAT32, remat=remat)
-        gradients[remat] = leaves(jax.grad(lambda m, o=options: loss_sums(m, batch, o)[0])(new_model(config)))
+        gradients[remat] = leaves(jax.grad(lambda m, o=options: Pretrain()(m, batch, o)[0])(new_model(config)))
     for remat, found in gradients.items():
         for got, want in zip(found, gradients["none"], strict=True):
             np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5 * np.abs(want).max(), err_msg=remat)

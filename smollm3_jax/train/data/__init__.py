@@ -1,0 +1,1 @@
+"""From files of documents to packed batches of token ids."""

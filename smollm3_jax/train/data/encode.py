@@ -1,0 +1,45 @@
+"""What turns a document into token ids."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from ...config import ModelConfig
+from ...errors import DataError, OptionError, SmolLM3Error
+from .records import BadRecord
+
+Encode = Callable[[Any], np.ndarray]
+
+
+def encoder(tokenizer: Any, config: ModelConfig) -> Encode:
+    """What turns a document into token ids: texts through the tokenizer, tokens as they are, checked.
+
+    Raises:
+      OptionError: there is no token to put behind a text.
+    """
+    eos = config.eos_token_id
+    ends = eos if isinstance(eos, tuple) else () if eos is None else (eos,)
+    if not ends:
+        raise OptionError("config.json has no eos_token_id, which training puts behind each document")
+    # A tokenizer may put one there itself. (Another token that it appends is no end, and one that is written out in a
+    # document is text.)
+    bare, whole = tokenizer.encode("a", add_special_tokens=False), tokenizer.encode("a")
+    appended = len(whole) > len(bare) and whole[-1] in (*ends, tokenizer.eos_token_id)
+    end = [] if appended else [ends[0]]
+
+    def encode(document: Any) -> np.ndarray:
+        if isinstance(document, str):
+            try:
+                return np.asarray([*tokenizer.encode(document), *end], np.int32)
+            except SmolLM3Error as error:
+                raise BadRecord(str(error)) from None
+        if not document.size:
+            raise BadRecord("a document without tokens")
+        if document.min() < 0 or document.max() >= config.vocab_size:
+            raise DataError(
+                f"tokens up to {document.max()}, but the model has {config.vocab_size}: another tokenizer's shards"
+            )
+        return document
+
+    return encode

@@ -1,0 +1,27 @@
+"""What a training step minimises: one file an objective."""
+
+from typing import Any, Protocol
+
+from jax import Array
+
+from ...model import SmolLM3
+from ..options import StepOptions
+
+
+class Objective(Protocol):
+    """What is minimised over a batch. It is hashable: a compiled step belongs to one objective.
+
+    Sums, not means: micro-batches are added up, and what is minimised is the quotient of all.
+    """
+
+    def __call__(self, model: SmolLM3, batch: Any, options: StepOptions) -> tuple[Array, dict[str, Array]]:
+        """
+        Args:
+          model: float32 parameters, trained and frozen ones; only the trained ones get gradients.
+          batch: a pytree of arrays whose first axis is the rows.
+
+        Returns:
+          The sum to minimise, float32; and sums for the metrics, float32: "tokens" is what it and all others are
+          divided by.
+        """
+        ...

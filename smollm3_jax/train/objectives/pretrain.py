@@ -1,0 +1,51 @@
+"""Pretraining: the cross-entropy of each next token of a document.
+
+Shapes: B rows, T tokens of a row, D model width.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from ...model import SmolLM3
+from ..loss import cross_entropy, next_tokens
+from ..options import REMAT, StepOptions
+from ..state import Batch
+
+
+@dataclasses.dataclass(frozen=True)
+class Pretrain:
+    """Cross-entropy, weighted where the batch has weights. z_loss: the weight of the z-loss beside it (loss.py)."""
+
+    z_loss: float = 0.0
+
+    def __call__(self, model: SmolLM3, batch: Batch, options: StepOptions) -> tuple[Array, dict[str, Array]]:
+        """(cross-entropy and z-loss, {"loss": cross-entropy alone in nats, "tokens": labels, or the sum of their
+        weights}), all of them sums over the batch, float32."""
+        sharding = model.sharding
+        cast = jax.tree.map(lambda x: x.astype(options.dtype), model)
+        if model.platform == "cpu":
+            # Each layer casts its own: XLA:CPU writes gradients into a stack of bfloat16 by way of all of it in
+            # float32.
+            cast.layers = model.layers
+        if model.platform == "gpu":
+            # Left to itself XLA for GPU rounds the table after every device has gathered it, at twice the bytes.
+            cast.embed = jax.lax.optimization_barrier(cast.embed)
+        tokens_BT, segments_BT = batch.tokens, batch.segment_ids
+        labels_BT, weights_BT = next_tokens(tokens_BT, segments_BT)
+        if batch.weights is not None:
+            weights_BT = jnp.where(weights_BT, batch.weights, 0)
+        arrays, positions_BT = (tokens_BT, segments_BT, labels_BT, weights_BT), None
+        order = None if sharding is None else sharding.row_order(tokens_BT.shape[1])
+        if order is not None:
+            positions_BT = jnp.broadcast_to(jnp.array(order, jnp.int32), tokens_BT.shape)
+            tokens_BT, segments_BT, labels_BT, weights_BT = (x[:, order] for x in arrays)
+        x_BTD, _ = cast.hidden(tokens_BT, positions_BT, segments_BT, remat=REMAT[options.remat])
+        head = cast.embed if cast.head is None else cast.head
+        lean = options.remat in ("full", "offload")
+        total, nll = cross_entropy(
+            x_BTD, head[...], labels_BT, weights_BT, z_loss=self.z_loss, by_words=lean, sharding=sharding
+        )
+        return total, {"loss": nll, "tokens": weights_BT.sum().astype(jnp.float32)}

@@ -1,0 +1,96 @@
+"""From a run's checkpoints to a Hugging Face folder."""
+
+import dataclasses
+import functools
+from pathlib import Path
+from typing import Any
+
+import jax
+from etils import epath
+
+from ...config import GenerationConfig, ModelConfig
+from ...errors import OptionError, TrainingError
+from ...weights.key_map import abstract_model
+from ...weights.save import cast, check_target, tensors_of, write_folder
+from . import checkpoint as checkpoints
+from .checkpoint import Damaged
+from .folder import TOKENIZER
+
+
+def export(
+    run: epath.Path,
+    folder: Path,
+    step: int | None = None,
+    average: int = 1,
+    dtype: str = "float32",
+    force: bool = False,
+) -> list[int]:
+    """Writes a checkpoint of a run as a model folder; returns the steps that went into it.
+
+    Args:
+      step: None is the newest that is sound.
+      average: write the mean of so many checkpoints, that one and those before it.
+      force: the folder may be there, and its model is replaced.
+
+    Raises:
+      OptionError: there is no such checkpoint, or there are fewer; or there is something in the folder already.
+      TrainingError: it is damaged.
+      SaveError: the folder cannot be written.
+    """
+    check_target(folder, force)
+    place = run / "checkpoints"
+    there = checkpoints.steps(place)
+    if not there:
+        raise OptionError(f"{run} holds no checkpoint")
+    if step is not None and step not in there:
+        raise OptionError(f"--step {step}: {run} has checkpoints of {', '.join(map(str, there))}")
+    found: list[int] = []
+    damage, model = "", None
+    for candidate in reversed([x for x in there if step is None or x <= step]):
+        try:
+            one = _model(place, candidate)
+        except Damaged as reason:
+            if candidate == step:
+                raise TrainingError(str(reason)) from None
+            damage += f"; {reason}"
+            continue
+        found.append(candidate)
+        model = one if model is None else _running_mean(model, one, len(found))
+        if len(found) == average:
+            break
+    if model is None or len(found) < average:
+        raise TrainingError(f"{run} has {len(found)} sound checkpoints up to there, not {average}{damage}")
+    files = {name: (run / TOKENIZER / name).read_bytes() for name in names_in(run / TOKENIZER)}
+    config = ModelConfig.from_hf(checkpoints.read_about(place, found[0])["config"])
+    config = dataclasses.replace(config, dtype=dtype)
+    tensors = [cast(tensor, dtype) for tensor in tensors_of(model)]
+    write_folder(folder, config, model.generation_config, tensors, files, force=force)
+    return found
+
+
+def names_in(folder: epath.Path) -> list[str]:
+    """Of the files in a folder and in those in it."""
+    here = sorted(folder.iterdir())
+    below = [f"{place.name}/{file.name}" for place in here if place.is_dir() for file in sorted(place.iterdir())]
+    return [file.name for file in here if file.is_file()] + below
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _running_mean(mean: Any, model: Any, count: Any) -> Any:
+    """Of `count` models, float32; `mean` is that of those before."""
+    return jax.tree.map(lambda old, new: old + (new - old) / count, mean, model)
+
+
+def _model(place: epath.Path, step: int) -> Any:
+    """The model of a checkpoint, in the host's memory where JAX was not kept from CPUs."""
+    about = checkpoints.read_about(place, step)
+    config = ModelConfig.from_hf(about["config"])
+    generation = GenerationConfig.from_hf(about["generation_config"], config)
+    like = abstract_model(config, "float32", generation)
+    try:
+        device = jax.local_devices(backend="cpu")[0]
+    except RuntimeError:
+        device = jax.local_devices()[0]
+    at = jax.sharding.SingleDeviceSharding(device)
+    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), like)
+    return checkpoints.restore(place, step, like, under="model")

@@ -1,0 +1,210 @@
+"""What a run sets up once: its model, its data, its optimizers, and where all of it lies."""
+
+import dataclasses
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from etils import epath
+from flax import nnx
+
+from sharding.mesh import DEFAULT_AXES, make_mesh, parse_axes
+from sharding.rules import Sharding
+
+from ...config import ModelConfig
+from ...errors import OptionError, TrainingError
+from ...model import SmolLM3
+from ...tokenizer import load_tokenizer
+from ...weights import demo
+from ...weights.key_map import abstract_model
+from ...weights.load import load, open_checkpoint, text_folder
+from ..data.encode import Encode, encoder
+from ..data.mixture import Batches
+from ..objectives import Objective
+from ..objectives.pretrain import Pretrain
+from ..optimizer import adamw
+from ..settings import Settings, Stage, stage_at, starts
+from ..state import TrainState, init_state, state_shardings
+from .checkpoint import Checkpoints, digest, named_arrays
+from .folder import environment, run_folder
+from .job import agree, raise_everywhere
+from .monitor import Monitor
+from .stages import config_in, rate_of, with_config
+
+
+@dataclasses.dataclass
+class Progress:
+    """Where a run stands.
+
+    step counts updates and skipped ones; stage is that of the last step; data is where the next batch begins
+    (`Batches.state`); retries counts rollbacks; saved and saved_data are step and data of the newest checkpoint.
+    """
+
+    state: Any = None  # a TrainState, once there is one
+    step: int = 0
+    stage: int = 0
+    data: Any = None
+    retries: int = 0
+    saved: int = -1
+    saved_data: Any = None
+
+
+@dataclasses.dataclass
+class Run:
+    """One call of `train`: what it set up, and where it stands.
+
+    texts: the folder of the model's text files. shapes: the float32 model without arrays; load: makes the model.
+    trainable: as in `TrainState`. batches: replaced by a rollback. optimizers: by the stage's number, (AdamW, its
+    learning rate). programs: the compiled step, by the stage's number and the batch's shape.
+    """
+
+    settings: Settings
+    folder: epath.Path
+    texts: Path
+    shapes: SmolLM3
+    load: Callable[[], SmolLM3]
+    sharding: Sharding | None
+    tokenizer_digest: str
+    encode: Encode
+    objective: Objective
+    trainable: str | None
+    batches: Batches
+    checkpoints: Checkpoints
+    monitor: Monitor
+    progress: Progress
+    optimizers: dict[int, tuple[optax.GradientTransformation, optax.Schedule]] = dataclasses.field(default_factory=dict)
+    programs: dict[Any, Any] = dataclasses.field(default_factory=dict)
+
+    def optimizer(self, stage: int) -> tuple[optax.GradientTransformation, optax.Schedule]:
+        """(AdamW, its learning rate) of a stage: where one begins with fresh moments, its schedule begins too."""
+        if stage not in self.optimizers:
+            o, rate = self.settings.optimizer, rate_of(self.settings, stage)
+            rule = adamw(rate, b1=o.b1, b2=o.b2, eps=o.eps, weight_decay=o.weight_decay, clip_norm=o.clip_norm)
+            self.optimizers[stage] = (rule, rate)
+        return self.optimizers[stage]
+
+
+def set_up(settings: Settings, trainable: str | None = None) -> Run:
+    """A run before its first step, without a state. Raises SmolLM3Error or ShardingError, on all processes."""
+    folder = run_folder(settings.run.dir)
+    with raise_everywhere():
+        texts, shapes, load, sharding = open_model(settings)
+        tokenizer = load_tokenizer(texts, shapes.config)
+        tokenizer_digest = hashlib.sha256((texts / "tokenizer.json").read_bytes()).hexdigest()
+        encode = encoder(tokenizer, shapes.config)
+        batches = Batches(settings, encode)
+    agree("models", [shapes.config.to_hf(), tokenizer_digest])
+    agree("data", batches.state())
+    kept = settings.checkpoint
+    checkpoints = Checkpoints(folder / "checkpoints", kept.keep, kept.keep_every)
+    return Run(
+        settings=settings,
+        folder=folder,
+        texts=texts,
+        shapes=shapes,
+        load=load,
+        sharding=sharding,
+        tokenizer_digest=tokenizer_digest,
+        encode=encode,
+        objective=Pretrain(settings.step.z_loss),
+        trainable=trainable,
+        batches=batches,
+        checkpoints=checkpoints,
+        monitor=Monitor(folder, settings, environment()),
+        progress=Progress(data=batches.state()),
+    )
+
+
+def open_model(settings: Settings) -> tuple[Path, SmolLM3, Callable[[], SmolLM3], Sharding | None]:
+    """(the folder of its text files, the shapes of the float32 model, what loads it, its sharding)."""
+    m = settings.model
+    path = demo.model_folder(m.path or m.config)
+    opened = open_checkpoint(path) if m.path else None
+    texts = text_folder(path)
+    found = opened.config if opened else ModelConfig.from_hf(texts)
+    config, generation = adapted(found, settings), opened.generation_config if opened else None
+    sharding = _sharding(settings, config)
+    shapes = abstract_model(config, "float32", generation, sharding=sharding)
+
+    def load_it() -> SmolLM3:
+        if opened is not None:
+            mesh, rules = (sharding.mesh, settings.mesh.rules or "fsdp") if sharding else (None, None)
+            return load(dataclasses.replace(opened, config=config), "float32", mesh, rules, stacked=True)
+        shardings = state_shardings(shapes, sharding) if sharding else None
+
+        def fresh() -> SmolLM3:
+            return SmolLM3(config, rngs=nnx.Rngs(settings.run.seed), sharding=sharding)
+
+        return jax.jit(fresh, out_shardings=shardings)()
+
+    return texts, shapes, load_it, sharding
+
+
+def adapted(config: ModelConfig, settings: Settings) -> ModelConfig:
+    """The config with the NoPE interval and theta of the settings."""
+    m = settings.model
+    if m.nope_interval >= 0:
+        layers = range(1, config.num_hidden_layers + 1)
+        pattern = tuple(not m.nope_interval or i % m.nope_interval != 0 for i in layers)
+        config = dataclasses.replace(config, model_type="smollm3", rope_layers=pattern, layer_types=None)
+    if m.rope_theta:
+        config = dataclasses.replace(config, rope_theta=m.rope_theta)
+    return config
+
+
+def _sharding(settings: Settings, config: ModelConfig) -> Sharding | None:
+    mesh = settings.mesh
+    if jax.device_count() == 1 and not mesh.rules:
+        return None
+    rules = mesh.rules or "fsdp"
+    axes = parse_axes(mesh.axes) if mesh.axes else DEFAULT_AXES.get(rules, {"data": -1})
+    sharding = Sharding.of(make_mesh(axes), rules).fitted(config.axis_sizes)
+    for start in starts(settings):
+        stage, parts = stage_at(settings, start)[1], sharding.parts("batch")
+        if stage.rows // stage.micro_batches % parts:
+            raise OptionError(
+                f"data.rows: {stage.rows} in {stage.micro_batches} micro-batches do not go evenly onto {parts} devices"
+            )
+    return sharding
+
+
+def first_state(run: Run) -> TrainState:
+    """Of the model as it is loaded. Raises TrainingError where it is not finite."""
+    with raise_everywhere():
+        model = run.load()
+    _, finite = digest(named_arrays({"model": model}))
+    if bad := [name for name, good in finite.items() if not good]:
+        raise TrainingError(f"{run.settings.model.path}: not all is finite in {', '.join(bad[:10])}")
+    return _laid_out(init_state(model, run.optimizer(0)[0], run.trainable), run.sharding)
+
+
+def state_like(run: Run, stage: Stage) -> TrainState:
+    """The shapes of a state in a stage, each with its sharding."""
+    state = jax.eval_shape(lambda model: init_state(model, run.optimizer(0)[0], run.trainable), run.shapes)
+    state = with_config(state, config_in(run.shapes.config, stage))
+    if run.sharding is not None:
+        shardings = state_shardings(state, run.sharding)
+    else:
+        shardings = jax.tree.map(lambda _: jax.sharding.SingleDeviceSharding(jax.local_devices()[0]), state)
+    return jax.tree.map(lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), state, shardings)
+
+
+def in_stage(run: Run, number: int, stage: Stage) -> TrainState:
+    """The run's state as a stage begins or goes on: with its theta, and perhaps with fresh moments."""
+    state, config = run.progress.state, config_in(run.shapes.config, stage)
+    if state.model.config != config:
+        state = with_config(state, config)
+    if number != run.progress.stage and stage.reset_optimizer:
+        fresh = init_state(state.model, run.optimizer(number)[0], run.trainable)
+        state = _laid_out(dataclasses.replace(fresh, step=state.step), run.sharding)
+    return state
+
+
+def _laid_out(state: TrainState, sharding: Sharding | None) -> TrainState:
+    if sharding is None:
+        return jax.tree.map(jnp.asarray, state)
+    return jax.jit(lambda x: x, out_shardings=state_shardings(state, sharding), donate_argnums=0)(state)

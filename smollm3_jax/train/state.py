@@ -1,0 +1,99 @@
+"""What training carries from step to step, and what a step takes in.
+
+Shapes: B rows, T tokens of a row.
+"""
+
+import dataclasses
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax import Array
+from jax.sharding import NamedSharding
+
+from sharding.rules import Sharding
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """Float32 parameters, optax's state and the count of steps.
+
+    model: a SmolLM3 with all parameters, trained and frozen ones.
+    optimizer: optax's state, of the trained parameters alone.
+    step: int32, updates and skipped ones.
+    trainable: a regular expression that the whole name of each trained parameter matches ("layers.q"; the names are
+      those of weights/key_map.py); None trains all.
+    """
+
+    model: Any
+    optimizer: Any
+    step: Any
+    trainable: str | None = dataclasses.field(default=None, metadata={"static": True})
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """Packed rows.
+
+    tokens: int32 [B, T].
+    segment_ids: int32 [B, T]; 0 is padding, other values name documents.
+    weights: float32 [B, T]; weights[b, t] is what the prediction made at token t, of the token at t + 1, counts by.
+      It counts only where t + 1 is of the same document. None counts each prediction once.
+    """
+
+    tokens: Any
+    segment_ids: Any
+    weights: Any = None
+
+
+def init_state(model: Any, optimizer: optax.GradientTransformation, trainable: str | None = None) -> TrainState:
+    """The state before the first step. It keeps the model's arrays; the step donates them."""
+    return TrainState(model, optimizer.init(split(model, trainable)[0]), jnp.zeros((), jnp.int32), trainable)
+
+
+def split(model: Any, trainable: str | None) -> tuple[Any, Any]:
+    """(the trained part, the frozen part) of a model: each is the model without the other's arrays."""
+
+    def part(trained: bool) -> Any:
+        def kept(path: Any, x: nnx.Variable) -> nnx.Variable:
+            name = jax.tree_util.keystr(path, simple=True, separator=".")
+            return x if (trainable is None or bool(re.fullmatch(trainable, name))) == trained else x.replace(None)
+
+        return jax.tree_util.tree_map_with_path(kept, model, is_leaf=lambda x: isinstance(x, nnx.Variable))
+
+    return part(True), part(False)
+
+
+def merge(trained: Any, frozen: Any) -> Any:
+    """The model that `split` took apart."""
+    return jax.tree.map(lambda a, b: b if a is None else a, trained, frozen, is_leaf=lambda x: x is None)
+
+
+def count(model: Any) -> int:
+    """How many numbers the arrays of a model, or of a part of one, have."""
+    return sum(x.size for x in jax.tree.leaves(model))
+
+
+def updates_of(state: TrainState) -> Array:
+    """How many updates the optimizer has made since its moments were fresh; 0 if it does not count."""
+    counts = optax.tree.get_all_with_path(state.optimizer, "count")
+    return counts[0][1] if counts else jnp.zeros((), jnp.int32)
+
+
+def state_shardings(tree: Any, sharding: Sharding) -> Any:
+    """NamedShardings for a tree of parameters or of an optimizer's state: each lies as its parameter does."""
+
+    def place(x: Any) -> Any:
+        if not isinstance(x, nnx.Variable):
+            return NamedSharding(sharding.mesh, sharding.spec())
+        if x.get_value() is None:  # of the other part
+            return x
+        axes, shape = x.get_metadata("axes"), x.get_value().shape
+        return x.replace(sharding.named("parameter", axes, shape))
+
+    return jax.tree.map(place, tree, is_leaf=lambda x: isinstance(x, nnx.Variable))

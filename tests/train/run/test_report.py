@@ -1,0 +1,22 @@
+import dataclasses
+import math
+
+from etils import epath
+
+from smollm3_jax.train.run.metrics import as_text
+from smollm3_jax.train.run.report import HELD_OUT, LOSS, curves, summary
+from smollm3_jax.train.settings import parse
+
+
+def test_curves_and_what_the_run_came_to(tmp_path):
+    lines = [{"step": step, "loss": loss, "seconds": 0.1, "bad": 0, "tokens": 8.0} for step, loss in ((1, 3), (2, 2))]
+    lines += [{"step": 3, "loss": math.nan, "seconds": 0.1, "bad": 1, "tokens": 8.0}]
+    lines += [{"step": 2, "held_out": {"a": {"nats_per_token": 2.5, "tokens": 3}}}]
+    (tmp_path / "metrics.jsonl").write_text("".join(map(as_text, lines)))
+    found = curves(epath.Path(tmp_path))
+    assert found[LOSS] == {"training": [(1, 3), (2, 2)]} and found[HELD_OUT] == {"a": [(2, 2.5)]}
+    settings = dataclasses.asdict(parse({"run": {"steps": 9}, "data": {"path": "corpus"}}))
+    rows = summary(found, settings, {"state": "done", "step": 3, "skipped": 1, "tokens": 24, "seconds": 1.0})
+    assert rows["steps"] == "3 of 9" and rows["last call"] == "24 tokens in 1 s"
+    assert rows["loss"] == "at first 3.0000 (step 1), lowest 2.0000 (step 2), last 2.0000 (step 2)"
+    assert rows["data"] == "corpus" and "model" not in rows
