@@ -6,14 +6,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import Mesh
 from tiny import raw_config
 
+from sharding.rules import Sharding
 from smollm3_jax.config import ModelConfig
 from smollm3_jax.kv_cache import (
     KVCache,
     LayerCache,
     advance,
     cache_bytes,
+    cache_shardings,
     copy_row,
     empty_cache,
     quantize_rows,
@@ -123,6 +126,23 @@ def test_a_row_is_copied_whole_with_its_length(dtype, source, target):
     np.testing.assert_array_equal(copied.length, cache.length[order])
     for before, after in zip(jax.tree.leaves(cache.layers), jax.tree.leaves(copied.layers), strict=True):
         np.testing.assert_array_equal(after, before[:, order])
+
+
+@pytest.mark.parametrize("rules", ["serve_tp", "serve_tp_long"])
+def test_rows_of_several_devices_are_copied_alike(rules):
+    sharding = Sharding.of(Mesh(np.array(jax.devices()[:4]).reshape(2, 2), ("data", "tensor")), rules)
+    random = np.random.RandomState(0)
+    alone = jax.tree.map(
+        lambda x: jnp.asarray(random.randint(0, 99, x.shape), x.dtype),
+        empty_cache(CONFIG, 4, 32, jnp.dtype("float32")),
+    )
+    spread = jax.device_put(alone, cache_shardings(CONFIG, jnp.dtype("float32"), sharding))
+    copied = jax.jit(copy_row, static_argnums=3)
+    for source, target in ((0, 3), (3, 0), (1, 0), (2, 2)):
+        got, expected = (
+            copied(x, jnp.array(source), jnp.array(target), y) for x, y in ((spread, sharding), (alone, None))
+        )
+        jax.tree.map(np.testing.assert_array_equal, jax.device_get(got), jax.device_get(expected))
 
 
 def test_heads_are_rounded_by_their_largest_magnitude():
