@@ -1,5 +1,6 @@
 import functools
 import logging
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -46,7 +47,7 @@ def scalar(window):
     return None if window is None else jnp.array(window, jnp.int32)
 
 
-def f32(*arrays):
+def f32(*arrays) -> Any:
     return tuple(jnp.asarray(x, jnp.float32) for x in arrays)
 
 
@@ -195,7 +196,7 @@ def test_splash_equals_the_definition(length, past, documents, width, dtype, as_
 def test_splash_has_the_gradients_of_plain_attention(as_on_tpu, monkeypatch):
     q, k, v = f32(*(normal(i, 1, 130, heads, 64) for i, heads in enumerate((4, 2, 2))))
     segments = jnp.asarray([[1] * 60 + [2] * 50 + [0] * 20])
-    masks = {"q_segments_BT": segments, "kv_segments_BS": segments}
+    masks: dict[str, Any] = {"q_segments_BT": segments, "kv_segments_BS": segments}
 
     def gradients():
         def loss(q, k, v):
@@ -283,7 +284,8 @@ def test_gradients_are_those_of_the_definition(dtype, window):
     terms = 2 * length + width + length * heads // kv_heads
     for got, wanted in zip(back(g), expected(*f32(g)), strict=True):
         allowed = 2 * terms * 2.0**-24 * float(jnp.abs(wanted).max()) if dtype == "float32" else 0.05
-        np.testing.assert_allclose(*f32(got, wanted), atol=allowed)
+        got, wanted = f32(got, wanted)
+        np.testing.assert_allclose(got, wanted, atol=allowed)
     kept = [x for x in jax.tree.leaves(back) if x.dtype != bool]
     assert max(x.size for x in kept) == q.size < batch * heads * length * length
 
@@ -302,7 +304,7 @@ def test_kernels_on_several_devices(square, as_on_tpu, monkeypatch):
     sharding = Sharding.of(square, "serve_tp")
     q, k, v = f32(*(normal(i, 2, 40, heads, 64) for i, heads in enumerate((4, 2, 2))))
     segments = jnp.asarray([[1] * 40, [1] * 22 + [2] * 18])
-    masks = {"q_segments_BT": segments, "kv_segments_BS": segments}
+    masks: dict[str, Any] = {"q_segments_BT": segments, "kv_segments_BS": segments}
     cache = LayerCache(*(jnp.asarray(normal(i, 2, 2, 128, 128), jnp.bfloat16) for i in (3, 4)))
     new = jnp.asarray(normal(5, 2, 1, 4, 128), jnp.bfloat16)
     length = jnp.array([3, 127], jnp.int32)
@@ -314,7 +316,8 @@ def test_kernels_on_several_devices(square, as_on_tpu, monkeypatch):
     with pltpu.force_tpu_interpret_mode():
         decoded = decode_attention(new, cache, length_B=length, sharding=sharding)
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-5), got, expected)
-    np.testing.assert_allclose(*f32(decoded, expected_decoded), atol=0.01)
+    decoded, expected_decoded = f32(decoded, expected_decoded)
+    np.testing.assert_allclose(decoded, expected_decoded, atol=0.01)
 
 
 @pytest.mark.slow

@@ -102,7 +102,8 @@ def test_a_config_that_never_ends(tmp_path):
     for target in ("/dev/zero", tmp_path / "pipe"):
         (tmp_path / "config.json").unlink(missing_ok=True)
         (tmp_path / "config.json").symlink_to(target)
-        (tmp_path / "pipe").exists() or os.mkfifo(tmp_path / "pipe")
+        if not (tmp_path / "pipe").exists():
+            os.mkfifo(tmp_path / "pipe")
         with pytest.raises(ConfigError, match="cannot be read as JSON"):
             ModelConfig.from_hf(tmp_path)
 

@@ -1,4 +1,6 @@
 import dataclasses
+from collections.abc import Generator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -145,7 +147,8 @@ def test_samples_of_one_prompt_share_its_prefill(model, monkeypatch):
 
 def test_top_k_1_and_tiny_top_p_are_greedy(model):
     greedy = s3.generate(model, PROMPTS, s3.SamplingParams(max_new_tokens=8))
-    for params in ({"top_k": 1}, {"top_p": 1e-6}, {"min_p": 1.0}):
+    one_is_left: list[dict[str, Any]] = [{"top_k": 1}, {"top_p": 1e-6}, {"min_p": 1.0}]
+    for params in one_is_left:
         assert s3.generate(model, PROMPTS, s3.SamplingParams(max_new_tokens=8, temperature=2.0, **params)) == greedy
 
 
@@ -208,7 +211,8 @@ def test_a_thinking_budget_closes_the_thought(model):
 
 
 def test_budgets_and_stop_texts_need_a_tokenizer(model):
-    for params in ({"max_thinking_tokens": 1}, {"stop": ["x"]}):
+    wanting: list[dict[str, Any]] = [{"max_thinking_tokens": 1}, {"stop": ["x"]}]
+    for params in wanting:
         with pytest.raises(OptionError, match="tokenizer"):
             s3.generate(model, [[1]], s3.SamplingParams(**params))
 
@@ -216,6 +220,7 @@ def test_budgets_and_stop_texts_need_a_tokenizer(model):
 def test_closing_the_stream_ends_it(model):
     deltas = stream(model, [Request(PROMPTS[0], s3.SamplingParams(max_new_tokens=100))], steps=2)
     assert len(next(deltas).token_ids) == 2
+    assert isinstance(deltas, Generator)
     deltas.close()
     assert list(deltas) == []
 
@@ -237,6 +242,7 @@ def test_a_prompt_in_pieces_is_the_prompt_at_once(model, monkeypatch):
     monkeypatch.setitem(module.CHUNK, "cpu", 32)
     (parts,) = complete(model, [Request(prompt, params)])
     assert parts.token_ids == whole.token_ids
+    assert parts.prompt_logprobs and whole.prompt_logprobs
     np.testing.assert_allclose(parts.prompt_logprobs, whole.prompt_logprobs, atol=2e-5)
 
 

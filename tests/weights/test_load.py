@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
@@ -74,7 +75,7 @@ def warnings(caplog) -> list[str]:
     return [record.message for record in caplog.records if record.levelno >= logging.WARNING]
 
 
-def edited(folder: Path, edit: Callable[[dict[str, np.ndarray]], Any], name: str = "plain", **fields: Any) -> Path:
+def edited(folder: Path, edit: Callable[[dict[str, np.ndarray]], Any], name: Any = "plain", **fields: Any) -> Path:
     """A checkpoint whose tensors, and config.json, were changed after they were made for each other."""
     raw = raw_config(name)
     tensors = random_tensors(raw)
@@ -310,7 +311,7 @@ def test_mixed_dtypes_need_a_choice(tmp_path, refused, capsys, caplog):
         model = smollm3_jax.from_pretrained(folder, dtype=dtype, stacked=True)
         assert {str(p.dtype) for p in (model.embed, model.norm, model.layers.q)} == {model.config.dtype}
         assert model.config.dtype == np.dtype(dtype if dtype != "bfloat16" else ml_dtypes.bfloat16).name
-        other = {"float32": "bfloat16", "bfloat16": "float32"}[model.config.dtype]
+        other = {"float32": "bfloat16", "bfloat16": "float32"}[str(model.config.dtype)]
         assert [r.message for r in caplog.records] == [f"casting {other} tensors to {model.config.dtype}"]
     # Conversion need not choose: it keeps every tensor as it is.
     smollm3_jax.convert(folder, tmp_path / "out")
@@ -644,7 +645,7 @@ def test_on_a_mesh(biased, mesh, tmp_path):
         assert len(one.devices()) == 1
         np.testing.assert_array_equal(one, array)
     assert split == 13  # all but the biases of q, k, v, gate and up
-    tokens = random_tokens({"vocab_size": 160}, 2, 16)
+    tokens = jnp.asarray(random_tokens({"vocab_size": 160}, 2, 16))
     np.testing.assert_allclose(jax.jit(type(model).__call__)(model, tokens), alone(tokens), rtol=0, atol=1e-5)
     smollm3_jax.save_pretrained(model, tmp_path / "out")
     saved, original = open_checkpoint(tmp_path / "out").tensors, open_checkpoint(biased).tensors
