@@ -61,6 +61,9 @@ class Letters:
         return step
 
 
+LETTERS: Any = Letters()
+
+
 def letters(tokens) -> str:
     return "".join(chr(0x4E00 + token) for token in tokens)
 
@@ -178,7 +181,7 @@ def test_text_ends_before_a_stop_text_however_tokens_cut_it(model):
         end = whole.find(stop)
         for steps in (1, 16):
             params = s3.SamplingParams(max_new_tokens=30, stop=["never", stop])
-            deltas = list(stream(model, [Request(PROMPTS[0], params)], tokenizer=Letters(), steps=steps))
+            deltas = list(stream(model, [Request(PROMPTS[0], params)], tokenizer=LETTERS, steps=steps))
             assert "".join(delta.text for delta in deltas) == whole[:end]
             assert [token for delta in deltas for token in delta.token_ids] == free[: end + length]
             assert [delta.finish_reason for delta in deltas][-1] == "stop"
@@ -188,7 +191,7 @@ def test_text_ends_before_a_stop_text_however_tokens_cut_it(model):
 def test_what_could_begin_a_stop_text_comes_out_at_the_end(model):
     free = s3.generate(model, [PROMPTS[0]], s3.SamplingParams(max_new_tokens=6))[0]
     params = s3.SamplingParams(max_new_tokens=6, stop=[letters(free) + "x"])
-    deltas = list(stream(model, [Request(PROMPTS[0], params)], tokenizer=Letters(), steps=2))
+    deltas = list(stream(model, [Request(PROMPTS[0], params)], tokenizer=LETTERS, steps=2))
     assert [delta.text for delta in deltas] == ["", "", letters(free)]
     assert deltas[-1].finish_reason == "length"
 
@@ -198,7 +201,7 @@ def test_a_thinking_budget_closes_the_thought(model):
 
     def think(budget, prompt, **params):
         params = s3.SamplingParams(max_new_tokens=8, max_thinking_tokens=budget, **params)
-        return complete(model, [Request(prompt, params)], tokenizer=Letters())[0].token_ids
+        return complete(model, [Request(prompt, params)], tokenizer=LETTERS)[0].token_ids
 
     # A model that always opens a thought: it is closed after the budget, and again when it opens the next.
     assert think(2, [5], logit_bias=bias) == [1, 1, 1, close, 1, close, 1, close]

@@ -142,7 +142,7 @@ def test_plain_tensors_come_back_bit_for_bit(tmp_path, arch, dtype):
     assert {t.name for t in file.tensors} == {name_of(name) for name in original}
     read = {t.name: t for t in file.tensors}
     for name, array in original.items():
-        tensor = read[name_of(name)]
+        tensor = read[str(name_of(name))]
         assert (tensor.shape, tensor.dtype, tensor.file) == (array.shape, np.dtype(dtype).name, str(path))
         got = tensor.read()
         assert got.dtype == dtype and got.shape == array.shape
