@@ -8,10 +8,15 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sharding.strategies import STRATEGIES
+
 from ..config import DTYPES, WEIGHT_SCHEMES, with_yarn
 from ..screen_text import UNSEEN, plain
 
 MODEL_HELP = "a model folder, a .gguf file, a hub id such as HuggingFaceTB/SmolLM3-3B (or ORG/NAME@REVISION), or demo"
+
+# How a model that only answers is spread, unless another strategy is named.
+SERVING = "serve_tp"
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -63,6 +68,32 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--weights", choices=WEIGHT_SCHEMES, help="quantize the weights at loading")
     group.add_argument("--cache", type=dtype, choices=("bfloat16", "int8"), help="what keys and values are kept in")
     group.add_argument("--yarn", type=float, metavar="FACTOR", help="stretch the context this many times (YaRN)")
+    add_mesh(group)
+
+
+def add_mesh(group: Any) -> None:
+    """How the model lies on several devices; see `mesh_of`."""
+    mesh_help = "spread the model over this mesh of all devices (-1: what is left); default: the first device alone"
+    group.add_argument("--mesh", metavar="AXIS=N,...", help=mesh_help)
+    rules_help = f"the mesh's sharding strategy: {', '.join(STRATEGIES)} (default with --mesh: {SERVING})"
+    group.add_argument("--rules", choices=STRATEGIES, metavar="NAME", help=rules_help)
+
+
+def mesh_of(args: argparse.Namespace) -> "dict[str, Any]":
+    """The mesh and rules that `load` takes; nothing where neither was given.
+
+    Raises:
+      ShardingError: the mesh does not fit the devices or the strategy.
+    """
+    if args.mesh is None and args.rules is None:
+        return {}
+    from sharding.mesh import DEFAULT_AXES, make_mesh, parse_axes
+    from sharding.rules import Sharding
+
+    rules = args.rules or SERVING
+    mesh = make_mesh(parse_axes(args.mesh) if args.mesh else DEFAULT_AXES[rules])
+    Sharding.of(mesh, rules)  # a mistake shows before anything is loaded
+    return {"mesh": mesh, "rules": rules}
 
 
 def add_sampling(parser: argparse.ArgumentParser) -> None:
@@ -129,6 +160,7 @@ def open_model(args: argparse.Namespace) -> "tuple[Checkpoint, Tokenizer]":
     from ..weights.load import open_checkpoint, text_folder
 
     require_devices()
+    mesh_of(args)
     path = folder(args.model)
     checkpoint = open_checkpoint(path)
     if args.yarn is not None:
@@ -139,7 +171,7 @@ def open_model(args: argparse.Namespace) -> "tuple[Checkpoint, Tokenizer]":
 def load_model(args: argparse.Namespace, checkpoint: "Checkpoint") -> "SmolLM3":
     from ..weights.load import load
 
-    return load(checkpoint, args.dtype, **({"weights": args.weights} if args.weights else {}))
+    return load(checkpoint, args.dtype, **({"weights": args.weights} if args.weights else {}), **mesh_of(args))
 
 
 def say(text: object = "", end: str = "\n") -> None:

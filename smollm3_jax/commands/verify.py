@@ -2,7 +2,7 @@
 
 import argparse
 
-from .shared import add_model_name, console, folder, print_json, say
+from .shared import add_mesh, add_model_name, console, folder, mesh_of, print_json, say
 
 VERIFICATION_FAILED = 4
 
@@ -14,6 +14,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     goldens_help = "with the released SmolLM3-3B's golden logits and text; of no use for any other model"
     reference.add_argument("--goldens", action="store_true", help=goldens_help)
     parser.add_argument("--prompt", metavar="TEXT", help="the text to compute on (default: a built-in one)")
+    add_mesh(parser)
     parser.add_argument("--json", action="store_true")
 
 
@@ -27,7 +28,7 @@ def run(args: argparse.Namespace) -> int:
     if args.goldens:
         return _goldens(args)
     against = args.against if args.against == "transformers" else folder(args.against)
-    report = verify(folder(args.model), against, args.prompt)
+    report = verify(folder(args.model), against, args.prompt, **mesh_of(args))
     if args.json:
         print_json(report)
     else:
@@ -58,7 +59,7 @@ def _goldens(args: argparse.Namespace) -> int:
 
     if args.prompt is not None:
         raise OptionError("--goldens brings its own prompt: leave --prompt out")
-    report = verify_goldens(folder(args.model))
+    report = verify_goldens(folder(args.model), **mesh_of(args))
     if args.json:
         print_json(report)
         return 0 if report["ok"] else VERIFICATION_FAILED

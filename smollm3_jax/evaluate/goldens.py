@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from ..config import SMOLLM3_3B, ModelConfig
 from ..errors import CheckpointFormatError, OptionError
@@ -37,11 +38,18 @@ def released() -> dict[str, Any]:
     return {"config": SMOLLM3_3B} | json.loads(text)
 
 
-def verify_goldens(folder: str | Path, goldens: Mapping[str, Any] | None = None) -> dict[str, Any]:
+def verify_goldens(
+    folder: str | Path,
+    goldens: Mapping[str, Any] | None = None,
+    *,
+    mesh: Mesh | None = None,
+    rules: str | Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
     """Compares a checkpoint with golden values.
 
     Args:
       goldens: as `released` has them, which None stands for.
+      mesh, rules: how the model lies on several devices, as for `from_pretrained`.
 
     Returns:
       What was found, `checks` (name -> passed) and `ok`; ready for json.dumps.
@@ -59,7 +67,7 @@ def verify_goldens(folder: str | Path, goldens: Mapping[str, Any] | None = None)
     tokenizer = load_tokenizer(text_folder(path), checkpoint.config)
     prompt = tokenizer.encode(goldens["prompt"])
     with jax.default_matmul_precision("highest"):
-        model = load(checkpoint, "float32")
+        model = load(checkpoint, "float32", mesh, rules)
         with busy("computing"):
             logits = np.asarray(model(jnp.array([goldens["token_ids"]], jnp.int32))[0])
             params = SamplingParams(max_new_tokens=goldens["new_tokens"])

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from ..errors import CheckpointFormatError, OptionError, SupportError
 from ..generation.api import generate
@@ -88,12 +89,20 @@ class _Results:
     new_tokens: list[int]
 
 
-def verify(folder: str | Path, against: str | Path, prompt: str | None = None) -> dict[str, Any]:
+def verify(
+    folder: str | Path,
+    against: str | Path,
+    prompt: str | None = None,
+    *,
+    mesh: Mesh | None = None,
+    rules: str | Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
     """Compares a checkpoint with transformers on the same files, or with another checkpoint.
 
     Args:
       against: "transformers", or a folder, .gguf file or hub id.
       prompt: the text to compute on; None is a built-in one, or fixed ids for a folder without tokenizer.
+      mesh, rules: how our models lie on several devices, as for `from_pretrained`.
 
     Returns:
       The measures, the tolerance, `checks` (name -> passed) and `ok`; ready for json.dumps.
@@ -121,12 +130,12 @@ def verify(folder: str | Path, against: str | Path, prompt: str | None = None) -
         dtype = "float32" if len(dtypes) == 1 else next(d for d in ("bfloat16", "float16") if d in dtypes)
     count = min(NEW_TOKENS, ours.config.max_position_embeddings - len(tokens))
     # One model at a time: at 3B parameters two in float32 would not fit on a small machine.
-    own = _run_ours(ours, tokens, count)
+    own = _run_ours(ours, tokens, count, mesh, rules)
     if theirs is None:
         with busy("computing with transformers"):
             reference = _run_transformers(path, tokens, count)
     else:
-        reference = _run_ours(theirs, tokens, count)
+        reference = _run_ours(theirs, tokens, count, mesh, rules)
     report = {"model": str(path), "against": str(against), "tokens": len(tokens), "weights": None}
     report |= _compare(own, reference, TOLERANCES[dtype])
     report["tolerance"] = {"dtype": dtype, **dataclasses.asdict(TOLERANCES[dtype])}
@@ -160,9 +169,9 @@ def _check_same_architecture(a: Checkpoint, b: Checkpoint) -> None:
             raise CheckpointFormatError(f"the two models cannot be compared: {field} is {x} in one, {y} in the other")
 
 
-def _run_ours(checkpoint: Checkpoint, tokens: list[int], count: int) -> _Results:
+def _run_ours(checkpoint: Checkpoint, tokens: list[int], count: int, mesh: Mesh | None, rules: Any) -> _Results:
     with jax.default_matmul_precision("highest"):
-        model: SmolLM3 = load(checkpoint, "float32")
+        model: SmolLM3 = load(checkpoint, "float32", mesh, rules)
         ids = jnp.array([tokens], jnp.int32)
         with busy("computing"):
             return _Results(

@@ -480,7 +480,7 @@ def think_ids(tokenizer: Tokenizer | None) -> tuple[int, int]:
 
 
 def _empty(model: SmolLM3, batch: int, room: int, cache_dtype: Any, drafts: bool) -> tuple[KVCache, Slots, Any]:
-    """Cache, slots and (for drafts) history, where calls of `decode` leave them: else the second call is compiled anew."""
+    """Cache, slots and (for drafts) history, where calls of `decode` leave them: else its second call compiles anew."""
     history = spec(jnp.int32, batch=batch, places=room) if drafts else None
     slots = slot_specs(batch, model.config.vocab_size)
     cache = cache_specs(model.config, batch, room, cache_dtype)

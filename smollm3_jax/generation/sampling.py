@@ -41,6 +41,7 @@ ELSEWHERE = {
     "temp": "temperature",
     "do_sample": "temperature (0 is greedy, above it samples)",
     "thinking_budget": "max_thinking_tokens",
+    "sharding": "nothing in its place: the model knows where it lies (model.sharding)",
 }
 # What generation_config.json may ask for that is not done here -> the values that ask for nothing.
 NOT_DONE: dict[str, tuple[Any, ...]] = {

@@ -237,7 +237,7 @@ def test_too_little_memory_is_one_line(talking, tmp_path, capsys, monkeypatch, e
     one = ["generate", "--model", str(talking), "--prompt", "w5 w6"]
     many = [*one[:3], "--input", str(tmp_path / "in"), "--output", str(tmp_path / "out")]
     with monkeypatch.context() as patch:
-        patch.setattr("smollm3_jax.generation.api.empty_cache", fail)
+        patch.setattr("smollm3_jax.generation.api.zeros", fail)
         for command in (one, many):
             assert main(command) == 3
             expected = (
@@ -250,6 +250,19 @@ def test_too_little_memory_is_one_line(talking, tmp_path, capsys, monkeypatch, e
     monkeypatch.setattr("smollm3_jax.weights.load.load", fail)
     assert main(one) == 3
     assert re.fullmatch(r"smollm3: there is too little memory: .*\n", capsys.readouterr().err)
+
+
+@pytest.mark.parametrize(
+    "options", [("--mesh", "data=4,tensor=2"), ("--mesh", "fsdp=8", "--rules", "fsdp"), ("--rules", "dp")]
+)
+def test_a_mesh_says_what_one_device_says(talking, capsys, options):
+    common = ("--model", talking, "--prompt", "w5 w6 w7", "--max-new-tokens", 4, "--temperature", 0)
+    assert answer(capsys, *common, *options) == answer(capsys, *common)
+
+
+def test_two_models_are_compared_on_a_mesh(talking, capsys):
+    assert main(["verify", str(talking), "--against", str(talking), "--mesh", "data=4,tensor=2", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["ok"]
 
 
 def test_yarn_stretches_the_context(talking, capsys):
@@ -307,6 +320,9 @@ def test_inspect(talking, capsys):
         (["--prompt-logprobs"], 2, "--json"),
         (["--max-thinking-tokens", "-1"], 2, "max_thinking_tokens is -1"),
         (["--max-thinking-tokens", "5"], 2, "max_thinking_tokens needs"),
+        (["--mesh", "tensor"], 2, "'tensor' is not AXIS=LENGTH"),
+        (["--mesh", "tensor=3"], 2, "3 devices, but there are 8"),
+        (["--mesh", "context=8"], 2, "the strategy serve_tp has no use for the mesh's axis 'context'"),
         (["--yarn", "1"], 2, "YaRN factor is 1.0"),
         (["--yarn", "nan"], 2, "YaRN factor is nan"),
         (["--max-new-tokens", "511"], 2, "2 tokens; with max_new_tokens 511 that exceeds the model's context of 512"),
