@@ -30,7 +30,7 @@ from .kernels.product import WeightSharding, unpacked_product
 INTEGER_ROWS = 128
 
 
-class Quantized(nnx.Module):
+class QuantizedWeight(nnx.Module):
     """A weight [*out, *in] whose last dimensions are the contracted ones, in place of an nnx.Param.
 
     values: int8 [*out, *in]; for int4 uint8 [*out, *in / 2], byte j of a group holding its numbers j (low
@@ -50,7 +50,7 @@ class Quantized(nnx.Module):
         return (*shape[:-1], 2 * shape[-1]) if self.minimum is not None else shape
 
 
-Weight = nnx.Param | Quantized
+Weight = nnx.Param | QuantizedWeight
 
 
 def linear(
@@ -76,7 +76,7 @@ def linear(
     split = len(weight.shape) - contracted
     x_RK = x.reshape(-1, math.prod(weight.shape[split:]))
     platform = platform or platform_of(sharding)
-    if isinstance(weight, Quantized):
+    if isinstance(weight, QuantizedWeight):
         values, scale = weight.values[...], weight.scale[...]
         minimum = None if weight.minimum is None else weight.minimum[...]
         layout = None
@@ -225,7 +225,7 @@ def _integer_product(x_RK: Array, w_NK: Array) -> Array:
 
 def lookup(table: Weight, index: Array, dtype: Any, platform: str | None = None) -> Array:
     """Rows of a weight [N, K]: [*index.shape, K] in dtype; platform as for `linear`."""
-    if not isinstance(table, Quantized):
+    if not isinstance(table, QuantizedWeight):
         if (platform or jax.default_backend()) != "cpu":
             return table[...][index]
         # Always so, but known only when the program runs: inside a condition XLA:CPU looks up the rows it is
@@ -241,7 +241,7 @@ def lookup(table: Weight, index: Array, dtype: Any, platform: str | None = None)
 
 
 def dequantize(values: Any, scale: Any, minimum: Any = None) -> Any:
-    """The weight in float32, of numpy's arrays or JAX's; shapes as in Quantized, with any leading dimensions."""
+    """The weight in float32, of numpy's arrays or JAX's; shapes as in QuantizedWeight, with any leading dimensions."""
     xp = np if isinstance(values, np.ndarray) else jnp
     if scale.ndim < values.ndim:
         return values.astype(np.float32) * scale.reshape(*scale.shape, *[1] * (values.ndim - scale.ndim))
@@ -259,12 +259,12 @@ def scheme_of(param: str, scheme: str) -> str:
     return "int8" if scheme == "int4" and param in ("embed", "head") else scheme
 
 
-def quantized(weight: nnx.Param, scheme: str, contracted: int = 1) -> Quantized:
+def quantize_weight(weight: nnx.Param, scheme: str, contracted: int = 1) -> QuantizedWeight:
     """A parameter quantized on the device, by its range alone: for models that are not loaded."""
     w, axes = weight[...], weight.get_metadata("axes")
     w_NK = w.reshape(-1, math.prod(w.shape[w.ndim - contracted :]))
     scale, minimum = range_scales(w_NK, scheme)
-    values = quantize(w_NK, scale, minimum)
+    values = to_integers(w_NK, scale, minimum)
 
     def param(array: Any, by_channel: bool = False) -> nnx.Param:
         kept = w.ndim - contracted
@@ -272,11 +272,11 @@ def quantized(weight: nnx.Param, scheme: str, contracted: int = 1) -> Quantized:
         return nnx.Param(array.reshape(shape), axes=axes[: len(shape)])
 
     scale = param(scale, WEIGHT_SCHEMES[scheme] is None)
-    return Quantized(scheme, param(values), scale, None if minimum is None else param(minimum))
+    return QuantizedWeight(scheme, param(values), scale, None if minimum is None else param(minimum))
 
 
 def range_scales(w_NK: Any, scheme: str) -> tuple[Any, Any]:
-    """(scale, minimum or None) that just span the numbers; shapes as in Quantized."""
+    """(scale, minimum or None) that just span the numbers; shapes as in QuantizedWeight."""
     xp, group = np if isinstance(w_NK, np.ndarray) else jnp, WEIGHT_SCHEMES[scheme]
     if group is None:
         return xp.abs(w_NK).max(axis=-1).astype(np.float32) / 127, None
@@ -359,7 +359,7 @@ def _least_squares(w_MG: np.ndarray, found: np.ndarray) -> np.ndarray:
     return found
 
 
-def quantize(w_NK: Any, scale: Any, minimum: Any = None) -> Any:
+def to_integers(w_NK: Any, scale: Any, minimum: Any = None) -> Any:
     """The values, int8 [N, K] or uint8 [N, K / 2], that come closest to w with these scales."""
     xp = np if isinstance(w_NK, np.ndarray) else jnp
     grouped = w_NK.reshape(w_NK.shape[0], 1 if scale.ndim == 1 else scale.shape[1], -1).astype(np.float32)

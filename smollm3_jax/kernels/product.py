@@ -48,7 +48,7 @@ def unpacked_product(
     in float32: XLA itself does not partition kernels.
 
     Args:
-      values, scale, minimum: as in quantize.Quantized, of any dimensions before the contracted ones.
+      values, scale, minimum: as in quantize.QuantizedWeight, of any dimensions before the contracted ones.
       group: inputs that share a scale; None: all of an output channel's do.
       platform: "gpu" and "tpu" have kernels. XLA for GPU needs none for one scale a channel.
       layout: the weight's; None on one device.

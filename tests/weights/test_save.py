@@ -23,7 +23,7 @@ from smollm3_jax.commands.main import main
 from smollm3_jax.config import GenerationConfig, ModelConfig
 from smollm3_jax.errors import OptionError, SaveError, SupportError
 from smollm3_jax.weights import save
-from smollm3_jax.weights.key_map import slots
+from smollm3_jax.weights.key_map import hf_tensors
 from smollm3_jax.weights.load import open_checkpoint
 from smollm3_jax.weights.stored import NUMPY_DTYPES, StoredTensor
 
@@ -32,7 +32,7 @@ ENVIRONMENT = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "JAX_PLATF
 INDEX = "model.safetensors.index.json"
 
 RAW = raw_config("one_layer")
-SHAPES = {name: slot.shape for name, slot in slots(ModelConfig.from_hf(RAW)).items()}
+SHAPES = {name: slot.shape for name, slot in hf_tensors(ModelConfig.from_hf(RAW)).items()}
 
 
 def write_version(folder: Path, version: int, shard_size: int | str = "20KB", read: Callable | None = None) -> None:
