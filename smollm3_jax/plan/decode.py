@@ -30,7 +30,7 @@ from ..kv_cache import KVCache, cache_shardings, empty_cache
 from ..model import SmolLM3
 from ..weights.key_map import abstract_model
 from ..weights.quantized import with_scheme
-from .devices import DoesNotFit, compile_for, sharding_for, topology, with_sharding
+from .devices import DoesNotFit, compile_for, sharded_shape, sharding_for, topology
 from .report import assumptions, collectives, program, times
 
 FLOOR = "the floor: all weights and the full cache once a token, at the bandwidth"
@@ -58,7 +58,7 @@ class DecodeSetting:
     def model(self) -> SmolLM3:
         def sharded(param: nnx.Variable) -> nnx.Variable:
             axes, value = param.get_metadata("axes"), param.get_value()
-            return param.replace(with_sharding(value, self.sharding.named("weight", axes, value.shape)))
+            return param.replace(sharded_shape(value, self.sharding.named("weight", axes, value.shape)))
 
         model = abstract_model(self.config, jnp.bfloat16, stacked=self.stacked, sharding=self.sharding)
         return jax.tree.map(sharded, model, is_leaf=lambda x: isinstance(x, nnx.Variable))
@@ -67,14 +67,14 @@ class DecodeSetting:
     def cache(self) -> KVCache:
         dtype = jnp.dtype(self.cache_dtype)
         cache = jax.eval_shape(lambda: empty_cache(self.config, self.batch, self.context, dtype))
-        return jax.tree.map(with_sharding, cache, cache_shardings(self.config, dtype, self.sharding))
+        return jax.tree.map(sharded_shape, cache, cache_shardings(self.config, dtype, self.sharding))
 
     @functools.cached_property
     def slots(self) -> Slots:
         slots = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct((self.batch, *np.shape(x)), x.dtype), _one_slot(self.config)
         )
-        return jax.tree.map(with_sharding, slots, slot_shardings(self.sharding))
+        return jax.tree.map(sharded_shape, slots, slot_shardings(self.sharding))
 
     def scalar(self, *shape: int) -> jax.ShapeDtypeStruct:
         """Of int32, the same on every device."""

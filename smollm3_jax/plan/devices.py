@@ -85,7 +85,7 @@ def _use_libtpu() -> None:
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
 
 
-def with_sharding(x: Any, sharding: Any) -> jax.ShapeDtypeStruct:
+def sharded_shape(x: Any, sharding: Any) -> jax.ShapeDtypeStruct:
     """The shape and dtype of an array, with a sharding."""
     return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 

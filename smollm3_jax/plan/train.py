@@ -26,7 +26,7 @@ from ..train.options import COMPILER_OPTIONS, REMAT, StepOptions
 from ..train.state import Batch, TrainState, init_state, state_shardings
 from ..train.step import train_step
 from ..weights.key_map import abstract_model, count_parameters
-from .devices import DoesNotFit, compile_for, sharding_for, topology, with_sharding
+from .devices import DoesNotFit, compile_for, sharded_shape, sharding_for, topology
 from .report import assumptions, bound_by, collectives, program, times
 
 _OPTIMIZER = adamw(2e-4)
@@ -54,7 +54,7 @@ class TrainSetting:
         """
         model = abstract_model(self.config, jnp.float32, sharding=self.sharding)
         state = jax.eval_shape(lambda model: init_state(model, _OPTIMIZER), model)
-        state = jax.tree.map(with_sharding, state, state_shardings(state, self.sharding))
+        state = jax.tree.map(sharded_shape, state, state_shardings(state, self.sharding))
         parts = self.sharding.parts("batch")
         if self.batch % (parts * self.options.micro_batches):
             raise OptionError(
