@@ -68,7 +68,7 @@ class Operation:
     shapes: of the result, more than one if it is a tuple; computation: where it stands; calls: the
     computations that it names; op_name: where in the traced function it came from ("" if unknown);
     target: of a custom call; operands: names of instructions of the same computation (of a parameter its
-    number, of a constant its value); attributes: the text behind them; in_entry, in_loop, in_branch,
+    number, of a constant its value); attributes: the text after them; in_entry, in_loop, in_branch,
     in_fusion: whether it stands in the entry computation itself, or anywhere inside of a while loop, a
     conditional's branch or a fusion (or the function that a reduction applies).
     """
@@ -160,7 +160,7 @@ def collectives(program: Sequence[Operation]) -> list[Operation]:
 
 
 def moves(program: Sequence[Operation], at_least: int) -> list[Operation]:
-    """What writes so many bytes or more of main memory and only moves them.
+    """What writes at least this many bytes of main memory and only moves them.
 
     That is copies, transposes and slices, and fusions of nothing else. Updates in place are none, and
     neither is what is fetched into a TPU's VMEM ahead of its use.

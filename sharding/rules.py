@@ -57,7 +57,7 @@ class Sharding:
         for axis, target in rules.items():
             if axis not in LOGICAL_AXES:
                 near = difflib.get_close_matches(axis, LOGICAL_AXES, 1)
-                there = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(LOGICAL_AXES)}"
+                there = f"did you mean {near[0]!r}?" if near else f"choose one of {', '.join(LOGICAL_AXES)}"
                 raise ShardingError(f"the rule {axis} -> {target}: no array has an axis {axis!r}; {there}")
             for mesh_axis in _mesh_axes(target, mesh):
                 if mesh_axis not in mesh.axis_names:
@@ -182,7 +182,7 @@ def platform_of(sharding: Sharding | None) -> str:
 
 def _strategy(name: str, mesh: Mesh) -> tuple[tuple[str, tuple[str, ...]], ...]:
     if name not in STRATEGIES:
-        raise ShardingError(f"no sharding strategy {name!r}; there are {', '.join(STRATEGIES)}")
+        raise ShardingError(f"the sharding strategy {name!r} is unknown; choose one of {', '.join(STRATEGIES)}")
     wanted = {axis: _mesh_axes(target, mesh) for axis, target in STRATEGIES[name].items()}
     used = {mesh_axis for mesh_axes in wanted.values() for mesh_axis in mesh_axes}
     idle = [axis for axis, length in mesh.shape.items() if length > 1 and axis not in used]

@@ -97,9 +97,9 @@ class QuantizationConfig:
 
     def __post_init__(self):
         if self.weights not in WEIGHT_SCHEMES:
-            raise ConfigError(f"weights {self.weights!r} are no scheme; there are {', '.join(WEIGHT_SCHEMES)}")
+            raise ConfigError(f"weights is {self.weights!r}; choose one of {', '.join(WEIGHT_SCHEMES)}")
         if self.cache not in (None, *CACHE_SCHEMES):
-            raise ConfigError(f"cache {self.cache!r} is no scheme; there is {', '.join(CACHE_SCHEMES)}")
+            raise ConfigError(f"cache is {self.cache!r}; choose one of {', '.join(CACHE_SCHEMES)}, or null")
 
     def to_hf(self) -> dict[str, Any]:
         """The `quantization_config` object of config.json."""

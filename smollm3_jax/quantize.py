@@ -26,7 +26,7 @@ from . import xla_cpu
 from .config import WEIGHT_SCHEMES
 from .kernels.product import WeightSharding, unpacked_product
 
-# On CPU, up to so many rows of activations are multiplied as integers; more are worth unpacking the weight for.
+# On CPU, at most this many rows of activations are multiplied as integers; for more, unpacking the weight pays.
 INTEGER_ROWS = 128
 
 
@@ -137,7 +137,7 @@ _product_of.defvjp(_product_forward, _product_backward)
 
 
 def kernel(scheme: str | None, rows: int, platform: str) -> str:
-    """How so many rows of activations are multiplied with a weight.
+    """How this many rows of activations are multiplied with a weight.
 
     "plain", for one that is not quantized; "integer": the activations are quantized too; "weight-only": the
     integers are converted for the product, and what comes out is scaled; "dequantized": the weight is.

@@ -148,7 +148,7 @@ def _plan_scale(args: argparse.Namespace) -> int:
     try:
         devices = [int(part) for part in args.devices.split(",")]
     except ValueError:
-        raise OptionError(f"--devices {args.devices}: not numbers, with commas between them") from None
+        raise OptionError(f"--devices is {args.devices!r}; give numbers with commas between them") from None
     report = plan_scale(_plan_config(args), devices, args.length)
     show(args, report, scale_tables)
     return 0

@@ -21,11 +21,11 @@ def with_scheme(config: ModelConfig, weights: str, cache: str | None = None) -> 
     """The config of the same model quantized.
 
     Raises:
-      OptionError: there is no such scheme, or the model is quantized already, in another one.
+      OptionError: the scheme is unknown, or the model is quantized already, in another one.
       ConfigError: the model's dimensions are no multiples of the scheme's groups.
     """
     if weights not in WEIGHT_SCHEMES:
-        raise OptionError(f"weights {weights!r} are no scheme; choose one of {', '.join(WEIGHT_SCHEMES)}")
+        raise OptionError(f"weights is {weights!r}; choose one of {', '.join(WEIGHT_SCHEMES)}")
     own = config.quantization
     if own is not None and own.weights != weights:
         raise OptionError(

@@ -231,10 +231,10 @@ def write_folder(
 
     Raises:
       OptionError: the size or the format is none, or `check_target` refuses.
-      SaveError: it cannot be written; nothing is left behind, and what was there is untouched.
+      SaveError: it cannot be written; nothing of it is left, and what was there is untouched.
     """
     if format not in FORMATS:
-        raise OptionError(f"no format {format!r}; choose one of {', '.join(FORMATS)}")
+        raise OptionError(f"format is {format!r}; choose one of {', '.join(FORMATS)}")
     if format == "torch" and config.quantization is not None:
         raise OptionError("a PyTorch file cannot hold quantized weights; give a dtype to write plain ones")
     shards = safetensors.split(tensors, parse_size(max_shard_size))

@@ -560,7 +560,7 @@ def test_nobody_to_ask():
     ("said", "words"),
     [
         (call(3), 'error: get_weather: city must be {"type": "string"}, not 3'),
-        (call("Rome", "wether"), "error: there is no function wether; there are get_weather"),
+        (call("Rome", "wether"), "error: there is no function wether; choose one of get_weather"),
         ("<tool_call>\n{\n</tool_call>", "error: the call cannot be read"),
         ("<code>import os</code>", "error: the code is more than calls"),
     ],

@@ -117,7 +117,7 @@ def test_verify_refuses_transformers(packed, capsys):
 
 
 def test_what_cannot_be_meant(plain, packed, tmp_path, capsys):
-    with pytest.raises(OptionError, match="weights 'int3' are no scheme; choose one of int8"):
+    with pytest.raises(OptionError, match="weights is 'int3'; choose one of int8"):
         s3.from_pretrained(plain, weights="int3")
     with pytest.raises(OptionError, match="weights are int8 already and cannot become int4"):
         s3.from_pretrained(packed["int8"], weights="int4")
@@ -201,9 +201,9 @@ def test_nan_in_a_weight_that_is_quantized(plain, tmp_path, caplog):
     [
         ({"quant_method": "gptq", "bits": 4}, "quant_method is 'gptq'; only 'smollm3-jax' is supported"),
         ({"weights": "int8"}, "quant_method is None"),
-        ({"quant_method": "smollm3-jax", "weights": "int3"}, "weights 'int3' are no scheme"),
+        ({"quant_method": "smollm3-jax", "weights": "int3"}, "weights is 'int3'"),
         ({"quant_method": "smollm3-jax"}, "quantization_config: weights is missing"),
-        ({"quant_method": "smollm3-jax", "weights": "int8", "cache": "int2"}, "cache 'int2' is no scheme"),
+        ({"quant_method": "smollm3-jax", "weights": "int8", "cache": "int2"}, "cache is 'int2'"),
         ({"quant_method": "smollm3-jax", "weights": "int8", "bits": 8}, "does not know 'bits'"),
         ("int8", "quantization_config is 'int8', a str; it must be dict"),
     ],

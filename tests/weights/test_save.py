@@ -611,7 +611,7 @@ def test_bad_options(hf, tmp_path, capsys):
             main(["convert", str(hf), str(tmp_path / "out"), *options])
         assert caught.value.code == 2 and options[1] in capsys.readouterr().err
     model = smollm3_jax.from_pretrained(hf)
-    with pytest.raises(OptionError, match="no format 'gguf'; choose one of safetensors, torch"):
+    with pytest.raises(OptionError, match="format is 'gguf'; choose one of safetensors, torch"):
         smollm3_jax.save_pretrained(model, tmp_path / "out", format="gguf")
     with pytest.raises(OptionError, match="dtype 'int8' is not supported"):
         smollm3_jax.convert(hf, tmp_path / "out", dtype="int8")
