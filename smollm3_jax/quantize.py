@@ -19,6 +19,7 @@ import numpy as np
 from flax import nnx
 from jax import Array
 from jax.experimental.layout import Layout, with_layout_constraint
+from jax.typing import DTypeLike
 
 from sharding.rules import Sharding, platform_of
 
@@ -59,7 +60,7 @@ def linear(
     contracted: int = 1,
     platform: str | None = None,
     sharding: Sharding | None = None,
-    dtype: Any = jnp.float32,
+    dtype: DTypeLike = jnp.float32,
 ) -> Array:
     """Sums over the last `contracted` dimensions of x and of the weight: [..., *out] in `dtype`.
 
@@ -89,35 +90,35 @@ def linear(
     return out_RN.reshape(*x.shape[: x.ndim - contracted], *weight.shape[:split]).astype(dtype)
 
 
-def _dot(a: Array, b: Array, contract_a: int, contract_b: int, written: Any = jnp.float32) -> Array:
+def _dot(a: Array, b: Array, contract_a: int, contract_b: int, written: DTypeLike = jnp.float32) -> Array:
     """The product of two matrices, added up in float32 and written in another dtype."""
     return jax.lax.dot_general(a, b, (((contract_a,), (contract_b,)), ((), ())), preferred_element_type=written)
 
 
-def _written(platform: str, dtype: Any) -> Any:
+def _written(platform: str, dtype: DTypeLike) -> DTypeLike:
     """What a product is written in that is to be rounded to a dtype. A GPU's kernels add up in float32 and round what
     they write; else the sums would go through memory. On a CPU a product of bfloat16 sums is slower, or rounds more."""
     return dtype if platform == "gpu" else jnp.float32
 
 
-def _product(platform: str, x_RK: Array, w_NK: Array, dtype: Any = jnp.float32) -> Array:
+def _product(platform: str, x_RK: Array, w_NK: Array, dtype: DTypeLike = jnp.float32) -> Array:
     """x w^T, [R, N], added up in float32; rounded to dtype where that costs nothing."""
     return _product_of(platform, jnp.dtype(_written(platform, dtype)), x_RK, w_NK)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _product_of(platform: str, written: Any, x_RK: Array, w_NK: Array) -> Array:
+def _product_of(platform: str, written: DTypeLike, x_RK: Array, w_NK: Array) -> Array:
     """Left to itself, autodiff would widen x and w to meet a float32 output's gradient."""
     return _plain_product(platform, x_RK, w_NK, written)
 
 
-def _plain_product(platform: str, x_RK: Array, w_NK: Array, written: Any = jnp.float32) -> Array:
+def _plain_product(platform: str, x_RK: Array, w_NK: Array, written: DTypeLike = jnp.float32) -> Array:
     if platform == "cpu" and x_RK.shape[0] == 1:
         return xla_cpu.one_row_product(x_RK, w_NK)
     return _dot(x_RK, w_NK, 1, 1, written)
 
 
-def _product_forward(platform: str, written: Any, x_RK: Array, w_NK: Array) -> tuple[Array, tuple[Array, Array]]:
+def _product_forward(platform: str, written: DTypeLike, x_RK: Array, w_NK: Array) -> tuple[Array, tuple[Array, Array]]:
     return _plain_product(platform, x_RK, w_NK, written), (x_RK, w_NK)
 
 
@@ -175,7 +176,9 @@ def _quantized_product(
     return _plain_product(platform, x_RK, w_NK)
 
 
-def _quantized_forward(scheme: str, platform: str, layout: WeightSharding | None, *arrays: Any) -> tuple[Array, tuple]:
+def _quantized_forward(
+    scheme: str, platform: str, layout: WeightSharding | None, *arrays: Array
+) -> tuple[Array, tuple]:
     return _quantized_product(scheme, platform, layout, *arrays), arrays
 
 
@@ -223,7 +226,7 @@ def _integer_product(x_RK: Array, w_NK: Array) -> Array:
     return (high_RN + low_RN / 254) * step_R1
 
 
-def lookup(table: Weight, index: Array, dtype: Any, platform: str | None = None) -> Array:
+def lookup(table: Weight, index: Array, dtype: DTypeLike, platform: str | None = None) -> Array:
     """Rows of a weight [N, K]: [*index.shape, K] in dtype; platform as for `linear`."""
     if not isinstance(table, QuantizedWeight):
         if (platform or jax.default_backend()) != "cpu":
@@ -266,7 +269,7 @@ def quantize_weight(weight: nnx.Param, scheme: str, contracted: int = 1) -> Quan
     scale, minimum = range_scales(w_NK, scheme)
     values = to_integers(w_NK, scale, minimum)
 
-    def param(array: Any, by_channel: bool = False) -> nnx.Param:
+    def param(array: Array, by_channel: bool = False) -> nnx.Param:
         kept = w.ndim - contracted
         shape = w.shape[:kept] if by_channel else (*w.shape[:-1], w.shape[-1] * array.shape[-1] // w_NK.shape[-1])
         return nnx.Param(array.reshape(shape), axes=axes[: len(shape)])

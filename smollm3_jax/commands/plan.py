@@ -19,7 +19,7 @@ def add(parser: argparse.ArgumentParser) -> None:
 
     plans = parser.add_subparsers(required=True, metavar="PLAN", prog="smollm3 plan")
 
-    def plan(name: str, run: Any, help: str, compiles: bool) -> argparse.ArgumentParser:
+    def plan(name: str, run: Callable[[argparse.Namespace], int], help: str, compiles: bool) -> argparse.ArgumentParser:
         usage = f"smollm3 plan {name} [MODEL] [OPTION ...]"
         sub = plans.add_parser(name, help=help, description=help, usage=usage)
         sub.set_defaults(plan=run)

@@ -65,6 +65,14 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--yarn", type=float, metavar="FACTOR", help="stretch the context this many times (YaRN)")
 
 
+def add_source_and_target(parser: argparse.ArgumentParser) -> None:
+    """Of commands that rewrite a model as a Hugging Face folder."""
+    parser.add_argument("source", metavar="SRC", help=MODEL_HELP)
+    parser.add_argument("folder", metavar="DST", help="the folder to write")
+    parser.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="default: 5GB")
+    parser.add_argument("--force", action="store_true", help="DST may be there: replace the model in it")
+
+
 def add_sampling(parser: argparse.ArgumentParser) -> None:
     """One option for each field of SamplingParams, under its name; see `sampling_params`."""
     group = parser.add_argument_group("sampling")

@@ -5,10 +5,11 @@ import importlib.util
 import math
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
+from jax.sharding import NamedSharding
 from jax.stages import Compiled
 
 from sharding import hlo
@@ -85,13 +86,13 @@ def _use_libtpu() -> None:
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
 
 
-def sharded_shape(x: Any, sharding: Any) -> jax.ShapeDtypeStruct:
+def sharded_shape(x: jax.Array | jax.ShapeDtypeStruct, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
     """The shape and dtype of an array, with a sharding."""
     return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
 
 def sharding_for(
-    config: ModelConfig, devices: list[Any], rules: str, axes: Mapping[str, int] | None, slices: int = 1
+    config: ModelConfig, devices: Sequence[Any], rules: str, axes: Mapping[str, int] | None, slices: int = 1
 ) -> Sharding:
     """The strategy on a mesh of these devices; without `axes` the strategy's usual one, slices along `data`."""
     if rules not in DEFAULT_AXES:

@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 from flax import nnx
+from jax.typing import DTypeLike
 
 from sharding.rules import Sharding
 
@@ -80,7 +81,7 @@ def locate(hf: HFTensor, params: Mapping[str, Any]) -> tuple[str, int | None]:
 
 def abstract_model(
     config: ModelConfig,
-    dtype: Any,
+    dtype: DTypeLike,
     generation_config: GenerationConfig | None = None,
     stacked: bool = True,
     sharding: Sharding | None = None,
