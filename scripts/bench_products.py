@@ -31,7 +31,7 @@ ROUNDS = 8
 
 
 def seconds(weights: list, x: Array) -> float:
-    """Of one product."""
+    """What one product takes."""
 
     @jax.jit
     def all_of_them(x: Array, weights: list) -> Array:

@@ -38,7 +38,7 @@ class Memory:
 
     @property
     def total(self) -> int:
-        """What the device must have room for while the program runs."""
+        """The memory that the device needs while the program runs."""
         return self.arguments + self.outputs - self.aliased + self.temporaries + self.code
 
 
@@ -52,7 +52,7 @@ class Shape:
 
     @property
     def bytes(self) -> int:
-        """Without what a tiled layout pads."""
+        """Bytes, without what a tiled layout pads."""
         # The first number of a type's name is its bits: s32, bf16, f8e4m3fn.
         bits = re.search(r"\d+", self.dtype)
         count = 8 if self.dtype == "pred" else int(bits[0]) if bits else 0
@@ -95,7 +95,7 @@ class Operation:
 
     @property
     def bytes(self) -> int:
-        """Of the result, all of a tuple."""
+        """Bytes of the result, of all parts if it is a tuple."""
         return sum(shape.bytes for shape in self.results)
 
 

@@ -37,7 +37,7 @@ def parse_axes(text: str) -> dict[str, int]:
     """{"fsdp": -1, "tensor": 4} of "fsdp=-1,tensor=4".
 
     Raises:
-      ShardingError: anything else, an axis that is not in AXES or stands there twice.
+      ShardingError: anything else, an axis that is not in AXES or occurs twice.
     """
     axes: dict[str, int] = {}
     for part in text.split(","):
@@ -148,7 +148,7 @@ def start(
 
 
 def _meet(address: str, processes: int, index: int, timeout: float) -> None:
-    """Waits until everyone has called; JAX itself ends a program that waits in vain, and does not say for whom.
+    """Waits until everyone has called; JAX itself ends a program that waits too long, and does not say for whom.
 
     Process 0 listens where JAX's own service will, and tells everyone who is missing.
     """

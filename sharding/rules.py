@@ -94,7 +94,7 @@ class Sharding:
 
     @property
     def platform(self) -> str:
-        """Of its devices: "cpu", "tpu" or "gpu"."""
+        """The platform of its devices: "cpu", "tpu" or "gpu"."""
         return self.mesh.devices.flat[0].platform
 
     def mesh_axes(self, axis: str | None) -> tuple[str, ...]:
@@ -152,7 +152,7 @@ class Sharding:
         return jax.shard_map(function, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
 
     def constrain(self, x: Array, *axes: str | None) -> Array:
-        """x, placed by the rules; a dimension that they do not divide evenly stays whole."""
+        """x, laid out by the rules; a dimension that they do not divide evenly stays whole."""
         fitting = [axis and self.fitting(axis, length) for axis, length in zip(axes, x.shape, strict=True)]
         return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, self.spec(*fitting)))
 
@@ -189,7 +189,7 @@ def _strategy(name: str, mesh: Mesh) -> tuple[tuple[str, tuple[str, ...]], ...]:
     if idle and name != "single":
         raise ShardingError(
             f"the strategy {name} has no use for the mesh's axis {idle[0]!r} of {mesh.shape[idle[0]]} devices: "
-            f"it places things on {', '.join(sorted(used))}"
+            f"it lays arrays out on {', '.join(sorted(used))}"
         )
     there = {axis: tuple(a for a in mesh_axes if a in mesh.axis_names) for axis, mesh_axes in wanted.items()}
     return tuple(sorted(there.items()))

@@ -46,7 +46,7 @@ class QuantizedWeight(nnx.Module):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the weight that this stands for."""
+        """The shape of the weight that this stands for."""
         shape = self.values.shape
         return (*shape[:-1], 2 * shape[-1]) if self.minimum is not None else shape
 

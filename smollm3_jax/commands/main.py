@@ -113,7 +113,7 @@ def _run(name: str, command: ModuleType, args: argparse.Namespace) -> int:
         error = refused_by_jax(error) or error
         if lacks_memory(error):
             why = (str(error).splitlines() or ["none is left"])[0][:200]
-            error = OutOfMemoryError(f"there is too little memory: {why}; a smaller model, batch or context takes less")
+            error = OutOfMemoryError(f"too little memory: {why}; a smaller model, batch or context takes less")
         code = OptionError.exit_code if isinstance(error, ShardingError) else getattr(error, "exit_code", None)
         if code is None and isinstance(error, OSError):
             code = 3  # a name that is too long, a full disk, ...

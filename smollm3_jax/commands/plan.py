@@ -62,8 +62,8 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Runs one of the plans. They need no device: an accelerator that there is stays with whoever has it, and a plug-in
-    that is here to compile is not asked for one."""
+    """Runs one of the plans. They need no device: an attached accelerator stays free, and a plug-in that is installed
+    to compile is not asked for one."""
     import jax
 
     jax.config.update("jax_platforms", "cpu")

@@ -28,7 +28,7 @@ _DTYPE_ALIASES |= {"fp32": "float32", "f32": "float32", "float": "float32"}
 
 
 def count(text: str) -> int:
-    """A number of things that there can be."""
+    """A whole number above 0."""
     try:
         number = int(text)
     except ValueError:
@@ -66,7 +66,7 @@ def add_model(parser: argparse.ArgumentParser) -> None:
 
 
 def add_source_and_target(parser: argparse.ArgumentParser) -> None:
-    """Of commands that rewrite a model as a Hugging Face folder."""
+    """The arguments of commands that rewrite a model as a Hugging Face folder."""
     parser.add_argument("source", metavar="SRC", help=MODEL_HELP)
     parser.add_argument("folder", metavar="DST", help="the folder to write")
     parser.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="default: 5GB")

@@ -77,7 +77,7 @@ class DecodeSetting:
         return jax.tree.map(sharded_shape, slots, slot_shardings(self.sharding))
 
     def scalar(self, *shape: int) -> jax.ShapeDtypeStruct:
-        """Of int32, the same on every device."""
+        """An int32 of this shape, the same on every device."""
         return jax.ShapeDtypeStruct(shape, jnp.int32, sharding=NamedSharding(self.sharding.mesh, self.sharding.spec()))
 
     def compile(self) -> Compiled:
@@ -96,11 +96,11 @@ class DecodeSetting:
         )
 
     def model_of(self, compiled: Compiled) -> Roofline:
-        """Of the decode loop: one round of it, without what only some requests need."""
+        """The roofline of the decode loop: of one round, without what only some requests need."""
         return roofline(hlo.operations(compiled), self.chip, self.kernel_cost, branches=False)
 
     def kernel_cost(self, op: hlo.Operation) -> KernelCost | None:
-        """Of a TPU's kernels: paged attention, which reads a layer's cache (here: a full one), and splash attention."""
+        """The cost of a TPU's kernels: paged attention, which reads a layer's cache (here: a full one), and splash."""
         if self.sharding.platform != "tpu":
             return None
         heads, width = self.config.num_attention_heads // self.sharding.parts("heads"), self.config.head_dim
