@@ -6,7 +6,7 @@
 Every engine is a process of its own (bench_peers.py, bench_llama.mjs) with the same token ids on the same cores.
 Each measurement is made once to warm up, compilation included, then once a round by one engine after the other, so
 that a busy machine is busy for all; what counts is the median. A ratio above 1 is in favour of smollm3_jax. All
-engines stay loaded; where they do not fit side by side, --one-at-a-time starts each anew in every round.
+engines stay loaded; where they do not fit side by side, --one-at-a-time starts each again in every round.
 
 - load: from the call until every weight is in memory, in a fresh process each round; imports are not counted.
 - prefill: one prompt, until its next token is known.
@@ -276,7 +276,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _environment(root: str, threads: int) -> dict[str, str]:
-    """Of the engines' processes: the CPU alone, with this many threads."""
+    """The environment of the engines' processes: the CPU alone, with this many threads."""
     return os.environ | {
         "JAX_PLATFORMS": "cpu",
         "CUDA_VISIBLE_DEVICES": "",

@@ -23,7 +23,7 @@ from rich.table import Table
 
 from smollm3_jax.config import ModelConfig
 from smollm3_jax.files import write
-from smollm3_jax.weights.key_map import EMBED_NAME, slots
+from smollm3_jax.weights.key_map import EMBED_NAME, hf_tensors
 from smollm3_jax.weights.safetensors import INDEX, read_weight_map, write_file
 from smollm3_jax.weights.stored import NUMPY_DTYPES, StoredTensor
 
@@ -34,21 +34,21 @@ def write_random_release(index_folder: Path, folder: Path) -> None:
     """Random bfloat16 weights under the keys and in the shards of the folder's index; 6 GB in 10 s."""
     config = ModelConfig.from_hf(index_folder)
     weight_map = read_weight_map(index_folder / INDEX)
-    wanted = slots(config)
+    wanted = hf_tensors(config)
     assert weight_map.keys() == wanted.keys(), "the index is not that of its config"
     block = np.random.default_rng(0).integers(0, 2**15, 1 << 24, np.uint16) % (0x3C00) + 0x3000  # 2^-32 .. 1
     for shard in sorted(set(weight_map.values())):
         tensors = []
-        for number, (name, slot) in enumerate(wanted.items()):
+        for number, (name, hf) in enumerate(wanted.items()):
             if weight_map[name] != shard:
                 continue
 
-            def read(shape=slot.shape, number=number) -> np.ndarray:
+            def read(shape=hf.shape, number=number) -> np.ndarray:
                 # Another rotation of the block for every tensor, so that none equals its neighbour.
                 bits = np.resize(np.roll(block, 7919 * number), shape).astype(np.uint16)
                 return bits.view(NUMPY_DTYPES["bfloat16"])
 
-            tensors.append(StoredTensor(name=name, dtype="bfloat16", shape=slot.shape, file="", read=read))
+            tensors.append(StoredTensor(name=name, dtype="bfloat16", shape=hf.shape, file="", read=read))
         write_file(folder / shard, tensors)
     for name in ("config.json", INDEX):
         write(folder / name, (index_folder / name).read_bytes())
@@ -122,8 +122,8 @@ def main() -> None:
         folder.mkdir()
         with Console(stderr=True).status("writing a random checkpoint in the release's layout"):
             write_random_release(args.index_folder, folder)
-        wanted = slots(ModelConfig.from_hf(folder))
-        stays = sum(2 * int(np.prod(slot.shape)) for slot in wanted.values())
+        wanted = hf_tensors(ModelConfig.from_hf(folder))
+        stays = sum(2 * int(np.prod(hf.shape)) for hf in wanted.values())
         bound = stays + 2 * 2 * int(np.prod(wanted[EMBED_NAME].shape)) + int(0.6 * GIB)
         kinds = ["smollm3_jax", "smollm3_jax: save"] + ([args.peer] if args.peer else [])
         runs: dict[str, list[dict[str, Any]]] = {}

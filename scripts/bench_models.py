@@ -12,7 +12,7 @@ from smollm3_jax.config import SMOLLM3_3B, ModelConfig
 from smollm3_jax.files import new_file, new_folder, write
 from smollm3_jax.paths import cache_dir
 from smollm3_jax.progress import busy, progress
-from smollm3_jax.weights.key_map import slots
+from smollm3_jax.weights.key_map import hf_tensors
 from smollm3_jax.weights.safetensors import SINGLE, write_file
 from smollm3_jax.weights.stored import NUMPY_DTYPES, StoredTensor
 
@@ -34,14 +34,14 @@ def random_3b() -> Path:
         return folder
     block = (0.02 * np.random.default_rng(0).standard_normal(1 << 24, np.float32)).astype(NUMPY_DTYPES["bfloat16"])
     tensors = []
-    for number, (name, slot) in enumerate(slots(ModelConfig.from_hf(SMOLLM3_3B)).items()):
+    for number, (name, hf) in enumerate(hf_tensors(ModelConfig.from_hf(SMOLLM3_3B)).items()):
 
-        def read(shape=slot.shape, number=number) -> np.ndarray:
+        def read(shape=hf.shape, number=number) -> np.ndarray:
             if len(shape) == 1:  # a norm
                 return np.ones(shape, block.dtype)
             return np.resize(np.roll(block, 7919 * number), shape)  # no tensor equals its neighbour
 
-        tensors.append(StoredTensor(name=name, dtype="bfloat16", shape=slot.shape, file="", read=read))
+        tensors.append(StoredTensor(name=name, dtype="bfloat16", shape=hf.shape, file="", read=read))
     size = sum(tensor.nbytes for tensor in tensors)
     _need_space(folder.parent, size)
     with new_folder(folder) as part, progress(f"writing {folder}", size) as done:
@@ -57,7 +57,7 @@ def gguf_of(folder: Path, kind: str) -> Path:
     key = hashlib.sha256(json.dumps(state).encode()).hexdigest()[:12]
     path = cache_dir() / "bench" / f"{folder.resolve().name}-{key}.{kind}.gguf"
     if not path.is_file():
-        count = sum(int(np.prod(slot.shape)) for slot in slots(ModelConfig.from_hf(folder)).values())
+        count = sum(int(np.prod(hf.shape)) for hf in hf_tensors(ModelConfig.from_hf(folder)).values())
         _need_space(path.parent, int(count * {"F32": 4, "BF16": 2, "Q8_0": 34 / 32}[kind]))
         path.parent.mkdir(parents=True, exist_ok=True)
         with new_file(path) as part, busy(f"writing {path}"):

@@ -32,7 +32,7 @@ class BenchError(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class Engine:
-    """prefill: computes the next token of one prompt; generate: so many greedy tokens for each prompt."""
+    """prefill: computes the next token of one prompt; generate: that many greedy tokens for each prompt."""
 
     prefill: Callable[[Tokens], object]
     generate: Callable[[Tokens, int], Tokens]

@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 from smollm3_jax import xla_cpu
-from smollm3_jax.quantize import linear, quantized
+from smollm3_jax.quantize import linear, quantize_weight
 
 # Outputs, inputs, and how many weights.
 SHAPES = {
@@ -31,7 +31,7 @@ ROUNDS = 8
 
 
 def seconds(weights: list, x: Array) -> float:
-    """Of one product."""
+    """What one product takes."""
 
     @jax.jit
     def all_of_them(x: Array, weights: list) -> Array:
@@ -62,7 +62,7 @@ def main() -> None:
             dtype = "float32" if kind == "float32" else "bfloat16"
             values = jnp.asarray(random.normal(size=(rows, columns)), dtype)
             plain = [nnx.Param(jnp.array(values), axes=("mlp", "embed")) for _ in range(count)]
-            weights = plain if kind == dtype else [quantized(param, kind, 1) for param in plain]
+            weights = plain if kind == dtype else [quantize_weight(param, kind, 1) for param in plain]
             size = sum(x.nbytes for x in jax.tree.leaves(weights)) / count
             taken = seconds(weights, jnp.asarray(random.normal(size=(1, columns)), dtype))
             rate = rows * columns / taken / 1e9

@@ -85,7 +85,7 @@ def _torch(settings: dict[str, Any], tokens: Any) -> Any:
 
 
 def _peak_bytes() -> int:
-    """Of this process, as the kernel counts it."""
+    """Memory of this process, as the kernel counts it."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith("VmHWM"):
             return 1024 * int(line.split()[1])

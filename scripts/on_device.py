@@ -9,7 +9,7 @@
 
 Parts are processes of their own with limits. Each result is a line of FOLDER/results.jsonl the moment it is known; a
 part that fails is tried once more without CUDA graphs, and loses nothing of what others found. Exit code: 0; 1 if
-something failed or was skipped for want of time; 4 if a comparison is out of its bounds.
+something failed or was skipped for lack of time; 4 if a comparison is out of its bounds.
 """
 
 import argparse

@@ -38,7 +38,7 @@ class Memory:
 
     @property
     def total(self) -> int:
-        """What the device must have room for while the program runs."""
+        """The memory that the device needs while the program runs."""
         return self.arguments + self.outputs - self.aliased + self.temporaries + self.code
 
 
@@ -52,7 +52,7 @@ class Shape:
 
     @property
     def bytes(self) -> int:
-        """Without what a tiled layout pads."""
+        """Bytes, without what a tiled layout pads."""
         # The first number of a type's name is its bits: s32, bf16, f8e4m3fn.
         bits = re.search(r"\d+", self.dtype)
         count = 8 if self.dtype == "pred" else int(bits[0]) if bits else 0
@@ -68,7 +68,7 @@ class Operation:
     shapes: of the result, more than one if it is a tuple; computation: where it stands; calls: the
     computations that it names; op_name: where in the traced function it came from ("" if unknown);
     target: of a custom call; operands: names of instructions of the same computation (of a parameter its
-    number, of a constant its value); attributes: the text behind them; in_entry, in_loop, in_branch,
+    number, of a constant its value); attributes: the text after them; in_entry, in_loop, in_branch,
     in_fusion: whether it stands in the entry computation itself, or anywhere inside of a while loop, a
     conditional's branch or a fusion (or the function that a reduction applies).
     """
@@ -95,7 +95,7 @@ class Operation:
 
     @property
     def bytes(self) -> int:
-        """Of the result, all of a tuple."""
+        """Bytes of the result, of all parts if it is a tuple."""
         return sum(shape.bytes for shape in self.results)
 
 
@@ -160,7 +160,7 @@ def collectives(program: Sequence[Operation]) -> list[Operation]:
 
 
 def moves(program: Sequence[Operation], at_least: int) -> list[Operation]:
-    """What writes so many bytes or more of main memory and only moves them.
+    """What writes at least this many bytes of main memory and only moves them.
 
     That is copies, transposes and slices, and fusions of nothing else. Updates in place are none, and
     neither is what is fetched into a TPU's VMEM ahead of its use.

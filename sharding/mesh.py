@@ -37,7 +37,7 @@ def parse_axes(text: str) -> dict[str, int]:
     """{"fsdp": -1, "tensor": 4} of "fsdp=-1,tensor=4".
 
     Raises:
-      ShardingError: anything else, an axis that is not in AXES or stands there twice.
+      ShardingError: anything else, an axis that is not in AXES or occurs twice.
     """
     axes: dict[str, int] = {}
     for part in text.split(","):
@@ -47,9 +47,9 @@ def parse_axes(text: str) -> dict[str, int]:
                 f"mesh {text!r}: {part!r} is not AXIS=LENGTH, a length being -1 (what is left) or above 0"
             )
         if match[1] not in AXES:
-            raise ShardingError(f"mesh {text!r}: there is no axis {match[1]!r}, but {', '.join(AXES)}")
+            raise ShardingError(f"mesh {text!r}: the axis {match[1]!r} is unknown; choose one of {', '.join(AXES)}")
         if match[1] in axes:
-            raise ShardingError(f"mesh {text!r}: {match[1]} stands there twice")
+            raise ShardingError(f"mesh {text!r}: {match[1]} is given twice")
         axes[match[1]] = int(match[2])
     return axes
 
@@ -123,7 +123,7 @@ def start(
       address: host:port of process 0.
       processes, index: how many there are, and which this is.
       timeout: seconds to wait for the others.
-      heartbeat: seconds of silence behind which another process is lost, and every other ends.
+      heartbeat: seconds of silence after which another process counts as lost, and every other ends.
 
     Raises:
       ShardingError: only some of the three are given, somebody is missing, or this is one host of a pod slice
@@ -148,7 +148,7 @@ def start(
 
 
 def _meet(address: str, processes: int, index: int, timeout: float) -> None:
-    """Waits until everyone has called; JAX itself ends a program that waits in vain, and does not say for whom.
+    """Waits until everyone has called; JAX itself ends a program that waits too long, and does not say for whom.
 
     Process 0 listens where JAX's own service will, and tells everyone who is missing.
     """

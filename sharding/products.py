@@ -56,7 +56,7 @@ def product(op: Operation, by_name: Mapping[tuple[str, str], Operation]) -> Prod
 
 
 def _dot(op: Operation, lhs: tuple[int, ...]) -> int:
-    """Of XLA's `lhs_contracting_dims={1}` and of cuBLAS's `"lhs_contracting_dimensions":["1"]`."""
+    """The dimensions of XLA's `lhs_contracting_dims={1}` and of cuBLAS's `"lhs_contracting_dimensions":["1"]`."""
     contracted = re.search(r'lhs_contracting_dim(?:ension)?s"?[=:][{\[]([\d,"]*)[}\]]', op.attributes)
     numbers = re.findall(r"\d+", contracted[1]) if contracted else []
     return 2 * math.prod(op.shapes[0].dims) * math.prod(lhs[int(i)] for i in numbers)
@@ -96,9 +96,9 @@ def _meeting(length: int, kernel: int, out: int, stride: int, pad: int, dilate: 
 
 
 def attention_flops(op: Operation, by_name: Mapping[tuple[str, str], Operation]) -> float:
-    """Of a call of cuDNN's attention: two products of queries, keys and head width forward, five backward, over half
-    of the scores if it is causal. Where rows are several documents, or their lengths are known when it runs, it does
-    less."""
+    """The operations of a call of cuDNN's attention: two products of queries, keys and head width forward,
+    five backward, over half of the scores if it is causal. Where rows are several documents, or their lengths are known
+    when it runs, it does less."""
     scores = re.search(r'"intermediate_tensor_shape": ?\{.*?"dimensions": ?\[([\d", ]*)\]', op.attributes)
     assert scores is not None, op.name
     width = by_name[op.computation, op.operands[0]].shapes[0].dims[-1]

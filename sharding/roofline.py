@@ -40,7 +40,7 @@ _LOOP = re.compile(r"condition=%?([\w.-]+), body=%?([\w.-]+)")
 
 @dataclasses.dataclass(frozen=True)
 class Roofline:
-    """Of one device and one call of the program.
+    """What one call of the program takes on one device.
 
     flops, bytes: of all products, and to and from memory; dot_seconds: of products at the peak; memory_seconds:
     what instructions take longer than their products, for their bytes; kernel_seconds: of custom kernels;
@@ -213,7 +213,7 @@ def _kernel_cost(op: Operation, by_name: Mapping[tuple[str, str], Operation]) ->
 
 
 def _by_shapes(op: Operation, by_name: Mapping[tuple[str, str], Operation]) -> KernelCost | None:
-    """Of a GPU's kernel, all of its arrays; a TPU's may have them in its VMEM, or in the host's memory."""
+    """The cost of a GPU's kernel, by all of its arrays; a TPU's may have them in its VMEM, or in the host's memory."""
     return None if op.target == _TPU_KERNEL else KernelCost(0.0, _arrays(op, by_name))
 
 

@@ -57,7 +57,7 @@ class Sharding:
         for axis, target in rules.items():
             if axis not in LOGICAL_AXES:
                 near = difflib.get_close_matches(axis, LOGICAL_AXES, 1)
-                there = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(LOGICAL_AXES)}"
+                there = f"did you mean {near[0]!r}?" if near else f"choose one of {', '.join(LOGICAL_AXES)}"
                 raise ShardingError(f"the rule {axis} -> {target}: no array has an axis {axis!r}; {there}")
             for mesh_axis in _mesh_axes(target, mesh):
                 if mesh_axis not in mesh.axis_names:
@@ -94,7 +94,7 @@ class Sharding:
 
     @property
     def platform(self) -> str:
-        """Of its devices: "cpu", "tpu" or "gpu"."""
+        """The platform of its devices: "cpu", "tpu" or "gpu"."""
         return self.mesh.devices.flat[0].platform
 
     def mesh_axes(self, axis: str | None) -> tuple[str, ...]:
@@ -152,7 +152,7 @@ class Sharding:
         return jax.shard_map(function, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
 
     def constrain(self, x: Array, *axes: str | None) -> Array:
-        """x, placed by the rules; a dimension that they do not divide evenly stays whole."""
+        """x, laid out by the rules; a dimension that they do not divide evenly stays whole."""
         fitting = [axis and self.fitting(axis, length) for axis, length in zip(axes, x.shape, strict=True)]
         return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, self.spec(*fitting)))
 
@@ -182,14 +182,14 @@ def platform_of(sharding: Sharding | None) -> str:
 
 def _strategy(name: str, mesh: Mesh) -> tuple[tuple[str, tuple[str, ...]], ...]:
     if name not in STRATEGIES:
-        raise ShardingError(f"no sharding strategy {name!r}; there are {', '.join(STRATEGIES)}")
+        raise ShardingError(f"the sharding strategy {name!r} is unknown; choose one of {', '.join(STRATEGIES)}")
     wanted = {axis: _mesh_axes(target, mesh) for axis, target in STRATEGIES[name].items()}
     used = {mesh_axis for mesh_axes in wanted.values() for mesh_axis in mesh_axes}
     idle = [axis for axis, length in mesh.shape.items() if length > 1 and axis not in used]
     if idle and name != "single":
         raise ShardingError(
             f"the strategy {name} has no use for the mesh's axis {idle[0]!r} of {mesh.shape[idle[0]]} devices: "
-            f"it places things on {', '.join(sorted(used))}"
+            f"it lays arrays out on {', '.join(sorted(used))}"
         )
     there = {axis: tuple(a for a in mesh_axes if a in mesh.axis_names) for axis, mesh_axes in wanted.items()}
     return tuple(sorted(there.items()))

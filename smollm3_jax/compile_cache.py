@@ -104,7 +104,7 @@ def _open() -> Path | None:
         _check_owner(folder)
     except (OSError, RuntimeError) as error:  # RuntimeError: a user without a home
         log.warning(
-            "compiled programs cannot be kept: %s. Every start compiles them anew; name a folder of your own in "
+            "compiled programs cannot be kept: %s. Every start compiles them again; name a folder of your own in "
             "SMOLLM3_JAX_CACHE, or %s",
             *(error, OFF),
         )
@@ -115,7 +115,7 @@ def _open() -> Path | None:
     config.update("jax_compilation_cache_dir", str(folder))
     if config.jax_persistent_cache_min_compile_time_secs == 1:
         config.update("jax_persistent_cache_min_compile_time_secs", MIN_COMPILE_SECONDS)
-    reset_cache()  # programs compiled earlier may have settled that there is none
+    reset_cache()  # programs compiled earlier may have made JAX decide that there is no cache
     return folder
 
 
@@ -221,7 +221,7 @@ def _report(message: str) -> bool:
                 path.unlink(missing_ok=True)
     log.log(
         logging.DEBUG if _said else logging.WARNING,
-        "compiled programs in %s: %s %s failed (%s). It is compiled anew; if this comes back, delete the folder, or %s",
+        "compiled programs in %s: %s %s failed (%s). It is compiled again; if this recurs, delete the folder, or %s",
         *(_folder, action, program, reason[:200], OFF),
     )
     _said = True

@@ -89,7 +89,7 @@ class RopeScaling:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Quantization:
+class QuantizationConfig:
     """What a checkpoint's weights are stored in, and what its cache should be (None: the activations' dtype)."""
 
     weights: str
@@ -97,9 +97,9 @@ class Quantization:
 
     def __post_init__(self):
         if self.weights not in WEIGHT_SCHEMES:
-            raise ConfigError(f"weights {self.weights!r} are no scheme; there are {', '.join(WEIGHT_SCHEMES)}")
+            raise ConfigError(f"weights is {self.weights!r}; choose one of {', '.join(WEIGHT_SCHEMES)}")
         if self.cache not in (None, *CACHE_SCHEMES):
-            raise ConfigError(f"cache {self.cache!r} is no scheme; there is {', '.join(CACHE_SCHEMES)}")
+            raise ConfigError(f"cache is {self.cache!r}; choose one of {', '.join(CACHE_SCHEMES)}, or null")
 
     def to_hf(self) -> dict[str, Any]:
         """The `quantization_config` object of config.json."""
@@ -141,7 +141,7 @@ class ModelConfig:
     eos_token_id: int | tuple[int, ...] | None = None
     pad_token_id: int | None = None
     dtype: str | None = None
-    quantization: Quantization | None = None
+    quantization: QuantizationConfig | None = None
     # The file as it was read (JSON), so that fields this package has no use for survive a round trip.
     source: str = dataclasses.field(default="{}", compare=False, repr=False)
 
@@ -304,7 +304,7 @@ class GenerationConfig:
 def _parse(raw: dict[str, Any]) -> tuple[ModelConfig, list[str]]:
     """The config, and what is to be said about what of the file has no effect."""
     fields, notes = read_fields(raw)
-    for name, kind in (("rope_scaling", RopeScaling), ("quantization", Quantization)):
+    for name, kind in (("rope_scaling", RopeScaling), ("quantization", QuantizationConfig)):
         fields[name] = fields[name] and kind(**fields[name])
     return ModelConfig(**fields, source=json.dumps(raw)), notes
 

@@ -16,13 +16,13 @@ class SmolLM3Error(Exception):
 
     def __str__(self) -> str:
         # It quotes names of files and tensors, which may be anyone's: none of them steers a terminal or fills it.
-        # One line, therefore: a line break of theirs would begin a line of its own.
+        # One line, therefore: a line break in a name would begin a line of its own.
         text = super().__str__()
         return plain(text if len(text) <= MAX_CHARACTERS else f"{text[:MAX_CHARACTERS]} ...")
 
 
 class OptionError(SmolLM3Error, ValueError):
-    """An option or argument that cannot be meant as given."""
+    """An option or argument with a value that is not allowed."""
 
     exit_code = 2
 
@@ -77,7 +77,7 @@ class OutOfMemoryError(SmolLM3Error, MemoryError):
 
 
 def lacks_memory(error: BaseException) -> bool:
-    """Whether it is JAX's or Python's word for too little memory."""
+    """Whether an error is how JAX or Python reports too little memory."""
     if isinstance(error, SmolLM3Error):
         return False
     of_device = isinstance(error, RuntimeError | ValueError) and "RESOURCE_EXHAUSTED" in str(error)
@@ -92,4 +92,4 @@ def memory_for(what: str, way_out: str) -> Iterator[None]:
     except Exception as error:
         if not lacks_memory(error):
             raise
-        raise OutOfMemoryError(f"there is no memory for {what}; {way_out}") from None
+        raise OutOfMemoryError(f"too little memory for {what}; {way_out}") from None

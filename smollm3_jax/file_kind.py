@@ -34,12 +34,12 @@ def what_it_is(path: str | Path, expected: str = "") -> str | None:
 
 
 def lfs_pointer(begin: bytes) -> str | None:
-    """The same of a file's first bytes, if they are a git-LFS pointer's."""
+    """The sentence of `what_it_is` for a file's first bytes, if they are a git-LFS pointer's."""
     if not begin.startswith(b"version https://git-lfs"):
         return None
     size = re.search(rb"^size (\d{1,18})\r?$", begin, re.MULTILINE)
     of = f" of {int(size[1]):,} bytes" if size else ""
     return (
-        f"it is a git-LFS pointer to a file{of}, not the file: run `git lfs pull` in its folder, or download it anew "
+        f"it is a git-LFS pointer to a file{of}, not the file: run `git lfs pull` in its folder, or download it again "
         "(`smollm3 pull ORG/NAME` fetches a model)"
     )

@@ -65,7 +65,7 @@ def new_file(path: StrPath) -> Iterator[IO[bytes]]:
             yield file
         return
     old, new = _regular(path), _beside(path, "tmp")
-    # Nobody may read in it what nobody could in the old one.
+    # Only those who could read the old file may read the new one.
     mode = 0o666 if old is None else 0o600
     opened = open(new, "xb", opener=lambda name, flags: os.open(name, flags | os.O_NOFOLLOW, mode))  # noqa: SIM115
     try:
@@ -285,7 +285,7 @@ def _lock_beside(folder: Path) -> Iterator[None]:
         try:
             yield
         finally:
-            if os.fstat(descriptor).st_size == 0:  # else it was somebody's
+            if os.fstat(descriptor).st_size == 0:  # else it was a file of the user's
                 with contextlib.suppress(OSError):
                     file.unlink()
     finally:

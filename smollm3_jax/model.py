@@ -26,7 +26,7 @@ from . import nvidia, rope, xla_cpu
 from .attention import attention, cached_attention
 from .config import GenerationConfig, ModelConfig
 from .kv_cache import CacheView, KVCache, LayerCache
-from .quantize import Quantized, Weight, linear, lookup, quantized, scheme_of
+from .quantize import QuantizedWeight, Weight, linear, lookup, quantize_weight, scheme_of
 
 
 class Block(nnx.Module):
@@ -338,7 +338,7 @@ def _in_dtype(weights: Block, dtype: Any) -> Block:
     """Weights that are not quantized, in the activations' dtype, which they have but where training leaves it to us."""
 
     def is_quantized(x: Any) -> bool:
-        return isinstance(x, Quantized)
+        return isinstance(x, QuantizedWeight)
 
     return jax.tree.map(lambda x: x if is_quantized(x) else x.astype(dtype), weights, is_leaf=is_quantized)
 
@@ -441,4 +441,4 @@ def _weight(
     weight = nnx.Param(config.initializer_range * jax.random.normal(rngs.params(), shape, dtype), axes=axes)
     if config.quantization is None:
         return weight
-    return quantized(weight, scheme_of(name, config.quantization.weights), contracted)
+    return quantize_weight(weight, scheme_of(name, config.quantization.weights), contracted)

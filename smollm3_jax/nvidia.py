@@ -17,7 +17,7 @@ def kernels_fit() -> bool:
 
 
 def compute_capability(sharding: Sharding | None) -> tuple[int, int]:
-    """Of the device that a program is for, such as (9, 0); (0, 0) if it is not NVIDIA's."""
+    """The compute capability of the device that a program is for, such as (9, 0); (0, 0) if it is not NVIDIA's."""
     device = jax.devices()[0] if sharding is None else sharding.mesh.devices.flat[0]
     major, _, minor = str(getattr(device, "compute_capability", "")).partition(".")
     # AMD's say gfx...

@@ -19,6 +19,7 @@ import numpy as np
 from flax import nnx
 from jax import Array
 from jax.experimental.layout import Layout, with_layout_constraint
+from jax.typing import DTypeLike
 
 from sharding.rules import Sharding, platform_of
 
@@ -26,11 +27,11 @@ from . import xla_cpu
 from .config import WEIGHT_SCHEMES
 from .kernels.product import WeightSharding, unpacked_product
 
-# On CPU, up to so many rows of activations are multiplied as integers; more are worth unpacking the weight for.
+# On CPU, at most this many rows of activations are multiplied as integers; for more, unpacking the weight pays.
 INTEGER_ROWS = 128
 
 
-class Quantized(nnx.Module):
+class QuantizedWeight(nnx.Module):
     """A weight [*out, *in] whose last dimensions are the contracted ones, in place of an nnx.Param.
 
     values: int8 [*out, *in]; for int4 uint8 [*out, *in / 2], byte j of a group holding its numbers j (low
@@ -45,12 +46,12 @@ class Quantized(nnx.Module):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the weight that this stands for."""
+        """The shape of the weight that this stands for."""
         shape = self.values.shape
         return (*shape[:-1], 2 * shape[-1]) if self.minimum is not None else shape
 
 
-Weight = nnx.Param | Quantized
+Weight = nnx.Param | QuantizedWeight
 
 
 def linear(
@@ -59,7 +60,7 @@ def linear(
     contracted: int = 1,
     platform: str | None = None,
     sharding: Sharding | None = None,
-    dtype: Any = jnp.float32,
+    dtype: DTypeLike = jnp.float32,
 ) -> Array:
     """Sums over the last `contracted` dimensions of x and of the weight: [..., *out] in `dtype`.
 
@@ -76,7 +77,7 @@ def linear(
     split = len(weight.shape) - contracted
     x_RK = x.reshape(-1, math.prod(weight.shape[split:]))
     platform = platform or platform_of(sharding)
-    if isinstance(weight, Quantized):
+    if isinstance(weight, QuantizedWeight):
         values, scale = weight.values[...], weight.scale[...]
         minimum = None if weight.minimum is None else weight.minimum[...]
         layout = None
@@ -89,35 +90,35 @@ def linear(
     return out_RN.reshape(*x.shape[: x.ndim - contracted], *weight.shape[:split]).astype(dtype)
 
 
-def _dot(a: Array, b: Array, contract_a: int, contract_b: int, written: Any = jnp.float32) -> Array:
+def _dot(a: Array, b: Array, contract_a: int, contract_b: int, written: DTypeLike = jnp.float32) -> Array:
     """The product of two matrices, added up in float32 and written in another dtype."""
     return jax.lax.dot_general(a, b, (((contract_a,), (contract_b,)), ((), ())), preferred_element_type=written)
 
 
-def _written(platform: str, dtype: Any) -> Any:
+def _written(platform: str, dtype: DTypeLike) -> DTypeLike:
     """What a product is written in that is to be rounded to a dtype. A GPU's kernels add up in float32 and round what
     they write; else the sums would go through memory. On a CPU a product of bfloat16 sums is slower, or rounds more."""
     return dtype if platform == "gpu" else jnp.float32
 
 
-def _product(platform: str, x_RK: Array, w_NK: Array, dtype: Any = jnp.float32) -> Array:
+def _product(platform: str, x_RK: Array, w_NK: Array, dtype: DTypeLike = jnp.float32) -> Array:
     """x w^T, [R, N], added up in float32; rounded to dtype where that costs nothing."""
     return _product_of(platform, jnp.dtype(_written(platform, dtype)), x_RK, w_NK)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _product_of(platform: str, written: Any, x_RK: Array, w_NK: Array) -> Array:
+def _product_of(platform: str, written: DTypeLike, x_RK: Array, w_NK: Array) -> Array:
     """Left to itself, autodiff would widen x and w to meet a float32 output's gradient."""
     return _plain_product(platform, x_RK, w_NK, written)
 
 
-def _plain_product(platform: str, x_RK: Array, w_NK: Array, written: Any = jnp.float32) -> Array:
+def _plain_product(platform: str, x_RK: Array, w_NK: Array, written: DTypeLike = jnp.float32) -> Array:
     if platform == "cpu" and x_RK.shape[0] == 1:
         return xla_cpu.one_row_product(x_RK, w_NK)
     return _dot(x_RK, w_NK, 1, 1, written)
 
 
-def _product_forward(platform: str, written: Any, x_RK: Array, w_NK: Array) -> tuple[Array, tuple[Array, Array]]:
+def _product_forward(platform: str, written: DTypeLike, x_RK: Array, w_NK: Array) -> tuple[Array, tuple[Array, Array]]:
     return _plain_product(platform, x_RK, w_NK, written), (x_RK, w_NK)
 
 
@@ -137,7 +138,7 @@ _product_of.defvjp(_product_forward, _product_backward)
 
 
 def kernel(scheme: str | None, rows: int, platform: str) -> str:
-    """How so many rows of activations are multiplied with a weight.
+    """How this many rows of activations are multiplied with a weight.
 
     "plain", for one that is not quantized; "integer": the activations are quantized too; "weight-only": the
     integers are converted for the product, and what comes out is scaled; "dequantized": the weight is.
@@ -175,7 +176,9 @@ def _quantized_product(
     return _plain_product(platform, x_RK, w_NK)
 
 
-def _quantized_forward(scheme: str, platform: str, layout: WeightSharding | None, *arrays: Any) -> tuple[Array, tuple]:
+def _quantized_forward(
+    scheme: str, platform: str, layout: WeightSharding | None, *arrays: Array
+) -> tuple[Array, tuple]:
     return _quantized_product(scheme, platform, layout, *arrays), arrays
 
 
@@ -223,9 +226,9 @@ def _integer_product(x_RK: Array, w_NK: Array) -> Array:
     return (high_RN + low_RN / 254) * step_R1
 
 
-def lookup(table: Weight, index: Array, dtype: Any, platform: str | None = None) -> Array:
+def lookup(table: Weight, index: Array, dtype: DTypeLike, platform: str | None = None) -> Array:
     """Rows of a weight [N, K]: [*index.shape, K] in dtype; platform as for `linear`."""
-    if not isinstance(table, Quantized):
+    if not isinstance(table, QuantizedWeight):
         if (platform or jax.default_backend()) != "cpu":
             return table[...][index]
         # Always so, but known only when the program runs: inside a condition XLA:CPU looks up the rows it is
@@ -241,7 +244,7 @@ def lookup(table: Weight, index: Array, dtype: Any, platform: str | None = None)
 
 
 def dequantize(values: Any, scale: Any, minimum: Any = None) -> Any:
-    """The weight in float32, of numpy's arrays or JAX's; shapes as in Quantized, with any leading dimensions."""
+    """The weight in float32, of numpy's arrays or JAX's; shapes as in QuantizedWeight, with any leading dimensions."""
     xp = np if isinstance(values, np.ndarray) else jnp
     if scale.ndim < values.ndim:
         return values.astype(np.float32) * scale.reshape(*scale.shape, *[1] * (values.ndim - scale.ndim))
@@ -259,24 +262,24 @@ def scheme_of(param: str, scheme: str) -> str:
     return "int8" if scheme == "int4" and param in ("embed", "head") else scheme
 
 
-def quantized(weight: nnx.Param, scheme: str, contracted: int = 1) -> Quantized:
+def quantize_weight(weight: nnx.Param, scheme: str, contracted: int = 1) -> QuantizedWeight:
     """A parameter quantized on the device, by its range alone: for models that are not loaded."""
     w, axes = weight[...], weight.get_metadata("axes")
     w_NK = w.reshape(-1, math.prod(w.shape[w.ndim - contracted :]))
     scale, minimum = range_scales(w_NK, scheme)
-    values = quantize(w_NK, scale, minimum)
+    values = to_integers(w_NK, scale, minimum)
 
-    def param(array: Any, by_channel: bool = False) -> nnx.Param:
+    def param(array: Array, by_channel: bool = False) -> nnx.Param:
         kept = w.ndim - contracted
         shape = w.shape[:kept] if by_channel else (*w.shape[:-1], w.shape[-1] * array.shape[-1] // w_NK.shape[-1])
         return nnx.Param(array.reshape(shape), axes=axes[: len(shape)])
 
     scale = param(scale, WEIGHT_SCHEMES[scheme] is None)
-    return Quantized(scheme, param(values), scale, None if minimum is None else param(minimum))
+    return QuantizedWeight(scheme, param(values), scale, None if minimum is None else param(minimum))
 
 
 def range_scales(w_NK: Any, scheme: str) -> tuple[Any, Any]:
-    """(scale, minimum or None) that just span the numbers; shapes as in Quantized."""
+    """(scale, minimum or None) that just span the numbers; shapes as in QuantizedWeight."""
     xp, group = np if isinstance(w_NK, np.ndarray) else jnp, WEIGHT_SCHEMES[scheme]
     if group is None:
         return xp.abs(w_NK).max(axis=-1).astype(np.float32) / 127, None
@@ -359,7 +362,7 @@ def _least_squares(w_MG: np.ndarray, found: np.ndarray) -> np.ndarray:
     return found
 
 
-def quantize(w_NK: Any, scale: Any, minimum: Any = None) -> Any:
+def to_integers(w_NK: Any, scale: Any, minimum: Any = None) -> Any:
     """The values, int8 [N, K] or uint8 [N, K / 2], that come closest to w with these scales."""
     xp = np if isinstance(w_NK, np.ndarray) else jnp
     grouped = w_NK.reshape(w_NK.shape[0], 1 if scale.ndim == 1 else scale.shape[1], -1).astype(np.float32)

@@ -1,4 +1,4 @@
-"""Files that somebody names, read without waiting for ever and without end."""
+"""Reads files that a user names, without waiting for ever and up to a limit."""
 
 import errno
 import os

@@ -147,7 +147,7 @@ def _no_device(chosen: str | None, reason: str) -> str:
 
 @contextlib.contextmanager
 def _silent_stderr() -> Iterator[None]:
-    """Of C++ libraries too, which write to the descriptor."""
+    """Silences standard error, for C++ libraries too, which write to the descriptor."""
     sys.stderr.flush()
     kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 2)

@@ -40,7 +40,7 @@ _MOST_OF_A_PIPE = 2**32
 
 
 def encoding_of(head: bytes) -> str:
-    """Of a text that begins so: what its byte order mark says, else UTF-8."""
+    """The encoding of a text that begins with these bytes: what its byte order mark says, else UTF-8."""
     return next((encoding for mark, encoding in _MARKS if head.startswith(mark)), "utf-8")
 
 
@@ -84,7 +84,7 @@ def read(path: Path) -> bytes:
 
 
 def blocks(file: IO[bytes], name: Any) -> Iterator[bytes]:
-    """The same of an open file, piece by piece, with the mark of UTF-8 if it has one. Raises as `read` does."""
+    """What `read` gives, piece by piece, of an open file, with UTF-8's mark if it has one. Raises as `read` does."""
     with _unpacked(file, name) as stream:
         head = _read(stream, name, HEAD)
         encoding = encoding_of(head)

@@ -29,7 +29,7 @@ from tiny import (
 
 import smollm3_jax as s3
 from smollm3_jax.kv_cache import empty_cache
-from smollm3_jax.weights.key_map import parameters, slots
+from smollm3_jax.weights.key_map import hf_tensors, parameters
 
 GOLDENS = Path(__file__).parent / "goldens" / "logits.npz"
 LENGTH, STORED = 300, 8  # goldens hold the last positions of a long row: past YaRN's original length
@@ -143,8 +143,8 @@ def test_gradients_equal_transformers(name, folder):
     torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten()).backward()
     expected = {key: parameter.grad.numpy() for key, parameter in reference.named_parameters()}
     largest = max(np.linalg.norm(gradient) for gradient in expected.values())
-    assert expected.keys() == slots(model.config).keys()
-    for key, slot in slots(model.config).items():
+    assert expected.keys() == hf_tensors(model.config).keys()
+    for key, slot in hf_tensors(model.config).items():
         whole = np.asarray(gradients[slot.param][...])
         got = (whole if slot.layer is None else whole[slot.layer]).reshape(slot.shape)
         allowed = 1e-4 * np.linalg.norm(expected[key]) + 1e-7 * largest

@@ -2,8 +2,6 @@
 
 import gc
 import json
-import subprocess
-import sys
 import weakref
 from pathlib import Path
 from typing import Any
@@ -144,18 +142,6 @@ def test_demo_is_a_name_everywhere(talking: Path, tmp_path: Path, monkeypatch: p
     assert verify("demo", "demo")["ok"]
     s3.convert("demo", tmp_path / "out")
     assert (tmp_path / "out" / "tokenizer.json").exists()
-
-
-@pytest.mark.slow
-def test_importing_is_light():
-    heavy = "torch transformers orbax grain tokenizers requests httpx aiohttp huggingface_hub jax flax"
-    code = f"import sys, smollm3_jax; print(*sorted(set('{heavy}'.split()) & set(sys.modules)))"
-    run = [sys.executable, "-c", code]
-    assert subprocess.run(run, check=True, cwd=ROOT, capture_output=True, text=True).stdout.split() == []
-    code = f"import smollm3_jax as s; [getattr(s, n) for n in s.__all__]; {code}"
-    run = [sys.executable, "-c", code]
-    found = subprocess.run(run, check=True, cwd=ROOT, capture_output=True, text=True).stdout.split()
-    assert set(found) <= {"jax", "flax"}
 
 
 def with_generation_config(folder: Path, content: Any) -> Path:

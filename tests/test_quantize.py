@@ -15,24 +15,24 @@ from tiny import random_tokens, raw_config
 
 from sharding.arrays import zeros
 from sharding.rules import Sharding
-from smollm3_jax.config import WEIGHT_SCHEMES, ModelConfig, Quantization
+from smollm3_jax.config import WEIGHT_SCHEMES, ModelConfig, QuantizationConfig
 from smollm3_jax.errors import ConfigError
 from smollm3_jax.generation.device_loop import decode, slot_specs
 from smollm3_jax.kv_cache import empty_cache
 from smollm3_jax.model import SmolLM3
 from smollm3_jax.quantize import (
     INTEGER_ROWS,
-    Quantized,
+    QuantizedWeight,
     best_scales,
     dequantize,
     kernel,
     linear,
     lookup,
-    quantize,
-    quantized,
+    quantize_weight,
     range_scales,
+    to_integers,
 )
-from smollm3_jax.weights.key_map import abstract_model, parameters, slots
+from smollm3_jax.weights.key_map import abstract_model, hf_tensors, parameters
 
 RANDOM = np.random.RandomState
 Q4_1 = GGMLQuantizationType.Q4_1
@@ -41,7 +41,7 @@ Q4_1 = GGMLQuantizationType.Q4_1
 def config_of(scheme: str, **fields) -> ModelConfig:
     raw = raw_config("plain") | {"num_attention_heads": 4, "head_dim": 64, "intermediate_size": 128}
     raw |= {"num_hidden_layers": 2} | fields
-    return dataclasses.replace(ModelConfig.from_hf(raw), quantization=Quantization(weights=scheme))
+    return dataclasses.replace(ModelConfig.from_hf(raw), quantization=QuantizationConfig(weights=scheme))
 
 
 def matrix(rows: int, columns: int, seed: int = 0) -> np.ndarray:
@@ -49,14 +49,14 @@ def matrix(rows: int, columns: int, seed: int = 0) -> np.ndarray:
 
 
 def error_of(w: np.ndarray, scale: np.ndarray, minimum: np.ndarray | None) -> np.ndarray:
-    return dequantize(quantize(w, scale, minimum), scale, minimum) - w
+    return dequantize(to_integers(w, scale, minimum), scale, minimum) - w
 
 
 @pytest.mark.parametrize("scheme", WEIGHT_SCHEMES)
 def test_every_number_is_within_half_a_step(scheme):
     w = matrix(7, 128)
     scale, minimum = range_scales(w, scheme)
-    values = quantize(w, scale, minimum)
+    values = to_integers(w, scale, minimum)
     group = WEIGHT_SCHEMES[scheme]
     assert values.dtype == (np.uint8 if scheme == "int4" else np.int8)
     assert values.shape == ((7, 64) if scheme == "int4" else (7, 128))
@@ -65,7 +65,7 @@ def test_every_number_is_within_half_a_step(scheme):
     # float16 moves the ends of the range a little.
     assert (error <= scale.reshape(-1).astype(np.float32) * (0.5 if minimum is None else 0.55) + 1e-6).all()
     # On the device the same numbers come out.
-    of_device = quantize(jnp.asarray(w), jnp.asarray(scale), None if minimum is None else jnp.asarray(minimum))
+    of_device = to_integers(jnp.asarray(w), jnp.asarray(scale), None if minimum is None else jnp.asarray(minimum))
     np.testing.assert_array_equal(of_device, values)
 
 
@@ -77,7 +77,7 @@ def test_zeros_stay_zeros_and_nan_stays_nan(scheme):
     assert (error_of(w[:2], scale[:2], None if minimum is None else minimum[:2])[1] == 0).all()
     assert np.isnan(scale[2]).any()
     with np.errstate(invalid="ignore"):
-        assert np.isnan(dequantize(quantize(w, scale, minimum), scale, minimum)[2]).any()
+        assert np.isnan(dequantize(to_integers(w, scale, minimum), scale, minimum)[2]).any()
     assert np.isfinite(scale[[0, 1, 3]]).all()
 
 
@@ -113,7 +113,7 @@ def test_int4_off_the_grid_loses_less_than_gguf(size):
 @pytest.mark.parametrize("scheme", WEIGHT_SCHEMES)
 def test_linear_is_the_product_with_what_the_weight_stands_for(scheme, platform, rows, dtype):
     weight = nnx.Param(jnp.asarray(matrix(24, 256)).reshape(24, 4, 64), axes=("embed", "heads", "head"))
-    packed = quantized(weight, scheme, contracted=2)
+    packed = quantize_weight(weight, scheme, contracted=2)
     assert packed.shape == (24, 4, 64)
     parts = (packed.values, packed.scale, packed.minimum)
     whole = dequantize(*(None if part is None else part[...] for part in parts)).reshape(24, -1)
@@ -156,14 +156,14 @@ def gradients_of(x, into_out, scheme, values, scale=None, minimum=None):
 def test_gradients_are_those_of_the_dequantized_weight(scheme, platform, rows, dtype):
     """Of activations, scales and minima, whatever the forward product does with that number of rows."""
     weight = nnx.Param(jnp.asarray(matrix(24, 256), dtype), axes=("mlp", "embed"))
-    packed = quantized(weight, scheme) if scheme else weight
-    parts = (packed.values, packed.scale, packed.minimum) if isinstance(packed, Quantized) else (packed,)
+    packed = quantize_weight(weight, scheme) if scheme else weight
+    parts = (packed.values, packed.scale, packed.minimum) if isinstance(packed, QuantizedWeight) else (packed,)
     parts = [part[...] for part in parts if part is not None]
     x, into_out = jnp.asarray(matrix(rows, 256, seed=1), dtype), jnp.asarray(matrix(rows, 24, seed=2))
 
     def product(x, *parts):
         params = [nnx.Param(part) for part in parts]
-        return linear(x, Quantized(scheme, *params) if scheme else params[0], platform=platform)
+        return linear(x, QuantizedWeight(scheme, *params) if scheme else params[0], platform=platform)
 
     found = jax.vjp(product, x, *parts)[1](into_out)
     assert not scheme or found[1].dtype == jax.dtypes.float0
@@ -191,7 +191,7 @@ def test_kernels():
 def test_activations_with_outliers_keep_their_small_numbers():
     """A row whose largest number is 200 times the others, as real activations have them."""
     w, x = jnp.asarray(matrix(64, 512)), jnp.asarray(matrix(2, 512, seed=1)).at[:, 7].set(200.0)
-    packed = quantized(nnx.Param(w, axes=("mlp", "embed")), "int8")
+    packed = quantize_weight(nnx.Param(w, axes=("mlp", "embed")), "int8")
     difference = linear(x, packed, platform="cpu") - linear(x, packed, platform="tpu")
     # As good as bfloat16 activations: each number off by up to its 1/256th, at random.
     assert np.abs(difference).max() < 2.0**-7 * np.sqrt(512)
@@ -205,7 +205,7 @@ def test_the_plain_product_is_one_dot():
 
 @pytest.mark.parametrize("scheme", WEIGHT_SCHEMES)
 def test_lookup_of_rows(scheme):
-    packed = quantized(nnx.Param(jnp.asarray(matrix(10, 64)), axes=("vocab", "embed")), scheme)
+    packed = quantize_weight(nnx.Param(jnp.asarray(matrix(10, 64)), axes=("vocab", "embed")), scheme)
     parts = (packed.values, packed.scale, packed.minimum)
     whole = dequantize(*(None if part is None else part[...] for part in parts))
     index = jnp.array([[3, 9], [0, 3]])
@@ -259,7 +259,7 @@ def test_groups_must_fit():
     for scheme, fields in (("int4", {"head_dim": 24}), ("int8-g64", {"intermediate_size": 96})):
         with pytest.raises(ConfigError, match=r"quantized weights in groups of (32|64)"):
             config_of(scheme, **fields)
-    assert "model.norm.weight" in slots(config_of("int8", head_dim=24, intermediate_size=96))
+    assert "model.norm.weight" in hf_tensors(config_of("int8", head_dim=24, intermediate_size=96))
 
 
 @pytest.mark.slow

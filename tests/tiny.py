@@ -9,7 +9,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from smollm3_jax.config import ModelConfig
-from smollm3_jax.weights.key_map import slots
+from smollm3_jax.weights.key_map import hf_tensors
 
 BASE: dict[str, Any] = {
     "model_type": "smollm3",
@@ -139,7 +139,7 @@ def random_tensors(raw: dict[str, Any], seed: int = 0, dtype: str = "float32") -
     """Weights large enough that every part of the model matters, from numpy's frozen legacy stream."""
     random = np.random.RandomState(seed)
     tensors = {}
-    for name, slot in slots(ModelConfig.from_hf(raw)).items():
+    for name, slot in hf_tensors(ModelConfig.from_hf(raw)).items():
         values = random.standard_normal(slot.shape).astype(np.float32)
         if "norm" in name:
             values = 1 + 0.2 * values

@@ -28,7 +28,7 @@ def part(run: Run) -> None:
 
 def one(run: Run, scheme: str) -> None:
     model = shape.random_model(shape.config(run.tiny, shape.PARITY_LAYERS, scheme))
-    exact, plain = widened(model), dequantized(model)
+    exact, plain = widened(model), dequantized_model(model)
     for rows in TINY_ROWS if run.tiny else ROWS:
         tokens = shape.random_tokens(model.config, 1, rows)
         expected = exact_logits(plain, tokens)
@@ -40,7 +40,7 @@ def one(run: Run, scheme: str) -> None:
             run.check(f"{name}, float32: device against CPU", relative(found, cpu_logits(exact, tokens)), AGAINST_CPU)
 
 
-def dequantized(model: SmolLM3) -> SmolLM3:
+def dequantized_model(model: SmolLM3) -> SmolLM3:
     """The plain model, float32, whose weights the quantized ones stand for."""
     stored = {name: param[...] for name, param in parameters(model).items()}
     config = dataclasses.replace(model.config, quantization=None)

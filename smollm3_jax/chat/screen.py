@@ -40,12 +40,12 @@ class Screen:
         self.out.file.flush()
 
     def note(self, text: str, style: str = "dim") -> None:
-        """What is neither. A terminal gets whole words, a file gets whole lines."""
+        """A notice, which is neither. A terminal gets whole words, a file gets whole lines."""
         self.notes.print(Styled(clean(text), style=style), soft_wrap=not self.notes.is_terminal)
 
 
 def clean(text: str) -> str:
-    """Without control characters, by which a model or a tool could command the terminal or turn a line around."""
+    """The text without control characters, by which a model or a tool could command the terminal."""
     return UNSEEN.sub(lambda match: match[0] if match[0] in "\n\t" else "", text)
 
 

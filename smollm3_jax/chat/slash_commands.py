@@ -7,8 +7,8 @@ from typing import Any
 COMMANDS = {
     "/think, /no_think": "whether the model reasons before its next answers",
     "/thinking": "show its last reasoning",
-    "/regenerate": "answer the last message anew",
-    "/edit TEXT": "put TEXT in the place of the last message, and answer it; without TEXT, change it at the prompt",
+    "/regenerate": "answer the last message again",
+    "/edit TEXT": "replace the last message with TEXT, and answer it; without TEXT, change it at the prompt",
     "/undo": "take back the last message and its answer",
     "/system TEXT": "set the system message (none without TEXT); the conversation so far stays",
     "/save FILE": "write the conversation as JSON",

@@ -51,7 +51,7 @@ def render(
       add_generation_prompt: end with the opening of the assistant's next turn.
       tools: JSON schemas of the functions that the model may call.
       special_tokens: `Tokenizer.special_tokens`.
-      now: the clock behind the template's `strftime_now`.
+      now: the clock of the template's `strftime_now`.
       **variables: what else the template reads; SmolLM3's knows enable_thinking, custom_instructions,
         xml_tools and python_tools.
 

@@ -107,7 +107,7 @@ def converse(chat: Chat) -> int:
 
 
 def load(chat: Chat, path: str) -> None:
-    """Puts a conversation from a file in the place of this one, its system message included.
+    """Replaces the conversation, its system message included, with one from a file.
 
     Raises:
       OptionError: the file cannot be read, or holds no conversation.
@@ -145,7 +145,7 @@ def _message(chat: Chat, text: str = "") -> str:
 
 
 def _command(chat: Chat, line: str) -> bool:
-    """Obeys; True is to leave."""
+    """Carries out a command; True means leave."""
     name, rest = (*line[1:].split(maxsplit=1), "", "")[:2]
     note = chat.screen.note
     match name, rest.strip():
@@ -210,7 +210,7 @@ def _last_words(chat: Chat) -> str:
 
 
 def _turn_again(chat: Chat, message: dict[str, Any] | None = None) -> None:
-    """Another answer to the last message of the user's, or to this one in its place; if none comes, all stays."""
+    """Answers the user's last message again, or this one in its place; if no answer comes, all stays as it was."""
     before = _last_turn(chat)
     assert before is not None
     kept = chat.messages[before:]
@@ -254,7 +254,7 @@ def _answer(chat: Chat) -> tuple[dict[str, Any] | None, list[str]]:
     if room < MIN_ANSWER:
         raise OptionError(
             f"the conversation would have {len(prompt):,} tokens, and the model's context is {chat.context:,}: no room "
-            "is left for an answer, so your message is not kept; /reset starts anew (/save FILE keeps a copy)"
+            "is left for an answer, so your message is not kept; /reset starts again (/save FILE keeps a copy)"
         )
     # With the same seed for all, a question that is asked again would have the same answer.
     seed = (chat.params.seed + chat.answers) % 2**32
@@ -296,7 +296,7 @@ def _answer(chat: Chat) -> tuple[dict[str, Any] | None, list[str]]:
         chat.screen.note("interrupted; what has come stays in the conversation")
     elif reason == "length":
         full = params.max_new_tokens == room
-        chat.screen.note("the context is full; /reset starts anew" if full else f"cut at {count} (--max-new-tokens)")
+        chat.screen.note("the context is full; /reset starts again" if full else f"cut at {count} (--max-new-tokens)")
     elif not any(isinstance(event, ToolCall) or (isinstance(event, Text) and event.text.strip()) for event in events):
         thought = "after its reasoning " if any(isinstance(event, Thinking) for event in events) else ""
         chat.screen.note(f"the answer is empty: {thought}the model ended at once; /regenerate or /edit asks again")

@@ -99,7 +99,7 @@ def prepare(tools: Tools, name: str, arguments: Mapping[str, Any]) -> Callable[[
       ValueError: saying to the model what is wrong with the call.
     """
     if name not in tools:
-        raise ValueError(f"there is no function {name}; there are {', '.join(tools)}")
+        raise ValueError(f"there is no function {name}; choose one of {', '.join(tools)}")
     function = tools[name]
     hints, parameters = _hints(name, function), inspect.signature(function).parameters
     given: dict[str, Any] = {}

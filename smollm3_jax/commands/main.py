@@ -61,9 +61,9 @@ def _not_a_command(words: Sequence[str]) -> None:
         parser.print_help(sys.stderr)
         raise SystemExit(2)
     if not words[0].startswith("-"):
-        parser.error(f"there is no command {words[0]}{did_you_mean(words[0], COMMANDS)}")
+        parser.error(f"{words[0]!r} is no command{did_you_mean(words[0], COMMANDS)}")
     parser.parse_args(words)
-    parser.error("say a command")
+    parser.error("give a command")
 
 
 def _version() -> str:
@@ -88,7 +88,7 @@ def parse(parser: Parser, words: list[str]) -> argparse.Namespace:
         if args.model is None and args.model_needed:
             parser.error("name a model: a folder, a .gguf file, a hub id, or demo")
     if rest:
-        parser.error(f"there is no place for {' '.join(map(repr, rest))}")
+        parser.error(f"unexpected: {' '.join(map(repr, rest))}")
     return args
 
 
@@ -113,7 +113,7 @@ def _run(name: str, command: ModuleType, args: argparse.Namespace) -> int:
         error = refused_by_jax(error) or error
         if lacks_memory(error):
             why = (str(error).splitlines() or ["none is left"])[0][:200]
-            error = OutOfMemoryError(f"there is too little memory: {why}; a smaller model, batch or context takes less")
+            error = OutOfMemoryError(f"too little memory: {why}; a smaller model, batch or context takes less")
         code = OptionError.exit_code if isinstance(error, ShardingError) else getattr(error, "exit_code", None)
         if code is None and isinstance(error, OSError):
             code = 3  # a name that is too long, a full disk, ...

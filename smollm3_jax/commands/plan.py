@@ -19,7 +19,7 @@ def add(parser: argparse.ArgumentParser) -> None:
 
     plans = parser.add_subparsers(required=True, metavar="PLAN", prog="smollm3 plan")
 
-    def plan(name: str, run: Any, help: str, compiles: bool) -> argparse.ArgumentParser:
+    def plan(name: str, run: Callable[[argparse.Namespace], int], help: str, compiles: bool) -> argparse.ArgumentParser:
         usage = f"smollm3 plan {name} [MODEL] [OPTION ...]"
         sub = plans.add_parser(name, help=help, description=help, usage=usage)
         sub.set_defaults(plan=run)
@@ -62,8 +62,8 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Runs one of the plans. They need no device: an accelerator that there is stays with whoever has it, and a plug-in
-    that is here to compile is not asked for one."""
+    """Runs one of the plans. They need no device: an attached accelerator stays free, and a plug-in that is installed
+    to compile is not asked for one."""
     import jax
 
     jax.config.update("jax_platforms", "cpu")
@@ -148,7 +148,7 @@ def _plan_scale(args: argparse.Namespace) -> int:
     try:
         devices = [int(part) for part in args.devices.split(",")]
     except ValueError:
-        raise OptionError(f"--devices {args.devices}: not numbers, with commas between them") from None
+        raise OptionError(f"--devices is {args.devices!r}; give numbers with commas between them") from None
     report = plan_scale(_plan_config(args), devices, args.length)
     show(args, report, scale_tables)
     return 0

@@ -3,16 +3,13 @@
 import argparse
 
 from ..config import CACHE_SCHEMES, WEIGHT_SCHEMES
-from .shared import MODEL_HELP, folder, say
+from .shared import add_source_and_target, folder, say
 
 
 def add(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("source", metavar="SRC", help=MODEL_HELP)
-    parser.add_argument("folder", metavar="DST", help="the folder to write")
     parser.add_argument("--weights", choices=WEIGHT_SCHEMES, required=True)
     parser.add_argument("--cache", choices=CACHE_SCHEMES, help="what keys and values are to be kept in by default")
-    parser.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="default: 5GB")
-    parser.add_argument("--force", action="store_true", help="DST may be there: replace the model in it")
+    add_source_and_target(parser)
 
 
 def run(args: argparse.Namespace) -> int:

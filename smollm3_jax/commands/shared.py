@@ -33,7 +33,7 @@ _DTYPE_ALIASES |= {"fp32": "float32", "f32": "float32", "float": "float32"}
 
 
 def count(text: str) -> int:
-    """A number of things that there can be."""
+    """A whole number above 0."""
     try:
         number = int(text)
     except ValueError:
@@ -94,6 +94,14 @@ def mesh_of(args: argparse.Namespace) -> "dict[str, Any]":
     mesh = make_mesh(parse_axes(args.mesh) if args.mesh else DEFAULT_AXES[rules])
     Sharding.of(mesh, rules)  # a mistake shows before anything is loaded
     return {"mesh": mesh, "rules": rules}
+
+
+def add_source_and_target(parser: argparse.ArgumentParser) -> None:
+    """The arguments of commands that rewrite a model as a Hugging Face folder."""
+    parser.add_argument("source", metavar="SRC", help=MODEL_HELP)
+    parser.add_argument("folder", metavar="DST", help="the folder to write")
+    parser.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="default: 5GB")
+    parser.add_argument("--force", action="store_true", help="DST may be there: replace the model in it")
 
 
 def add_sampling(parser: argparse.ArgumentParser) -> None:

@@ -21,7 +21,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("settings", nargs="*", metavar="section.key=value", help="over those of the file")
     parser.add_argument("--resume", choices=("auto",), help="go on from the newest sound checkpoint, if there is one")
-    parser.add_argument("--allow-restart", action="store_true", help="begin anew if all checkpoints are damaged")
+    parser.add_argument("--allow-restart", action="store_true", help="start over if all checkpoints are damaged")
     parser.add_argument("--allow-changes", action="store_true", help="go on with settings or data that have changed")
     parser.add_argument("--clean", action="store_true", help="remove what broken-off saves left in the run folder")
     parser.add_argument("--dry-run", action="store_true", help="print steps, tokens, stages, mixture and memory")

@@ -23,7 +23,7 @@ from ..support import how_to_install
 from ..tokenizer import load_tokenizer
 from ..weights.demo import model_folder
 from ..weights.load import Checkpoint, common_dtype, is_gguf, load, open_checkpoint, text_folder
-from ..weights.quantized import dequantized
+from ..weights.quantized import dequantize_tensors
 from ..weights.stored import NUMPY_DTYPES, StoredTensor, is_finite, raw_bytes
 
 TEXT = (
@@ -240,7 +240,7 @@ def _compare(own: _Results, reference: _Results, tolerance: Tolerance) -> dict[s
 def _plain(checkpoint: Checkpoint) -> dict[str, StoredTensor]:
     """Its tensors, quantized ones as what they stand for."""
     quantized = checkpoint.config.quantization is not None
-    return dequantized(checkpoint.config, checkpoint.tensors)[1] if quantized else checkpoint.tensors
+    return dequantize_tensors(checkpoint.config, checkpoint.tensors)[1] if quantized else checkpoint.tensors
 
 
 def _different_weights(a: Mapping[str, StoredTensor], b: Mapping[str, StoredTensor]) -> list[str]:

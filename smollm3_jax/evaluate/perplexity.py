@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.typing import DTypeLike
 
 from .. import text_files
 from ..compile_cache import enable
@@ -115,7 +116,7 @@ def encode_texts(
 def perplexity(
     model: SmolLM3,
     documents: Mapping[str, Sequence[Sequence[int]]],
-    cache_dtype: Any = None,
+    cache_dtype: DTypeLike | None = None,
 ) -> dict[str, Any]:
     """The perplexity of a document's tokens, each given those before it in the document.
 
@@ -169,7 +170,7 @@ def _measures(nats: float, tokens: int) -> dict[str, Any]:
     }
 
 
-def _nats(model: SmolLM3, documents: Sequence[Sequence[int]], batch: int, dtype: Any) -> list[float]:
+def _nats(model: SmolLM3, documents: Sequence[Sequence[int]], batch: int, dtype: np.dtype) -> list[float]:
     """-log p of each document's tokens but the first, summed."""
     steps = -(-(max(map(len, documents)) - 1) // STEPS) * STEPS
     tokens_BT = np.full((batch, steps + 1), -1, np.int32)

@@ -9,13 +9,15 @@ Shapes: R rows of activations, N output channels, K inputs, G groups of inputs.
 
 import logging
 import math
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.experimental import pallas as pl
 from jax.sharding import PartitionSpec
+from jax.typing import DTypeLike
 
 from sharding.rules import Sharding
 
@@ -48,7 +50,7 @@ def unpacked_product(
     in float32: XLA itself does not partition kernels.
 
     Args:
-      values, scale, minimum: as in quantize.Quantized, of any dimensions before the contracted ones.
+      values, scale, minimum: as in quantize.QuantizedWeight, of any dimensions before the contracted ones.
       group: inputs that share a scale; None: all of an output channel's do.
       platform: "gpu" and "tpu" have kernels. XLA for GPU needs none for one scale a channel.
       layout: the weight's; None on one device.
@@ -103,19 +105,19 @@ def _kernel(
     channels: int,
     inputs: int,
     width: int,
-    dtype: Any,
+    dtype: DTypeLike,
     group: int | None,
     platform: str,
     layout: WeightSharding | None,
     obstacles: dict[str, bool],
-) -> Any:
+) -> Callable[..., Array] | None:
     """The kernel for a device's part of a product; None if there is none, or one of the obstacles.
 
     Args:
       width: bytes of a channel.
     """
     groups = None if group is None else inputs // group
-    dtypes: tuple[Any, ...] = (jnp.bfloat16, jnp.float32)
+    dtypes: tuple[DTypeLike, ...] = (jnp.bfloat16, jnp.float32)
     match platform:
         case "gpu" if groups is not None and rows <= product_wgmma.ROWS:
             generation, _ = nvidia.compute_capability(layout and layout.sharding)

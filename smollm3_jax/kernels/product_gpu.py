@@ -170,7 +170,7 @@ def store(ref: Any, value: Array) -> None:
 
 
 def _layout(lanes: int) -> Any:
-    """Of [C, L, 16]: 16 bytes to a lane, `lanes` of a warp along groups, the others and the warps along channels."""
+    """The layout of [C, L, 16]: a lane has 16 bytes, `lanes` of a warp lie along groups, the rest along channels."""
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
     channels = LANES // lanes

@@ -73,7 +73,7 @@ def product(
         first = (share * WARPGROUPS + group) * steps
 
         def fetch(i: Any, j: int) -> tuple:
-            """Of step i, into buffer j. What lies past the last group is moved back, and does not count."""
+            """Fetches step i into buffer j. What lies past the last group is moved back, and does not count."""
             step = jnp.minimum(first + i, groups // GROUPS - 1)
             at = pl.ds(step * GROUPS, GROUPS)
             plgpu.copy_gmem_to_smem(
@@ -141,7 +141,7 @@ def product(
 
 
 def layout() -> Any:
-    """Of [C, 4, 16]: of each 16 channels of a warp, a lane has one group of two, 8 apart."""
+    """The layout of [C, 4, 16]: of each 16 channels of a warp, a lane has one group of two, 8 apart."""
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
     tiling = plgpu.Tiling(((64, 4, 16), (16, 4, 16), (8, 4, 16)))

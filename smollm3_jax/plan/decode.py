@@ -84,11 +84,11 @@ class DecodeSetting:
         )
 
     def model_of(self, compiled: Compiled) -> Roofline:
-        """Of the decode loop: one round of it, without what only some requests need."""
+        """The roofline of the decode loop: of one round, without what only some requests need."""
         return roofline(hlo.operations(compiled), self.chip, self.kernel_cost, branches=False)
 
     def kernel_cost(self, op: hlo.Operation) -> KernelCost | None:
-        """Of a TPU's kernels: paged attention, which reads a layer's cache (here: a full one), and splash attention."""
+        """The cost of a TPU's kernels: paged attention, which reads a layer's cache (here: a full one), and splash."""
         if self.sharding.platform != "tpu":
             return None
         heads, width = self.config.num_attention_heads // self.sharding.parts("heads"), self.config.head_dim

@@ -5,7 +5,7 @@ import importlib.util
 import math
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -86,7 +86,7 @@ def _use_libtpu() -> None:
 
 
 def sharding_for(
-    config: ModelConfig, devices: list[Any], rules: str, axes: Mapping[str, int] | None, slices: int = 1
+    config: ModelConfig, devices: Sequence[Any], rules: str, axes: Mapping[str, int] | None, slices: int = 1
 ) -> Sharding:
     """The strategy on a mesh of these devices; without `axes` the strategy's usual one, slices along `data`."""
     if rules not in DEFAULT_AXES:
@@ -143,12 +143,12 @@ _REFUSAL = re.compile(r"Used [\d.]+[KMGT] of [\d.]+[KMGT] hbm|\([\d.]+[KMGT]\) e
 
 @contextlib.contextmanager
 def _described(sharding: Sharding) -> Iterator[None]:
-    """While a function is lowered for GPUs that are not there: Pallas asks the mesh at hand which they are, and jax's
-    checks before cuDNN's attention, which have no such place to ask, are answered for them."""
+    """While a function is lowered for GPUs that are not there: Pallas asks the current mesh which they are, and jax's
+    checks before cuDNN's attention, which ask CUDA, get the answers of those GPUs."""
     if sharding.platform != "gpu":
         yield
         return
-    from jax._src.cudnn import fused_attention_stablehlo as cudnn  # asks CUDA itself, whoever is lowered for
+    from jax._src.cudnn import fused_attention_stablehlo as cudnn  # asks CUDA itself, whatever device is lowered for
 
     def capability(text: str) -> tuple[int, ...]:
         return tuple(int(x) for x in text.split("."))

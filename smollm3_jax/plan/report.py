@@ -58,7 +58,7 @@ def program(model: Roofline, sharding: Sharding, a_round: bool = False) -> dict[
 
 
 def collectives(model: Roofline) -> list[dict[str, Any]]:
-    """By kind, and whether hidden: how many run in a step, and the bytes that a device sends for them."""
+    """Collectives by kind and whether they are hidden: how many run in a step, and the bytes a device sends."""
     rows: dict[tuple[str, bool], dict[str, Any]] = {}
     for c in model.collectives:
         row = rows.setdefault(

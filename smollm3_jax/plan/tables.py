@@ -130,7 +130,7 @@ def _thousands(tokens: str) -> str:
 
 
 def draw_memory(report: dict[str, Any], file: Path) -> None:
-    """The same as bars: weights, and the cache on top of them."""
+    """Draws the report as bars: weights, and the cache on top of them."""
     try:
         from matplotlib.figure import Figure  # pyright: ignore[reportMissingImports]
     except ImportError:

@@ -79,7 +79,7 @@ class TrainSetting:
         )
 
     def model_of(self, compiled: Compiled) -> Roofline:
-        """Loops without a known end are those that attention takes for documents beyond what one call has place for."""
+        """The roofline. Loops of unknown length are attention's, for more documents than one call takes: none runs."""
         return roofline(
             hlo.operations(compiled),
             self.chip,
@@ -89,7 +89,7 @@ class TrainSetting:
         )
 
     def kernel_cost(self, op: hlo.Operation) -> KernelCost | None:
-        """Of splash attention, forward and backward: products over the half of the scores that causality leaves."""
+        """The cost of splash attention, forward and backward: products over the half of the scores that are causal."""
         products = next((n for name, n in _SPLASH_PRODUCTS.items() if name in op.name + op.op_name), None)
         if products is None:
             return None

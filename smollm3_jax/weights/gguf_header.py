@@ -111,7 +111,7 @@ def read_header(path: Path) -> tuple[dict[str, Any], list[Entry]]:
     metadata: dict[str, Any] = {}
     for _ in range(key_count):
         if (key := reader.text()) in metadata:
-            raise ValueError(f"key {shown(key)} stands twice")
+            raise ValueError(f"key {shown(key)} occurs twice")
         metadata[key] = reader.value(reader.number(4))
     alignment = metadata_value(metadata, "general.alignment", int, 32)
     if alignment < 1 or alignment & (alignment - 1):
@@ -121,7 +121,7 @@ def read_header(path: Path) -> tuple[dict[str, Any], list[Entry]]:
     for _ in range(tensor_count):
         entry = _read_entry(reader, gguf)
         if entry.name in entries:
-            raise ValueError(f"tensor {shown(entry.name)} stands twice")
+            raise ValueError(f"tensor {shown(entry.name)} occurs twice")
         # As llama.cpp demands: no overlaps, and no holes but the padding.
         if entry.start != -(-end // alignment) * alignment:
             raise ValueError(f"tensor {shown(entry.name)} does not lie where the one before it ends; fetch it again")

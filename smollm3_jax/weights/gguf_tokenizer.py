@@ -71,7 +71,7 @@ def tokenizer_files(metadata: dict[str, Any], ids: dict[str, int]) -> dict[str, 
     added = [i for i in range(count) if types[i] in (CONTROL, USER_DEFINED)]
     tokenizer.add_tokens([AddedToken(tokens[i], special=bool(types[i] == CONTROL), normalized=False) for i in added])
     if wrong := [i for i in range(count) if tokenizer.id_to_token(i) != tokens[i]]:
-        raise TokenizerError(f"token {wrong[0]} ({tokens[wrong[0]]!r}) cannot keep its id; it stands twice or is empty")
+        raise TokenizerError(f"token {wrong[0]} ({tokens[wrong[0]]!r}) cannot keep its id; it occurs twice or is empty")
     tokenizer.pre_tokenizer = _pre_tokenizer(pre)
     tokenizer.decoder = decoders.ByteLevel()
     # llama.cpp begins every text with BOS for llama-bpe unless the file says otherwise.

@@ -25,7 +25,7 @@ from .bucket import copy_of
 DEMO_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 # What a checkpoint is read from, all of it at the top of the repository (but for chat templates beyond one); torch's
-# files only for want of better.
+# files only where there are no others.
 TEMPLATES = "additional_chat_templates"  # as in tokenizer.py, which this need not load
 FILES = (".json", ".jinja", ".safetensors", "tokenizer.model")
 TORCH_FILES = (".bin", ".pt")

@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 from flax import nnx
+from jax.typing import DTypeLike
 
 from sharding.rules import Sharding
 
@@ -49,7 +50,7 @@ EMBED_NAME, HEAD_NAME = "model.embed_tokens.weight", "lm_head.weight"
 
 
 @dataclasses.dataclass(frozen=True)
-class Slot:
+class HFTensor:
     """Where one Hugging Face tensor lives in the model, and what its dimensions must be.
 
     `layer` is None for what is not stacked; `dims` names each dimension by its config fields; `dtype` is
@@ -71,16 +72,16 @@ def parameters(model: SmolLM3) -> dict[str, nnx.Param]:
     return {param: found.pop(param) for param in ordered if param in found} | found
 
 
-def place(slot: Slot, params: Mapping[str, Any]) -> tuple[str, int | None]:
-    """The path of the parameter that holds a slot's tensor, and its index there if layers are stacked."""
-    if slot.layer is None or slot.param in params:
-        return slot.param, slot.layer
-    return slot.param.replace("layers.", f"layers.{slot.layer}.", 1), None
+def locate(hf: HFTensor, params: Mapping[str, Any]) -> tuple[str, int | None]:
+    """The path of the parameter that holds an HF tensor, and its index there if layers are stacked."""
+    if hf.layer is None or hf.param in params:
+        return hf.param, hf.layer
+    return hf.param.replace("layers.", f"layers.{hf.layer}.", 1), None
 
 
 def abstract_model(
     config: ModelConfig,
-    dtype: Any,
+    dtype: DTypeLike,
     generation_config: GenerationConfig | None = None,
     stacked: bool = True,
     sharding: Sharding | None = None,
@@ -101,8 +102,8 @@ def count_parameters(config: ModelConfig) -> int:
     return sum(math.prod(x.shape) for x in jax.tree.leaves(abstract_model(config, "float32")))
 
 
-def slots(config: ModelConfig) -> dict[str, Slot]:
-    """Every Hugging Face tensor that a checkpoint of this config holds -> its slot, in Hugging Face's order."""
+def hf_tensors(config: ModelConfig) -> dict[str, HFTensor]:
+    """Every Hugging Face tensor that a checkpoint of this config holds -> where it lives, in Hugging Face's order."""
     params = parameters(abstract_model(config, "float32"))
     first, stacked, last = {}, {}, {}
     for table_param, table_name, _ in TABLE:
@@ -116,9 +117,9 @@ def slots(config: ModelConfig) -> dict[str, Slot]:
                 stacked[hf_name] = (param, *_hf_dims(config, axes[1:], shape[1:]), dtype)
             else:
                 where = last if stacked else first
-                where[hf_name] = Slot(param, None, *_hf_dims(config, axes, shape), dtype)
+                where[hf_name] = HFTensor(param, None, *_hf_dims(config, axes, shape), dtype)
     layers = {
-        name.format(layer): Slot(param, layer, *rest)
+        name.format(layer): HFTensor(param, layer, *rest)
         for layer in range(config.num_hidden_layers)
         for name, (param, *rest) in stacked.items()
     }

@@ -30,9 +30,19 @@ from ..progress import progress
 from ..support import require_devices
 from ..tokenizer import load_tokenizer
 from . import gguf, safetensors, torch_files
-from .key_map import EMBED_NAME, HEAD_NAME, PARTS, Slot, abstract_model, hf_name_of_gguf, parameters, place, slots
+from .key_map import (
+    EMBED_NAME,
+    HEAD_NAME,
+    PARTS,
+    HFTensor,
+    abstract_model,
+    hf_name_of_gguf,
+    hf_tensors,
+    locate,
+    parameters,
+)
 from .names import canonical, is_head
-from .quantized import quantized, with_scheme
+from .quantized import quantize_tensors, with_scheme
 from .stored import NUMPY_DTYPES, STORED_DTYPES, StoredTensor, is_buffer, is_finite, raw_bytes, shown
 from .texts import read_texts
 
@@ -155,7 +165,7 @@ def check_tensors(path: Path, config: ModelConfig, found: Mapping[str, StoredTen
       CheckpointFormatError: some are missing, too many, or of another shape than the config says; or a
         tied model comes with an output head that is not its embedding.
     """
-    wanted, found = slots(config), canonical(path, found)
+    wanted, found = hf_tensors(config), canonical(path, found)
     if config.tie_word_embeddings and (head := found.pop(HEAD_NAME, None)):
         embed = found.setdefault(EMBED_NAME, dataclasses.replace(head, name=EMBED_NAME))
         if not _same_numbers(head, embed):
@@ -172,12 +182,12 @@ def check_tensors(path: Path, config: ModelConfig, found: Mapping[str, StoredTen
             + _some("unknown", extra)
             + _LORA * any("lora_" in name for name in extra)
         )
-    for name, slot in wanted.items():
-        if found[name].shape != slot.shape:
-            raise CheckpointFormatError(f"{path}: {_shape_mismatch(found[name], slot)}")
-        if found[name].dtype != slot.dtype if slot.dtype else found[name].dtype not in NUMPY_DTYPES:
+    for name, hf in wanted.items():
+        if found[name].shape != hf.shape:
+            raise CheckpointFormatError(f"{path}: {_shape_mismatch(found[name], hf)}")
+        if found[name].dtype != hf.dtype if hf.dtype else found[name].dtype not in NUMPY_DTYPES:
             raise CheckpointFormatError(
-                f"{path}: tensor {name} is {found[name].dtype} where config.json asks for {slot.dtype or 'floats'}"
+                f"{path}: tensor {name} is {found[name].dtype} where config.json asks for {hf.dtype or 'floats'}"
             )
     return {name: found[name] for name in wanted}
 
@@ -189,14 +199,14 @@ def _some(what: str, names: Sequence[str]) -> str:
     return f"; {len(names)} {what}: {', '.join(map(shown, names[:10]))}{more}"
 
 
-def _shape_mismatch(tensor: StoredTensor, slot: Slot) -> str:
+def _shape_mismatch(tensor: StoredTensor, hf: HFTensor) -> str:
     wrong = [
         f"{field} (config.json: {wanted}, tensor: {length})"
-        for field, wanted, length in zip(slot.dims, slot.shape, tensor.shape, strict=False)
+        for field, wanted, length in zip(hf.dims, hf.shape, tensor.shape, strict=False)
         if wanted != length
     ]
     return (
-        f"tensor {tensor.name} has shape {list(tensor.shape)} where config.json asks for {list(slot.shape)}; "
+        f"tensor {tensor.name} has shape {list(tensor.shape)} where config.json asks for {list(hf.shape)}; "
         f"they differ in {', '.join(wrong) or 'the number of dimensions'}"
     )
 
@@ -256,7 +266,7 @@ def load(
     plain = plain_tensors(tensors)
     if weights is not None:
         config = with_scheme(config, weights)
-        tensors = tensors if checkpoint.config.quantization else quantized(config, tensors)
+        tensors = tensors if checkpoint.config.quantization else quantize_tensors(config, tensors)
     sharding = None if mesh is None else Sharding.of(mesh, rules or "fsdp").fitted(config.axis_sizes)
     if mesh is None and rules not in (None, "single"):
         raise OptionError(f"rules {rules!r} need a mesh; give one, or leave rules out")
@@ -277,8 +287,8 @@ def load(
     model = abstract_model(config, target, checkpoint.generation_config, stacked, sharding)
     params = parameters(model)
     by_param: dict[str, list[StoredTensor]] = {}
-    for name, slot in slots(config).items():
-        by_param.setdefault(place(slot, params)[0], []).append(tensors[name])
+    for name, hf in hf_tensors(config).items():
+        by_param.setdefault(locate(hf, params)[0], []).append(tensors[name])
     not_finite: dict[str, None] = {}  # names in order, each once
     with progress("loading", sum(tensor.nbytes for tensor in tensors.values())) as done:
         for path, param in params.items():
@@ -287,7 +297,7 @@ def load(
                 at = SingleDeviceSharding(jax.local_devices()[0])
             else:
                 at = sharding.named(path, axes, param.shape)
-            param.set_value(_place(by_param[path], param, at, not_finite, done))
+            param.set_value(_read_param(by_param[path], param, at, not_finite, done))
     if not_finite:
         cast = ", or its numbers are too large for float16" if target == "float16" != own else ""
         names = _some("tensors", list(not_finite))
@@ -295,7 +305,7 @@ def load(
     return model
 
 
-def _place(
+def _read_param(
     tensors: list[StoredTensor],
     param: nnx.Param,
     at: Placement,

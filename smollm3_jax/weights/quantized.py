@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 
 from .. import quantize
-from ..config import WEIGHT_SCHEMES, ModelConfig, Quantization
+from ..config import WEIGHT_SCHEMES, ModelConfig, QuantizationConfig
 from ..errors import OptionError
-from .key_map import Slot, slots
+from .key_map import HFTensor, hf_tensors
 from .stored import StoredTensor
 
 PIECE = 1 << 16  # numbers that are worked on at once: they stay in the processor's cache
@@ -21,11 +21,11 @@ def with_scheme(config: ModelConfig, weights: str, cache: str | None = None) -> 
     """The config of the same model quantized.
 
     Raises:
-      OptionError: there is no such scheme, or the model is quantized already, in another one.
+      OptionError: the scheme is unknown, or the model is quantized already, in another one.
       ConfigError: the model's dimensions are no multiples of the scheme's groups.
     """
     if weights not in WEIGHT_SCHEMES:
-        raise OptionError(f"weights {weights!r} are no scheme; choose one of {', '.join(WEIGHT_SCHEMES)}")
+        raise OptionError(f"weights is {weights!r}; choose one of {', '.join(WEIGHT_SCHEMES)}")
     own = config.quantization
     if own is not None and own.weights != weights:
         raise OptionError(
@@ -33,38 +33,38 @@ def with_scheme(config: ModelConfig, weights: str, cache: str | None = None) -> 
         )
     if own is not None and cache is None:
         return config
-    return dataclasses.replace(config, quantization=Quantization(weights=weights, cache=cache))
+    return dataclasses.replace(config, quantization=QuantizationConfig(weights=weights, cache=cache))
 
 
-def quantized(config: ModelConfig, tensors: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
+def quantize_tensors(config: ModelConfig, tensors: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
     """A plain checkpoint's tensors as a quantized config wants them.
 
     Scales are found at the first read of any part of a weight and kept; values are computed at each read.
     """
     assert config.quantization is not None
     out, scales = {}, {}
-    for name, slot in slots(config).items():
-        if slot.dtype is None:
+    for name, hf in hf_tensors(config).items():
+        if hf.dtype is None:
             out[name] = tensors[name]
             continue
-        weight, part = slot.param.rsplit(".", 1)
+        weight, part = hf.param.rsplit(".", 1)
         if part == "values":
             source = tensors[name]
             scheme = quantize.scheme_of(weight, config.quantization.weights)
-            scales[weight, slot.layer] = source, functools.cache(functools.partial(_scales, source, scheme))
-        out[name] = _part(name, slot, part, *scales[weight, slot.layer])
+            scales[weight, hf.layer] = source, functools.cache(functools.partial(_scales, source, scheme))
+        out[name] = _part(name, hf, part, *scales[weight, hf.layer])
     return out
 
 
-def _part(name: str, slot: Slot, part: str, source: StoredTensor, scales: Callable[[], Any]) -> StoredTensor:
+def _part(name: str, hf: HFTensor, part: str, source: StoredTensor, scales: Callable[[], Any]) -> StoredTensor:
     def read() -> np.ndarray:
         scale, minimum = scales()
         if part != "values":
             return scale if part == "scale" else minimum
-        return _in_pieces(quantize.quantize, source.read(), scale, minimum)
+        return _in_pieces(quantize.to_integers, source.read(), scale, minimum)
 
-    assert slot.dtype is not None
-    return StoredTensor(name=name, dtype=slot.dtype, shape=slot.shape, file=source.file, read=read)
+    assert hf.dtype is not None
+    return StoredTensor(name=name, dtype=hf.dtype, shape=hf.shape, file=source.file, read=read)
 
 
 def _scales(source: StoredTensor, scheme: str) -> tuple[np.ndarray, np.ndarray | None]:
@@ -88,21 +88,21 @@ def _in_pieces(function: Callable[..., Any], *arrays: Any) -> Any:
     return np.concatenate(pieces)
 
 
-def dequantized(
+def dequantize_tensors(
     config: ModelConfig, tensors: Mapping[str, StoredTensor]
 ) -> tuple[ModelConfig, dict[str, StoredTensor]]:
     """A quantized checkpoint as a plain one; weights come as float32."""
     plain = dataclasses.replace(config, quantization=None)
     out = {}
-    for name, slot in slots(plain).items():
+    for name, hf in hf_tensors(plain).items():
         parts = [tensors.get(name + ending) for ending in ("", ".scale", ".minimum")]
-        out[name] = tensors[name] if parts[1] is None else _whole(name, slot, *parts)
+        out[name] = tensors[name] if parts[1] is None else _whole(name, hf, *parts)
     return plain, out
 
 
-def _whole(name: str, slot: Slot, *parts: StoredTensor | None) -> StoredTensor:
+def _whole(name: str, hf: HFTensor, *parts: StoredTensor | None) -> StoredTensor:
     def read() -> np.ndarray:
         return _in_pieces(quantize.dequantize, *(None if part is None else part.read() for part in parts))
 
     assert parts[0] is not None
-    return StoredTensor(name=name, dtype="float32", shape=slot.shape, file=parts[0].file, read=read)
+    return StoredTensor(name=name, dtype="float32", shape=hf.shape, file=parts[0].file, read=read)

@@ -1,7 +1,7 @@
 """Safetensors files, read by memory map and written tensor by tensor.
 
 The `safetensors` library judges whether a file is sound; the two things it does not do are done
-here: it accepts a name that stands twice in a header, and it writes a shard only from memory.
+here: it accepts a name that occurs twice in a header, and it writes a shard only from memory.
 """
 
 import json
@@ -34,7 +34,7 @@ def open_file(path: Path, quantized: bool = False) -> list[StoredTensor]:
       quantized: there may be integers.
 
     Raises:
-      CheckpointFormatError: the file is missing, damaged or truncated, a name stands twice, or a
+      CheckpointFormatError: the file is missing, damaged or truncated, a name occurs twice, or a
         tensor is not of a dtype that is expected.
     """
     tags = SAFETENSORS_TAGS | (INTEGER_TAGS if quantized else {})
@@ -77,7 +77,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, value in pairs:
         if name in found:
-            raise ValueError(f"{shown(name)} stands twice in the header")
+            raise ValueError(f"{shown(name)} occurs twice in the header")
         found[name] = value
     return found
 

@@ -18,9 +18,9 @@ from ..files import carry, new_folder, write
 from ..model import SmolLM3
 from ..progress import progress
 from . import hub, safetensors, torch_files
-from .key_map import parameters, place, slots
+from .key_map import hf_tensors, locate, parameters
 from .load import Checkpoint, check_dtype, common_dtype, open_checkpoint
-from .quantized import dequantized, quantized, with_scheme
+from .quantized import dequantize_tensors, quantize_tensors, with_scheme
 from .stored import NUMPY_DTYPES, StoredTensor
 from .texts import check_links, is_text_file, left_out
 
@@ -60,15 +60,15 @@ def tensors_of(model: SmolLM3) -> list[StoredTensor]:
     """A model's parameters under Hugging Face's names, in its order."""
     params = parameters(model)
     tensors = []
-    for name, slot in slots(model.config).items():
-        path, layer = place(slot, params)
+    for name, hf in hf_tensors(model.config).items():
+        path, layer = locate(hf, params)
         param = params[path]
 
-        def read(array=param[...], layer=layer, shape=slot.shape) -> np.ndarray:
+        def read(array=param[...], layer=layer, shape=hf.shape) -> np.ndarray:
             # Brought to the host one tensor at a time; the index is taken on the device.
             return np.asarray(array if layer is None else array[layer]).reshape(shape)
 
-        tensors.append(StoredTensor(name=name, dtype=param.dtype.name, shape=slot.shape, file="", read=read))
+        tensors.append(StoredTensor(name=name, dtype=param.dtype.name, shape=hf.shape, file="", read=read))
     return tensors
 
 
@@ -95,7 +95,7 @@ def convert(
     if dtype is not None:
         dtype = check_dtype(dtype)
         if config.quantization is not None:
-            config, plain = dequantized(config, checkpoint.tensors)
+            config, plain = dequantize_tensors(config, checkpoint.tensors)
             tensors = list(plain.values())
         tensors = [cast(tensor, dtype) for tensor in tensors]
         if config.dtype != dtype:
@@ -137,7 +137,7 @@ def quantize(
     checkpoint = _open(source, folder, force)
     config, tensors = with_scheme(checkpoint.config, weights, cache), checkpoint.tensors
     if checkpoint.config.quantization is None:
-        tensors = quantized(config, tensors)
+        tensors = quantize_tensors(config, tensors)
     if config.dtype is None:
         config = dataclasses.replace(config, dtype=common_dtype(checkpoint.tensors))
     generation, texts = checkpoint.generation_config, checkpoint.files
@@ -231,10 +231,10 @@ def write_folder(
 
     Raises:
       OptionError: the size or the format is none, or `check_target` refuses.
-      SaveError: it cannot be written; nothing is left behind, and what was there is untouched.
+      SaveError: it cannot be written; nothing of it is left, and what was there is untouched.
     """
     if format not in FORMATS:
-        raise OptionError(f"no format {format!r}; choose one of {', '.join(FORMATS)}")
+        raise OptionError(f"format is {format!r}; choose one of {', '.join(FORMATS)}")
     if format == "torch" and config.quantization is not None:
         raise OptionError("a PyTorch file cannot hold quantized weights; give a dtype to write plain ones")
     shards = safetensors.split(tensors, parse_size(max_shard_size))

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from .demo import model_folder
-from .key_map import slots
+from .key_map import hf_tensors
 from .load import open_checkpoint
 
 
@@ -22,7 +22,7 @@ def summarize(source: str | Path) -> dict[str, Any]:
     plain = dataclasses.replace(checkpoint.config, quantization=None)
     return {
         "path": str(path),
-        "parameters": sum(math.prod(slot.shape) for slot in slots(plain).values()),
+        "parameters": sum(math.prod(hf.shape) for hf in hf_tensors(plain).values()),
         "bytes": sum(tensor.nbytes for tensor in tensors.values()),
         "config": checkpoint.config.to_hf(),
         "generation_config": checkpoint.generation_config.to_hf(),
@@ -30,13 +30,13 @@ def summarize(source: str | Path) -> dict[str, Any]:
         "tensors": [
             {
                 "name": name,
-                "parameter": slot.param,
-                "layer": slot.layer,
+                "parameter": hf.param,
+                "layer": hf.layer,
                 "dtype": tensors[name].dtype,
-                "shape": list(slot.shape),
+                "shape": list(hf.shape),
                 "bytes": tensors[name].nbytes,
                 "file": Path(tensors[name].file).name,
             }
-            for name, slot in slots(checkpoint.config).items()
+            for name, hf in hf_tensors(checkpoint.config).items()
         ],
     }

@@ -480,8 +480,8 @@ def test_capacity_only_grows_and_seeds_differ():
 
 
 def test_no_memory_is_no_crash():
-    run = Run(["a", "b"], [OutOfMemoryError("there is no memory for 1 slot of 128 tokens")], "Hello")
-    assert [m["content"] for m in run.messages] == ["b", "Hello"] and "no memory for 1 slot of 128" in run.notes
+    run = Run(["a", "b"], [OutOfMemoryError("too little memory for 1 slot of 128 tokens")], "Hello")
+    assert [m["content"] for m in run.messages] == ["b", "Hello"] and "too little memory for 1 slot of 128" in run.notes
     with pytest.raises(RuntimeError, match="a bug"):
         Run(["a"], [RuntimeError("a bug")])
 
@@ -560,7 +560,7 @@ def test_nobody_to_ask():
     ("said", "words"),
     [
         (call(3), 'error: get_weather: city must be {"type": "string"}, not 3'),
-        (call("Rome", "wether"), "error: there is no function wether; there are get_weather"),
+        (call("Rome", "wether"), "error: there is no function wether; choose one of get_weather"),
         ("<tool_call>\n{\n</tool_call>", "error: the call cannot be read"),
         ("<code>import os</code>", "error: the code is more than calls"),
     ],

@@ -144,7 +144,7 @@ def test_arguments_of_all_types_arrive():
 @pytest.mark.parametrize(
     ("name", "arguments", "words"),
     [
-        ("wether", {}, "no function wether; there are weather, everything, nothing"),
+        ("wether", {}, "no function wether; choose one of weather, everything, nothing"),
         ("weather", {}, "city must be given"),
         ("weather", {"city": "Rome", "when": 1}, "no parameter when; it has city, days, unit"),
         ("nothing", {"x": 1}, "no parameter x; it has none"),

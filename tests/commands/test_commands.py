@@ -240,16 +240,14 @@ def test_too_little_memory_is_one_line(talking, tmp_path, capsys, monkeypatch, e
         patch.setattr("smollm3_jax.generation.api.zeros", fail)
         for command in (one, many):
             assert main(command) == 3
-            expected = (
-                r"smollm3: there is no memory for 1 slot of 256 tokens; fewer new tokens \(max_new_tokens\), .*\n"
-            )
+            expected = r"smollm3: too little memory for 1 slot of 256 tokens; fewer new tokens \(max_new_tokens\), .*\n"
             assert re.fullmatch(expected, capsys.readouterr().err)
         model = s3.from_pretrained(talking)
         with pytest.raises(MemoryError, match="1 slot of 256 tokens"):
             s3.generate(model, [[5]])
     monkeypatch.setattr("smollm3_jax.weights.load.load", fail)
     assert main(one) == 3
-    assert re.fullmatch(r"smollm3: there is too little memory: .*\n", capsys.readouterr().err)
+    assert re.fullmatch(r"smollm3: too little memory: .*\n", capsys.readouterr().err)
 
 
 @pytest.mark.parametrize(

@@ -87,8 +87,8 @@ def usage_error(capsys, arguments) -> list[str]:
 @pytest.mark.parametrize(
     ("arguments", "usage", "words"),
     [
-        (["fly"], "smollm3 COMMAND", "there is no command fly"),
-        (["generat"], "smollm3 COMMAND", "there is no command generat; did you mean generate?"),
+        (["fly"], "smollm3 COMMAND", "'fly' is no command"),
+        (["generat"], "smollm3 COMMAND", "'generat' is no command; did you mean generate?"),
         (["--hlep"], "smollm3 COMMAND", "there is no option --hlep; did you mean --help?"),
         (["generate", "m", "-p", "x", "--temprature", "0"], "smollm3 generate", "did you mean --temperature?"),
         (["generate", "m", "-p", "x", "--max_new_tokens=3"], "smollm3 generate", "did you mean --max-new-tokens?"),
@@ -97,9 +97,9 @@ def usage_error(capsys, arguments) -> list[str]:
         (["generate", "m", "-p", "x", "--weights", "int9"], "smollm3 generate", "'int9' is none of int8, int8-g64"),
         (["generate", "m", "-p", "x", "--dtype", "bfloat61"], "smollm3 generate", "did you mean bfloat16?"),
         (["generate", "m", "-m", "n", "-p", "x"], "smollm3 generate", "two models are named, m and n"),
-        (["generate", "m", "n", "-p", "x"], "smollm3 generate", "there is no place for 'n'"),
+        (["generate", "m", "n", "-p", "x"], "smollm3 generate", "unexpected: 'n'"),
         (["generate", "-p", "x"], "smollm3 generate", "name a model"),
-        (["pull", "m", "-x"], "smollm3 pull", "there is no place for '-x'"),
+        (["pull", "m", "-x"], "smollm3 pull", "unexpected: '-x'"),
         (["plan", "trian"], "smollm3 plan", "did you mean train?"),
         (["plan", "train", "--bacth", "3"], "smollm3 plan train", "did you mean --batch?"),
         (["train", "--config", "quick", "--run.dir=x"], "smollm3 train", "settings have no dashes: run.dir=x"),

@@ -142,7 +142,7 @@ def test_int4_off_the_grid_is_no_worse_than_q4_1(demo_folder, real, tmp_path):
     from gguf.quants import dequantize, quantize
 
     from smollm3_jax.weights.load import Checkpoint, load, open_checkpoint
-    from smollm3_jax.weights.quantized import dequantized, quantized, with_scheme
+    from smollm3_jax.weights.quantized import dequantize_tensors, quantize_tensors, with_scheme
 
     checkpoint = open_checkpoint(demo_folder)
     random = np.random.RandomState(0)
@@ -169,7 +169,7 @@ def test_int4_off_the_grid_is_no_worse_than_q4_1(demo_folder, real, tmp_path):
         return perplexity(load(Checkpoint(checkpoint.config, *parts), "bfloat16"), real)["perplexity"]
 
     config = with_scheme(checkpoint.config, "int4")
-    _, ours = dequantized(config, quantized(config, tensors))
+    _, ours = dequantize_tensors(config, quantize_tensors(config, tensors))
     for name, tensor in tensors.items():
         if not name.endswith("proj.weight"):
             ours[name] = tensor  # the embedding is no part of the comparison

@@ -20,7 +20,7 @@ from smollm3_jax.errors import SupportError
 from smollm3_jax.kernels import product, product_gpu, product_tpu, product_wgmma
 from smollm3_jax.kernels.product import WeightSharding, unpacked_product
 from smollm3_jax.plan.devices import topology
-from smollm3_jax.quantize import dequantize, linear, quantize, quantized, range_scales
+from smollm3_jax.quantize import dequantize, linear, quantize_weight, range_scales, to_integers
 
 GROUPED = [scheme for scheme, group in WEIGHT_SCHEMES.items() if group is not None]
 GPU = pytest.mark.skipif(jax.__version_info__ < (0, 11, 2), reason="the kernels for GPUs need jax 0.11.2")
@@ -34,7 +34,7 @@ def weight_of(channels: int, inputs: int, scheme: str) -> tuple:
     # A scale of the least size float16 has, and one of zeros, are scales too.
     if minimum is not None:
         scale[0, 0], minimum[0, 0], minimum[0, 1] = 2.0**-24, -3 * 2.0**-24, 0
-    return quantize(w_NK, scale, minimum), scale, minimum
+    return to_integers(w_NK, scale, minimum), scale, minimum
 
 
 def activations(rows: int, inputs: int, dtype: str) -> jax.Array:
@@ -164,7 +164,7 @@ def test_linear_by_a_kernel(scheme, monkeypatch):
     weight = nnx.Param(
         jnp.asarray(activations(128, 512, "float32")).reshape(128, 4, 128), axes=("embed", "heads", "head")
     )
-    packed = quantized(weight, scheme, contracted=2)
+    packed = quantize_weight(weight, scheme, contracted=2)
     x = activations(2, 512, "bfloat16").reshape(1, 2, 4, 128)
 
     def squares(x):
@@ -241,7 +241,7 @@ def test_on_several_devices(rules, axes, shape, contracted, batch, scheme, expec
     sharding = Sharding.of(make_mesh({"data": 2, "tensor": 2}, jax.devices()[:4]), rules)
     random = np.random.RandomState(0)
     w = nnx.Param(jnp.asarray(random.standard_normal(shape), jnp.float32), axes=axes)
-    packed = quantized(w, scheme, contracted)
+    packed = quantize_weight(w, scheme, contracted)
     whole = dequantize(packed.values[...], packed.scale[...], None if packed.minimum is None else packed.minimum[...])
     for param in (packed.values, packed.scale, packed.minimum):
         if param is not None:
@@ -265,7 +265,7 @@ def program_of(name: str, scheme: str, shape: tuple[int, ...], contracted: int, 
     sharding = Sharding.of(Mesh(np.array(devices).reshape(1, 1), ("data", "tensor")), "serve_tp")
     at = NamedSharding(sharding.mesh, PartitionSpec())
     weight = jax.eval_shape(
-        lambda w: quantized(nnx.Param(w, axes=("embed", "heads", "head")[: len(shape)]), scheme, contracted),
+        lambda w: quantize_weight(nnx.Param(w, axes=("embed", "heads", "head")[: len(shape)]), scheme, contracted),
         jax.ShapeDtypeStruct(shape, jnp.float32),
     )
     x = jax.ShapeDtypeStruct((rows, *shape[-contracted:]), jnp.bfloat16)

@@ -38,8 +38,8 @@ def test_axes_are_read():
         ("", "'' is not AXIS=LENGTH"),
         ("fsdp", "'fsdp' is not AXIS=LENGTH"),
         ("fsdp=0", "'fsdp=0' is not AXIS=LENGTH"),
-        ("model=2", "no axis 'model', but data, fsdp, context, tensor"),
-        ("fsdp=2,fsdp=2", "fsdp stands there twice"),
+        ("model=2", "the axis 'model' is unknown; choose one of data, fsdp, context, tensor"),
+        ("fsdp=2,fsdp=2", "fsdp is given twice"),
     ],
 )
 def test_mistakes_in_axes_are_named(text, words):

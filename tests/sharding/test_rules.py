@@ -44,7 +44,7 @@ def test_a_table_of_ones_own():
 @pytest.mark.parametrize(
     ("rules", "words"),
     [
-        ("zero", "no sharding strategy 'zero'"),
+        ("zero", "the sharding strategy 'zero' is unknown"),
         ({"mlp": "model"}, "the rule mlp -> model names no axis"),
         ({"mlp": "x", "embed": "x"}, "w: mlp and embed both lie on the mesh axis x"),
         ({"layers": ("x", "y")}, "w: layers has length 4"),

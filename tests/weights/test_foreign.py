@@ -346,7 +346,7 @@ def test_many_names_take_little_time(names, where, tmp_path, capsys):
     message = refusal(capsys, path)
     assert time.monotonic() - started < 10  # against 16 s to 58 s where each name was looked for among all
     assert len(message) < 5000
-    assert names is MANY or where == "torch_index" or "stands twice" in message
+    assert names is MANY or where == "torch_index" or "occurs twice" in message
 
 
 HOSTILE = "model.\x1b]0;x\x07[/red]\nsmollm3: fine\u202e.weight"

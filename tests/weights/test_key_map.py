@@ -6,7 +6,7 @@ import pytest
 from tiny import CONFIGS, raw_config
 
 from smollm3_jax.config import ModelConfig
-from smollm3_jax.weights.key_map import TABLE, abstract_model, hf_name_of_gguf, parameters, place, slots
+from smollm3_jax.weights.key_map import TABLE, abstract_model, hf_name_of_gguf, hf_tensors, locate, parameters
 
 
 def config_of(name: str) -> ModelConfig:
@@ -23,7 +23,7 @@ def test_no_name_stands_twice():
 def test_the_release_has_these_names_and_no_others(release):
     raw = json.loads((release / "config.json").read_text())
     index = json.loads((release / "model.safetensors.index.json").read_text())["weight_map"]
-    found = slots(ModelConfig.from_hf(raw))
+    found = hf_tensors(ModelConfig.from_hf(raw))
     assert found.keys() == index.keys()
     assert len({(slot.param, slot.layer) for slot in found.values()}) == len(found)
 
@@ -33,8 +33,8 @@ def test_the_release_has_these_names_and_no_others(release):
 def test_every_parameter_is_one_tensor_and_every_tensor_one_parameter(name, stacked):
     config = config_of(name)
     params = parameters(abstract_model(config, "float32", stacked=stacked))
-    found = slots(config)
-    places = [place(slot, params) for slot in found.values()]
+    found = hf_tensors(config)
+    places = [locate(slot, params) for slot in found.values()]
     assert len(set(places)) == len(found)
     assert {path for path, _ in places} == set(params)
     layers = {path: sorted(i for p, i in places if p == path and i is not None) for path, _ in places}
@@ -60,7 +60,7 @@ def test_gguf_names_lead_to_the_same_tensors(name):
     ]
     to_hf = {gguf_name: hf_name_of_gguf(gguf_name) for gguf_name in gguf_names}
     assert len(set(to_hf.values())) == len(gguf_names)
-    assert slots(config).keys() <= set(to_hf.values())
+    assert hf_tensors(config).keys() <= set(to_hf.values())
 
 
 @pytest.mark.parametrize("name", ["blk.x.attn_q.weight", "blk.1.attn_qkv.weight", "token_embd", "blk.1.", "", "v.1.ln"])

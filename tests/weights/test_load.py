@@ -663,7 +663,7 @@ def test_on_a_mesh_by_a_table_of_ones_own(biased):
     [
         ({"embed": "tensor"}, "embed -> tensor names no axis of the mesh"),
         ({"embed": "data", "mlp": "data"}, "embed and mlp both lie on the mesh axis data"),
-        ("zero4", "no sharding strategy 'zero4'"),
+        ("zero4", "the sharding strategy 'zero4' is unknown"),
     ],
 )
 def test_rules_that_do_not_fit_the_mesh(rules, words, biased, mesh):

@@ -14,10 +14,10 @@ from tiny import random_tensors, random_tokens, raw_config, write_checkpoint
 
 import smollm3_jax as s3
 from smollm3_jax.commands.main import main
-from smollm3_jax.config import WEIGHT_SCHEMES, ModelConfig, Quantization
+from smollm3_jax.config import WEIGHT_SCHEMES, ModelConfig, QuantizationConfig
 from smollm3_jax.errors import ConfigError, OptionError
 from smollm3_jax.evaluate.parity import verify
-from smollm3_jax.quantize import best_scales, dequantize, quantize
+from smollm3_jax.quantize import best_scales, dequantize, to_integers
 from smollm3_jax.weights.key_map import parameters
 from smollm3_jax.weights.load import open_checkpoint
 from smollm3_jax.weights.summary import summarize
@@ -60,7 +60,7 @@ def test_written_and_loaded_is_quantized_on_load(scheme, plain, packed):
     model = s3.from_pretrained(packed[scheme])
     same(model, s3.from_pretrained(plain, weights=scheme))
     same(model, s3.from_pretrained(packed[scheme], weights=scheme))
-    assert model.config.quantization == Quantization(weights=scheme, cache="int8" if scheme == "int8" else None)
+    assert model.config.quantization == QuantizationConfig(weights=scheme, cache="int8" if scheme == "int8" else None)
     assert model.cache_dtype == (jnp.int8 if scheme == "int8" else jnp.bfloat16)
     assert model.dtype == jnp.bfloat16 and model.generation_config.top_p == 0.9
 
@@ -83,7 +83,7 @@ def test_files_hold_what_config_says(plain, packed):
     scale, minimum = best_scales(w, "int4")
     np.testing.assert_array_equal(tensors[f"{Q}.scale"], scale)
     np.testing.assert_array_equal(tensors[f"{Q}.minimum"], minimum)
-    np.testing.assert_array_equal(tensors[Q], quantize(w, scale, minimum))
+    np.testing.assert_array_equal(tensors[Q], to_integers(w, scale, minimum))
     assert tensors["lm_head.weight"].dtype == np.int8 and "lm_head.weight.minimum" not in tensors
     np.testing.assert_array_equal(tensors[NORM], source[NORM])
     a, b = summarize(plain), summarize(packed["int4"])
@@ -117,7 +117,7 @@ def test_verify_refuses_transformers(packed, capsys):
 
 
 def test_what_cannot_be_meant(plain, packed, tmp_path, capsys):
-    with pytest.raises(OptionError, match="weights 'int3' are no scheme; choose one of int8"):
+    with pytest.raises(OptionError, match="weights is 'int3'; choose one of int8"):
         s3.from_pretrained(plain, weights="int3")
     with pytest.raises(OptionError, match="weights are int8 already and cannot become int4"):
         s3.from_pretrained(packed["int8"], weights="int4")
@@ -201,9 +201,9 @@ def test_nan_in_a_weight_that_is_quantized(plain, tmp_path, caplog):
     [
         ({"quant_method": "gptq", "bits": 4}, "quant_method is 'gptq'; only 'smollm3-jax' is supported"),
         ({"weights": "int8"}, "quant_method is None"),
-        ({"quant_method": "smollm3-jax", "weights": "int3"}, "weights 'int3' are no scheme"),
+        ({"quant_method": "smollm3-jax", "weights": "int3"}, "weights is 'int3'"),
         ({"quant_method": "smollm3-jax"}, "quantization_config: weights is missing"),
-        ({"quant_method": "smollm3-jax", "weights": "int8", "cache": "int2"}, "cache 'int2' is no scheme"),
+        ({"quant_method": "smollm3-jax", "weights": "int8", "cache": "int2"}, "cache is 'int2'"),
         ({"quant_method": "smollm3-jax", "weights": "int8", "bits": 8}, "does not know 'bits'"),
         ("int8", "quantization_config is 'int8', a str; it must be dict"),
     ],
@@ -239,7 +239,7 @@ def test_the_demos_tensors_are_met_exactly():
     from smollm3_jax.errors import HubError
     from smollm3_jax.weights import demo_wheel, gguf_header
     from smollm3_jax.weights.key_map import hf_name_of_gguf
-    from smollm3_jax.weights.quantized import dequantized, quantized, with_scheme
+    from smollm3_jax.weights.quantized import dequantize_tensors, quantize_tensors, with_scheme
 
     try:
         path = demo_wheel.demo_gguf()
@@ -247,7 +247,7 @@ def test_the_demos_tensors_are_met_exactly():
         pytest.skip(f"the demo's file cannot be fetched: {error}")
     checkpoint = open_checkpoint(path)
     config = with_scheme(checkpoint.config, "int4")
-    _, plain = dequantized(config, quantized(config, checkpoint.tensors))
+    _, plain = dequantize_tensors(config, quantize_tensors(config, checkpoint.tensors))
     names = [str(hf_name_of_gguf(entry.name)) for entry in gguf_header.read_header(path)[1] if entry.kind == "Q4_1"]
     assert len(names) == 210
     for name in names:

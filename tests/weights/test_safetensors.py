@@ -106,10 +106,10 @@ DAMAGED: dict[str, tuple[bytes, str]] = {
     "W3-metadata_is_number": (pack({"__metadata__": {"k": 1}} | TWO, bytes(16)), "invalid JSON"),
     "W3-deep": (pack(b'{"a":' * 200_000 + b"1" + b"}" * 200_000), "invalid JSON"),
     "W3-deep_list": (pack(b'{"a":' + b"[" * 200_000 + b"]" * 200_000 + b"}"), "invalid JSON"),
-    "W4-same_entry_twice": (pack(b"{%s,%s}" % (A, A), bytes(8)), "a stands twice"),
+    "W4-same_entry_twice": (pack(b"{%s,%s}" % (A, A), bytes(8)), "a occurs twice"),
     "W4-two_ranges": (pack(b"{%s,%s}" % (A, A.replace(b"[0,8]", b"[8,16]")), bytes(16)), "`a`"),
     "W4-two_metadata": (pack(b'{"__metadata__":{},"__metadata__":{},%s}' % A, bytes(8)), "__metadata__"),
-    "W4-metadata_key": (pack(b'{"__metadata__":{"k":"1","k":"2"},%s}' % A, bytes(8)), "k stands twice"),
+    "W4-metadata_key": (pack(b'{"__metadata__":{"k":"1","k":"2"},%s}' % A, bytes(8)), "k occurs twice"),
     "W6-overlap": (pack({"a": entry(0, 8), "b": entry(4, 12)}, bytes(12)), "invalid offset for tensor `b`"),
     "W6-same_range": (pack({"a": entry(0, 8), "b": entry(0, 8)}, bytes(8)), "invalid offset for tensor"),
     "W7-hole": (pack({"a": entry(0, 8), "b": entry(12, 20)}, bytes(20)), "invalid offset for tensor `b`"),
@@ -275,7 +275,7 @@ GARBLED_INDEXES = {
     "list": (b"[]", "TypeError"),
     "no_map": (b"{}", "weight_map"),
     "map_is_list": (b'{"weight_map": ["model.safetensors"]}', "weight_map"),
-    "twice": (b'{"weight_map": {"a": "x", "a": "y"}}', "a stands twice"),
+    "twice": (b'{"weight_map": {"a": "x", "a": "y"}}', "a occurs twice"),
     "deep": (b'{"weight_map":' * 100_000, "RecursionError"),
 }
 

@@ -23,7 +23,7 @@ from smollm3_jax.commands.main import main
 from smollm3_jax.config import GenerationConfig, ModelConfig
 from smollm3_jax.errors import OptionError, SaveError, SupportError
 from smollm3_jax.weights import save
-from smollm3_jax.weights.key_map import slots
+from smollm3_jax.weights.key_map import hf_tensors
 from smollm3_jax.weights.load import open_checkpoint
 from smollm3_jax.weights.stored import NUMPY_DTYPES, StoredTensor
 
@@ -32,7 +32,7 @@ ENVIRONMENT = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "JAX_PLATF
 INDEX = "model.safetensors.index.json"
 
 RAW = raw_config("one_layer")
-SHAPES = {name: slot.shape for name, slot in slots(ModelConfig.from_hf(RAW)).items()}
+SHAPES = {name: slot.shape for name, slot in hf_tensors(ModelConfig.from_hf(RAW)).items()}
 
 
 def write_version(folder: Path, version: int, shard_size: int | str = "20KB", read: Callable | None = None) -> None:
@@ -611,7 +611,7 @@ def test_bad_options(hf, tmp_path, capsys):
             main(["convert", str(hf), str(tmp_path / "out"), *options])
         assert caught.value.code == 2 and options[1] in capsys.readouterr().err
     model = smollm3_jax.from_pretrained(hf)
-    with pytest.raises(OptionError, match="no format 'gguf'; choose one of safetensors, torch"):
+    with pytest.raises(OptionError, match="format is 'gguf'; choose one of safetensors, torch"):
         smollm3_jax.save_pretrained(model, tmp_path / "out", format="gguf")
     with pytest.raises(OptionError, match="dtype 'int8' is not supported"):
         smollm3_jax.convert(hf, tmp_path / "out", dtype="int8")
