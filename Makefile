@@ -28,7 +28,7 @@ test: setup lint
 
 # What the TPU's compiler takes longest for: plans and decoding at SmolLM3's full depth, for pods too.
 test-full: setup
-	FULL=1 $(CPU) $(BIN)/python -m pytest tests/test_plan.py tests/test_compiled_ahead.py
+	FULL=1 $(CPU) $(BIN)/python -m pytest tests/plan tests/test_compiled_ahead.py
 
 # Neither torch nor transformers: parity against the stored goldens. MARKS='not torch and not slow' takes minutes.
 test-light: $(VENV)/dev.stamp

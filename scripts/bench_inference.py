@@ -23,12 +23,10 @@ extra `bench`.
 
 import argparse
 import contextlib
-import hashlib
 import importlib.util
 import json
 import os
 import platform
-import re
 import shutil
 import statistics
 import subprocess
@@ -40,24 +38,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from bench_peers import BenchError, write_gguf
+from bench_models import gguf_of, random_3b
+from bench_peers import BenchError
+from bench_report import OURS, agreement, machine, save, summarize, table, token_count
 from rich.console import Console
-from rich.table import Column, Table
 
-from smollm3_jax.config import SMOLLM3_3B, ModelConfig
+from smollm3_jax.config import ModelConfig
 from smollm3_jax.errors import SmolLM3Error, TokenizerError
-from smollm3_jax.files import new_file, new_folder, write
-from smollm3_jax.progress import busy, progress
+from smollm3_jax.paths import cache_dir
 from smollm3_jax.support import how_to_install
 from smollm3_jax.tokenizer import load_tokenizer
 from smollm3_jax.weights.demo import pull_demo
-from smollm3_jax.weights.hub import cache_dir
-from smollm3_jax.weights.key_map import slots
-from smollm3_jax.weights.safetensors import SINGLE, write_file
-from smollm3_jax.weights.stored import NUMPY_DTYPES, StoredTensor
 
-GIB = 2**30
-OURS, TRANSFORMERS, LLAMA = "smollm3_jax", "transformers", "llama.cpp"
+TRANSFORMERS, LLAMA = "transformers", "llama.cpp"
 BUSY = 0.05  # the share of the machine's cores, used by others, from which figures are doubtful
 NODE_VERSION = "3.22.1"
 GGUF_KINDS = {"float32": "F32", "bfloat16": "BF16", "int8": "Q8_0"}
@@ -142,52 +135,6 @@ def _busy_seconds(pid: int | None = None) -> float:
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
-def _need_space(folder: Path, size: int) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    if (free := shutil.disk_usage(folder).free) < 1.05 * size:
-        raise BenchError(
-            f"{folder} has {free / GIB:.1f} GiB free, {size / GIB:.1f} are needed; SMOLLM3_JAX_CACHE moves it"
-        )
-
-
-def random_3b() -> Path:
-    """A random SmolLM3-3B in bfloat16, written once (6.15 GB), one tensor in memory at a time."""
-    folder = cache_dir() / "bench" / "random-3b"
-    if folder.is_dir():
-        return folder
-    block = (0.02 * np.random.default_rng(0).standard_normal(1 << 24, np.float32)).astype(NUMPY_DTYPES["bfloat16"])
-    tensors = []
-    for number, (name, slot) in enumerate(slots(ModelConfig.from_hf(SMOLLM3_3B)).items()):
-
-        def read(shape=slot.shape, number=number) -> np.ndarray:
-            if len(shape) == 1:  # a norm
-                return np.ones(shape, block.dtype)
-            return np.resize(np.roll(block, 7919 * number), shape)  # no tensor equals its neighbour
-
-        tensors.append(StoredTensor(name=name, dtype="bfloat16", shape=slot.shape, file="", read=read))
-    size = sum(tensor.nbytes for tensor in tensors)
-    _need_space(folder.parent, size)
-    with new_folder(folder) as part, progress(f"writing {folder}", size) as done:
-        write(part / "config.json", json.dumps(SMOLLM3_3B, indent=2) + "\n")
-        write_file(part / SINGLE, tensors, done)
-    return folder
-
-
-def gguf_of(folder: Path, kind: str) -> Path:
-    """The model as a GGUF file, written once for these weights."""
-    files = [file for file in sorted(folder.iterdir()) if file.is_file()]
-    state = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    key = hashlib.sha256(json.dumps(state).encode()).hexdigest()[:12]
-    path = cache_dir() / "bench" / f"{folder.resolve().name}-{key}.{kind}.gguf"
-    if not path.is_file():
-        count = sum(int(np.prod(slot.shape)) for slot in slots(ModelConfig.from_hf(folder)).values())
-        _need_space(path.parent, int(count * {"F32": 4, "BF16": 2, "Q8_0": 34 / 32}[kind]))
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with new_file(path) as part, busy(f"writing {path}"):
-            write_gguf(folder, Path(part.name), kind)
-    return path
-
-
 def node_folder() -> Path:
     """Where node-llama-cpp is installed.
 
@@ -239,11 +186,6 @@ def plan(args: argparse.Namespace, config: ModelConfig, ids: list[int]) -> dict[
     return {what: c for what, c in commands.items() if len(c["prompts"][0]) + c.get("new", 0) + 1 <= room}
 
 
-def token_count(command: dict[str, Any]) -> int:
-    """The tokens that a measurement's seconds are about."""
-    return len(command["prompts"]) * command["new"] if command["do"] == "decode" else len(command["prompts"][0])
-
-
 def measure(
     start: dict[str, Callable[[], Worker]],
     commands: dict[str, dict[str, Any]],
@@ -293,90 +235,6 @@ def measure(
     return samples
 
 
-def summarize(samples: Sequence[dict[str, Any]], commands: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
-    """Medians of the measured rounds, and how many times better than each peer smollm3_jax is."""
-    engines = list(dict.fromkeys(sample["engine"] for sample in samples))
-    rows = []
-    for what, unit in [("load", "s"), *((what, "tokens/s") for what in commands), ("peak memory", "GiB")]:
-        values = {}
-        for engine in engines:
-            own = [sample for sample in samples if sample["engine"] == engine]
-            if unit == "GiB":
-                values[engine] = max(sample["peak_bytes"] for sample in own) / GIB
-            else:
-                seconds = [sample["seconds"] for sample in own if sample["what"] == what and sample["round"]]
-                median = statistics.median(seconds)
-                values[engine] = median if unit == "s" else token_count(commands[what]) / median
-        ratios = {peer: values[OURS] / values[peer] for peer in engines if peer != OURS}
-        if unit != "tokens/s":
-            ratios = {peer: 1 / ratio for peer, ratio in ratios.items()}
-        rows.append({"what": what, "unit": unit, "values": values, "ratios": ratios})
-    return rows
-
-
-def agreement(samples: Sequence[dict[str, Any]]) -> dict[str, str]:
-    """For each peer, how many of the first row's greedy tokens are smollm3_jax's before the two part."""
-    first = {}
-    for sample in samples:
-        if "tokens" in sample:
-            first.setdefault(sample["engine"], sample["tokens"][0])
-    ours = first.get(OURS, [])
-    same = {peer: [a == b for a, b in zip(ours, row, strict=True)] for peer, row in first.items() if peer != OURS}
-    return {peer: f"{[*equal, False].index(False)} of {len(ours)}" for peer, equal in same.items()}
-
-
-def table(rows: Sequence[dict[str, Any]], labels: dict[str, str]) -> Table:
-    """One line a measurement: our value, then each peer's and the ratio."""
-    peers = [engine for engine in labels if engine != OURS]
-    columns = [column for peer in peers for column in (labels[peer], "ratio")]
-    result = Table(Column("what", no_wrap=True), "unit", labels[OURS], *columns)
-    for row in rows:
-        cells = [cell for peer in peers for cell in (f"{row['values'][peer]:.3g}", f"{row['ratios'][peer]:.2f}")]
-        result.add_row(row["what"], row["unit"], f"{row['values'][OURS]:.3g}", *cells)
-    return result
-
-
-def draw(rows: Sequence[dict[str, Any]], labels: dict[str, str], title: str, path: Path) -> None:
-    """A bar chart, one panel a unit and kind."""
-    from matplotlib.figure import Figure  # pyright: ignore[reportMissingImports]
-
-    panels: dict[str, list[dict[str, Any]]] = {}
-    for row in rows:
-        panels.setdefault(f"{re.split(r'[ ,]', row['what'])[0]}, {row['unit']}", []).append(row)
-    figure = Figure(figsize=(13, 4.2), layout="constrained")
-    figure.suptitle(title)
-    axes = figure.subplots(1, len(panels), width_ratios=[len(panel) + 0.6 for panel in panels.values()])
-    width = 0.8 / len(labels)
-    for axis, (name, panel) in zip(np.atleast_1d(axes), panels.items(), strict=True):
-        for number, (engine, label) in enumerate(labels.items()):
-            places = [i + (number - (len(labels) - 1) / 2) * width for i in range(len(panel))]
-            bars = axis.bar(places, [row["values"][engine] for row in panel], width * 0.92, label=label)
-            axis.bar_label(bars, fmt="%.3g", fontsize=8)
-        axis.set_title(name)
-        axis.set_xticks(range(len(panel)), [row["what"].removeprefix(name.split(",")[0]).lstrip(" ,") for row in panel])
-        axis.spines[["top", "right"]].set_visible(False)
-    figure.legend(*np.atleast_1d(axes)[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(labels))
-    with new_file(path) as file:
-        figure.savefig(file, dpi=150, format="png")
-
-
-def machine(threads: int) -> dict[str, Any]:
-    """What the figures depend on."""
-    info = Path("/proc/cpuinfo").read_text()
-    found = {key: re.search(rf"^{key}\s*: (.*)", info, re.MULTILINE) for key in ("model name", "flags")}
-    names = {key: match[1] if match else "" for key, match in found.items()}
-    wanted = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8")
-    return {
-        "processor": names["model name"] or platform.processor(),
-        "instructions": [flag for flag in wanted if flag in names["flags"].split()],
-        "cores": os.cpu_count(),
-        "threads": threads,
-        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB, 1),
-        "system": platform.platform(),
-        "python": platform.python_version(),
-    }
-
-
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """The options, checked."""
     cores = len(os.sched_getaffinity(0))
@@ -417,6 +275,16 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
+def _environment(root: str, threads: int) -> dict[str, str]:
+    """Of the engines' processes: the CPU alone, with this many threads."""
+    return os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "CUDA_VISIBLE_DEVICES": "",
+        "OMP_NUM_THREADS": str(threads),
+        "PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")])),
+    }
+
+
 def run(args: argparse.Namespace) -> None:
     """Measures, prints and writes."""
     console = Console(stderr=True)
@@ -431,12 +299,7 @@ def run(args: argparse.Namespace) -> None:
         say(f"no chart: matplotlib is missing; {how_to_install('bench')}")
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: args.threads])  # the engines inherit it
     root = str(Path(__file__).resolve().parents[1])
-    environment = os.environ | {
-        "JAX_PLATFORMS": "cpu",
-        "CUDA_VISIBLE_DEVICES": "",
-        "OMP_NUM_THREADS": str(args.threads),
-        "PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")])),
-    }
+    environment = _environment(root, args.threads)
     folder = {"demo": pull_demo, "random-3b": random_3b}.get(args.model, lambda: Path(args.model))()
     config = ModelConfig.from_hf(folder)
     ids = token_ids(folder, config, max(*args.prefill, max(args.batch) * args.prompt))
@@ -478,14 +341,6 @@ def run(args: argparse.Namespace) -> None:
             "samples": [{k: v for k, v in sample.items() if k not in ("tokens", "versions")} for sample in samples],
         }
         save(result, args.out)
-
-
-def save(result: dict[str, Any], path: Path) -> None:
-    """The JSON file and, where there is matplotlib, the chart beside it."""
-    write(path, json.dumps(result, indent=2) + "\n")
-    if importlib.util.find_spec("matplotlib") is not None:
-        title = f"{result['model']}, {result['machine']['processor']}, {result['machine']['threads']} threads"
-        draw(result["results"], result["engines"], title, path.with_suffix(".png"))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -153,20 +153,7 @@ def write_gguf(folder: Path, path: Path, kind: str, done: Callable[[int], None] 
     def kind_of(shape: Sequence[int]) -> gguf.GGMLQuantizationType:
         return gguf.GGMLQuantizationType["F32" if len(shape) == 1 else kind]
 
-    writer = gguf.GGUFWriter(path, config.model_type)
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_key_length(config.head_dim)
-    writer.add_value_length(config.head_dim)
-    writer.add_rope_dimension_count(config.head_dim)
-    writer.add_rope_freq_base(config.rope_theta)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_vocab_size(config.vocab_size)
-    writer.add_tokenizer_model("no_vocab")  # token ids go in and come out
+    writer = _writer(path, config)
     for tensor in checkpoint.tensors.values():
         block, block_bytes = gguf.GGML_QUANT_SIZES[kind_of(tensor.shape)]
         if tensor.shape[-1] % block:
@@ -192,6 +179,27 @@ def write_gguf(folder: Path, path: Path, kind: str, done: Callable[[int], None] 
         writer.write_tensor_data(packed.reshape(-1))
         done(array.size)
     writer.close()
+
+
+def _writer(path: Path, config: Any) -> Any:
+    """A gguf.GGUFWriter that has been told the shape of a model."""
+    import gguf
+
+    writer = gguf.GGUFWriter(path, config.model_type)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_key_length(config.head_dim)
+    writer.add_value_length(config.head_dim)
+    writer.add_rope_dimension_count(config.head_dim)
+    writer.add_rope_freq_base(config.rope_theta)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_tokenizer_model("no_vocab")  # token ids go in and come out
+    return writer
 
 
 def _gguf_name(hf_name: str) -> str:

@@ -23,7 +23,8 @@ from rich.table import Table
 from sharding import hlo
 from sharding.roofline import roofline
 from smollm3_jax.config import SMOLLM3_3B, ModelConfig
-from smollm3_jax.plan import TrainSetting, sharding_for, topology
+from smollm3_jax.plan.devices import sharding_for, topology
+from smollm3_jax.plan.train import TrainSetting
 from smollm3_jax.progress import busy
 from smollm3_jax.train.options import StepOptions
 from smollm3_jax.weights.key_map import count_parameters

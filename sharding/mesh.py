@@ -215,3 +215,8 @@ def _in_a_job() -> bool:
     # The first is of an indexed job of Kubernetes, the last of Cloud TPU's slices.
     named = ("JOB_COMPLETION_INDEX", "MEGASCALE_COORDINATOR_ADDRESS")
     return "," in os.environ.get("TPU_WORKER_HOSTNAMES", "") or any(os.environ.get(name) for name in named)
+
+
+def device_bytes(tree: Any) -> int:
+    """Bytes of a tree of arrays, or of shapes with shardings, on one of their devices."""
+    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))

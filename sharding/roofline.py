@@ -97,73 +97,103 @@ def roofline(
     runs, unknown = _runs(program, bodies, by_name, unknown_trips)
     # What an `async-start` does meanwhile.
     meanwhile = {name for op in program if op.opcode == "async-start" for name in op.calls}
-    sums: defaultdict[str, float] = defaultdict(float)
-    found: Counter[tuple] = Counter()
-    opaque: dict[str, None] = {}
+    total = _Total(chip, bodies, by_name, meanwhile, kernel_cost, slice_devices)
     for op in program:
         times = runs.get(op.computation, 0)
         if not times or op.in_fusion or op.opcode in _FREE or (op.in_branch and not branches):
             continue
-        if op.opcode == "custom-call" and op.target in _NO_KERNELS:
-            continue
-        sums["launches"] += times
-        sums["loop_launches"] += times * op.in_loop
+        if op.opcode != "custom-call" or op.target not in _NO_KERNELS:
+            total.add(op, times)
+    return total.roofline(unknown)
+
+
+@dataclasses.dataclass
+class _Total:
+    """The sums over a program, operation by operation.
+
+    found: (kind, bytes, group, is hidden, is across slices, name) of a collective -> how often it runs.
+    """
+
+    chip: Chip
+    bodies: Mapping[str, list[Operation]]
+    by_name: Mapping[tuple[str, str], Operation]
+    meanwhile: set[str]
+    kernel_cost: Callable[[Operation], KernelCost | None]
+    slice_devices: int | None
+    sums: defaultdict[str, float] = dataclasses.field(default_factory=lambda: defaultdict(float))
+    found: Counter[tuple] = dataclasses.field(default_factory=Counter)
+    opaque: dict[str, None] = dataclasses.field(default_factory=dict)
+
+    def add(self, op: Operation, times: int) -> None:
+        """Counts an operation that runs this many times."""
+        self.sums["launches"] += times
+        self.sums["loop_launches"] += times * op.in_loop
         if op.opcode == "send":
             # What XLA for TPU makes of a collective across slices, beside one inside of each: through the hosts.
-            found["send", op.shapes[0].bytes, 2, False, True, _short(op.op_name)] += times
-            sums["exposed"] += times * op.shapes[0].bytes / chip.network
-            continue
-        inside = _inside(op, bodies)
+            self.found["send", op.shapes[0].bytes, 2, False, True, _short(op.op_name)] += times
+            self.sums["exposed"] += times * op.shapes[0].bytes / self.chip.network
+            return
+        inside = _inside(op, self.bodies)
         collective = next((x for x in inside if x.opcode.removesuffix("-start") in COLLECTIVES), None)
-        asynchronous = [x.target for x in inside if x.target in ("AsyncCollectiveStart", "AsyncCollectiveDone")]
         # XLA for TPU spreads an asynchronous one over fusions, which start it, go on with it beside their own work,
         # and end it; it stands in all of them.
         going_on = any(name.startswith("async_collective_fusion") for name in op.calls)
-        if collective is not None and "AsyncCollectiveDone" not in asynchronous and not going_on:
-            kind, sent, group, across = collectives.sent(collective, inside, slice_devices)
-            is_hidden = bool(asynchronous) or collective.opcode.endswith("-start") or op.computation in meanwhile
-            found[kind, sent, group, is_hidden, across, _short(collective.op_name)] += times
-            sums["hidden" if is_hidden else "exposed"] += times * sent / (chip.network if across else chip.link)
+        if collective is not None and not going_on:
+            self._add_collective(op, collective, inside, times)
         if _is_kernel(op):
-            cost = _kernel_cost(op, by_name) or kernel_cost(op) or _by_shapes(op, by_name)
-            if cost is None:
-                opaque[_short(op.op_name) or op.name] = None
-            else:
-                sums["flops"] += times * cost.flops
-                sums["bytes"] += times * cost.bytes
-                seconds = max(cost.flops / (chip.peak * cost.share), cost.bytes / chip.hbm_bandwidth)
-                sums["kernels"] += times * seconds
-            continue
-        products = [x for x in (product(y, by_name) for y in inside) if x is not None]
-        seconds = sum(x.seconds(chip) for x in products)
-        moved = 0 if collective is not None and not going_on else _traffic(op, bodies, by_name)
-        sums["products"] += len(products)
-        sums["float32"] += sum(x.float32 for x in products)
-        sums["flops"] += times * sum(x.flops for x in products)
-        sums["bytes"] += times * moved
-        sums["dots"] += times * seconds
-        sums["memory"] += times * max(0.0, moved / chip.hbm_bandwidth - seconds)
-    return Roofline(
-        flops=sums["flops"],
-        bytes=sums["bytes"],
-        dot_seconds=sums["dots"],
-        memory_seconds=sums["memory"],
-        kernel_seconds=sums["kernels"],
-        exposed_seconds=sums["exposed"],
-        hidden_seconds=sums["hidden"],
-        collectives=tuple(
-            Collective(kind, sent, group, is_hidden, across, count, name)
-            for (kind, sent, group, is_hidden, across, name), count in sorted(
-                found.items(), key=lambda x: -x[0][1] * x[1]
-            )
-        ),
-        unknown_loops=unknown,
-        opaque=tuple(opaque),
-        launches=int(sums["launches"]),
-        loop_launches=int(sums["loop_launches"]),
-        products=int(sums["products"]),
-        float32_products=int(sums["float32"]),
-    )
+            self._add_kernel(op, times)
+            return
+        products = [x for x in (product(y, self.by_name) for y in inside) if x is not None]
+        seconds = sum(x.seconds(self.chip) for x in products)
+        moved = 0 if collective is not None and not going_on else _traffic(op, self.bodies, self.by_name)
+        self.sums["products"] += len(products)
+        self.sums["float32"] += sum(x.float32 for x in products)
+        self.sums["flops"] += times * sum(x.flops for x in products)
+        self.sums["bytes"] += times * moved
+        self.sums["dots"] += times * seconds
+        self.sums["memory"] += times * max(0.0, moved / self.chip.hbm_bandwidth - seconds)
+
+    def _add_collective(self, op: Operation, collective: Operation, inside: list[Operation], times: int) -> None:
+        asynchronous = [x.target for x in inside if x.target in ("AsyncCollectiveStart", "AsyncCollectiveDone")]
+        if "AsyncCollectiveDone" in asynchronous:
+            return
+        kind, sent, group, across = collectives.sent(collective, inside, self.slice_devices)
+        is_hidden = bool(asynchronous) or collective.opcode.endswith("-start") or op.computation in self.meanwhile
+        self.found[kind, sent, group, is_hidden, across, _short(collective.op_name)] += times
+        seconds = times * sent / (self.chip.network if across else self.chip.link)
+        self.sums["hidden" if is_hidden else "exposed"] += seconds
+
+    def _add_kernel(self, op: Operation, times: int) -> None:
+        cost = _kernel_cost(op, self.by_name) or self.kernel_cost(op) or _by_shapes(op, self.by_name)
+        if cost is None:
+            self.opaque[_short(op.op_name) or op.name] = None
+            return
+        self.sums["flops"] += times * cost.flops
+        self.sums["bytes"] += times * cost.bytes
+        seconds = max(cost.flops / (self.chip.peak * cost.share), cost.bytes / self.chip.hbm_bandwidth)
+        self.sums["kernels"] += times * seconds
+
+    def roofline(self, unknown_loops: int) -> Roofline:
+        largest_first = sorted(self.found.items(), key=lambda x: -x[0][1] * x[1])
+        return Roofline(
+            flops=self.sums["flops"],
+            bytes=self.sums["bytes"],
+            dot_seconds=self.sums["dots"],
+            memory_seconds=self.sums["memory"],
+            kernel_seconds=self.sums["kernels"],
+            exposed_seconds=self.sums["exposed"],
+            hidden_seconds=self.sums["hidden"],
+            collectives=tuple(
+                Collective(kind, sent, group, is_hidden, across, count, name)
+                for (kind, sent, group, is_hidden, across, name), count in largest_first
+            ),
+            unknown_loops=unknown_loops,
+            opaque=tuple(self.opaque),
+            launches=int(self.sums["launches"]),
+            loop_launches=int(self.sums["loop_launches"]),
+            products=int(self.sums["products"]),
+            float32_products=int(self.sums["float32"]),
+        )
 
 
 def _is_kernel(op: Operation) -> bool:

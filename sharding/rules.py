@@ -77,7 +77,7 @@ class Sharding:
         if not isinstance(at, NamedSharding) or at.mesh.size == 1:
             return None
         said = f"the model lies on {at.mesh.size} devices, and no sharding= says how they divide the work"
-        say_once(log, logging.WARNING, f"{said}: each of them does all of it")
+        _warn_once(f"{said}: each of them does all of it")
         return cls.of(at.mesh, {})  # pyright: ignore[reportArgumentType]
 
     def fitted(self, sizes: Mapping[str, int]) -> "Sharding":
@@ -89,7 +89,7 @@ class Sharding:
         whole = [axis for axis in MAY_STAY_WHOLE if axis in sizes and self.fitting(axis, sizes[axis]) is None]
         for axis in whole:
             parts = f"{sizes[axis]} {axis} do not divide over {self.parts(axis)} devices"
-            say_once(log, logging.WARNING, f"{parts}: each device has all of them")
+            _warn_once(f"{parts}: each device has all of them")
         return dataclasses.replace(self, rules=tuple(rule for rule in self.rules if rule[0] not in whole))
 
     @property
@@ -206,6 +206,6 @@ def _mesh_axes(target: str | tuple[str, ...] | None, mesh: Mesh) -> tuple[str, .
 
 
 @functools.cache
-def say_once(log: logging.Logger, level: int, message: str) -> None:
+def _warn_once(message: str) -> None:
     """Logs what would otherwise be said for every layer and every program."""
-    log.log(level, "%s", message)
+    log.warning("%s", message)

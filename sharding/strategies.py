@@ -35,5 +35,3 @@ STRATEGIES: dict[str, Rules] = {
 
 class ShardingError(ValueError):
     """A rule that does not fit the mesh or the array."""
-
-    exit_code = 2

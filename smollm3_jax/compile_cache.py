@@ -26,7 +26,7 @@ import jax
 from jax.experimental.compilation_cache.compilation_cache import reset_cache
 
 from .files import write
-from .weights.hub import cache_dir
+from .paths import cache_dir
 
 log = logging.getLogger(__name__)
 config: Any = jax.config  # its attributes come into being at run time

@@ -310,63 +310,70 @@ def _parse(raw: dict[str, Any]) -> tuple[ModelConfig, list[str]]:
 
 
 def _validate(config: ModelConfig) -> None:
-    def check(condition: bool, message: str) -> None:
-        if not condition:
-            raise ConfigError(message)
-
-    def check_floats(owner: Any, fields: Iterable[str]) -> None:
-        for field in fields:
-            value, (low, high) = getattr(owner, field), FLOAT_RANGES[field]
-            check(value is None or low <= value <= high, f"{field} is {value}; it must be from {low:g} to {high:g}")
-
-    check(config.model_type in ARCHITECTURES, f"model_type is {config.model_type!r}")
+    _check(config.model_type in ARCHITECTURES, f"model_type is {config.model_type!r}")
     for field in (*AXIS_FIELDS.values(), "max_position_embeddings"):
         value = getattr(config, field)
-        check(type(value) is int and 0 < value < 2**31, f"{field} is {value!r}; it must be a positive integer")
-    check_floats(config, ("rms_norm_eps", "rope_theta"))
-    check(abs(config.initializer_range) <= 1e3, f"initializer_range is {config.initializer_range}")
+        _check(type(value) is int and 0 < value < 2**31, f"{field} is {value!r}; it must be a positive integer")
+    _check_floats(config, ("rms_norm_eps", "rope_theta"))
+    _check(abs(config.initializer_range) <= 1e3, f"initializer_range is {config.initializer_range}")
     sizes = config.axis_sizes
     widest = max(sizes["vocab"], sizes["mlp"], sizes["heads"] * sizes["head"]) * sizes["embed"]
-    check(
+    _check(
         widest < MAX_PARAMETERS, f"a tensor of {widest:,} numbers is more than any file holds; config.json is damaged"
     )
-    check(config.head_dim % 2 == 0, f"head_dim is {config.head_dim}; RoPE needs an even one")
-    check(
+    _check(config.head_dim % 2 == 0, f"head_dim is {config.head_dim}; RoPE needs an even one")
+    _check(
         config.num_attention_heads % config.num_key_value_heads == 0,
         f"num_attention_heads {config.num_attention_heads} is not a multiple of "
         f"num_key_value_heads {config.num_key_value_heads}",
     )
-    check(config.dtype in (None, *DTYPES), f"dtype is {config.dtype!r}; supported are {', '.join(DTYPES)}")
+    _check(config.dtype in (None, *DTYPES), f"dtype is {config.dtype!r}; supported are {', '.join(DTYPES)}")
     layers = config.num_hidden_layers
-    check(len(config.rope_layers) == layers, f"rope_layers has {len(config.rope_layers)} entries for {layers} layers")
-    check(
+    _check(len(config.rope_layers) == layers, f"rope_layers has {len(config.rope_layers)} entries for {layers} layers")
+    _check(
         config.model_type == "smollm3" or all(config.rope_layers),
         "model_type llama rotates on every layer; a model with NoPE layers is a smollm3",
     )
     assert config.layer_types is not None
-    check(
+    _check(
         len(config.layer_types) == layers
         and all(kind in ("full_attention", "sliding_attention") for kind in config.layer_types),
         f"layer_types must name full_attention or sliding_attention for each of {layers} layers",
     )
     if "sliding_attention" in config.layer_types:
-        check(
+        _check(
             config.use_sliding_window and config.sliding_window is not None and config.sliding_window > 0,
             "layer_types has sliding_attention, but use_sliding_window is off or sliding_window is not positive",
         )
     group = WEIGHT_SCHEMES[config.quantization.weights] if config.quantization else None
     for field in ("hidden_size", "intermediate_size", "head_dim") if group else ():
         value = getattr(config, field)
-        check(value % group == 0, f"{field} is {value}; quantized weights in groups of {group} need a multiple of that")
+        _check(
+            value % group == 0, f"{field} is {value}; quantized weights in groups of {group} need a multiple of that"
+        )
     if config.rope_scaling is not None:
-        scaling = config.rope_scaling
-        check(scaling.rope_type in ROPE_FIELDS, f"RoPE type {scaling.rope_type!r} is not supported")
-        check_floats(scaling, [field.name for field in dataclasses.fields(scaling) if field.name in FLOAT_RANGES])
-        original = scaling.original_max_position_embeddings
-        check(original is None or 0 < original < 2**31, f"original_max_position_embeddings is {original}")
-        if scaling.rope_type == "llama3":
-            assert scaling.low_freq_factor is not None and scaling.high_freq_factor is not None
-            check(
-                scaling.low_freq_factor * (1 + 1e-6) < scaling.high_freq_factor,  # in float32 too
-                "llama3 RoPE needs low_freq_factor < high_freq_factor",
-            )
+        _validate_scaling(config.rope_scaling)
+
+
+def _validate_scaling(scaling: RopeScaling) -> None:
+    _check(scaling.rope_type in ROPE_FIELDS, f"RoPE type {scaling.rope_type!r} is not supported")
+    _check_floats(scaling, [field.name for field in dataclasses.fields(scaling) if field.name in FLOAT_RANGES])
+    original = scaling.original_max_position_embeddings
+    _check(original is None or 0 < original < 2**31, f"original_max_position_embeddings is {original}")
+    if scaling.rope_type == "llama3":
+        assert scaling.low_freq_factor is not None and scaling.high_freq_factor is not None
+        _check(
+            scaling.low_freq_factor * (1 + 1e-6) < scaling.high_freq_factor,  # in float32 too
+            "llama3 RoPE needs low_freq_factor < high_freq_factor",
+        )
+
+
+def _check(condition: bool, message: str) -> None:
+    if not condition:
+        raise ConfigError(message)
+
+
+def _check_floats(owner: Any, fields: Iterable[str]) -> None:
+    for field in fields:
+        value, (low, high) = getattr(owner, field), FLOAT_RANGES[field]
+        _check(value is None or low <= value <= high, f"{field} is {value}; it must be from {low:g} to {high:g}")

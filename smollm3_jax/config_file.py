@@ -163,19 +163,10 @@ def read_fields(raw: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
     Raises:
       ConfigError: naming the field.
     """
-    number = (int, float)
     notes: list[str] = []
     _refuse_foreign_quantization(raw)
-    model_type = typed(raw, "model_type", str)
-    if model_type not in ARCHITECTURES:
-        raise ConfigError(f"model_type is {_short(model_type)}; this package runs {' and '.join(ARCHITECTURES)}")
-    architectures = typed(raw, "architectures", list, [])
-    if not all(isinstance(name, str) for name in architectures):
-        raise ConfigError(f"architectures is {_short(architectures)}; it must be a list of names")
-    if typed(raw, "hidden_act", str, "silu") not in ACTIVATIONS:
-        raise ConfigError(f"hidden_act is {_short(raw['hidden_act'])}; only silu is supported")
-    if typed(raw, "partial_rotary_factor", number, 1.0) != 1.0:
-        raise ConfigError("partial_rotary_factor is not 1; partial rotation is not supported")
+    _refuse_other_architectures(raw)
+    model_type = raw["model_type"]
     layers = typed(raw, "num_hidden_layers", int)
     heads = typed(raw, "num_attention_heads", int)
     hidden = typed(raw, "hidden_size", int)
@@ -201,7 +192,7 @@ def read_fields(raw: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
         "num_key_value_heads": typed(raw, "num_key_value_heads", int, *([] if smollm3 else [heads])),
         "head_dim": typed(raw, "head_dim", int, hidden // heads),
         "max_position_embeddings": length,
-        "rms_norm_eps": float(typed(raw, "rms_norm_eps", number)),
+        "rms_norm_eps": float(typed(raw, "rms_norm_eps", (int, float))),
         "rope_theta": theta,
         "rope_scaling": scaling,
         "rope_layers": _rope_layers(raw, layers) if smollm3 else (True,) * layers,
@@ -211,7 +202,7 @@ def read_fields(raw: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
         "tie_word_embeddings": typed(raw, "tie_word_embeddings", bool, TIED_BY_DEFAULT[model_type]),
         "attention_bias": typed(raw, "attention_bias", bool, False),
         "mlp_bias": typed(raw, "mlp_bias", bool, False),
-        "initializer_range": float(typed(raw, "initializer_range", number, 0.02)),
+        "initializer_range": float(typed(raw, "initializer_range", (int, float), 0.02)),
         "bos_token_id": _token_id(raw, "bos_token_id"),
         "eos_token_id": token_ids("eos_token_id", eos) if isinstance(eos, list) else _token_id(raw, "eos_token_id"),
         "pad_token_id": _token_id(raw, "pad_token_id"),
@@ -219,6 +210,19 @@ def read_fields(raw: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
         "quantization": _quantization(raw),
     }
     return fields, notes
+
+
+def _refuse_other_architectures(raw: dict[str, Any]) -> None:
+    model_type = typed(raw, "model_type", str)
+    if model_type not in ARCHITECTURES:
+        raise ConfigError(f"model_type is {_short(model_type)}; this package runs {' and '.join(ARCHITECTURES)}")
+    architectures = typed(raw, "architectures", list, [])
+    if not all(isinstance(name, str) for name in architectures):
+        raise ConfigError(f"architectures is {_short(architectures)}; it must be a list of names")
+    if typed(raw, "hidden_act", str, "silu") not in ACTIVATIONS:
+        raise ConfigError(f"hidden_act is {_short(raw['hidden_act'])}; only silu is supported")
+    if typed(raw, "partial_rotary_factor", (int, float), 1.0) != 1.0:
+        raise ConfigError("partial_rotary_factor is not 1; partial rotation is not supported")
 
 
 def _token_id(raw: Mapping[str, Any], field: str) -> int | None:

@@ -21,13 +21,7 @@ from pathlib import Path
 from typing import IO
 
 from .errors import SaveError
-
-StrPath = str | os.PathLike[str]
-
-
-def is_remote(path: StrPath) -> bool:
-    """Whether a path is of an object store."""
-    return "://" in os.fspath(path)
+from .paths import StrPath, is_remote
 
 
 def write(path: StrPath, content: bytes | str) -> None:

@@ -419,7 +419,7 @@ def _norm_for(model: SmolLM3, tokens_BT: Array, cached: bool) -> Callable[..., A
     alone = sharding is None or sharding.mesh.size == 1
     fits = model.config.hidden_size.bit_count() == 1
     if cached and alone and fits and tokens_BT.size == 1 and model.platform == "gpu" and nvidia.kernels_fit():
-        from . import rms_norm_gpu
+        from .kernels import rms_norm_gpu
 
         return functools.partial(rms_norm_gpu.rms_norm, sharding=sharding)
     return _rms_norm

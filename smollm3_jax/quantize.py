@@ -24,7 +24,7 @@ from sharding.rules import Sharding, platform_of
 
 from . import xla_cpu
 from .config import WEIGHT_SCHEMES
-from .quantize_kernels import Place, unpacked_product
+from .kernels.product import WeightSharding, unpacked_product
 
 # On CPU, up to so many rows of activations are multiplied as integers; more are worth unpacking the weight for.
 INTEGER_ROWS = 128
@@ -79,10 +79,11 @@ def linear(
     if isinstance(weight, Quantized):
         values, scale = weight.values[...], weight.scale[...]
         minimum = None if weight.minimum is None else weight.minimum[...]
-        # The axes of a layer in a stack are those of the stack, without its first.
-        axes = None if sharding is None else weight.values.get_metadata("axes")[-values.ndim :]
-        place = None if sharding is None else (sharding, axes)
-        out_RN: Array = _quantized_product(weight.scheme, platform, place, x_RK, values, scale, minimum)
+        layout = None
+        if sharding is not None:
+            # The axes of a layer in a stack are those of the stack, without its first.
+            layout = WeightSharding(sharding, weight.values.get_metadata("axes")[-values.ndim :])
+        out_RN: Array = _quantized_product(weight.scheme, platform, layout, x_RK, values, scale, minimum)
     else:
         out_RN = _product(platform, x_RK, weight[...].reshape(-1, x_RK.shape[1]), dtype)
     return out_RN.reshape(*x.shape[: x.ndim - contracted], *weight.shape[:split]).astype(dtype)
@@ -152,14 +153,14 @@ def kernel(scheme: str | None, rows: int, platform: str) -> str:
 def _quantized_product(
     scheme: str,
     platform: str,
-    place: Place | None,
+    layout: WeightSharding | None,
     x_RK: Array,
     values: Array,
     scale: Array,
     minimum: Array | None,
 ) -> Array:
     """x w^T in float32, [R, N], of what the weight's parts stand for."""
-    out_RN = unpacked_product(x_RK, values, scale, minimum, WEIGHT_SCHEMES[scheme], platform, place)
+    out_RN = unpacked_product(x_RK, values, scale, minimum, WEIGHT_SCHEMES[scheme], platform, layout)
     if out_RN is not None:
         return out_RN
     by = kernel(scheme, x_RK.shape[0], platform)
@@ -174,11 +175,11 @@ def _quantized_product(
     return _plain_product(platform, x_RK, w_NK)
 
 
-def _quantized_forward(scheme: str, platform: str, place: Place | None, *arrays: Any) -> tuple[Array, tuple]:
-    return _quantized_product(scheme, platform, place, *arrays), arrays
+def _quantized_forward(scheme: str, platform: str, layout: WeightSharding | None, *arrays: Any) -> tuple[Array, tuple]:
+    return _quantized_product(scheme, platform, layout, *arrays), arrays
 
 
-def _quantized_backward(scheme: str, platform: str, _: Place | None, kept: tuple, gradient_RN: Array) -> tuple:
+def _quantized_backward(scheme: str, platform: str, _: WeightSharding | None, kept: tuple, gradient_RN: Array) -> tuple:
     x_RK, values, scale, minimum = kept
     w_NK = values.reshape(gradient_RN.shape[1], -1)
     if platform == "cpu":

@@ -13,14 +13,14 @@ import numpy as np
 import tiny
 
 import smollm3_jax as s3
+from smollm3_jax.evaluate.parity import verify
+from smollm3_jax.evaluate.perplexity import perplexity
 from smollm3_jax.generation.api import Request, complete
-from smollm3_jax.perplexity import perplexity
 from smollm3_jax.train.objectives.pretrain import Pretrain
 from smollm3_jax.train.optimizer import adamw, schedule
 from smollm3_jax.train.options import StepOptions
 from smollm3_jax.train.state import Batch, init_state
 from smollm3_jax.train.step import train_step
-from smollm3_jax.verify import verify
 from smollm3_jax.weights.load import load, open_checkpoint
 
 

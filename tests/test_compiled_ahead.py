@@ -16,10 +16,12 @@ import pytest
 from jax.sharding import Mesh
 
 from sharding import hlo
+from sharding.mesh import device_bytes
 from sharding.rules import Sharding
 from smollm3_jax import model, quantize
 from smollm3_jax.config import ModelConfig
-from smollm3_jax.plan import DecodeSetting, share, topology
+from smollm3_jax.plan.decode import DecodeSetting
+from smollm3_jax.plan.devices import topology
 from smollm3_jax.weights.quantized import with_scheme
 
 pytestmark = pytest.mark.slow
@@ -57,7 +59,9 @@ def cut(raw, layers):
 
 def layer_weight(setting):
     """Bytes of the smallest matrix of a layer, as one device has it."""
-    return min(share(x) for x in jax.tree.leaves(setting.model.layers[0]) if x.ndim > 1 and x.dtype != jnp.float32)
+    return min(
+        device_bytes(x) for x in jax.tree.leaves(setting.model.layers[0]) if x.ndim > 1 and x.dtype != jnp.float32
+    )
 
 
 def check_decode(setting, chip, collectives, kernels):
@@ -67,14 +71,14 @@ def check_decode(setting, chip, collectives, kernels):
     assert memory.temporaries <= 64 * MIB
     assert memory.total <= HBM[chip]
     # Donated in place: only what the call chose is new. (Layouts pad small arrays.)
-    assert memory.aliased >= share((setting.cache, setting.slots))
+    assert memory.aliased >= device_bytes((setting.cache, setting.slots))
     assert memory.outputs - memory.aliased < MIB
     # The caches stay where they are, and weights are read where they lie: the table of embeddings too, whose rows are
     # looked up and which is multiplied with.
     assert not [op for op in hlo.moves(program, layer_weight(setting)) if not op.in_branch]
-    assert not hlo.moves(program, min(share(setting.cache.layers[0].k), 16 * MIB))
+    assert not hlo.moves(program, min(device_bytes(setting.cache.layers[0].k), 16 * MIB))
     if (scale := setting.cache.layers[0].k_scale) is not None:
-        assert not [op for op in hlo.moves(program, share(scale)) if not op.in_branch]
+        assert not [op for op in hlo.moves(program, device_bytes(scale)) if not op.in_branch]
     found = Counter(op.target for op in program if "paged_attention" in op.op_name or "paged_attention" in op.name)
     assert found["tpu_custom_call"] == kernels
     # Branches are what only some requests need: penalties, draws, lists of alternatives.
@@ -118,7 +122,7 @@ def test_looking_up_one_row_of_integers_would_copy_the_table(raw_config, monkeyp
     """What `prompt_lookup` does about it is not for nothing."""
     monkeypatch.setattr(model, "lookup", lambda *arguments: quantize.lookup(*arguments[:3], "gpu"))
     setting = decoding(raw_config, "v5e:1x1", (1, 1), "serve_tp", 1, 1, 256, "int8")
-    table = share(setting.model.embed.values)
+    table = device_bytes(setting.model.embed.values)
     assert [op.bytes for op in hlo.moves(hlo.operations(setting.compile()), table)] == [table]
 
 
@@ -176,7 +180,7 @@ def test_prefill_behind_a_past(raw_config):
 def check_prefill(setting, length, past):
     compiled = setting.compile_prefill(length, past)
     memory, program = hlo.memory(compiled), hlo.operations(compiled)
-    caches = share(setting.cache)
+    caches = device_bytes(setting.cache)
     assert memory.aliased >= caches and memory.outputs - memory.aliased < MIB
     # The last layer leaves keys and values; nobody asked what comes out of it.
     found = Counter(op.name.split(".")[0] for op in program if op.target == "tpu_custom_call")
@@ -184,6 +188,6 @@ def check_prefill(setting, length, past):
     assert all(name.startswith("splash_mha_fwd") for name in found)
     scores = Counter([length, length + past])
     assert not [op for op in program for shape in op.shapes if Counter(shape.dims) >= scores]
-    assert not hlo.moves(program, share(setting.cache.layers[0].k))
+    assert not hlo.moves(program, device_bytes(setting.cache.layers[0].k))
     weights = {x.sharding.shard_shape(x.shape) for x in jax.tree.leaves(setting.model) if x.ndim > 1}
     assert not [op for op in hlo.moves(program, layer_weight(setting)) if op.shapes[0].dims in weights]

@@ -15,12 +15,15 @@ import pytest
 from jax.stages import Compiled
 
 from sharding import hlo
+from sharding.mesh import device_bytes
 from sharding.products import product
 from smollm3_jax.config import SMOLLM3_3B, ModelConfig
 from smollm3_jax.generation.device_loop import decode
 from smollm3_jax.kv_cache import cache_bytes
-from smollm3_jax.plan import DecodeSetting, TrainSetting, share, weight_bytes
-from smollm3_jax.plan_devices import compile_for, sharding_for, topology
+from smollm3_jax.plan.decode import DecodeSetting
+from smollm3_jax.plan.devices import compile_for, sharding_for, topology
+from smollm3_jax.plan.memory import weight_bytes
+from smollm3_jax.plan.train import TrainSetting
 from smollm3_jax.train.options import StepOptions
 from smollm3_jax.weights.key_map import count_parameters
 from smollm3_jax.weights.quantized import with_scheme
@@ -140,7 +143,7 @@ def test_a_sharded_step_copies_no_array_of_the_state(sharded_step):
     gradient, which a reduce-scatter along its rows gives in columns."""
     state, _ = sharded_step.setting.arguments
     layers = [x for x in jax.tree.leaves(state.model.layers) if len(x.shape) > 2]
-    smallest = min(share(x) for x in layers)
+    smallest = min(device_bytes(x) for x in layers)
     found = [op for op in hlo.moves(sharded_step.operations, smallest) if op.in_entry]
     assert not [(op.name, op.shapes) for op in found if op.shapes[0].dtype == "f32"]
     assert [op.shapes[0].dtype for op in found] in ([], ["bf16"])
@@ -226,7 +229,7 @@ def test_sixty_four_sequences_take_little_beside_weights_and_cache():
     memory = hlo.memory(setting.compile())
     assert memory.temporaries <= 0.15 * GIB
     # Donated in place: only what the call chose is new.
-    assert memory.aliased >= share((setting.cache, setting.slots))
+    assert memory.aliased >= device_bytes((setting.cache, setting.slots))
     assert memory.outputs - memory.aliased < MIB
 
 

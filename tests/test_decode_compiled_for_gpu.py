@@ -12,10 +12,11 @@ import jax
 import pytest
 
 from sharding import hlo
+from sharding.mesh import device_bytes
 from smollm3_jax.config import ModelConfig
 from smollm3_jax.generation.device_loop import decode
-from smollm3_jax.plan import DecodeSetting, share
-from smollm3_jax.plan_devices import compile_for, sharding_for, topology
+from smollm3_jax.plan.decode import DecodeSetting
+from smollm3_jax.plan.devices import compile_for, sharding_for, topology
 
 pytestmark = [
     pytest.mark.gpu,
@@ -88,8 +89,8 @@ def test_the_cache_stays_where_it_is(batch, cache, kernels, compiled):
     memory, operations = hlo.memory(program), hlo.operations(program)
     # Four arrays of logits, where draws are cut; none of attention's.
     assert memory.temporaries <= 0.13 * GIB
-    assert memory.aliased >= share((setting.cache, setting.slots))
-    smallest = min(share(x) for x in jax.tree.leaves(setting.cache.layers[0]))
+    assert memory.aliased >= device_bytes((setting.cache, setting.slots))
+    smallest = min(device_bytes(x) for x in jax.tree.leaves(setting.cache.layers[0]))
     assert not [op for op in hlo.moves(operations, smallest) if not op.in_branch]
     found = [op for op in operations if op.target == "__gpu$xla.gpu.triton"]
     assert len(found) == kernels

@@ -132,7 +132,7 @@ def test_tokenizers_alone(talking: Path, tmp_path: Path):
 
 
 def test_demo_is_a_name_everywhere(talking: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    from smollm3_jax.verify import verify
+    from smollm3_jax.evaluate.parity import verify
     from smollm3_jax.weights.summary import summarize
 
     monkeypatch.chdir(tmp_path)

@@ -13,8 +13,8 @@ from smollm3_jax.generation.device_loop import MAX_STEPS, Slots, decode
 from smollm3_jax.generation.sampling import MAX_STOP_IDS, Choice, SamplingParams
 from smollm3_jax.kv_cache import KVCache, cache_bytes, empty_cache
 from smollm3_jax.model import SmolLM3
-from smollm3_jax.plan import DecodeSetting
-from smollm3_jax.plan_devices import sharding_for
+from smollm3_jax.plan.decode import DecodeSetting
+from smollm3_jax.plan.devices import sharding_for
 
 from . import shape
 from .modelled import say_modelled

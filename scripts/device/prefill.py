@@ -14,8 +14,9 @@ from smollm3_jax.generation.api import ACCELERATOR_CHUNK, pieces
 from smollm3_jax.generation.device_loop import prefill
 from smollm3_jax.kv_cache import empty_cache
 from smollm3_jax.model import SmolLM3
-from smollm3_jax.plan import DecodeSetting
-from smollm3_jax.plan_devices import sharding_for
+from smollm3_jax.plan.decode import DecodeSetting
+from smollm3_jax.plan.devices import sharding_for
+from smollm3_jax.sizes import power_of_two_from
 
 from . import shape
 from .modelled import say_modelled
@@ -40,7 +41,7 @@ def name_of(length: int, past: int) -> str:
 
 def one(run: Run, case: str, model: SmolLM3, length: int, past: int) -> None:
     begin = time.perf_counter()
-    capacity = 1 << (length + past).bit_length()
+    capacity = power_of_two_from(length + past + 1)
     chunk = TINY_CHUNK if run.tiny else ACCELERATOR_CHUNK
     tokens = shape.random_tokens(model.config, 1, past + length)
     state: dict[str, Any] = {"cache": empty_cache(model.config, 1, capacity, jnp.dtype("bfloat16"))}
@@ -50,7 +51,7 @@ def one(run: Run, case: str, model: SmolLM3, length: int, past: int) -> None:
     def arguments(start: int, count: int, padded: int) -> tuple[tuple, int]:
         """What `prefill` takes after the cache, and its static bound on the tokens before."""
         piece = jnp.zeros((1, padded), jnp.int32).at[:, :count].set(tokens[:, start : start + count])
-        bound = 0 if start == 0 else min(capacity, 1 << (start - 1).bit_length())
+        bound = 0 if start == 0 else min(capacity, power_of_two_from(start))
         return (jnp.int32(0), piece, piece[0], jnp.int32(count)), bound
 
     prepared = [arguments(*piece) for piece in todo]

@@ -13,8 +13,8 @@ from sharding import hlo
 from sharding.hardware import chip_of
 from sharding.mesh import make_mesh
 from sharding.rules import Sharding, platform_of
-from smollm3_jax.plan import TrainSetting
-from smollm3_jax.plan_devices import sharding_for
+from smollm3_jax.plan.devices import sharding_for
+from smollm3_jax.plan.train import TrainSetting
 from smollm3_jax.train.data.prefetch import on_mesh
 from smollm3_jax.train.optimizer import adamw
 from smollm3_jax.train.options import StepOptions, compiler_options

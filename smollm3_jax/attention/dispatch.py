@@ -16,10 +16,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from sharding.rules import Sharding, platform_of, say_once
+from sharding.rules import Sharding, platform_of
 
 from .. import nvidia, xla_cpu
 from ..kv_cache import AXES, LayerCache
+from ..logs import say_once
 from . import gpu
 from .decode import cache_mix, cache_scores, decode_over_context
 from .dense import dense

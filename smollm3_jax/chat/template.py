@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import OptionError, SupportError, TokenizerError
+from ..nesting import check_depth
 from ..tokenizer import Tokenizer
 from .parse import read_call
 
@@ -30,7 +31,6 @@ SECONDS = 10  # that a rendering may take: it takes milliseconds
 ROLES = ("system", "developer", "user", "assistant", "tool")
 # Servers and libraries disagree on the name; all mean the text between <think> and </think>.
 REASONING_FIELDS = ("reasoning_content", "reasoning", "thinking")
-MAX_DEPTH = 100  # of lists and objects in each other, in a message or a line of JSON
 
 
 def render(
@@ -126,6 +126,13 @@ def encode_chat(
     return ids
 
 
+def encode_for_answer(
+    tokenizer: Tokenizer, messages: Sequence[Mapping[str, Any]], *, context: int | None = None, thinking: bool = True
+) -> list[int]:
+    """`encode_chat` up to the opening of the assistant's next turn; thinking: whether it is to reason first."""
+    return encode_chat(tokenizer, messages, context=context, add_generation_prompt=True, enable_thinking=thinking)
+
+
 def _digits(text: str) -> Iterator[str]:
     """Numbers that no author of the text can have foreseen, the same every time."""
     digest = hashlib.sha256(text.encode(errors="surrogatepass"))
@@ -209,21 +216,6 @@ def _normalize(message: Mapping[str, Any], where: str) -> dict[str, Any]:
     written = [_tool_call(call, f"{where}.tool_calls[{i}]") for i, call in enumerate(calls)]
     content = "\n".join(filter(None, [_text(normal.get("content", ""), f"{where}.content"), *written]))
     return normal | {"role": "system" if role == "developer" else role, "content": reasoning + content}
-
-
-def check_depth(value: Any, where: str) -> None:
-    """Refuses what would exhaust the stack of those that walk through it.
-
-    Raises:
-      OptionError: it is nested deeper than MAX_DEPTH.
-    """
-    level = [value]
-    for _ in range(MAX_DEPTH):
-        level = [x for x in level if isinstance(x, Mapping | list | tuple)]
-        if not level:
-            return
-        level = [inner for x in level for inner in (x.values() if isinstance(x, Mapping) else x)]
-    raise OptionError(f"{where} is nested deeper than {MAX_DEPTH} levels")
 
 
 def _text(content: Any, where: str) -> str:

@@ -2,11 +2,9 @@
 
 import contextlib
 import dataclasses
-import functools
 import json
 import re
 import signal
-import textwrap
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,9 +15,11 @@ from ..generation.api import Delta
 from ..generation.sampling import SamplingParams
 from ..generation.stats import Stats
 from ..reading import read_file, why
+from ..sizes import power_of_two_from
 from ..tokenizer import Tokenizer
 from .parse import Event, Parser, Text, Thinking, ToolCall
 from .screen import PROMPT, Answer, Screen
+from .slash_commands import from_user, help_text, is_command
 from .template import REASONING_FIELDS, encode_chat, normalize
 from .tools import Tools, prepare, schema
 
@@ -29,28 +29,6 @@ MAX_ROUNDS = 8  # answers to one message of the user's, all but the last with ca
 MIN_ANSWER = 16  # tokens; with less room the context counts as full
 REFUSED = "error: the user refused this call"
 HELLO = [{"role": "user", "content": "Hello"}]  # for questions about the template
-
-COMMANDS = {
-    "/think, /no_think": "whether the model reasons before its next answers",
-    "/thinking": "show its last reasoning",
-    "/regenerate": "answer the last message anew",
-    "/edit TEXT": "put TEXT in the place of the last message, and answer it; without TEXT, change it at the prompt",
-    "/undo": "take back the last message and its answer",
-    "/system TEXT": "set the system message (none without TEXT); the conversation so far stays",
-    "/save FILE": "write the conversation as JSON",
-    "/load FILE": "go on with a conversation that was saved",
-    "/reset": "forget the conversation, but neither the system message nor the mode",
-    "/tokens": "how much of the context is used, and how fast the last answer came",
-    "/help": "this",
-    "/exit": "leave, as Ctrl-D does",
-}
-NAMES = {name.strip("/") for usage in COMMANDS for name in usage.replace(",", " ").split() if name[0] == "/"} | {"quit"}
-OF_SEVERAL_LINES = {"system", "edit"}  # commands
-ADVICE = (
-    "A message that begins with a slash is written with two. Pasted text is one message, whatever its lines; a typed "
-    "line that ends with a backslash goes on in the next. Ctrl-C stops an answer; what has come of it stays in the "
-    "conversation."
-)
 
 
 @dataclasses.dataclass
@@ -114,11 +92,11 @@ def converse(chat: Chat) -> int:
             continue
         pressed = False
         try:
-            if _is_command(text):
+            if is_command(text):
                 if _command(chat, text):
                     return code
             elif text.strip():
-                _turn(chat, _from_user(text))
+                _turn(chat, from_user(text))
         except KeyboardInterrupt:
             if not chat.interactive:
                 raise
@@ -166,17 +144,6 @@ def _message(chat: Chat, text: str = "") -> str:
     return "\n".join(lines).rstrip("\n")  # what is copied as whole lines ends with a break
 
 
-def _is_command(text: str) -> bool:
-    """Whether a message is none. One of several lines (a comment in C, say) has to begin as such a command does."""
-    if not text.startswith("/") or text.startswith("//"):
-        return False
-    return "\n" not in text or text[1:].split(maxsplit=1)[:1] in [[name] for name in OF_SEVERAL_LINES]
-
-
-def _from_user(text: str) -> dict[str, Any]:
-    return {"role": "user", "content": text[1:] if text.startswith("//") else text}
-
-
 def _command(chat: Chat, line: str) -> bool:
     """Obeys; True is to leave."""
     name, rest = (*line[1:].split(maxsplit=1), "", "")[:2]
@@ -218,7 +185,7 @@ def _command(chat: Chat, line: str) -> bool:
         case "edit", text:
             text = text or _message(chat, _last_words(chat))
             if text.strip():
-                _turn_again(chat, _from_user(text))
+                _turn_again(chat, from_user(text))
             else:
                 note("the message stays as it was: /undo takes it back")
         case "undo", _:
@@ -231,17 +198,6 @@ def _command(chat: Chat, line: str) -> bool:
         case _:
             note(f"/{name} is no command: /help lists them, and a message that begins with a slash is written with two")
     return False
-
-
-def help_text(width: int) -> str:
-    """The commands, in lines of less than this width."""
-    column = max(map(len, COMMANDS)) + 2
-    wrap = functools.partial(textwrap.fill, width=max(width - 1, column + 20), break_on_hyphens=False)
-    lines = [
-        wrap(text, initial_indent=usage.ljust(column), subsequent_indent=" " * column)
-        for usage, text in COMMANDS.items()
-    ]
-    return "\n".join([*lines, wrap(ADVICE)])
 
 
 def _last_turn(chat: Chat) -> int | None:
@@ -303,7 +259,7 @@ def _answer(chat: Chat) -> tuple[dict[str, Any] | None, list[str]]:
     # With the same seed for all, a question that is asked again would have the same answer.
     seed = (chat.params.seed + chat.answers) % 2**32
     params = dataclasses.replace(chat.params, max_new_tokens=min(room, chat.params.max_new_tokens), seed=seed)
-    capacity = max(chat.capacity, 1 << (len(prompt) + params.max_new_tokens - 1).bit_length())
+    capacity = max(chat.capacity, power_of_two_from(len(prompt) + params.max_new_tokens))
     end = chat.tokenizer.decode(prompt[-8:], skip_special_tokens=False)
     parser = Parser(thinking=end.rstrip().endswith("<think>"))
     events: list[Event] = []

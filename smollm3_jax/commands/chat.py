@@ -33,7 +33,7 @@ def run(args: argparse.Namespace) -> int:
     from ..generation.api import Delta, Request, chat_ends, check_request, stream, think_ids
     from ..generation.sampling import SamplingParams
     from ..generation.stats import Stats
-    from ..weights.hub import cache_dir
+    from ..paths import cache_dir
 
     for file, errors in ((sys.stdin, "replace"), (sys.stdout, "backslashreplace")):
         if isinstance(file, io.TextIOWrapper):

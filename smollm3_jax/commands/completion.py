@@ -4,6 +4,8 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from .subcommands import COMMANDS, parser_of
+
 # Each asks `smollm3 __complete WORD ...`, the last word being the one at the cursor; where nothing is answered, the
 # shell offers files.
 SCRIPTS = {
@@ -42,8 +44,6 @@ def run(args: argparse.Namespace) -> int:
 
 def candidates(words: Sequence[str]) -> list[str]:
     """What the last word may become."""
-    from .main import COMMANDS, parser_of
-
     *before, last = words or [""]
     if not before:
         return [name for name in (*COMMANDS, "--help", "--version") if name.startswith(last)]

@@ -8,10 +8,15 @@ import logging
 import re
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..errors import OptionError
 from ..progress import busy
 from .shared import add_model, add_sampling, load_model, open_model, sampling_params, say
+
+if TYPE_CHECKING:
+    from ..generation.api import Completion
+    from ..tokenizer import Tokenizer
 
 SOME_FAILED = 3
 # Of a prompt; more than any context holds.
@@ -44,33 +49,29 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from ..generation.api import Completion, check_request, stream
-    from ..generation.jsonl import chat_request, spell_logprobs, spell_prompt_logprobs, text_request
+    from ..chat.template import encode_for_answer
+    from ..generation.api import Completion, chat_ends, check_request, stream
+    from ..generation.jsonl import fitted_request
     from ..generation.stats import Stats
 
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # not every encoding has what a model says
     if args.input is not None:
         return _generate_many(args)
-    if given := [name for name in ("output", "slots", "context") if getattr(args, name) is not None]:
-        raise OptionError(f"--{given[0]} is for many prompts: give --input too")
-    if args.no_think and not args.chat:
-        raise OptionError("--no-think changes the chat template: give --chat too")
-    if args.system is not None and not args.chat:
-        raise OptionError("--system is a message of a chat: give --chat too")
-    if (args.logprobs is not None or args.prompt_logprobs) and not args.json:
-        raise OptionError("--logprobs and --prompt-logprobs add to what --json prints: give --json too")
+    _check_options(args)
     checkpoint, tokenizer = open_model(args)
     params = sampling_params(args, checkpoint)
     text, free = _prompt(args), args.max_new_tokens is None
+    context = checkpoint.config.max_position_embeddings
     if args.chat:
         messages = [{"role": "system", "content": args.system}] if args.system is not None else []
         messages.append({"role": "user", "content": text})
-        request = chat_request(checkpoint.config, tokenizer, messages, params, not args.no_think, fit=free)
+        prompt = encode_for_answer(tokenizer, messages, context=context, thinking=not args.no_think)
+        ends = chat_ends(tokenizer, checkpoint.config)
     else:
-        request = text_request(checkpoint.config, tokenizer, text, params, fit=free)
-    prompt, params = request.prompt, request.params
-    assert not isinstance(prompt, str)
+        prompt, ends = tokenizer.encode(text, context=context), ()
+    request = fitted_request(checkpoint.config, prompt, params, ends, fit=free)
+    params = request.params
     check_request(checkpoint.config, checkpoint.generation_config, request, tokenizer, lookup=args.lookup)
     model = load_model(args, checkpoint)
     if args.lookup and not args.quiet:  # how many drafts were accepted
@@ -89,18 +90,7 @@ def run(args: argparse.Namespace) -> int:
     if live:
         print()
     elif args.json:
-        shared = {"prompt_token_ids": prompt, **spell_prompt_logprobs(samples[0], prompt, tokenizer)}
-        results = [
-            {
-                "text": sample.text,
-                "token_ids": sample.token_ids,
-                **(shared if params.n == 1 else {}),
-                "finish_reason": sample.finish_reason,
-                **spell_logprobs(sample, tokenizer),
-            }
-            for sample in samples
-        ]
-        print(json.dumps(results[0] if params.n == 1 else {**shared, "samples": results}))
+        _print_json(params.n, prompt, samples, tokenizer)
     else:
         for i, sample in enumerate(samples, 1):
             say(f"--- sample {i} of {params.n} ---\n{sample.text}")
@@ -109,6 +99,35 @@ def run(args: argparse.Namespace) -> int:
     if args.stats:
         print(f"smollm3: {stats.listed()}", file=sys.stderr)
     return 0
+
+
+def _check_options(args: argparse.Namespace) -> None:
+    if given := [name for name in ("output", "slots", "context") if getattr(args, name) is not None]:
+        raise OptionError(f"--{given[0]} is for many prompts: give --input too")
+    if args.no_think and not args.chat:
+        raise OptionError("--no-think changes the chat template: give --chat too")
+    if args.system is not None and not args.chat:
+        raise OptionError("--system is a message of a chat: give --chat too")
+    if (args.logprobs is not None or args.prompt_logprobs) and not args.json:
+        raise OptionError("--logprobs and --prompt-logprobs add to what --json prints: give --json too")
+
+
+def _print_json(n: int, prompt: list[int], samples: "list[Completion]", tokenizer: "Tokenizer") -> None:
+    """One object: of the one sample, or of all n of them."""
+    from ..generation.jsonl import spell_logprobs, spell_prompt_logprobs
+
+    shared = {"prompt_token_ids": prompt, **spell_prompt_logprobs(samples[0], prompt, tokenizer)}
+    results = [
+        {
+            "text": sample.text,
+            "token_ids": sample.token_ids,
+            **(shared if n == 1 else {}),
+            "finish_reason": sample.finish_reason,
+            **spell_logprobs(sample, tokenizer),
+        }
+        for sample in samples
+    ]
+    print(json.dumps(results[0] if n == 1 else {**shared, "samples": results}))
 
 
 def _prompt(args: argparse.Namespace) -> str:
@@ -131,6 +150,7 @@ def _prompt(args: argparse.Namespace) -> str:
 
 
 def _generate_many(args: argparse.Namespace) -> int:
+    from ..chat.template import encode_for_answer
     from ..generation.jsonl import SLOTS, Batch
 
     if args.output is None:
@@ -143,6 +163,7 @@ def _generate_many(args: argparse.Namespace) -> int:
     settings = {"model": str(Path(args.model).resolve()) if Path(args.model).exists() else args.model}
     settings |= {name: getattr(args, name) for name in ("dtype", "weights", "cache", "yarn")}
     options = {"chat": args.chat, "thinking": not args.no_think, "fit": args.max_new_tokens is None}
+    options["encode_messages"] = encode_for_answer
     with Batch(args.input, args.output, params, settings=settings, **options) as batch:
         if batch.left:
             slots = SLOTS if args.slots is None else args.slots

@@ -1,7 +1,6 @@
 """The `smollm3` command: finds the subcommand, runs it, and turns what goes wrong into a line and an exit code."""
 
 import argparse
-import importlib
 import io
 import logging
 import os
@@ -10,32 +9,10 @@ from collections.abc import Sequence
 from types import ModuleType
 
 from ..screen_text import plain
-from .parsing import Parser, did_you_mean, leaves
+from .parsing import Parser, did_you_mean
+from .subcommands import COMMANDS, parser_of
 
 DESCRIPTION = "SmolLM3 in JAX: run it, train it, convert it."
-# Command -> what it does, and how it is called.
-COMMANDS = {
-    "pull": ("fetch a model; prints its folder as the last line", "MODEL"),
-    "inspect": ("config, tensors, sizes and parameter count of a checkpoint", "MODEL"),
-    "generate": ("continue a text, or answer a message", "MODEL -p TEXT"),
-    "chat": ("talk with a model in the terminal; /help lists what it understands", "MODEL"),
-    "convert": ("rewrite a checkpoint as a Hugging Face folder", "SRC DST"),
-    "quantize": ("rewrite a checkpoint with quantized weights", "SRC DST --weights SCHEME"),
-    "verify": (
-        "compare a checkpoint's computation with a reference; exit code 0 or 4",
-        "MODEL (--against REFERENCE | --goldens)",
-    ),
-    "perplexity": ("how well a model predicts text, computed as it would generate it", "MODEL --text FILE.jsonl"),
-    "train": (
-        "continue pretraining, in a run folder that a restart goes on from",
-        "--config FILE.toml|RECIPE [section.key=value ...]",
-    ),
-    "export": ("write a run's checkpoint as a Hugging Face folder", "RUN DIR"),
-    "tokenize": ("write a corpus as shards of tokens, once", "SRC DST -m MODEL"),
-    "plan": ("what hardware would give: real programs, compiled for it, without it", "{train,decode,memory,scale}"),
-    "doctor": ("versions, devices, and whether they are supported", ""),
-    "completion": ("print the lines that let a shell complete this command", "{bash,zsh,fish}"),
-}
 FLAGS = {"-q", "--quiet", "-v", "--verbose"}
 
 
@@ -70,20 +47,6 @@ def _main(words: list[str]) -> int:
     name, *rest = words
     command, parser = parser_of(name)
     return _run(name, command, parse(parser, [*rest[:1], *flags, *rest[1:]] if name == "plan" else [*flags, *rest]))
-
-
-def parser_of(name: str) -> tuple[ModuleType, Parser]:
-    """A command's module and what it understands."""
-    command = importlib.import_module(f".{name}", __package__)
-    help, words = COMMANDS[name]
-    usage = " ".join(filter(None, [f"smollm3 {name}", words, "[OPTION ...]"]))
-    parser = Parser(prog=f"smollm3 {name}", usage=usage, description=help)
-    command.add(parser)
-    for leaf in leaves(parser):
-        group = leaf.add_argument_group("what is said on the way")
-        group.add_argument("-q", "--quiet", action="store_true", help="neither progress nor remarks, but warnings")
-        group.add_argument("-v", "--verbose", action="count", default=0, help="more; -vv still more")
-    return command, parser
 
 
 def _not_a_command(words: Sequence[str]) -> None:
@@ -142,14 +105,16 @@ def _run(name: str, command: ModuleType, args: argparse.Namespace) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except Exception as error:
-        from ..errors import OutOfMemoryError, lacks_memory
+        from sharding.strategies import ShardingError
+
+        from ..errors import OptionError, OutOfMemoryError, lacks_memory
         from ..support import refused_by_jax
 
         error = refused_by_jax(error) or error
         if lacks_memory(error):
             why = (str(error).splitlines() or ["none is left"])[0][:200]
             error = OutOfMemoryError(f"there is too little memory: {why}; a smaller model, batch or context takes less")
-        code = getattr(error, "exit_code", None)
+        code = OptionError.exit_code if isinstance(error, ShardingError) else getattr(error, "exit_code", None)
         if code is None and isinstance(error, OSError):
             code = 3  # a name that is too long, a full disk, ...
         if code is None or args.verbose > 1:

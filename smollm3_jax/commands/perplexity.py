@@ -23,7 +23,7 @@ def add(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from rich.table import Table
 
-    from ..perplexity import encode_texts, perplexity, read_texts
+    from ..evaluate.perplexity import encode_texts, perplexity, read_texts
 
     checkpoint, tokenizer = open_model(args)
     # Read before the model is loaded: a mistake in the text shows at once.

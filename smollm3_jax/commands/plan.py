@@ -101,7 +101,7 @@ def _plan_config(args: argparse.Namespace) -> ModelConfig:
 def _plan_train(args: argparse.Namespace) -> int:
     from sharding.mesh import parse_axes
 
-    from ..plan import plan_train
+    from ..plan.train import plan_train
 
     axes = parse_axes(args.mesh) if args.mesh else None
     options = {"axes": axes, "slices": args.slices, "remat": args.remat, "micro_batches": args.micro_batches}
@@ -114,7 +114,7 @@ def _plan_train(args: argparse.Namespace) -> int:
 def _plan_decode(args: argparse.Namespace) -> int:
     from sharding.mesh import parse_axes
 
-    from ..plan import plan_decode
+    from ..plan.decode import plan_decode
 
     options = {"axes": parse_axes(args.mesh) if args.mesh else None, "weights": args.weights, "cache": args.cache}
     report = plan_decode(
@@ -124,15 +124,15 @@ def _plan_decode(args: argparse.Namespace) -> int:
 
 
 def _show_plan(args: argparse.Namespace, report: dict[str, Any]) -> int:
-    from ..plan_tables import tables
+    from ..plan.tables import tables
 
     show(args, report, tables)
     return 0
 
 
 def _plan_memory(args: argparse.Namespace) -> int:
-    from ..plan import plan_memory
-    from ..plan_tables import draw_memory, memory_tables
+    from ..plan.memory import plan_memory
+    from ..plan.tables import draw_memory, memory_tables
 
     report = plan_memory(_plan_config(args), args.batch)
     if args.out:
@@ -142,8 +142,8 @@ def _plan_memory(args: argparse.Namespace) -> int:
 
 
 def _plan_scale(args: argparse.Namespace) -> int:
-    from ..plan import plan_scale
-    from ..plan_tables import scale_tables
+    from ..plan.scale import plan_scale
+    from ..plan.tables import scale_tables
 
     try:
         devices = [int(part) for part in args.devices.split(",")]

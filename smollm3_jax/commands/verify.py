@@ -20,8 +20,8 @@ def add(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from rich.table import Table
 
+    from ..evaluate.parity import verify
     from ..support import require_devices
-    from ..verify import verify
 
     require_devices()
     if args.goldens:
@@ -53,7 +53,7 @@ def _goldens(args: argparse.Namespace) -> int:
     from rich.table import Table
 
     from ..errors import OptionError
-    from ..goldens import verify_goldens
+    from ..evaluate.goldens import verify_goldens
     from ..screen_text import plain
 
     if args.prompt is not None:

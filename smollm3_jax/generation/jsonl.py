@@ -17,16 +17,16 @@ import json
 import math
 import os
 import stat
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..chat.template import check_depth, encode_chat
 from ..config import ModelConfig
 from ..errors import DataError, OptionError, SaveError, SmolLM3Error
 from ..file_kind import what_it_is
 from ..files import locked
 from ..model import SmolLM3
+from ..nesting import check_depth
 from ..progress import busy, tally
 from ..tokenizer import Tokenizer
 from .api import Completion, Request, chat_ends, check_request, fitted, stream
@@ -63,6 +63,7 @@ class Batch:
         target: str | Path,
         params: SamplingParams | None = None,
         *,
+        encode_messages: Callable[..., list[int]] | None = None,
         chat: bool = False,
         thinking: bool = True,
         settings: Mapping[str, Any] | None = None,
@@ -72,6 +73,7 @@ class Batch:
 
         Args:
           params: for lines that say nothing else; a line without a seed draws with seed + index * n.
+          encode_messages: chat.template.encode_for_answer; None refuses lines with "messages".
           chat: a "prompt" is a user's message, and the chat template is applied to it.
           thinking: what the chat template is told about thinking.
           fit: params.max_new_tokens is no wish of anybody's: a prompt that leaves less room gets less.
@@ -82,6 +84,7 @@ class Batch:
           SaveError: the target cannot be written, another process is writing it, or it is not this batch's.
         """
         self.source, self.target = Path(source), Path(target)
+        self.encode_messages = encode_messages
         self.params, self.chat, self.thinking, self.fit = params or SamplingParams(), chat, thinking, fit
         self.done = self.failed = 0
         self.stats = Stats()
@@ -260,11 +263,21 @@ class Batch:
             raise OptionError(f"prompt is a {type(prompt).__name__}; it must be a text")
         if self.chat and "prompt" in fields:
             messages = [{"role": "user", "content": prompt}]
+        ids, ends = self._encode(model.config, tokenizer, prompt, messages)
         fit = self.fit and "max_new_tokens" not in given
+        return fitted_request(model.config, ids, params, ends, fit=fit, context=context)
+
+    def _encode(
+        self, config: ModelConfig, tokenizer: Tokenizer, prompt: Any, messages: Any
+    ) -> tuple[list[int], tuple[int, ...]]:
+        """Token ids of a line's messages or else of its prompt, and what ends the answer."""
+        limit = config.max_position_embeddings
         if isinstance(prompt, str) and messages is None:
-            return text_request(model.config, tokenizer, prompt, params, fit=fit, context=context)
-        thinking = self.thinking
-        return chat_request(model.config, tokenizer, messages, params, thinking, fit=fit, context=context)  # pyright: ignore[reportArgumentType]
+            return tokenizer.encode(prompt, context=limit), ()
+        if self.encode_messages is None:
+            raise OptionError('"messages" need a chat template; a line of this batch has a "prompt"')
+        ids = self.encode_messages(tokenizer, messages, context=limit, thinking=self.thinking)
+        return ids, chat_ends(tokenizer, config)
 
     def _lines(self) -> Iterator[tuple[int, bytes]]:
         """The lines that are not blank, by their numbers."""
@@ -360,42 +373,18 @@ class Batch:
         return SaveError(f"{self.target} cannot be written: {error.strerror or error}{kept}")
 
 
-def text_request(
+def fitted_request(
     config: ModelConfig,
-    tokenizer: Tokenizer,
-    text: str,
+    prompt: Sequence[int],
     params: SamplingParams,
+    ends: Sequence[int] = (),
     *,
     fit: bool = False,
     context: int | None = None,
 ) -> Request:
-    """A text to go on from; `fit` as for `Batch`, `context` as for `run`."""
+    """A request to go on from a prompt's token ids; `fit` as for `Batch`, `context` as for `run`."""
     limit = min(context or config.max_position_embeddings, config.max_position_embeddings)
-    prompt = tokenizer.encode(text, context=config.max_position_embeddings)
-    return Request(prompt, fitted(params, len(prompt), limit) if fit else params)
-
-
-def chat_request(
-    config: ModelConfig,
-    tokenizer: Tokenizer,
-    messages: Sequence[Mapping[str, Any]],
-    params: SamplingParams,
-    thinking: bool = True,
-    *,
-    fit: bool = False,
-    context: int | None = None,
-) -> Request:
-    """A conversation up to the opening of the assistant's next turn, by the chat template, and what ends that."""
-    limit = min(context or config.max_position_embeddings, config.max_position_embeddings)
-    prompt = encode_chat(
-        tokenizer,
-        messages,
-        context=config.max_position_embeddings,
-        add_generation_prompt=True,
-        enable_thinking=thinking,
-    )
-    params = fitted(params, len(prompt), limit) if fit else params
-    return Request(prompt, params, chat_ends(tokenizer, config))
+    return Request(prompt, fitted(params, len(prompt), limit) if fit else params, ends)
 
 
 def spell_logprobs(completion: Completion, tokenizer: Tokenizer) -> dict[str, Any]:

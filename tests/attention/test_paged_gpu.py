@@ -11,9 +11,10 @@ from flax import nnx
 from tiny import random_tokens, raw_config
 
 from smollm3_jax import model as model_file
-from smollm3_jax import nvidia, rms_norm_gpu, rope
+from smollm3_jax import nvidia, rope
 from smollm3_jax.attention import decode_attention, decode_step, dispatch, paged_gpu
 from smollm3_jax.config import ModelConfig
+from smollm3_jax.kernels import rms_norm_gpu
 from smollm3_jax.kv_cache import LayerCache, empty_cache, quantize_rows, write
 
 CAPACITY = 128

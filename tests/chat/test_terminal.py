@@ -27,7 +27,7 @@ from rich.console import Console
 from tiny import random_tensors, raw_config, write_checkpoint
 from tokenizers import decoders, models, pre_tokenizers
 
-from smollm3_jax.chat import screen, terminal
+from smollm3_jax.chat import screen, slash_commands, terminal
 from smollm3_jax.chat.screen import Screen
 from smollm3_jax.chat.terminal import Chat, converse
 from smollm3_jax.commands.main import main
@@ -369,15 +369,15 @@ def test_commands_and_mistakes(tmp_path: Path):
     assert run.lines == ["never"] and run.model.prompts == []
     assert re.findall(r"^/(\S*) is no command", run.notes, re.MULTILINE) == ["hepl", "", "etc/passwd"]
     assert run.notes.count("needs the name of a file") == 2 and "cannot be written" in run.notes
-    assert run.out == terminal.help_text(40) + "\n"
+    assert run.out == slash_commands.help_text(40) + "\n"
 
 
 def test_help_breaks_no_word():
     names = {"think", "regenerate", "undo", "edit", "system", "save", "load", "exit"}
     for width in (40, 80, 100):
-        lines = terminal.help_text(width).splitlines()
+        lines = slash_commands.help_text(width).splitlines()
         assert max(map(len, lines)) < width and names <= set(re.findall(r"/(\w+)", " ".join(lines)))
-        assert " ".join(" ".join(lines).split()).endswith(terminal.ADVICE)
+        assert " ".join(" ".join(lines).split()).endswith(slash_commands.ADVICE)
 
 
 def test_regenerate_asks_the_same_again_with_another_seed():

@@ -18,6 +18,7 @@ from tiny import talking_checkpoint
 
 import smollm3_jax as s3
 from smollm3_jax import progress
+from smollm3_jax.chat.template import encode_for_answer
 from smollm3_jax.commands.main import main
 from smollm3_jax.config import ModelConfig
 from smollm3_jax.errors import DataError, OptionError, SaveError, TokenizerError
@@ -61,7 +62,7 @@ def answers(path: Path) -> dict[int, dict]:
 
 
 def run(model, tokenizer, source, target, params=PARAMS, options: Any = None, **settings) -> Batch:
-    with Batch(source, target, params, **settings) as job:
+    with Batch(source, target, params, encode_messages=encode_for_answer, **settings) as job:
         known: dict[str, Any] = {"slots": 2, **(options or {})}  # few sizes, so that little is compiled
         job.run(model, tokenizer, **known)
     return job

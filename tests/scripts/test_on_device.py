@@ -95,7 +95,7 @@ def test_a_prompt_whose_past_is_lost_is_seen(tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_what_plan_models_stands_beside_the_measurement(tmp_path, monkeypatch):
     """Of a chip that this machine is told to be."""
-    for module in (modelled, sys.modules["smollm3_jax.plan"]):
+    for module in (modelled, sys.modules["smollm3_jax.plan.decode"]):
         monkeypatch.setattr(module, "chip_of", lambda device: CHIPS["h100"])
     monkeypatch.setattr(decode, "TINY_CASES", [(1, 64, 128)])
     decode.part(Run("decode", tmp_path, tiny=True))

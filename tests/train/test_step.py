@@ -13,8 +13,8 @@ from flax import nnx
 import smollm3_jax as s3
 from sharding import hlo
 from sharding.hardware import CHIPS
-from smollm3_jax.plan import TrainSetting
-from smollm3_jax.plan_devices import compile_for, sharding_for, topology
+from smollm3_jax.plan.devices import compile_for, sharding_for, topology
+from smollm3_jax.plan.train import TrainSetting
 from smollm3_jax.train.objectives.pretrain import Pretrain
 from smollm3_jax.train.optimizer import adamw
 from smollm3_jax.train.options import REMAT, StepOptions, compiler_options

@@ -1,7 +1,7 @@
 import pytest
 
 from smollm3_jax.errors import HubError
-from smollm3_jax.weights import demo, hub
+from smollm3_jax.weights import demo, demo_wheel, hub
 
 
 @pytest.fixture
@@ -28,7 +28,7 @@ def test_without_a_hub_the_gguf_is_converted_once(cache, monkeypatch):
         (folder / "config.json").write_text("{}")
 
     monkeypatch.setattr(hub, "pull", lambda name: raise_(hub.HubUnreachable("no network")))
-    monkeypatch.setattr(hub, "demo_gguf", lambda: cache / "demo.gguf")
+    monkeypatch.setattr(demo_wheel, "demo_gguf", lambda: cache / "demo.gguf")
     monkeypatch.setattr(demo, "convert", convert)
     folder = demo.pull_demo()
     assert folder == demo.pull_demo() == cache / "SmolLM2-135M-Instruct"

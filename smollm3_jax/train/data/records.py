@@ -16,10 +16,10 @@ import numpy as np
 from etils import epath
 
 from ...errors import DataError, SupportError
-from ...files import is_remote, new_file
+from ...files import new_file
+from ...paths import cache_dir, is_remote
 from ...support import how_to_install
 from ...text_files import HEAD, blocks, compression_of, decode, encoding_of, refuse_utf16
-from ...weights.hub import cache_dir
 from .files import OptionNames, digest, is_compressed, name_ending, some
 from .json_records import spans
 

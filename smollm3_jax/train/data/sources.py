@@ -14,10 +14,9 @@ from typing import Any
 
 from etils import epath
 
-from sharding.rules import say_once
-
 from ...errors import DataError, SupportError
-from ...files import is_remote
+from ...logs import say_once
+from ...paths import is_remote
 from ...support import how_to_install
 from ..settings import Source
 from .files import OptionNames, digest, find_files, format_of, name_ending, refuse_pointer, relative, some

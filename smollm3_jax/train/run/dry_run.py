@@ -11,7 +11,7 @@ from rich.text import Text
 from sharding.hardware import GIB
 
 from ...config import RELEASE, SMOLLM3_3B, ModelConfig
-from ...files import is_remote
+from ...paths import is_remote
 from ...screen_text import plain
 from ...weights import demo
 from ...weights.key_map import abstract_model

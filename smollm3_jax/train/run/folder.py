@@ -21,7 +21,8 @@ import jax
 from etils import epath
 
 from ...errors import OptionError
-from ...files import carry, is_remote, locked, new_folder, write
+from ...files import carry, locked, new_folder, write
+from ...paths import is_remote
 from ...support import SHOWN, version
 from ...weights.texts import check_links, is_text_file, read_texts
 

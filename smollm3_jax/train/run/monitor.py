@@ -15,7 +15,8 @@ import jax
 from etils import epath
 
 from ... import progress, screen_text
-from ...files import append, is_remote, write
+from ...files import append, write
+from ...paths import is_remote
 from ..settings import Settings, as_table
 from . import backends
 from .metrics import as_text, known_lines, read_lines

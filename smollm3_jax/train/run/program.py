@@ -1,13 +1,11 @@
 """The compiled step of a run."""
 
 import contextlib
-import math
 from collections.abc import Iterator
 from typing import Any
 
-import jax
-
 from sharding.hardware import GIB
+from sharding.mesh import device_bytes
 
 from ...errors import TrainingError, lacks_memory
 from ..options import StepOptions, compiler_options
@@ -37,8 +35,7 @@ def memory_explained(state: TrainState, batch: Batch) -> Iterator[None]:
     """Turns a lack of memory into TrainingError: what takes it, and three ways out."""
 
     def share(tree: Any) -> str:
-        sizes = (math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
-        return f"{sum(sizes) / GIB:.2f} GiB"
+        return f"{device_bytes(tree) / GIB:.2f} GiB"
 
     parts = f"parameters {share(state.model)}, optimizer {share(state.optimizer)}, batch {share(batch)}"
     try:

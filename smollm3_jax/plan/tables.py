@@ -9,9 +9,9 @@ from rich.table import Column, Table
 
 from sharding.hardware import GIB
 
-from .errors import OptionError, SupportError
-from .files import write_output
-from .support import how_to_install
+from ..errors import OptionError, SupportError
+from ..files import write_output
+from ..support import how_to_install
 
 
 def three(value: float) -> str:
@@ -140,7 +140,7 @@ def draw_memory(report: dict[str, Any], file: Path) -> None:
     axes = figure.add_subplot()
     width = 0.8 / len(report["weights"])
     for i, (weights, size) in enumerate(report["weights"].items()):
-        at = [place + i * width - 0.4 + width / 2 for place in range(len(contexts))]
+        at = [number + i * width - 0.4 + width / 2 for number in range(len(contexts))]
         bars = axes.bar(at, size / GIB, width * 0.9, label=f"{weights} weights")
         tops = [report["cache"]["bfloat16"][n] / GIB for n in contexts]
         axes.bar(at, tops, width * 0.9, bottom=size / GIB, color=bars[0].get_facecolor(), alpha=0.4)

@@ -20,7 +20,7 @@ import numpy as np
 from jax import Array
 from jax.experimental import pallas as pl
 
-from .quantize_gpu import PROGRAMS, kernel_of, store
+from .product_gpu import PROGRAMS, kernel_of, store
 
 ROWS = 64
 CHANNELS = 64
@@ -171,7 +171,7 @@ def _unpack(layout_CL16: Any, weight: list[Array], scales: list[Array]) -> list[
     from jax.extend.mlir import ir
     from jax.extend.mlir.dialects import arith, math, vector
 
-    from .quantize_gpu import numbers_of
+    from .product_gpu import numbers_of
 
     int4 = len(scales) == 2
     count = len(weight) * (2 if int4 else 1) // 2

@@ -11,10 +11,10 @@ import pytest
 from tiny import talking_checkpoint
 
 import smollm3_jax as s3
-from smollm3_jax import perplexity as module
 from smollm3_jax.commands.main import main
 from smollm3_jax.errors import OptionError
-from smollm3_jax.perplexity import perplexity, read_documents
+from smollm3_jax.evaluate import perplexity as module
+from smollm3_jax.evaluate.perplexity import perplexity, read_documents
 from smollm3_jax.tokenizer import load_tokenizer
 
 

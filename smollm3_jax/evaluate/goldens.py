@@ -1,6 +1,6 @@
 """The released model's golden values: does SmolLM3-3B compute here what its authors' tests expect of it?
 
-They are float32 results: its bfloat16 weights run in float32 at the highest matmul precision, as in verify.py. The
+They are float32 results: its bfloat16 weights run in float32 at the highest matmul precision, as in parity.py. The
 last of the 20 tokens of the text is left out: it differs between sound implementations.
 """
 
@@ -14,14 +14,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .config import SMOLLM3_3B, ModelConfig
-from .errors import CheckpointFormatError, OptionError
-from .generation.api import generate
-from .generation.sampling import SamplingParams
-from .progress import busy
-from .tokenizer import load_tokenizer
-from .weights import hub
-from .weights.load import load, open_checkpoint, text_folder
+from ..config import SMOLLM3_3B, ModelConfig
+from ..errors import CheckpointFormatError, OptionError
+from ..generation.api import generate
+from ..generation.sampling import SamplingParams
+from ..progress import busy
+from ..tokenizer import load_tokenizer
+from ..weights import hub
+from ..weights.load import load, open_checkpoint, text_folder
 
 # What of a config makes up the computation, context length and token ids left out.
 FIELDS = (
@@ -33,7 +33,7 @@ FIELDS = (
 
 def released() -> dict[str, Any]:
     """The golden values of SmolLM3-3B: logits of eight tokens, and a text; and its config."""
-    text = resources.files("smollm3_jax").joinpath("goldens.json").read_text(encoding="utf-8")
+    text = resources.files("smollm3_jax.evaluate").joinpath("goldens.json").read_text(encoding="utf-8")
     return {"config": SMOLLM3_3B} | json.loads(text)
 
 

@@ -13,17 +13,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .errors import CheckpointFormatError, OptionError, SupportError
-from .generation.api import generate
-from .generation.sampling import SamplingParams
-from .model import SmolLM3
-from .progress import busy
-from .support import how_to_install
-from .tokenizer import load_tokenizer
-from .weights.demo import model_folder
-from .weights.load import Checkpoint, common_dtype, is_gguf, load, open_checkpoint, text_folder
-from .weights.quantized import dequantized
-from .weights.stored import NUMPY_DTYPES, StoredTensor, is_finite, raw_bytes
+from ..errors import CheckpointFormatError, OptionError, SupportError
+from ..generation.api import generate
+from ..generation.sampling import SamplingParams
+from ..model import SmolLM3
+from ..progress import busy
+from ..support import how_to_install
+from ..tokenizer import load_tokenizer
+from ..weights.demo import model_folder
+from ..weights.load import Checkpoint, common_dtype, is_gguf, load, open_checkpoint, text_folder
+from ..weights.quantized import dequantized
+from ..weights.stored import NUMPY_DTYPES, StoredTensor, is_finite, raw_bytes
 
 TEXT = (
     "The sky is blue because air scatters short wavelengths more than long ones. "
@@ -80,7 +80,7 @@ TOLERANCES = {
 
 
 @dataclasses.dataclass(frozen=True)
-class _Run:
+class _Results:
     """What one side computed: logits [T, V], states [L + 1, T, D] before the final norm, new token ids."""
 
     logits: np.ndarray
@@ -119,14 +119,14 @@ def verify(folder: str | Path, against: str | Path, prompt: str | None = None) -
         # Weights that were rounded on one side only are judged by the coarser dtype.
         dtypes = {common_dtype(ours.tensors), common_dtype(theirs.tensors)}
         dtype = "float32" if len(dtypes) == 1 else next(d for d in ("bfloat16", "float16") if d in dtypes)
-    room = min(NEW_TOKENS, ours.config.max_position_embeddings - len(tokens))
+    count = min(NEW_TOKENS, ours.config.max_position_embeddings - len(tokens))
     # One model at a time: at 3B parameters two in float32 would not fit on a small machine.
-    own = _run_ours(ours, tokens, room)
+    own = _run_ours(ours, tokens, count)
     if theirs is None:
         with busy("computing with transformers"):
-            reference = _run_transformers(path, tokens, room)
+            reference = _run_transformers(path, tokens, count)
     else:
-        reference = _run_ours(theirs, tokens, room)
+        reference = _run_ours(theirs, tokens, count)
     report = {"model": str(path), "against": str(against), "tokens": len(tokens), "weights": None}
     report |= _compare(own, reference, TOLERANCES[dtype])
     report["tolerance"] = {"dtype": dtype, **dataclasses.asdict(TOLERANCES[dtype])}
@@ -160,19 +160,19 @@ def _check_same_architecture(a: Checkpoint, b: Checkpoint) -> None:
             raise CheckpointFormatError(f"the two models cannot be compared: {field} is {x} in one, {y} in the other")
 
 
-def _run_ours(checkpoint: Checkpoint, tokens: list[int], room: int) -> _Run:
+def _run_ours(checkpoint: Checkpoint, tokens: list[int], count: int) -> _Results:
     with jax.default_matmul_precision("highest"):
         model: SmolLM3 = load(checkpoint, "float32")
         ids = jnp.array([tokens], jnp.int32)
         with busy("computing"):
-            return _Run(
+            return _Results(
                 logits=np.asarray(model(ids)[0]),
                 states=np.asarray(model.layer_states(ids)[:, 0]),
-                new_tokens=generate(model, [tokens], SamplingParams(max_new_tokens=room))[0],
+                new_tokens=generate(model, [tokens], SamplingParams(max_new_tokens=count))[0],
             )
 
 
-def _run_transformers(path: Path, tokens: list[int], room: int) -> _Run:
+def _run_transformers(path: Path, tokens: list[int], count: int) -> _Results:
     try:
         import torch
         import transformers
@@ -191,12 +191,12 @@ def _run_transformers(path: Path, tokens: list[int], room: int) -> _Run:
         logits = model(ids, use_cache=False).logits[0].numpy()
         for hook in hooks:
             hook.remove()
-        new = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=room)
-    return _Run(logits, np.stack([state[0].numpy() for state in states]), new[0, len(tokens) :].tolist())
+        new = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=count)
+    return _Results(logits, np.stack([state[0].numpy() for state in states]), new[0, len(tokens) :].tolist())
 
 
 @np.errstate(invalid="ignore", over="ignore")  # numbers that are not finite are reported, not warned of
-def _compare(own: _Run, reference: _Run, tolerance: Tolerance) -> dict[str, Any]:
+def _compare(own: _Results, reference: _Results, tolerance: Tolerance) -> dict[str, Any]:
     difference = np.abs(own.logits - reference.logits)
     p, q = (jax.nn.log_softmax(run.logits.astype(np.float64)) for run in (reference, own))
     top = [np.argsort(-run.logits, axis=-1)[:, :5] for run in (own, reference)]

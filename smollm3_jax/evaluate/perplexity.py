@@ -20,20 +20,21 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from . import text_files
-from .compile_cache import enable
-from .errors import OptionError
-from .file_kind import what_it_is
-from .kv_cache import KVCache, empty_cache
-from .model import SmolLM3, where_it_lies
-from .progress import tally
-from .quantize import kernel
-from .tokenizer import Tokenizer
+from .. import text_files
+from ..compile_cache import enable
+from ..errors import OptionError
+from ..file_kind import what_it_is
+from ..kv_cache import KVCache, empty_cache
+from ..model import SmolLM3, where_it_lies
+from ..progress import tally
+from ..quantize import kernel
+from ..sizes import power_of_two_from
+from ..tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
 
 ROWS = 24
-# So many steps a call; the program is compiled once.
+# Of one call: the program is compiled once.
 STEPS = 32
 
 
@@ -174,7 +175,7 @@ def _nats(model: SmolLM3, documents: Sequence[Sequence[int]], batch: int, dtype:
     tokens_BT = np.full((batch, steps + 1), -1, np.int32)
     for row, document in enumerate(documents):
         tokens_BT[row, : len(document)] = document
-    cache = empty_cache(model.config, batch, max(128, 1 << (steps - 1).bit_length()), dtype, model.sharding)
+    cache = empty_cache(model.config, batch, max(128, power_of_two_from(steps)), dtype, model.sharding)
     sums_B = np.zeros(batch)
     for start in range(0, steps, STEPS):
         piece = jnp.asarray(tokens_BT[:, start : start + STEPS + 1])

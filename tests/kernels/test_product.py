@@ -15,12 +15,12 @@ from lanes import simulate
 
 from sharding import hlo
 from sharding.rules import Sharding
-from smollm3_jax import quantize_gpu, quantize_kernels, quantize_tpu, quantize_wgmma
 from smollm3_jax.config import WEIGHT_SCHEMES
 from smollm3_jax.errors import SupportError
-from smollm3_jax.plan import topology
+from smollm3_jax.kernels import product, product_gpu, product_tpu, product_wgmma
+from smollm3_jax.kernels.product import WeightSharding, unpacked_product
+from smollm3_jax.plan.devices import topology
 from smollm3_jax.quantize import dequantize, linear, quantize, quantized, range_scales
-from smollm3_jax.quantize_kernels import unpacked_product
 
 GROUPED = [scheme for scheme, group in WEIGHT_SCHEMES.items() if group is not None]
 GPU = pytest.mark.skipif(jax.__version_info__ < (0, 11, 2), reason="the kernels for GPUs need jax 0.11.2")
@@ -70,7 +70,7 @@ def test_gpu(scheme, channels, inputs, rows, dtype):
     values, scale, minimum = weight_of(channels, inputs, scheme)
     x = activations(rows, inputs, dtype)
     arrays = (jnp.asarray(values), jnp.asarray(scale), None if minimum is None else jnp.asarray(minimum))
-    got = quantize_gpu.product(x, *arrays, interpret=plgpu.InterpretGPUParams())
+    got = product_gpu.product(x, *arrays, interpret=plgpu.InterpretGPUParams())
     check(got, x, (values, scale, minimum), 128, ROUNDINGS)
 
 
@@ -84,8 +84,8 @@ def test_tensor_cores(scheme, channels, inputs, rows):
     values, scale, minimum = weight_of(channels, inputs, scheme)
     x = activations(rows, inputs, "bfloat16")
     arrays = (jnp.asarray(values), jnp.asarray(scale), None if minimum is None else jnp.asarray(minimum))
-    assert quantize_wgmma.fits(channels, scale.shape[1])
-    got = quantize_wgmma.product(x, *arrays, interpret=plgpu.InterpretGPUParams())
+    assert product_wgmma.fits(channels, scale.shape[1])
+    got = product_wgmma.product(x, *arrays, interpret=plgpu.InterpretGPUParams())
     rounded = jnp.asarray(dequantize(values, scale, minimum)).astype(jnp.bfloat16)
     expected = np.asarray(x, np.float64) @ np.asarray(rounded, np.float64).T
     assert got.dtype == jnp.float32
@@ -104,12 +104,10 @@ def test_inner_products_in_registers(lanes, parts, monkeypatch):
     bytes_ = random.randint(0, 256, (channels, lanes, 16)).astype(np.uint8)
     bytes_ = bytes_ if parts == 2 else bytes_.view(np.int8)
     x = [random.standard_normal((lanes, 16)).astype(np.float32) for _ in range(parts)]
-    layout = quantize_gpu._layout(lanes)
-    expected = quantize_gpu._dot_interpreted(layout, jnp.asarray(bytes_), [jnp.asarray(part) for part in x])
+    layout = product_gpu._layout(lanes)
+    expected = product_gpu._dot_interpreted(layout, jnp.asarray(bytes_), [jnp.asarray(part) for part in x])
     simulate(monkeypatch)
-    np.testing.assert_allclose(
-        quantize_gpu._dot(layout, bytes_, x), expected, rtol=0, atol=2e-3 if parts == 2 else 1e-2
-    )
+    np.testing.assert_allclose(product_gpu._dot(layout, bytes_, x), expected, rtol=0, atol=2e-3 if parts == 2 else 1e-2)
 
 
 @GPU
@@ -119,9 +117,9 @@ def test_operands_in_registers(scheme, monkeypatch):
     values, scale, minimum = weight_of(64, 4 * WEIGHT_SCHEMES[scheme], scheme)
     vectors = np.split(values.reshape(64, 4, -1), values.shape[1] // 64, axis=2)
     scales = [part.astype(np.float32) for part in (scale, minimum) if part is not None]
-    expected = quantize_wgmma._unpack_interpreted(None, [jnp.asarray(v) for v in vectors], scales)
+    expected = product_wgmma._unpack_interpreted(None, [jnp.asarray(v) for v in vectors], scales)
     simulate(monkeypatch)
-    got = quantize_wgmma._unpack(quantize_wgmma.layout(), vectors, scales)
+    got = product_wgmma._unpack(product_wgmma.layout(), vectors, scales)
     assert len(got) == len(expected) == WEIGHT_SCHEMES[scheme] // 32
     for one, other in zip(got, expected, strict=True):
         np.testing.assert_allclose(np.asarray(one, np.float32), np.asarray(other, np.float32), rtol=2.0**-7)
@@ -136,9 +134,9 @@ def test_tpu(scheme, channels, inputs, rows, dtype):
     values, scale, minimum = weight_of(channels, inputs, scheme)
     x = activations(rows, inputs, dtype)
     by_channel = WEIGHT_SCHEMES[scheme] is None
-    assert quantize_tpu.fits(channels, values.shape[1], None if by_channel else scale.shape[1])
+    assert product_tpu.fits(channels, values.shape[1], None if by_channel else scale.shape[1])
     scales = (None, None) if by_channel else (jnp.asarray(scale), None if minimum is None else jnp.asarray(minimum))
-    got = quantize_tpu.product(x, jnp.asarray(values), *scales, interpret=True)
+    got = product_tpu.product(x, jnp.asarray(values), *scales, interpret=True)
     # The products of 512 bytes may add up one after the other.
     check(got * scale if by_channel else got, x, (values, scale, minimum), 8, ROUNDINGS + 512)
 
@@ -146,18 +144,18 @@ def test_tpu(scheme, channels, inputs, rows, dtype):
 @pytest.mark.parametrize(("groups", "fits"), [(64, True), (344, True), (172, False), (18, False)])
 def test_tpu_blocks(groups, fits):
     """Of int4. Halves of its groups of 16 bytes would be less than a tile of lanes."""
-    assert quantize_tpu.fits(256, 16 * groups, groups) == fits
-    assert quantize_tpu.fits(256, 64 * 172, 172) and not quantize_tpu.fits(192, 1024, 64)
+    assert product_tpu.fits(256, 16 * groups, groups) == fits
+    assert product_tpu.fits(256, 64 * 172, 172) and not product_tpu.fits(192, 1024, 64)
 
 
 def test_gpu_geometry():
     """Of a row: enough programs for an H100, warps on whole rows, and long rows shared by warpgroups."""
-    assert quantize_gpu.geometry(1, 11008, 64) == (32, 8, 1)
-    assert quantize_gpu.geometry(1, 2048, 344) == (32, 4, 4)
-    assert quantize_gpu.geometry(1, 512, 64) == (32, 1, 1)
-    assert quantize_gpu.geometry(2, 11008, 64) == (32, 4, 1)
-    assert quantize_gpu.geometry(1, 576, 18) == (16, 1, 1)
-    assert quantize_gpu.geometry(1, 30, 64) is None
+    assert product_gpu.geometry(1, 11008, 64) == (32, 8, 1)
+    assert product_gpu.geometry(1, 2048, 344) == (32, 4, 4)
+    assert product_gpu.geometry(1, 512, 64) == (32, 1, 1)
+    assert product_gpu.geometry(2, 11008, 64) == (32, 4, 1)
+    assert product_gpu.geometry(1, 576, 18) == (16, 1, 1)
+    assert product_gpu.geometry(1, 30, 64) is None
 
 
 @pytest.mark.parametrize("scheme", WEIGHT_SCHEMES)
@@ -174,16 +172,16 @@ def test_linear_by_a_kernel(scheme, monkeypatch):
 
     called = []
 
-    def product(*arrays):
+    def recorded(*arrays):
         called.append(arrays)
-        return quantize_tpu_product(*arrays, interpret=True)
+        return kernel(*arrays, interpret=True)
 
-    quantize_tpu_product = quantize_tpu.product
-    monkeypatch.setattr(quantize_tpu, "product", product)
+    kernel = product_tpu.product
+    monkeypatch.setattr(product_tpu, "product", recorded)
     value, gradient = jax.value_and_grad(squares)(x)
     assert len(called) == 1
-    monkeypatch.setattr(quantize_kernels, "quantize_tpu", quantize_gpu)
-    monkeypatch.setattr(quantize_gpu, "ROWS", {True: 0, False: 0})
+    monkeypatch.setattr(product, "product_tpu", product_gpu)
+    monkeypatch.setattr(product_gpu, "ROWS", {True: 0, False: 0})
     plain_value, plain_gradient = jax.value_and_grad(squares)(x)
     assert len(called) == 1
     np.testing.assert_allclose(value, plain_value, rtol=2e-2)
@@ -193,14 +191,14 @@ def test_linear_by_a_kernel(scheme, monkeypatch):
 
 
 def on(
-    platform: str, rows: int = 1, channels: int = 256, scheme: str = "int4", dtype: str = "bfloat16", place=None
+    platform: str, rows: int = 1, channels: int = 256, scheme: str = "int4", dtype: str = "bfloat16", layout=None
 ) -> bool:
     """Whether a kernel takes it."""
     parts = (None if part is None else jnp.asarray(part) for part in weight_of(channels, 512, scheme))
     x = activations(rows, 512, dtype)
 
     def call(x, *parts):
-        return unpacked_product(x, *parts, WEIGHT_SCHEMES[scheme], platform, place)
+        return unpacked_product(x, *parts, WEIGHT_SCHEMES[scheme], platform, layout)
 
     return jax.eval_shape(call, x, *parts) is not None
 
@@ -212,7 +210,7 @@ def test_what_kernels_take(caplog):
     assert not on("tpu", channels=200)
     assert "does not take 200 output channels of 512 inputs: plain XLA" in caplog.text
     mesh = Mesh(np.array(jax.devices()[:1]).reshape(1, 1), ("data", "tensor"))
-    assert on("tpu", place=(Sharding.of(mesh, "serve_tp"), ("mlp", "embed")))
+    assert on("tpu", layout=WeightSharding(Sharding.of(mesh, "serve_tp"), ("mlp", "embed")))
     assert not on("tpu", dtype="float16") and "1 rows of float16" in caplog.text
     # This machine's device is no GPU.
     assert not on("gpu") and "a device before Hopper" in caplog.text
@@ -230,16 +228,16 @@ import numpy as np
 from flax import nnx
 from sharding.mesh import make_mesh
 from sharding.rules import Sharding
-from smollm3_jax import quantize_tpu
+from smollm3_jax.kernels import product_tpu
 from smollm3_jax.quantize import dequantize, linear, quantized
 
-product, called = quantize_tpu.product, []
+product, called = product_tpu.product, []
 
 def interpreted(x, values, *rest):
     called.append((x.shape, values.shape))
     return product(x, values, *rest, interpret=True)
 
-quantize_tpu.product = interpreted
+product_tpu.product = interpreted
 mesh = make_mesh({"data": 2, "tensor": 2}, jax.devices())
 random = np.random.RandomState(0)
 

@@ -22,6 +22,8 @@ import numpy as np
 from jax import Array
 from jax.experimental import pallas as pl
 
+from ..sizes import power_of_two_up_to
+
 # Takes cost estimates, and has `store`, for which plain assignments to memory stand before.
 NEW = jax.__version_info__ >= (0, 12)
 # More rows want more registers than there are.
@@ -37,7 +39,7 @@ VECTORS = 16
 
 def geometry(rows: int, channels: int, groups: int) -> tuple[int, int, int] | None:
     """(lanes along groups, channels of each lane, warpgroups that share a channel); None if channels do not divide."""
-    lanes = min(LANES, 1 << groups.bit_length() - 1)
+    lanes = min(LANES, power_of_two_up_to(groups))
     blocks, rest = divmod(channels, WARPS * LANES // lanes)
     if rest:
         return None

@@ -16,10 +16,10 @@ from sharding.hardware import CHIPS, CUDNN_VERSION, GIB, GPU_TARGETS, Chip, chip
 from sharding.mesh import DEFAULT_AXES, make_mesh
 from sharding.rules import Sharding
 
-from .config import ModelConfig
-from .errors import OptionError, SupportError
-from .progress import busy
-from .support import how_to_install
+from ..config import ModelConfig
+from ..errors import OptionError, SupportError
+from ..progress import busy
+from ..support import how_to_install
 
 
 class DoesNotFit(Exception):
@@ -35,15 +35,18 @@ def topology(name: str, slices: int = 1) -> tuple[Chip, list[Any]]:
     one host.
 
     Raises:
-      OptionError: there is no such topology.
+      OptionError: the topology is unknown.
       SupportError: the compiler for it is not installed.
     """
     kind = name.split(":")[0]
     if kind not in CHIPS or not re.fullmatch(r"\w+:\d+(x\d+)*", name):
-        raise OptionError(f"no topology {name!r}: say one like v5e:4x4 or h100:8; chips are {', '.join(CHIPS)}")
+        raise OptionError(
+            f"the topology {name!r} is unknown; it reads CHIP:SHAPE, such as v5e:4x4 or h100:8, with a chip of "
+            f"{', '.join(CHIPS)}"
+        )
     if kind in GPU_TARGETS:
         if slices > 1:
-            raise OptionError(f"--slices {slices}: {name} is one host, and there is nothing of several; say --slices 1")
+            raise OptionError(f"--slices is {slices}, but {name} is one host; only TPUs have slices: leave it out")
         return CHIPS[kind], _gpus(name)
     _use_libtpu()
     options: dict[str, Any] = {"num_slices": slices} if slices > 1 else {}
@@ -82,12 +85,17 @@ def _use_libtpu() -> None:
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
 
 
+def with_sharding(x: Any, sharding: Any) -> jax.ShapeDtypeStruct:
+    """The shape and dtype of an array, with a sharding."""
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+
 def sharding_for(
     config: ModelConfig, devices: list[Any], rules: str, axes: Mapping[str, int] | None, slices: int = 1
 ) -> Sharding:
     """The strategy on a mesh of these devices; without `axes` the strategy's usual one, slices along `data`."""
     if rules not in DEFAULT_AXES:
-        Sharding.of(make_mesh({"data": -1}, devices), rules)  # says which there are
+        Sharding.of(make_mesh({"data": -1}, devices), rules)  # its error names the strategies
     if axes is None:
         axes = DEFAULT_AXES[rules]
         if slices > 1:
@@ -108,9 +116,9 @@ def compile_for(
     """A jitted function, compiled for the devices of a mesh that are not there.
 
     Args:
-      arguments: shapes, each at its place; more: keyword arguments of the function.
+      arguments: shapes with their shardings; more: keyword arguments of the function.
       sharding: whose mesh the devices are.
-      what: said while it is at it.
+      what: shown meanwhile.
 
     Raises:
       DoesNotFit: the device has not enough memory for it.

@@ -7,7 +7,7 @@ from tiny import random_tensors, raw_config, tiny_checkpoint, write_checkpoint
 
 from smollm3_jax.commands.main import main
 from smollm3_jax.errors import CheckpointFormatError
-from smollm3_jax.verify import verify
+from smollm3_jax.evaluate.parity import verify
 
 
 @pytest.fixture(scope="module")

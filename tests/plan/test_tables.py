@@ -12,10 +12,10 @@ import pytest
 from rich.console import Console
 
 from smollm3_jax.config import SMOLLM3_3B, ModelConfig
-from smollm3_jax.plan import plan_memory
-from smollm3_jax.plan_tables import memory_tables, scale_tables, tables, three
+from smollm3_jax.plan.memory import plan_memory
+from smollm3_jax.plan.tables import memory_tables, scale_tables, tables, three
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize(

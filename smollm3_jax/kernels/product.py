@@ -9,7 +9,7 @@ Shapes: R rows of activations, N output channels, K inputs, G groups of inputs.
 
 import logging
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,15 +17,20 @@ from jax import Array
 from jax.experimental import pallas as pl
 from jax.sharding import PartitionSpec
 
-from sharding.rules import Sharding, say_once
+from sharding.rules import Sharding
 
-from . import nvidia, quantize_gpu, quantize_tpu, quantize_wgmma
+from .. import nvidia
+from ..logs import say_once
+from . import product_gpu, product_tpu, product_wgmma
 
 log = logging.getLogger(__name__)
 
 
-# Where a weight lies, and the logical axes of its values.
-Place = tuple[Sharding, tuple[str, ...]]
+class WeightSharding(NamedTuple):
+    """A weight's layout: the mesh and rules, and the logical axes of its values."""
+
+    sharding: Sharding
+    axes: tuple[str, ...]
 
 
 def unpacked_product(
@@ -35,7 +40,7 @@ def unpacked_product(
     minimum: Array | None,
     group: int | None,
     platform: str,
-    place: Place | None,
+    layout: WeightSharding | None,
 ) -> Array | None:
     """x w^T, float32 [R, N], by a kernel; None where none takes it, which is said once if the rows are few.
 
@@ -46,21 +51,21 @@ def unpacked_product(
       values, scale, minimum: as in quantize.Quantized, of any dimensions before the contracted ones.
       group: inputs that share a scale; None: all of an output channel's do.
       platform: "gpu" and "tpu" have kernels. XLA for GPU needs none for one scale a channel.
-      place: None on one device.
+      layout: the weight's; None on one device.
     """
     (rows, inputs), channels = x_RK.shape, scale.size // (x_RK.shape[1] // group if group else 1)
     dims: dict[str, tuple[str, ...]] = {"rows": (), "channels": (), "inputs": ()}
-    split = None if place is None or place[0].mesh.size == 1 else place
+    split = None if layout is None or layout.sharding.mesh.size == 1 else layout
     if split is not None:
         dims = _mesh_axes(rows, channels, values, *split)
         rows, channels, inputs = (
-            size // math.prod(split[0].mesh.shape[axis] for axis in axes)
+            size // math.prod(split.sharding.mesh.shape[axis] for axis in axes)
             for size, axes in zip((rows, channels, inputs), dims.values(), strict=True)
         )
     together = [axis for axes in dims.values() for axis in axes]
     obstacles = {"two dimensions on one axis of the mesh": len(set(together)) < len(together)}
     width = inputs // (1 if minimum is None else 2)
-    kernel = _kernel(rows, channels, inputs, width, x_RK.dtype, group, platform, place, obstacles)
+    kernel = _kernel(rows, channels, inputs, width, x_RK.dtype, group, platform, layout, obstacles)
     if kernel is None:
         return None
 
@@ -77,8 +82,8 @@ def unpacked_product(
     if split is None:
         return part(*arrays)
     by_row, by_channel, by_input = (axes or None for axes in dims.values())
-    specs = (PartitionSpec(by_row, by_input), *(split[0].spec(*split[1][: x.ndim]) for x in arrays[1:]))
-    return split[0].shard_map(part, specs, PartitionSpec(by_row, by_channel))(*arrays)
+    specs = (PartitionSpec(by_row, by_input), *(split.sharding.spec(*split.axes[: x.ndim]) for x in arrays[1:]))
+    return split.sharding.shard_map(part, specs, PartitionSpec(by_row, by_channel))(*arrays)
 
 
 def _mesh_axes(
@@ -101,7 +106,7 @@ def _kernel(
     dtype: Any,
     group: int | None,
     platform: str,
-    place: Place | None,
+    layout: WeightSharding | None,
     obstacles: dict[str, bool],
 ) -> Any:
     """The kernel for a device's part of a product; None if there is none, or one of the obstacles.
@@ -112,18 +117,18 @@ def _kernel(
     groups = None if group is None else inputs // group
     dtypes: tuple[Any, ...] = (jnp.bfloat16, jnp.float32)
     match platform:
-        case "gpu" if groups is not None and rows <= quantize_wgmma.ROWS:
-            generation, _ = nvidia.compute_capability(place and place[0])
-            if rows <= quantize_gpu.ROWS:
-                kernel, fits = quantize_gpu.product, quantize_gpu.geometry(rows, channels, groups) is not None
+        case "gpu" if groups is not None and rows <= product_wgmma.ROWS:
+            generation, _ = nvidia.compute_capability(layout and layout.sharding)
+            if rows <= product_gpu.ROWS:
+                kernel, fits = product_gpu.product, product_gpu.geometry(rows, channels, groups) is not None
                 obstacles["a device before Hopper"] = generation < 9
             else:
-                kernel, fits = quantize_wgmma.product, quantize_wgmma.fits(channels, groups)
+                kernel, fits = product_wgmma.product, product_wgmma.fits(channels, groups)
                 obstacles["a device other than Hopper"] = generation != 9
                 dtypes = (jnp.bfloat16,)
             obstacles[f"jax {jax.__version__}"] = not nvidia.kernels_fit()
-        case "tpu" if rows <= quantize_tpu.ROWS[groups is not None]:
-            kernel, fits = quantize_tpu.product, quantize_tpu.fits(channels, width, groups)
+        case "tpu" if rows <= product_tpu.ROWS[groups is not None]:
+            kernel, fits = product_tpu.product, product_tpu.fits(channels, width, groups)
         case _:
             return None
     obstacles[f"{rows} rows of {dtype}"] = dtype not in dtypes

@@ -1,4 +1,4 @@
-"""goldens.py: golden values of a tiny model, computed by transformers, stand in for the released model's."""
+"""Golden values of a tiny model, computed by transformers, stand in for the released model's."""
 
 import json
 import os
@@ -10,10 +10,10 @@ from parity import reference_logits, reference_model
 from safetensors.numpy import load_file, save_file
 from tiny import raw_config, talking_checkpoint
 
-from smollm3_jax import goldens
 from smollm3_jax.commands.main import main
 from smollm3_jax.config import SMOLLM3_3B
 from smollm3_jax.errors import CheckpointFormatError, OptionError
+from smollm3_jax.evaluate import goldens
 from smollm3_jax.weights.save import quantize
 
 IDS = [1, 30, 46, 27, 65, 31, 28, 33]

@@ -1,0 +1,1 @@
+"""How good a model is: parity with another implementation or with golden values, and perplexity."""

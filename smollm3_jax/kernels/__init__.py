@@ -1,0 +1,1 @@
+"""Pallas kernels outside attention, which has its own beside what chooses among them."""

@@ -1,0 +1,223 @@
+"""Decoding and prefill on a topology: their memory, their collectives and their modelled times."""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import NamedSharding
+from jax.stages import Compiled
+
+from sharding import hlo
+from sharding.hardware import Chip, chip_of
+from sharding.mesh import device_bytes
+from sharding.products import KernelCost
+from sharding.roofline import Roofline, roofline
+from sharding.rules import Sharding
+
+from ..config import ModelConfig
+from ..errors import OptionError
+from ..files import write_output
+from ..generation.device_loop import Slots, decode, prefill, slot_shardings
+from ..generation.sampling import MAX_STOP_IDS, Choice, SamplingParams
+from ..kv_cache import KVCache, cache_shardings, empty_cache
+from ..model import SmolLM3
+from ..weights.key_map import abstract_model
+from ..weights.quantized import with_scheme
+from .devices import DoesNotFit, compile_for, sharding_for, topology, with_sharding
+from .report import assumptions, collectives, program, times
+
+FLOOR = "the floor: all weights and the full cache once a token, at the bandwidth"
+
+
+@dataclasses.dataclass(frozen=True)
+class DecodeSetting:
+    """Decoding on one topology: shapes of the model, the cache and the slots, with their shardings."""
+
+    config: ModelConfig
+    sharding: Sharding
+    batch: int
+    context: int
+    cache_dtype: str = "bfloat16"
+    # One array a layer, as inference has them, XLA reads in place; out of stacked ones it copies some in every step.
+    stacked: bool = False
+
+    @property
+    def chip(self) -> Chip:
+        chip = chip_of(self.sharding.mesh.devices.flat[0])
+        assert chip is not None
+        return chip
+
+    @functools.cached_property
+    def model(self) -> SmolLM3:
+        def sharded(param: nnx.Variable) -> nnx.Variable:
+            axes, value = param.get_metadata("axes"), param.get_value()
+            return param.replace(with_sharding(value, self.sharding.named("weight", axes, value.shape)))
+
+        model = abstract_model(self.config, jnp.bfloat16, stacked=self.stacked, sharding=self.sharding)
+        return jax.tree.map(sharded, model, is_leaf=lambda x: isinstance(x, nnx.Variable))
+
+    @functools.cached_property
+    def cache(self) -> KVCache:
+        dtype = jnp.dtype(self.cache_dtype)
+        cache = jax.eval_shape(lambda: empty_cache(self.config, self.batch, self.context, dtype))
+        return jax.tree.map(with_sharding, cache, cache_shardings(self.config, dtype, self.sharding))
+
+    @functools.cached_property
+    def slots(self) -> Slots:
+        slots = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct((self.batch, *np.shape(x)), x.dtype), _one_slot(self.config)
+        )
+        return jax.tree.map(with_sharding, slots, slot_shardings(self.sharding))
+
+    def scalar(self, *shape: int) -> jax.ShapeDtypeStruct:
+        """Of int32, the same on every device."""
+        return jax.ShapeDtypeStruct(shape, jnp.int32, sharding=NamedSharding(self.sharding.mesh, self.sharding.spec()))
+
+    def compile(self) -> Compiled:
+        """The decode loop."""
+        what = f"compiling decoding, batch {self.batch}"
+        return compile_for(decode, self.model, self.cache, self.slots, self.scalar(), sharding=self.sharding, what=what)
+
+    def compile_prefill(self, length: int, past: int) -> Compiled:
+        """A prompt's piece of `length` tokens after at most `past` others."""
+        tokens = (self.scalar(1, length), self.scalar(length), self.scalar())
+        return compile_for(
+            *(prefill, self.model, self.cache, self.scalar(), *tokens),
+            past=past,
+            sharding=self.sharding,
+            what=f"compiling the prefill of {length:,} tokens",
+        )
+
+    def model_of(self, compiled: Compiled) -> Roofline:
+        """Of the decode loop: one round of it, without what only some requests need."""
+        return roofline(hlo.operations(compiled), self.chip, self.kernel_cost, branches=False)
+
+    def kernel_cost(self, op: hlo.Operation) -> KernelCost | None:
+        """Of a TPU's kernels: paged attention, which reads a layer's cache (here: a full one), and splash attention."""
+        if self.sharding.platform != "tpu":
+            return None
+        heads, width = self.config.num_attention_heads // self.sharding.parts("heads"), self.config.head_dim
+        if "paged_attention" in op.name + op.op_name:
+            rows = self.batch // self.sharding.parts("batch")
+            return KernelCost(4 * rows * heads * self.context * width, device_bytes(self.cache.layers[0]))
+        if "splash_mha_fwd" in op.name + op.op_name:
+            length = max(math.prod(shape.dims) for shape in op.shapes) // (heads * width)
+            return KernelCost(4 * heads * length * length * width / 2, 0.0, share=0.5)
+        return None
+
+
+def _one_slot(config: ModelConfig) -> Slots:
+    number, flag = np.int32(0), np.bool_(False)
+    return Slots(
+        token=number,
+        active=flag,
+        generated=number,
+        limit=number,
+        stop_ids=np.zeros(MAX_STOP_IDS, np.int32),
+        think_ids=np.zeros(2, np.int32),
+        thinking=flag,
+        think_left=number,
+        choice=Choice.of(SamplingParams(), [0], 0, config.vocab_size),
+    )
+
+
+def plan_decode(
+    config: ModelConfig,
+    topology_name: str,
+    rules: str = "serve_tp",
+    batch: int = 64,
+    context: int = 8192,
+    *,
+    axes: Mapping[str, int] | None = None,
+    weights: str | None = None,
+    cache: str = "bfloat16",
+    prompt: int | None = None,
+    dump: Path | None = None,
+) -> dict[str, Any]:
+    """Compiles the decode loop and the prefill of a prompt for a topology, and reports what they take.
+
+    Args:
+      batch: slots, over all devices; context: the capacity of each, in tokens.
+      weights: a scheme of quantize.py; None is bfloat16. cache: bfloat16 or int8.
+      prompt: tokens of the prompt whose prefill is compiled; None is the context or 8192, whichever is less.
+      dump: a file for the compiled decode loop.
+
+    Returns:
+      What `smollm3 plan decode --json` prints.
+    """
+    config = config if weights is None else with_scheme(config, weights)
+    chip, devices = topology(topology_name)
+    sharding = sharding_for(config, devices, rules, axes)
+    if batch % sharding.parts("batch"):
+        parts = sharding.parts("batch")
+        raise OptionError(f"{batch} slots do not divide over {parts} devices; make them a multiple of {parts}")
+    setting = DecodeSetting(config, sharding, batch, context, cache)
+    floor = (device_bytes(setting.model) + device_bytes(setting.cache)) / chip.hbm_bandwidth
+    head: dict[str, Any] = {
+        "topology": topology_name,
+        "devices": len(devices),
+        "rules": rules,
+        "mesh": dict(sharding.mesh.shape),
+        "batch": batch,
+        "context": context,
+        "weights": weights or "bfloat16",
+        "cache": cache,
+        "floor": {"ms_per_token": 1e3 * floor, "tokens_per_second": batch / floor},
+        "assumptions": [*assumptions(sharding), FLOOR],
+    }
+    try:
+        compiled = setting.compile()
+    except DoesNotFit as refusal:
+        return {**head, "fits": False, **_refusal(setting, refusal)}
+    if dump is not None:
+        write_output(dump, compiled.as_text() or "")
+    return {**head, "fits": True, **_report(setting, compiled, min(context, 8192) if prompt is None else prompt)}
+
+
+def _refusal(setting: DecodeSetting, refusal: DoesNotFit) -> dict[str, Any]:
+    """What is known of a setting that does not fit, and what to change."""
+    parts, cache = setting.sharding.parts("batch"), device_bytes(setting.cache)
+    rows = setting.batch // parts
+    fewer = max(0, rows - math.ceil((refusal.needed - refusal.limit) / (cache / rows)))
+    memory = {"limit": refusal.limit, "total": refusal.needed, "weights": device_bytes(setting.model), "cache": cache}
+    return {
+        "hbm": memory,
+        "largest_batch": fewer * parts,
+        "change": f"--batch {fewer * parts}" if fewer else "--weights int8, or more devices",
+    }
+
+
+def _report(setting: DecodeSetting, compiled: Compiled, prompt: int) -> dict[str, Any]:
+    """What the decode loop takes, and the prefill of a prompt of `prompt` tokens."""
+    chip, parts, cache = setting.chip, setting.sharding.parts("batch"), device_bytes(setting.cache)
+    memory, model, rows = hlo.memory(compiled), setting.model_of(compiled), setting.batch // parts
+    prefill_model = roofline(hlo.operations(setting.compile_prefill(prompt, 0)), chip, setting.kernel_cost)
+    more = int((chip.hbm - memory.total) // (cache / rows))
+    decoding = {"ms_per_token": 1e3 * model.seconds, "tokens_per_second": setting.batch / model.seconds}
+    return {
+        "hbm": {
+            "limit": chip.hbm,
+            "total": memory.total,
+            "weights": device_bytes(setting.model),
+            "cache": cache,
+            "temporaries": memory.temporaries,
+            "code": memory.code,
+        },
+        # From what is left: each row takes its part of the cache.
+        "largest_batch": (rows + max(0, more)) * parts,
+        "program": program(model, setting.sharding, a_round=True),
+        "collectives": collectives(model),
+        "modelled": {**times(model), **decoding},
+        "prefill": {
+            "tokens": prompt,
+            "modelled": {**times(prefill_model), "tokens_per_second": prompt / prefill_model.seconds},
+            "collectives": collectives(prefill_model),
+        },
+    }
