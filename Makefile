@@ -7,10 +7,11 @@ CPU := JAX_PLATFORMS=cpu
 VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
 # Files of tests go to two processes: most of a test is one thread, compiling.
 TOGETHER := -n 2 --dist loadfile --no-loadscope-reorder
-MARKS := not torch
+# What `make test` and `make test-light` run; `make test-slow` runs the rest.
+MARKS := not slow
 PINS := $(wildcard constraints/python$(VERSION).txt)
 
-.PHONY: setup run test test-light test-full docs lint goldens clean
+.PHONY: setup run test test-slow test-light test-full docs lint goldens clean
 
 setup: $(VENV)/test.stamp
 
@@ -23,16 +24,21 @@ $(VENV)/%.stamp: pyproject.toml $(PINS)
 run: setup
 	$(CPU) $(BIN)/python scripts/demo.py
 
+# Minutes: each part of the package, and one case of what takes long.
 test: setup lint
-	$(CPU) $(BIN)/python -m pytest $(TOGETHER)
+	$(CPU) $(BIN)/python -m pytest $(TOGETHER) -m '$(MARKS)'
+
+# Half an hour: runs that are killed, several processes, compilers of TPUs, the demo model, every case of the rest.
+test-slow: setup
+	$(CPU) $(BIN)/python -m pytest $(TOGETHER) -m slow
 
 # What the TPU's compiler takes longest for: plans and decoding at SmolLM3's full depth, for pods too.
 test-full: setup
 	FULL=1 $(CPU) $(BIN)/python -m pytest tests/plan tests/test_compiled_ahead.py
 
-# Neither torch nor transformers: parity against the stored goldens. MARKS='not torch and not slow' takes minutes.
+# `make test` in an environment without torch and transformers: parity is that with the stored goldens.
 test-light: $(VENV)/dev.stamp
-	$(CPU) $(BIN)/python -m pytest $(TOGETHER) -m '$(MARKS)'
+	$(CPU) $(BIN)/python -m pytest $(TOGETHER) -m 'not torch and ($(MARKS))'
 
 # Pages of docs/ in docs/_build; a warning is an error.
 docs: $(VENV)/docs.stamp

@@ -240,7 +240,7 @@ def read(
         out = _rows(values, slot, length, sharding)
         # Left to itself XLA for GPU copies the whole cache into the order that the row is wanted in.
         out = with_layout_constraint(out, Layout(major_to_minor=tuple(range(out.ndim))))
-        out = out if scale is None else out * _rows(scale, slot, length, sharding)[..., None]
+        out = out if scale is None else out.astype(scale.dtype) * _rows(scale, slot, length, sharding)[..., None]
         return out.transpose(1, 2, 0, 3).astype(dtype)
 
     return part(layer.k, layer.k_scale), part(layer.v, layer.v_scale)

@@ -34,6 +34,11 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 # XLA's own stay, and so do the programs of test_real_weights.py.)
 jax.config.update("jax_disable_most_optimizations", True)
 
+# As a caller may have it: several devices, and no dtype or rank that changes without being asked to.
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
 HERE = Path(__file__).resolve().parent
 SHARED = HERE.parents[1] / "shared" / "fixtures"
 TOKENIZER_SHA256 = "7b6a500b662a34eb3f0374db856ba4ad7de4c81040571d78dc0d357238930005"

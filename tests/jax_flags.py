@@ -65,8 +65,8 @@ def losses(folder: Path, options: StepOptions, z_loss: float = 0.0) -> list[list
 def everything(folder: Path) -> dict[str, Any]:
     plain = s3.from_pretrained(folder / "talking")
     biased = s3.from_pretrained(folder / "biased")
-    tokens = np.array([[5, 6, 7, 8], [9, 8, 7, 6]])  # of numpy's own dtype
-    segments = np.array([[1, 1, 2, 2], [1, 1, 1, 0]])
+    tokens: Any = np.array([[5, 6, 7, 8], [9, 8, 7, 6]])  # of numpy's own dtype
+    segments: Any = np.array([[1, 1, 2, 2], [1, 1, 1, 0]])
     return {
         "generate": texts(plain),
         "lookup": texts(plain, drawn=False, lookup=3, cache_dtype="int8"),

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parents[1]
 
@@ -36,8 +37,8 @@ def limited(limit):
     return [sys.executable, "-c", code.format(*limit)]
 
 
-def train(place, run, *words, code=0, env=None, limit=None, **options):
-    """limit: a (resource, bytes) that the process may not pass."""
+def train(place, run, *words, code=0, env=None, limit=None, **options) -> Any:
+    """What it prints as JSON, or what it says of its end; limit: a (resource, bytes) that the process may not pass."""
     done = subprocess.run(
         [*limited(limit), *command(place, run, *words, "--json", **options)],
         env=env or environment(),

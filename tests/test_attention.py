@@ -1,10 +1,6 @@
 import functools
-import json
 import logging
-import os
-import subprocess
-import sys
-from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,11 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.experimental.pallas import tpu as pltpu
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel
+from jax.sharding import Mesh
 
+from sharding.mesh import make_mesh
+from sharding.rules import Sharding
 from smollm3_jax.attention import attention, decode_attention, dense, dispatch, tpu
 from smollm3_jax.kv_cache import LayerCache, quantize_rows
-
-ROOT = Path(__file__).resolve().parents[1]
 
 
 def by_hand(q, k, v, q_segments, kv_segments, gap=(0, 0), window=None):
@@ -50,7 +47,7 @@ def scalar(window):
     return None if window is None else jnp.array(window, jnp.int32)
 
 
-def f32(*arrays):
+def f32(*arrays) -> Any:
     return tuple(jnp.asarray(x, jnp.float32) for x in arrays)
 
 
@@ -199,7 +196,7 @@ def test_splash_equals_the_definition(length, past, documents, width, dtype, as_
 def test_splash_has_the_gradients_of_plain_attention(as_on_tpu, monkeypatch):
     q, k, v = f32(*(normal(i, 1, 130, heads, 64) for i, heads in enumerate((4, 2, 2))))
     segments = jnp.asarray([[1] * 60 + [2] * 50 + [0] * 20])
-    masks = {"q_segments_BT": segments, "kv_segments_BS": segments}
+    masks: dict[str, Any] = {"q_segments_BT": segments, "kv_segments_BS": segments}
 
     def gradients():
         def loss(q, k, v):
@@ -287,139 +284,62 @@ def test_gradients_are_those_of_the_definition(dtype, window):
     terms = 2 * length + width + length * heads // kv_heads
     for got, wanted in zip(back(g), expected(*f32(g)), strict=True):
         allowed = 2 * terms * 2.0**-24 * float(jnp.abs(wanted).max()) if dtype == "float32" else 0.05
-        np.testing.assert_allclose(*f32(got, wanted), atol=allowed)
+        got, wanted = f32(got, wanted)
+        np.testing.assert_allclose(got, wanted, atol=allowed)
     kept = [x for x in jax.tree.leaves(back) if x.dtype != bool]
     assert max(x.size for x in kept) == q.size < batch * heads * length * length
 
 
-ON_A_MESH = """
-import json, sys
-import jax
-jax.config.update("jax_num_cpu_devices", 4)
-import jax.numpy as jnp
-import numpy as np
-from flax import nnx
-from jax.experimental.pallas import tpu as pltpu
-from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel
-from jax.sharding import Mesh
-import smollm3_jax as s3
-from sharding.mesh import make_mesh
-from sharding.rules import Sharding
-from smollm3_jax.generation import api
-from smollm3_jax.attention import attention, decode_attention, dispatch
-from smollm3_jax.generation.api import Request, complete
-from smollm3_jax.model import with_sharding
-from smollm3_jax.kv_cache import LayerCache, cache_shardings, copy_row, empty_cache
-from tiny import raw_config
+# Each device on its own part
 
-small = {"num_key_value_heads": 4, "num_hidden_layers": 2, "no_rope_layers": [1, 0]}
-config = s3.ModelConfig.from_hf(raw_config("untied") | small)
-model = s3.SmolLM3(config, rngs=nnx.Rngs(0))
-model.head.set_value(model.head[...] * 20)  # neither all tokens alike nor one of them certain
 
-def place(sharding):
-    def one(param):
-        axes, value = param.get_metadata("axes"), param[...]
-        return param.replace(jax.device_put(value, sharding.named("", axes, value.shape)))
-    placed = jax.tree.map(one, model, is_leaf=lambda x: isinstance(x, nnx.Variable))
-    return with_sharding(placed, sharding)
-
-api.CHUNK = {"cpu": 16}  # prompts in several pieces
-prompts = np.random.RandomState(0).randint(3, 160, (2, 70))
-common = {"max_new_tokens": 12, "logprobs": 0, "ignore_eos": True}
-requests = [
-    Request(prompts[0].tolist(), s3.SamplingParams(**common, n=2, temperature=0.7, top_p=0.9, seed=7)),
-    Request(prompts[1][:33].tolist(), s3.SamplingParams(**common, repetition_penalty=1.1)),
-]
-tokens = jnp.asarray(prompts[:, :24])
-
-def outcome(model, sharding, cache_dtype):
-    done = complete(model, requests, cache_dtype=cache_dtype)
-    logits, cache = [], empty_cache(config, 2, 32, jnp.float32, sharding)
-    for start, end in ((0, 13), (13, 14), (14, 20)):
-        some, cache = model(tokens[:, start:end], cache=cache)
-        logits.append(np.asarray(some))
-    whole = np.asarray(model(tokens))
-    return (
-        [completion.token_ids for completion in done],
-        np.concatenate([[chosen.logprob for chosen in completion.logprobs] for completion in done]),
-        np.concatenate([np.concatenate(logits, axis=1), whole], axis=1),
-    )
-
-report = {}
-mesh = Mesh(np.array(jax.devices()).reshape(2, 2), ("data", "tensor"))
-for cache_dtype, tables in ((None, ("serve_tp", "serve_tp_long")), ("int8", ("serve_tp_long",))):
-    alone = outcome(model, None, cache_dtype)
-    for rules in tables:
-        sharding = Sharding.of(mesh, rules)
-        got = outcome(place(sharding), sharding, cache_dtype)
-        report[f"{rules} {cache_dtype}"] = [
-            got[0] == alone[0], *(float(np.abs(x - y).max()) for x, y in zip(got[1:], alone[1:], strict=True))
-        ]
-
-# Rows of several devices: a copy of one into another.
-copied = jax.jit(copy_row, static_argnums=3)
-for rules in ("serve_tp", "serve_tp_long"):
-    sharding = Sharding.of(mesh, rules)
-    rows = jax.tree.map(lambda x: jnp.asarray(np.random.RandomState(0).randint(0, 99, x.shape), x.dtype),
-                        empty_cache(config, 4, 32, jnp.float32))
-    placed = jax.device_put(rows, cache_shardings(config, jnp.float32, sharding))
-    for source, target in ((0, 3), (3, 0), (1, 0), (2, 2)):
-        got, expected = (copied(x, jnp.array(source), jnp.array(target), y)
-                         for x, y in ((placed, sharding), (rows, None)))
-        same = jax.tree.map(lambda x, y: bool((x == y).all()), jax.device_get(got), jax.device_get(expected))
-        assert all(jax.tree.leaves(same)), (rules, source, target)
-
-# The kernels, each device on its own part.
-sharding = Sharding.of(mesh, "serve_tp")
-random = np.random.RandomState(0)
-q, k, v = (jnp.asarray(random.standard_normal((2, 40, heads, 64)), jnp.float32) for heads in (4, 2, 2))
-segments = jnp.asarray([[1] * 40, [1] * 22 + [2] * 18])
-masks = {"q_segments_BT": segments, "kv_segments_BS": segments}
-cache = LayerCache(*(jnp.asarray(random.standard_normal((2, 2, 128, 128)), jnp.bfloat16) for _ in range(2)))
-new = jnp.asarray(random.standard_normal((2, 1, 4, 128)), jnp.bfloat16)
-length = jnp.array([3, 127], jnp.int32)
-expected = attention(q, k, v, **masks), attention(q[:1], k[:1], v[:1]), decode_attention(new, cache, length_B=length)
-# A row on several devices, in their order; and what comes back through it.
-rows = Sharding.of(make_mesh({"context": 2, "tensor": 2}), "fsdp_tp_cp")
-order = rows.row_order(512)
-qkvg = [jnp.asarray(random.standard_normal((1, 512, heads, 64)), jnp.float32) for heads in (4, 2, 2, 4)]
-documents = jnp.asarray(np.sort(random.randint(1, 4, (1, 512)), axis=1), jnp.int32)
-
-def forward_and_back(q, k, v, g, documents, sharding):
-    out, back = jax.vjp(lambda q, k, v: attention(
-        q, k, v, q_segments_BT=documents, kv_segments_BS=documents, sharding=sharding), q, k, v)
-    return out, *back(g)
-
-expected_rows = forward_and_back(*qkvg, documents, None)
-in_order = [x[:, order] for x in (*qkvg, documents)]
-dense_rows = jax.jit(forward_and_back, static_argnums=5)(*in_order, rows)
-dispatch.platform_of = lambda sharding: "tpu"
-make = splash_attention_kernel.make_splash_mha
-splash_attention_kernel.make_splash_mha = lambda *a, **kw: make(*a, **kw, interpret=True)
-got = attention(q, k, v, **masks, sharding=sharding), attention(q[:1], k[:1], v[:1], sharding=sharding)
-with pltpu.force_tpu_interpret_mode():
-    got += (decode_attention(new, cache, length_B=length, sharding=sharding),)
-splash_rows = jax.jit(forward_and_back, static_argnums=5)(*in_order, rows)
-report["rows"] = [float(jnp.abs(x - y[:, order]).max())
-                  for found in (dense_rows, splash_rows) for x, y in zip(found, expected_rows, strict=True)]
-report["kernels"] = [float(jnp.abs(x - y).max()) for x, y in zip(got, expected, strict=True)]
-print(json.dumps(report))
-"""
+@pytest.fixture(scope="module")
+def square():
+    """Four devices."""
+    return Mesh(np.array(jax.devices()[:4]).reshape(2, 2), ("data", "tensor"))
 
 
 @pytest.mark.slow
-def test_many_devices_compute_what_one_does():
-    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]), "JAX_PLATFORMS": "cpu"}
-    env["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "true"
-    run = subprocess.run([sys.executable, "-c", ON_A_MESH], capture_output=True, text=True, env=env, check=False)
-    assert run.returncode == 0, run.stderr
-    report = json.loads(run.stdout.splitlines()[-1])
-    splash, splash_of_one_row, paged = report.pop("kernels")
-    assert max(report.pop("rows")) < 2e-5
-    assert max(splash, splash_of_one_row) < 1e-5 and paged < 0.01
-    assert len(report) == 3
-    for name, (same, logprobs, logits) in report.items():
-        # Rounded sums may round a key to the next of 255 values.
-        allowed = 0.05 if "int8" in name else 1e-3
-        assert same and logprobs < allowed and logits < 1e-3, name
+def test_kernels_on_several_devices(square, as_on_tpu, monkeypatch):
+    sharding = Sharding.of(square, "serve_tp")
+    q, k, v = f32(*(normal(i, 2, 40, heads, 64) for i, heads in enumerate((4, 2, 2))))
+    segments = jnp.asarray([[1] * 40, [1] * 22 + [2] * 18])
+    masks: dict[str, Any] = {"q_segments_BT": segments, "kv_segments_BS": segments}
+    cache = LayerCache(*(jnp.asarray(normal(i, 2, 2, 128, 128), jnp.bfloat16) for i in (3, 4)))
+    new = jnp.asarray(normal(5, 2, 1, 4, 128), jnp.bfloat16)
+    length = jnp.array([3, 127], jnp.int32)
+    with monkeypatch.context() as plain:
+        plain.setattr(dispatch, "platform_of", lambda sharding: "cpu")
+        expected = attention(q, k, v, **masks), attention(q[:1], k[:1], v[:1])
+        expected_decoded = decode_attention(new, cache, length_B=length)
+    got = attention(q, k, v, **masks, sharding=sharding), attention(q[:1], k[:1], v[:1], sharding=sharding)
+    with pltpu.force_tpu_interpret_mode():
+        decoded = decode_attention(new, cache, length_B=length, sharding=sharding)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-5), got, expected)
+    decoded, expected_decoded = f32(decoded, expected_decoded)
+    np.testing.assert_allclose(decoded, expected_decoded, atol=0.01)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kernels", [False, True])
+def test_a_row_on_several_devices_in_their_order(kernels, request):
+    """Attention, and what comes back through it."""
+    sharding = Sharding.of(make_mesh({"context": 2, "tensor": 2}, jax.devices()[:4]), "fsdp_tp_cp")
+    order = sharding.row_order(512)
+    qkvg = f32(*(normal(i, 1, 512, heads, 64) for i, heads in enumerate((4, 2, 2, 4))))
+    documents = jnp.asarray(np.sort(np.random.RandomState(0).randint(1, 4, (1, 512)), axis=1), jnp.int32)
+
+    def forward_and_back(q, k, v, g, documents, sharding):
+        def out(q, k, v):
+            return attention(q, k, v, q_segments_BT=documents, kv_segments_BS=documents, sharding=sharding)
+
+        out_BTHE, back = jax.vjp(out, q, k, v)
+        return out_BTHE, *back(g)
+
+    expected = forward_and_back(*qkvg, documents, None)
+    if kernels:
+        request.getfixturevalue("as_on_tpu")
+    in_order = [x[:, order] for x in (*qkvg, documents)]
+    got = jax.jit(forward_and_back, static_argnums=5)(*in_order, sharding)
+    for x, y in zip(got, expected, strict=True):
+        np.testing.assert_allclose(x, y[:, order], atol=2e-5)

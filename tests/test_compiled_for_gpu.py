@@ -7,6 +7,7 @@ capacity. Bounds are those that the design was made for; see the README's table 
 import dataclasses
 import re
 from collections import Counter
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -58,6 +59,8 @@ class Program:
 
     setting: DecodeSetting | TrainSetting
     compiled: Compiled
+    operations: list[hlo.Operation] = dataclasses.field(init=False)
+    model: Any = dataclasses.field(init=False)
 
     def __post_init__(self):
         object.__setattr__(self, "operations", hlo.operations(self.compiled))

@@ -6,6 +6,7 @@ import re
 import stat
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -33,7 +34,7 @@ def mode_of(path: Path) -> int:
 
 
 @pytest.fixture
-def victim(tmp_path) -> Path:
+def victim(tmp_path) -> Iterator[Path]:
     """A folder outside that nothing may change; checked at the end."""
     folder = tmp_path / "elsewhere" / "victim"
     folder.mkdir(parents=True)

@@ -29,11 +29,12 @@ def expected(models: Path) -> dict[str, Any]:
     return json.loads(json.dumps(jax_flags.everything(models), default=np.ndarray.tolist))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("words", "flags"),
     [
         ([], {"JAX_ENABLE_X64": "1", **STRICT}),
-        pytest.param(["x64"], OTHERS, marks=pytest.mark.slow),
+        (["x64"], OTHERS),
     ],
     ids=["x64 and strict", "x64 by the caller"],
 )

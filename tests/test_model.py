@@ -96,7 +96,7 @@ def test_goldens_are_what_transformers_computes(expected):
     fresh = {name: last(expected(name)) for name in CONFIGS}
     if os.environ.get("WRITE_GOLDENS"):
         GOLDENS.parent.mkdir(exist_ok=True)
-        np.savez_compressed(GOLDENS, **fresh)
+        np.savez_compressed(GOLDENS, **fresh)  # pyright: ignore[reportArgumentType] (no name is allow_pickle)
     for name, logits in fresh.items():
         assert np.abs(logits - golden(name)).max() <= bound(logits), name
 
@@ -205,7 +205,7 @@ def test_documents_in_a_row_do_not_see_each_other(folder):
     restarting = onwards.copy()
     restarting[0] = [*range(11), *range(14), *range(5)]
     for positions in (onwards, restarting):
-        packed, *alone = np.asarray(model(*map(jnp.asarray, (tokens, positions, segments))))
+        packed, *alone = np.asarray(model(jnp.asarray(tokens), jnp.asarray(positions), jnp.asarray(segments)))
         for (start, end), one in zip(documents, alone, strict=True):
             one = one[: end - start]
             assert np.abs(packed[start:end] - one).max() <= bound(one)
@@ -331,6 +331,6 @@ def test_odd_numbers_of_a_config_give_finite_logits_or_an_error(tmp_path):
         except s3.SmolLM3Error:
             continue
         if model.config not in seen:
-            assert np.isfinite(np.asarray(model(random_tokens(base, 1, 8)))).all(), raw
+            assert np.isfinite(np.asarray(model(jnp.asarray(random_tokens(base, 1, 8))))).all(), raw
             seen.add(model.config)
     assert len(seen) > 20

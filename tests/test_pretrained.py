@@ -184,7 +184,7 @@ def test_generation_config_counts_as_in_transformers(tmp_path: Path, content: di
     theirs.generation_config.stop_strings = None  # they need a tokenizer there, and end nothing here
     new = theirs.generate(torch.tensor([prompt]), **({} if "max_new_tokens" in content else {"max_new_tokens": 12}))
     tokenizer = s3.load_tokenizer(talking_checkpoint(tmp_path / "t")) if "stop_strings" in content else None
-    options = {} if "max_new_tokens" in content else {"max_new_tokens": 12}
+    options: Any = {} if "max_new_tokens" in content else {"max_new_tokens": 12}
     [mine] = s3.generate(s3.from_pretrained(folder), [prompt], tokenizer=tokenizer, **options)
     assert mine == new[0, len(prompt) :].tolist()
 

@@ -71,7 +71,7 @@ def test_a_pipe_with_somebody_slow():
 @pytest.mark.parametrize("file", ["pipe", "/dev/zero", "nul\0", "x" * 300])
 def test_commands_end_in_a_line(arguments, file, talking, pipe, capsys):
     words = {"MODEL": str(talking), "FILE": str(pipe.parent / file)}
-    assert main([words.get(word, word) for word in arguments]) in (2, 3)
+    assert main([str(words.get(word, word)) for word in arguments]) in (2, 3)
     out, err = capsys.readouterr()
     assert out == "" and err.startswith("smollm3: ") and err.count("\n") == 1 and "\0" not in err
 
@@ -102,7 +102,8 @@ def test_a_config_that_never_ends(tmp_path):
     for target in ("/dev/zero", tmp_path / "pipe"):
         (tmp_path / "config.json").unlink(missing_ok=True)
         (tmp_path / "config.json").symlink_to(target)
-        (tmp_path / "pipe").exists() or os.mkfifo(tmp_path / "pipe")
+        if not (tmp_path / "pipe").exists():
+            os.mkfifo(tmp_path / "pipe")
         with pytest.raises(ConfigError, match="cannot be read as JSON"):
             ModelConfig.from_hf(tmp_path)
 

@@ -1,4 +1,5 @@
 import json
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -18,7 +19,7 @@ def test_frequencies_equal_transformers(name, theta):
     transformers = pytest.importorskip("transformers")
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-    raw = raw_config(name) | {"hidden_size": 1024, "head_dim": 128}
+    raw: dict[str, Any] = raw_config(name) | {"hidden_size": 1024, "head_dim": 128}
     raw |= (
         {"rope_theta": theta}
         if "rope_theta" in raw

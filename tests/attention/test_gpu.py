@@ -1,9 +1,5 @@
-import json
 import logging
-import os
-import subprocess
-import sys
-from pathlib import Path
+import math
 
 import jax
 import jax.numpy as jnp
@@ -11,10 +7,11 @@ import no_gpu
 import numpy as np
 import pytest
 
+from sharding.mesh import make_mesh
+from sharding.rules import Sharding
 from smollm3_jax import nvidia
 from smollm3_jax.attention import attention, attention_after, cudnn, dispatch, gpu
 
-HERE = Path(__file__).resolve().parent
 BATCH, LENGTH, HEADS, KV_HEADS, WIDTH = 2, 24, 4, 2, 8
 
 # Rows of documents; the first has more than most bounds below, with one of a single token.
@@ -132,17 +129,53 @@ def test_merging_is_in_float32(as_on_gpu):
     np.testing.assert_allclose(np.asarray(out, np.float32), 1 / (1 + np.exp(scores[1] - scores[0])), rtol=4e-3)
 
 
+# Mesh axes, whether rows have several documents, and on how many devices each row's tokens lie.
+MESHES = {
+    "two devices a row": ({"context": 2, "fsdp": 2, "tensor": 2}, True),
+    "four devices a row": ({"context": 4, "tensor": 2}, True),
+    "every device has all key-value heads": ({"context": 2, "tensor": 4}, True),
+    "one document a row": ({"context": 4, "tensor": 2}, False),
+}
+
+
 @pytest.mark.slow
-def test_rows_on_several_devices_equal_whole_rows():
-    env = os.environ | {"PYTHONPATH": os.pathsep.join(str(HERE.parents[i]) for i in (1, 0)), "JAX_PLATFORMS": "cpu"}
-    env["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "true"
-    script = [sys.executable, str(HERE / "gpu_on_several_devices.py")]
-    run = subprocess.run(script, capture_output=True, text=True, env=env, check=False)
-    assert run.returncode == 0, run.stderr
-    report = json.loads(run.stdout.splitlines()[-1])
-    assert len(report) == 4
-    for name, differences in report.items():
-        assert max(differences) < 5e-3, (name, differences)
+@pytest.mark.parametrize("name", MESHES)
+def test_rows_on_several_devices_equal_whole_rows(name, as_on_gpu):
+    """The calls of cuDNN beside plain attention of whole rows: output and gradients."""
+    length = 64
+    q, k, v, g = arrays(jnp.float16, *((2, length, heads, WIDTH) for heads in (HEADS, KV_HEADS, KV_HEADS, HEADS)))
+    # Of the first row one document lies on many pieces, some inside of one, and the end is padding; the second's end
+    # where pieces do.
+    segments = np.ones((2, length), np.int32)
+    segments[0, 5:], segments[0, 42:], segments[0, 44:], segments[0, 60:] = 2, 3, 6, 0
+    segments[1, 8:], segments[1, 32:], segments[1, 33:] = 2, 3, 4
+    g = jnp.where((segments != 0)[:, :, None, None], g, 0)
+    axes, several = MESHES[name]
+    documents = jnp.asarray(segments) if several else None
+
+    def forward_and_back(q, k, v, g, segments, sharding=None):
+        masks = {} if segments is None else {"q_segments_BT": segments, "kv_segments_BS": segments}
+        out, back = jax.vjp(lambda q, k, v: attention(q, k, v, **masks, sharding=sharding), q, k, v)
+        return out, *back(g)
+
+    with as_on_gpu.context() as plain:
+        plain.setattr(dispatch, "platform_of", lambda sharding: "cpu")
+        expected = anew(forward_and_back, q, k, v, g, documents)
+    calls = []
+    as_on_gpu.setattr(cudnn, "forward", lambda *arguments: calls.append(arguments) or no_gpu.forward(*arguments))
+    as_on_gpu.setattr(gpu, "DOCUMENTS", 3)
+    axes = {axis: axes.get(axis, 1) for axis in ("fsdp", "context", "tensor")}
+    mesh = make_mesh(axes, jax.devices()[: math.prod(axes.values())])
+    sharding = Sharding.of(mesh, "fsdp_tp_cp").fitted({"kv_heads": KV_HEADS})
+    order = sharding.row_order(length)
+    in_order = [x[:, order] for x in (q, k, v, g)]
+    found = anew(
+        forward_and_back, *in_order, documents if documents is None else documents[:, order], sharding=sharding
+    )
+    assert calls
+    real = (segments != 0)[:, order, None, None]
+    for x, y in zip(found, expected, strict=True):
+        np.testing.assert_allclose(np.where(real, x, 0), np.where(real, y[:, order], 0), rtol=0, atol=5e-3)
 
 
 def lowered(function, *arguments):

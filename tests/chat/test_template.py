@@ -463,6 +463,7 @@ def released(full_release: Path) -> Tokenizer:
 
 def whole(tokenizer: Tokenizer, messages: Any, **options: Any) -> list[int]:
     """The ids of the rendering, whoever wrote the control tokens in it."""
+    assert tokenizer.chat_template is not None
     text = ours(tokenizer.chat_template, messages, special_tokens=tokenizer.special_tokens, **options)
     return tokenizer.encode(text, add_special_tokens=False)
 

@@ -1,4 +1,6 @@
 import dataclasses
+from collections.abc import Generator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -57,6 +59,9 @@ class Letters:
             return piece
 
         return step
+
+
+LETTERS: Any = Letters()
 
 
 def letters(tokens) -> str:
@@ -145,7 +150,8 @@ def test_samples_of_one_prompt_share_its_prefill(model, monkeypatch):
 
 def test_top_k_1_and_tiny_top_p_are_greedy(model):
     greedy = s3.generate(model, PROMPTS, s3.SamplingParams(max_new_tokens=8))
-    for params in ({"top_k": 1}, {"top_p": 1e-6}, {"min_p": 1.0}):
+    one_is_left: list[dict[str, Any]] = [{"top_k": 1}, {"top_p": 1e-6}, {"min_p": 1.0}]
+    for params in one_is_left:
         assert s3.generate(model, PROMPTS, s3.SamplingParams(max_new_tokens=8, temperature=2.0, **params)) == greedy
 
 
@@ -175,7 +181,7 @@ def test_text_ends_before_a_stop_text_however_tokens_cut_it(model):
         end = whole.find(stop)
         for steps in (1, 16):
             params = s3.SamplingParams(max_new_tokens=30, stop=["never", stop])
-            deltas = list(stream(model, [Request(PROMPTS[0], params)], tokenizer=Letters(), steps=steps))
+            deltas = list(stream(model, [Request(PROMPTS[0], params)], tokenizer=LETTERS, steps=steps))
             assert "".join(delta.text for delta in deltas) == whole[:end]
             assert [token for delta in deltas for token in delta.token_ids] == free[: end + length]
             assert [delta.finish_reason for delta in deltas][-1] == "stop"
@@ -185,7 +191,7 @@ def test_text_ends_before_a_stop_text_however_tokens_cut_it(model):
 def test_what_could_begin_a_stop_text_comes_out_at_the_end(model):
     free = s3.generate(model, [PROMPTS[0]], s3.SamplingParams(max_new_tokens=6))[0]
     params = s3.SamplingParams(max_new_tokens=6, stop=[letters(free) + "x"])
-    deltas = list(stream(model, [Request(PROMPTS[0], params)], tokenizer=Letters(), steps=2))
+    deltas = list(stream(model, [Request(PROMPTS[0], params)], tokenizer=LETTERS, steps=2))
     assert [delta.text for delta in deltas] == ["", "", letters(free)]
     assert deltas[-1].finish_reason == "length"
 
@@ -195,7 +201,7 @@ def test_a_thinking_budget_closes_the_thought(model):
 
     def think(budget, prompt, **params):
         params = s3.SamplingParams(max_new_tokens=8, max_thinking_tokens=budget, **params)
-        return complete(model, [Request(prompt, params)], tokenizer=Letters())[0].token_ids
+        return complete(model, [Request(prompt, params)], tokenizer=LETTERS)[0].token_ids
 
     # A model that always opens a thought: it is closed after the budget, and again when it opens the next.
     assert think(2, [5], logit_bias=bias) == [1, 1, 1, close, 1, close, 1, close]
@@ -208,7 +214,8 @@ def test_a_thinking_budget_closes_the_thought(model):
 
 
 def test_budgets_and_stop_texts_need_a_tokenizer(model):
-    for params in ({"max_thinking_tokens": 1}, {"stop": ["x"]}):
+    wanting: list[dict[str, Any]] = [{"max_thinking_tokens": 1}, {"stop": ["x"]}]
+    for params in wanting:
         with pytest.raises(OptionError, match="tokenizer"):
             s3.generate(model, [[1]], s3.SamplingParams(**params))
 
@@ -216,6 +223,7 @@ def test_budgets_and_stop_texts_need_a_tokenizer(model):
 def test_closing_the_stream_ends_it(model):
     deltas = stream(model, [Request(PROMPTS[0], s3.SamplingParams(max_new_tokens=100))], steps=2)
     assert len(next(deltas).token_ids) == 2
+    assert isinstance(deltas, Generator)
     deltas.close()
     assert list(deltas) == []
 
@@ -237,6 +245,7 @@ def test_a_prompt_in_pieces_is_the_prompt_at_once(model, monkeypatch):
     monkeypatch.setitem(module.CHUNK, "cpu", 32)
     (parts,) = complete(model, [Request(prompt, params)])
     assert parts.token_ids == whole.token_ids
+    assert parts.prompt_logprobs and whole.prompt_logprobs
     np.testing.assert_allclose(parts.prompt_logprobs, whole.prompt_logprobs, atol=2e-5)
 
 

@@ -68,7 +68,7 @@ def test_equals_transformers_processors():
     logits = random.standard_normal((1, VOCAB)).astype(np.float32) * 4
     prompt, said = [3, 5, 5, 9], [7, 3, 3, 12]
     params = SamplingParams(temperature=0.7, top_k=12, top_p=0.9, min_p=0.02, repetition_penalty=1.3)
-    expected, ids = torch.from_numpy(logits), torch.tensor([prompt + said])
+    expected, ids = torch.from_numpy(logits), torch.LongTensor([prompt + said])
     for process in (
         hf.RepetitionPenaltyLogitsProcessor(1.3),
         hf.TemperatureLogitsWarper(0.7),

@@ -1,9 +1,8 @@
 """Kernels for products with quantized weights: what they compute, in interpret mode, what takes them, what compiles."""
 
+import functools
 import logging
-import os
-import subprocess
-import sys
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +13,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from lanes import simulate
 
 from sharding import hlo
+from sharding.mesh import make_mesh
 from sharding.rules import Sharding
 from smollm3_jax.config import WEIGHT_SCHEMES
 from smollm3_jax.errors import SupportError
@@ -101,9 +101,9 @@ def test_inner_products_in_registers(lanes, parts, monkeypatch):
     """The kernel's own MLIR, thread by thread, against what stands for it in interpret mode."""
     random = np.random.RandomState(2)
     channels = 2 * 4 * 32 // lanes
-    bytes_ = random.randint(0, 256, (channels, lanes, 16)).astype(np.uint8)
+    bytes_: Any = random.randint(0, 256, (channels, lanes, 16)).astype(np.uint8)
     bytes_ = bytes_ if parts == 2 else bytes_.view(np.int8)
-    x = [random.standard_normal((lanes, 16)).astype(np.float32) for _ in range(parts)]
+    x: list[Any] = [random.standard_normal((lanes, 16)).astype(np.float32) for _ in range(parts)]
     layout = product_gpu._layout(lanes)
     expected = product_gpu._dot_interpreted(layout, jnp.asarray(bytes_), [jnp.asarray(part) for part in x])
     simulate(monkeypatch)
@@ -115,7 +115,7 @@ def test_inner_products_in_registers(lanes, parts, monkeypatch):
 def test_operands_in_registers(scheme, monkeypatch):
     """Every number of a group, scaled, in the column of the tensor cores' operand where the activations expect it."""
     values, scale, minimum = weight_of(64, 4 * WEIGHT_SCHEMES[scheme], scheme)
-    vectors = np.split(values.reshape(64, 4, -1), values.shape[1] // 64, axis=2)
+    vectors: Any = np.split(values.reshape(64, 4, -1), values.shape[1] // 64, axis=2)
     scales = [part.astype(np.float32) for part in (scale, minimum) if part is not None]
     expected = product_wgmma._unpack_interpreted(None, [jnp.asarray(v) for v in vectors], scales)
     simulate(monkeypatch)
@@ -185,9 +185,8 @@ def test_linear_by_a_kernel(scheme, monkeypatch):
     plain_value, plain_gradient = jax.value_and_grad(squares)(x)
     assert len(called) == 1
     np.testing.assert_allclose(value, plain_value, rtol=2e-2)
-    np.testing.assert_allclose(
-        *(np.asarray(g, np.float32) for g in (gradient, plain_gradient)), atol=2e-2 * float(jnp.abs(gradient).max())
-    )
+    got, want = (np.asarray(g, np.float32) for g in (gradient, plain_gradient))
+    np.testing.assert_allclose(got, want, atol=2e-2 * np.abs(got).max())
 
 
 def on(
@@ -219,31 +218,28 @@ def test_what_kernels_take(caplog):
     assert not on("gpu", rows=3) and "other than Hopper" in caplog.text
 
 
-SPLIT = """
-import functools
-import jax
-jax.config.update("jax_num_cpu_devices", 4)
-import jax.numpy as jnp
-import numpy as np
-from flax import nnx
-from sharding.mesh import make_mesh
-from sharding.rules import Sharding
-from smollm3_jax.kernels import product_tpu
-from smollm3_jax.quantize import dequantize, linear, quantized
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("rules", "axes", "shape", "contracted", "batch", "scheme", "expected"),
+    [
+        ("serve_tp", ("mlp", "embed"), (256, 512), 1, 4, "int4", [((2, 512), (128, 256))]),
+        ("serve_tp", ("embed", "heads", "head"), (128, 4, 256), 2, 4, "int8-g32", [((2, 512), (128, 512))]),
+        ("serve_tp", ("mlp", "embed"), (256, 512), 1, 1, "int8", [((1, 512), (128, 512))]),
+        # Rows and inputs on the same axis of the mesh: XLA divides the product as it can.
+        ({"embed": "data", "batch": "data"}, ("mlp", "embed"), (256, 512), 1, 4, "int8", []),
+    ],
+)
+def test_on_several_devices(rules, axes, shape, contracted, batch, scheme, expected, monkeypatch):
+    """Each device's kernel has its part: of rows and channels, of rows and inputs, and all rows where they are few."""
+    product, called = product_tpu.product, []
 
-product, called = product_tpu.product, []
+    def interpreted(x, values, *rest):
+        called.append((x.shape, values.shape))
+        return product(x, values, *rest, interpret=True)
 
-def interpreted(x, values, *rest):
-    called.append((x.shape, values.shape))
-    return product(x, values, *rest, interpret=True)
-
-product_tpu.product = interpreted
-mesh = make_mesh({"data": 2, "tensor": 2}, jax.devices())
-random = np.random.RandomState(0)
-
-def check(rules, axes, shape, contracted, batch, scheme, expected):
-    called.clear()
-    sharding = Sharding.of(mesh, rules)
+    monkeypatch.setattr(product_tpu, "product", interpreted)
+    sharding = Sharding.of(make_mesh({"data": 2, "tensor": 2}, jax.devices()[:4]), rules)
+    random = np.random.RandomState(0)
     w = nnx.Param(jnp.asarray(random.standard_normal(shape), jnp.float32), axes=axes)
     packed = quantized(w, scheme, contracted)
     whole = dequantize(packed.values[...], packed.scale[...], None if packed.minimum is None else packed.minimum[...])
@@ -256,19 +252,6 @@ def check(rules, axes, shape, contracted, batch, scheme, expected):
     want = np.asarray(x, np.float64).reshape(batch, -1) @ np.asarray(whole, np.float64).reshape(shape[0], -1).T
     assert np.abs(got - want).max() < 1e-5 * np.abs(want).max()
     assert called == expected, called
-
-check("serve_tp", ("mlp", "embed"), (256, 512), 1, 4, "int4", [((2, 512), (128, 256))])
-check("serve_tp", ("embed", "heads", "head"), (128, 4, 256), 2, 4, "int8-g32", [((2, 512), (128, 512))])
-check("serve_tp", ("mlp", "embed"), (256, 512), 1, 1, "int8", [((1, 512), (128, 512))])
-# Rows and inputs on the same axis of the mesh: XLA divides the product as it can.
-check({"embed": "data", "batch": "data"}, ("mlp", "embed"), (256, 512), 1, 4, "int8", [])
-"""
-
-
-@pytest.mark.slow
-def test_on_several_devices():
-    """Each device's kernel has its part: of rows and channels, of rows and inputs, and all rows where they are few."""
-    subprocess.run([sys.executable, "-c", SPLIT], env={**os.environ, "JAX_PLATFORMS": "cpu"}, check=True, timeout=120)
 
 
 def program_of(name: str, scheme: str, shape: tuple[int, ...], contracted: int, rows: int) -> list[hlo.Operation]:

@@ -2,6 +2,7 @@ import io
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from rich.console import Console
@@ -98,7 +99,7 @@ def test_rounds_are_interleaved(one_at_a_time):
             alive.remove(self.engine)
 
     alive: list[str] = []
-    start = {name: lambda name=name: Fake(name) for name in ("a", "b")}
+    start: Any = {name: lambda name=name: Fake(name) for name in ("a", "b")}
     samples = bench.measure(start, COMMANDS, 2, one_at_a_time, lambda text: None)
     measured = [(s["round"], s["what"], s["engine"]) for s in samples if s["round"]]
     order = ["load", *COMMANDS]

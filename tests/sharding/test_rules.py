@@ -1,3 +1,5 @@
+from typing import Any
+
 import jax
 import numpy as np
 import pytest
@@ -33,7 +35,7 @@ def test_fsdp_splits_the_width_over_all_axes():
 
 
 def test_a_table_of_ones_own():
-    rules = {"mlp": "tensor", "embed": ("x", "y")}
+    rules: Any = {"mlp": "tensor", "embed": ("x", "y")}
     assert named_sharding("w", AXES, SHAPE, mesh(tensor=2, x=2, y=2), rules).spec == PartitionSpec(
         None, "tensor", ("x", "y")
     )

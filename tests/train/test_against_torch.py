@@ -38,7 +38,7 @@ def test_twenty_steps_are_those_of_torch(tmp_path):
     for step in range(STEPS):
         ids = torch.tensor(tokens[step])
         for group in torch_adamw.param_groups:
-            group["lr"] = float(rate(step))
+            group["lr"] = float(np.asarray(rate(step)))
         wanted = reference(input_ids=ids, labels=ids).loss
         wanted.backward()
         torch.nn.utils.clip_grad_norm_(reference.parameters(), 1.0)

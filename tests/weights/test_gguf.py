@@ -8,6 +8,7 @@ import sys
 import time
 import tracemalloc
 from pathlib import Path
+from typing import Any
 
 import gguf
 import ml_dtypes
@@ -99,7 +100,7 @@ def write(path, tensors, keys=None, arch="llama", **options):
     return path
 
 
-def minimal(tmp_path, keys=None, arch="llama", **tensors):
+def minimal(tmp_path, keys=None, arch: Any = "llama", **tensors):
     """A file with an embedding, for what does not need a whole model."""
     embed = {"token_embd.weight": np.ones((VOCAB, HIDDEN), np.float32)}
     return write(tmp_path / "m.gguf", embed | tensors, keys, arch)
@@ -141,7 +142,7 @@ def test_plain_tensors_come_back_bit_for_bit(tmp_path, arch, dtype):
     assert {t.name for t in file.tensors} == {name_of(name) for name in original}
     read = {t.name: t for t in file.tensors}
     for name, array in original.items():
-        tensor = read[name_of(name)]
+        tensor = read[str(name_of(name))]
         assert (tensor.shape, tensor.dtype, tensor.file) == (array.shape, np.dtype(dtype).name, str(path))
         got = tensor.read()
         assert got.dtype == dtype and got.shape == array.shape
@@ -752,7 +753,7 @@ def test_every_command_reads_the_file_itself(tmp_path, capsys, monkeypatch):
     path = write(tmp_path / "m.gguf", stored, metadata("smollm3", vocab_size=rows) | keys, "smollm3")
     (tmp_path / "text.jsonl").write_text('{"text": "the quick brown fox"}\n')
     assert main(["convert", str(path), str(tmp_path / "hf")]) == 0
-    tokens = np.arange(12)[None]
+    tokens: Any = np.arange(12)[None]
     expected = reference_logits(reference_model(tmp_path / "hf"), tokens)
     assert np.abs(np.asarray(from_pretrained(path)(tokens)) - expected).max() <= bound(expected)
     calls = {

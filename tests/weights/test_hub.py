@@ -66,7 +66,7 @@ class Server(http.server.ThreadingHTTPServer):
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
-    server: Server
+    server: Server  # pyright: ignore[reportIncompatibleVariableOverride]
 
     def do_GET(self):
         hub, path = self.server, self.path.split("?")[0]
@@ -118,7 +118,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if self.command == "GET":
             self.wfile.write(body[:cut])
 
-    def log_message(self, *_):
+    def log_message(self, format, *args):
         pass
 
 
@@ -163,7 +163,7 @@ def pull(server, tmp_path):
         outcome, text = json.loads(out)  # so nothing else is on standard output
         return outcome, Path(text) if outcome == "ok" else text
 
-    pull.start = start
+    pull.start = start  # pyright: ignore[reportFunctionMemberAccess]
     return pull
 
 

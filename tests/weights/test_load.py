@@ -10,13 +10,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from jax.sharding import Mesh
 from refusal import refusal
 from tiny import LLAMA, random_tensors, random_tokens, raw_config, tiny_checkpoint, write_checkpoint
 
 import smollm3_jax
+from sharding.rules import ShardingError
 from smollm3_jax.commands.main import main
 from smollm3_jax.errors import (
     CheckpointFormatError,
@@ -26,6 +30,7 @@ from smollm3_jax.errors import (
     SupportError,
     TokenizerError,
 )
+from smollm3_jax.weights.key_map import parameters
 from smollm3_jax.weights.load import open_checkpoint
 
 ROOT = Path(__file__).parents[2]
@@ -70,7 +75,7 @@ def warnings(caplog) -> list[str]:
     return [record.message for record in caplog.records if record.levelno >= logging.WARNING]
 
 
-def edited(folder: Path, edit: Callable[[dict[str, np.ndarray]], Any], name: str = "plain", **fields: Any) -> Path:
+def edited(folder: Path, edit: Callable[[dict[str, np.ndarray]], Any], name: Any = "plain", **fields: Any) -> Path:
     """A checkpoint whose tensors, and config.json, were changed after they were made for each other."""
     raw = raw_config(name)
     tensors = random_tensors(raw)
@@ -306,7 +311,7 @@ def test_mixed_dtypes_need_a_choice(tmp_path, refused, capsys, caplog):
         model = smollm3_jax.from_pretrained(folder, dtype=dtype, stacked=True)
         assert {str(p.dtype) for p in (model.embed, model.norm, model.layers.q)} == {model.config.dtype}
         assert model.config.dtype == np.dtype(dtype if dtype != "bfloat16" else ml_dtypes.bfloat16).name
-        other = {"float32": "bfloat16", "bfloat16": "float32"}[model.config.dtype]
+        other = {"float32": "bfloat16", "bfloat16": "float32"}[str(model.config.dtype)]
         assert [r.message for r in caplog.records] == [f"casting {other} tensors to {model.config.dtype}"]
     # Conversion need not choose: it keeps every tensor as it is.
     smollm3_jax.convert(folder, tmp_path / "out")
@@ -614,83 +619,68 @@ def test_loading_with_a_tokenizer_of_another_model(tmp_path):
 
 # Placement
 
-ON_A_MESH = """
-import json, sys
-import jax
-jax.config.update("jax_platforms", "cpu")
-jax.config.update("jax_num_cpu_devices", 8)
-import numpy as np
-from jax.sharding import AxisType
-import smollm3_jax
-from smollm3_jax.weights.key_map import parameters
-from sharding.rules import ShardingError
-from tiny import random_tokens
 
-folder, odd, out = sys.argv[1:]
-mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
-tokens = random_tokens({"vocab_size": 160}, 2, 16)
-alone = smollm3_jax.from_pretrained(folder, stacked=True)
-model = smollm3_jax.from_pretrained(folder, mesh=mesh, stacked=True)
-report = {"devices": len(jax.devices()), "shards": {}, "same": {}}
-for name, param in parameters(model).items():
-    array = param[...]
-    report["shards"][name] = [
-        list(array.shape),
-        sorted({tuple(shard.data.shape) for shard in array.addressable_shards}),
-        len({shard.device for shard in array.addressable_shards}),
-        param.get_metadata("axes").index("embed") if "embed" in param.get_metadata("axes") else None,
-    ]
-    one = parameters(alone)[name][...]
-    report["same"][name] = len(one.devices()) == 1 and np.array_equal(np.asarray(one), np.asarray(array))
-difference = np.asarray(alone(tokens)) - np.asarray(jax.jit(type(model).__call__)(model, tokens))
-report["difference"] = float(np.abs(difference).max())
-square = jax.make_mesh((2, 4), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
-table = {"embed": "data", "mlp": "model"}
-mixed = smollm3_jax.from_pretrained(folder, mesh=square, rules=table)
-report["gate"] = sorted({tuple(shard.data.shape) for shard in mixed.layers[0].gate[...].addressable_shards})
-report["errors"] = []
-for arguments in (
-    (odd, {"mesh": mesh}),
-    (folder, {"mesh": mesh, "rules": {"embed": "tensor"}}),
-    (folder, {"mesh": mesh, "rules": {"embed": "data", "mlp": "data"}}),
-    (folder, {"mesh": mesh, "rules": "zero4"}),
-    (folder, {"rules": "fsdp"}),
-):
-    try:
-        smollm3_jax.from_pretrained(arguments[0], **arguments[1])
-    except (ShardingError, smollm3_jax.SmolLM3Error) as error:
-        report["errors"].append(f"{type(error).__name__}: {error}")
-smollm3_jax.save_pretrained(model, out)
-print(json.dumps(report))
-"""
+@pytest.fixture(scope="module")
+def biased(tmp_path_factory) -> Path:
+    return tiny_checkpoint(tmp_path_factory.mktemp("biased") / "hf", "all_biases")
 
 
-@pytest.mark.slow
-def test_on_a_mesh(tmp_path):
-    folder = tiny_checkpoint(tmp_path / "hf", "all_biases")
+@pytest.fixture(scope="module")
+def mesh() -> Mesh:
+    return Mesh(np.array(jax.devices()), ("data",))
+
+
+def test_on_a_mesh(biased, mesh, tmp_path):
+    """Every parameter is split along the model width; values, logits and what is saved are those of one device."""
+    alone = smollm3_jax.from_pretrained(biased, stacked=True)
+    model = smollm3_jax.from_pretrained(biased, mesh=mesh, stacked=True)
+    split = 0
+    for name, param in parameters(model).items():
+        array, axes = param[...], param.get_metadata("axes")
+        parts = {shard.data.shape for shard in array.addressable_shards}
+        assert parts == {tuple(n // 8 if axis == "embed" else n for n, axis in zip(array.shape, axes, strict=True))}
+        assert len({shard.device for shard in array.addressable_shards}) == 8, name
+        split += "embed" in axes
+        one = parameters(alone)[name][...]
+        assert len(one.devices()) == 1
+        np.testing.assert_array_equal(one, array)
+    assert split == 13  # all but the biases of q, k, v, gate and up
+    tokens = jnp.asarray(random_tokens({"vocab_size": 160}, 2, 16))
+    np.testing.assert_allclose(jax.jit(type(model).__call__)(model, tokens), alone(tokens), rtol=0, atol=1e-5)
+    smollm3_jax.save_pretrained(model, tmp_path / "out")
+    saved, original = open_checkpoint(tmp_path / "out").tensors, open_checkpoint(biased).tensors
+    assert {k: t.read().tobytes() for k, t in saved.items()} == {k: t.read().tobytes() for k, t in original.items()}
+
+
+def test_on_a_mesh_by_a_table_of_ones_own(biased):
+    square = Mesh(np.array(jax.devices()).reshape(2, 4), ("data", "model"))
+    mixed = smollm3_jax.from_pretrained(biased, mesh=square, rules={"embed": "data", "mlp": "model"})
+    assert {shard.data.shape for shard in mixed.layers[0].gate[...].addressable_shards} == {(24, 32)}
+
+
+@pytest.mark.parametrize(
+    ("rules", "words"),
+    [
+        ({"embed": "tensor"}, "embed -> tensor names no axis of the mesh"),
+        ({"embed": "data", "mlp": "data"}, "embed and mlp both lie on the mesh axis data"),
+        ("zero4", "no sharding strategy 'zero4'"),
+    ],
+)
+def test_rules_that_do_not_fit_the_mesh(rules, words, biased, mesh):
+    with pytest.raises(ShardingError, match=words):
+        smollm3_jax.from_pretrained(biased, mesh=mesh, rules=rules)
+
+
+def test_rules_without_a_mesh(biased):
+    with pytest.raises(OptionError, match="rules 'fsdp' need a mesh"):
+        smollm3_jax.from_pretrained(biased, rules="fsdp")
+
+
+def test_a_length_that_the_mesh_does_not_divide(mesh, tmp_path):
     raw = raw_config("plain") | {"hidden_size": 36, "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 6}
     odd = write_checkpoint(tmp_path / "odd", raw, random_tensors(raw))
-    run = python(ON_A_MESH, folder, odd, tmp_path / "out")
-    assert run.returncode == 0, run.stderr
-    report = json.loads(run.stdout.splitlines()[-1])
-    assert report["devices"] == 8
-    split = 0
-    for name, (whole, parts, devices, embed) in report["shards"].items():
-        wanted = [n // 8 if i == embed else n for i, n in enumerate(whole)]
-        split += embed is not None
-        assert parts == [wanted] and devices == 8, name
-    assert split == 13  # all but the biases of q, k, v, gate and up
-    assert all(report["same"].values())
-    assert report["difference"] < 1e-5
-    assert report["gate"] == [[24, 32]]
-    odd_length, no_axis, collision, no_rules, no_mesh = report["errors"]
-    assert "ShardingError: embed: embed has length 36, which 8 devices do not divide evenly" in odd_length
-    assert "embed -> tensor names no axis of the mesh" in no_axis
-    assert "embed and mlp both lie on the mesh axis data" in collision
-    assert "no sharding strategy 'zero4'" in no_rules
-    assert "OptionError: rules 'fsdp' need a mesh" in no_mesh
-    saved, original = open_checkpoint(tmp_path / "out").tensors, open_checkpoint(folder).tensors
-    assert {k: t.read().tobytes() for k, t in saved.items()} == {k: t.read().tobytes() for k, t in original.items()}
+    with pytest.raises(ShardingError, match="embed: embed has length 36, which 8 devices do not divide evenly"):
+        smollm3_jax.from_pretrained(odd, mesh=mesh)
 
 
 PEAK = """

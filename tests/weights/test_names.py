@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
@@ -92,7 +93,7 @@ def saved(folder: Path, case: str) -> tuple[Path, dict[str, Any]]:
 
 def ours(folder: Path, raw: dict[str, Any], dtype: str | None = None) -> np.ndarray:
     with jax.default_matmul_precision("highest"):
-        return np.asarray(smollm3_jax.from_pretrained(folder, dtype)(random_tokens(raw, 2, 16)))
+        return np.asarray(smollm3_jax.from_pretrained(folder, dtype)(jnp.asarray(random_tokens(raw, 2, 16))))
 
 
 @pytest.mark.parametrize("case", CASES)

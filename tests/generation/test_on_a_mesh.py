@@ -1,0 +1,69 @@
+"""Four devices say what one does: prompts in several pieces, samples, a cache split by heads or context."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax.sharding import Mesh
+from tiny import raw_config
+
+import smollm3_jax as s3
+from sharding.rules import Sharding
+from smollm3_jax.generation import api
+from smollm3_jax.generation.api import Request, complete
+from smollm3_jax.kv_cache import empty_cache
+from smollm3_jax.model import with_sharding
+
+SMALL = {"num_key_value_heads": 4, "num_hidden_layers": 2, "no_rope_layers": [1, 0]}
+CONFIG = s3.ModelConfig.from_hf(raw_config("untied") | SMALL)
+PROMPTS = np.random.RandomState(0).randint(3, 160, (2, 70))
+COMMON = {"max_new_tokens": 12, "logprobs": 0, "ignore_eos": True}
+REQUESTS = [
+    Request(PROMPTS[0].tolist(), s3.SamplingParams(**COMMON, n=2, temperature=0.7, top_p=0.9, seed=7)),
+    Request(PROMPTS[1][:33].tolist(), s3.SamplingParams(**COMMON, repetition_penalty=1.1)),
+]
+
+
+def build(sharding):
+    model = s3.SmolLM3(CONFIG, rngs=nnx.Rngs(0))
+    assert isinstance(model.head, nnx.Param)
+    model.head.set_value(model.head[...] * 20)  # neither all tokens alike nor one of them certain
+    if sharding is None:
+        return model
+
+    def put(param):
+        value = param[...]
+        return param.replace(jax.device_put(value, sharding.named("", param.get_metadata("axes"), value.shape)))
+
+    return with_sharding(jax.tree.map(put, model, is_leaf=lambda x: isinstance(x, nnx.Variable)), sharding)
+
+
+def outcome(sharding, cache_dtype):
+    """Tokens, their log-probabilities, and logits: in pieces with a cache, then of the whole."""
+    model, tokens = build(sharding), jnp.asarray(PROMPTS[:, :24])
+    done = complete(model, REQUESTS, cache_dtype=cache_dtype)
+    logits, cache = [], empty_cache(CONFIG, 2, 32, jnp.dtype("float32"), sharding)
+    for start, end in ((0, 13), (13, 14), (14, 20)):
+        some, cache = model(tokens[:, start:end], cache=cache)
+        logits.append(np.asarray(some))
+    whole = np.asarray(model(tokens))
+    return (
+        [completion.token_ids for completion in done],
+        np.concatenate([[chosen.logprob for chosen in completion.logprobs or ()] for completion in done]),
+        np.concatenate([*logits, whole], axis=1),
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("cache_dtype", "rules"), [(None, "serve_tp"), (None, "serve_tp_long"), ("int8", "serve_tp_long")]
+)
+def test_four_devices_say_what_one_does(cache_dtype, rules, monkeypatch):
+    monkeypatch.setattr(api, "CHUNK", {"cpu": 16})  # prompts in several pieces
+    mesh = Mesh(np.array(jax.devices()[:4]).reshape(2, 2), ("data", "tensor"))
+    alone, got = outcome(None, cache_dtype), outcome(Sharding.of(mesh, rules), cache_dtype)
+    assert got[0] == alone[0]
+    # Rounded sums may round a key to the next of 255 values.
+    np.testing.assert_allclose(got[1], alone[1], rtol=0, atol=0.05 if cache_dtype == "int8" else 1e-3)
+    np.testing.assert_allclose(got[2], alone[2], rtol=0, atol=1e-3)

@@ -1,0 +1,51 @@
+"""Every module has its test file at the same place below tests/; what has none says here where its tests are."""
+
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+# A module, or a folder of them, below smollm3_jax/ or the root -> why it has no test file of its own.
+ELSEWHERE = {
+    "attention/": "tests/test_attention.py and test_gpu.py call them through `attention` and `decode_attention`",
+    "chat/screen.py": "tests/chat/test_terminal.py looks at the screen",
+    "chat/slash_commands.py": "tests/chat/test_terminal.py",
+    "chat/template_process.py": "tests/chat/test_template.py renders through it",
+    "commands/": "tests/commands/test_commands.py and test_main.py run the commands as a user does",
+    "config_file.py": "tests/test_config.py reads and writes files",
+    "errors.py": "classes alone; whoever raises one has a test of it",
+    "file_kind.py": "tests/weights/test_foreign.py",
+    "generation/stats.py": "tests/generation/test_api.py",
+    "kernels/": "tests/kernels/test_product.py calls them through `product`; test_paged_gpu.py the norm",
+    "nvidia.py": "asks a driver that is not there",
+    "logs.py": "one function; whoever logs calls it",
+    "nesting.py": "tests/chat/test_parse.py and generation/test_jsonl.py",
+    "plan/report.py": "tests/plan/test_train.py and test_decode.py",
+    "plan/scale.py": "tests/plan/test_tables.py",
+    "progress.py": "tests/weights/test_hub.py and chat/test_terminal.py see the bars",
+    "sharding/collectives.py": "tests/sharding/test_roofline.py",
+    "sharding/hardware.py": "a table; tests/sharding/test_roofline.py reads it",
+    "sharding/products.py": "tests/sharding/test_roofline.py",
+    "sizes.py": "tests/generation/test_api.py, in the sizes of pieces",
+    "tokenizer_files.py": "tests/test_tokenizer.py",
+    "train/export.py": "tests/train/test_loop.py exports what a run leaves",
+    "train/report.py": "tests/train/test_monitor.py",
+    "weights/gguf_header.py": "tests/weights/test_gguf.py",
+    "weights/gguf_tokenizer.py": "tests/weights/test_gguf.py",
+    "weights/summary.py": "tests/commands/test_commands.py, in `inspect`",
+    "weights/texts.py": "tests/weights/test_save.py",
+    "weights/torch_files.py": "tests/weights/test_foreign.py",
+}
+
+
+def modules() -> list[str]:
+    """Paths below smollm3_jax/, and those of sharding/ with that name."""
+    package = [x.relative_to(ROOT / "smollm3_jax") for x in (ROOT / "smollm3_jax").rglob("*.py")]
+    beside = [x.relative_to(ROOT) for x in (ROOT / "sharding").glob("*.py")]
+    return sorted(x.as_posix() for x in [*package, *beside] if not x.name.startswith("__"))
+
+
+def test_every_module_has_its_test_file_or_says_where_its_tests_are():
+    without = [x for x in modules() if not (ROOT / "tests" / x).with_name(f"test_{Path(x).name}").is_file()]
+    elsewhere = tuple(ELSEWHERE)
+    assert not [
+        x for x in without if x not in ELSEWHERE and not x.startswith(tuple(e for e in elsewhere if e[-1] == "/"))
+    ]
