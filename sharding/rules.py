@@ -118,17 +118,17 @@ class Sharding:
         shards = self.parts("length")
         return None if shards == 1 or length % shards else balanced_order(length, shards)
 
-    def named(self, name: str, axes: tuple[str, ...], shape: tuple[int, ...]) -> NamedSharding:
-        """Where a parameter lies on the mesh.
+    def named(self, name: str, axes: tuple[str | None, ...], shape: tuple[int, ...]) -> NamedSharding:
+        """Where an array lies on the mesh.
 
         Args:
           name: what to call it in an error.
-          axes: logical axis name of each of its dimensions.
+          axes: logical axis name of each of its dimensions; None is one that is never split.
 
         Raises:
           ShardingError: two of its dimensions on one mesh axis, or one that its mesh axes do not divide.
         """
-        taken: dict[str, str] = {}
+        taken: dict[str, str | None] = {}
         for axis, length in zip(axes, shape, strict=True):
             for mesh_axis in self.mesh_axes(axis):
                 if mesh_axis in taken:
@@ -137,7 +137,7 @@ class Sharding:
                         f'leave one whole: {{..., "{axis}": None}}'
                     )
                 taken[mesh_axis] = axis
-            if self.fitting(axis, length) is None:
+            if length % self.parts(axis):
                 parts = self.parts(axis)
                 raise ShardingError(
                     f"{name}: {axis} has length {length}, which {parts} devices do not divide evenly; "

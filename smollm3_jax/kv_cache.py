@@ -8,15 +8,15 @@ Shapes: B rows (slots), S capacity, T new tokens, K key-value heads, E head widt
 """
 
 import dataclasses
-import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jax.experimental.layout import Layout, with_layout_constraint
-from jax.sharding import NamedSharding
 
+from sharding.arrays import spec, zeros
 from sharding.rules import Sharding, platform_of
 
 from .config import ModelConfig
@@ -78,42 +78,24 @@ class CacheView:
         return KVCache(layers, length_B if self.slot is None else cache.length.at[self.slot].set(length_B[0]))
 
 
+def cache_specs(config: ModelConfig, batch: int, capacity: int, dtype: Any) -> Any:
+    """A KVCache of ArraySpecs: `capacity` tokens in each of `batch` rows; dtype int8 stores it quantized."""
+    lengths = {"cache_heads": config.num_key_value_heads, "batch": batch, "context": capacity}
+    values, scales = spec(dtype, **lengths, head=config.head_dim), None
+    if jnp.dtype(dtype) == jnp.int8:
+        scales = spec(jnp.float32, **lengths)
+    layer = LayerCache(values, values, scales, scales)  # pyright: ignore[reportArgumentType]
+    return KVCache((layer,) * config.num_hidden_layers, spec(jnp.int32, batch=batch))  # pyright: ignore[reportArgumentType]
+
+
 def empty_cache(
-    config: ModelConfig, batch: int, capacity: int, dtype: jnp.dtype, sharding: Sharding | None = None
+    config: ModelConfig, batch: int, capacity: int, dtype: Any, sharding: Sharding | None = None
 ) -> KVCache:
-    """A cache with room for `capacity` tokens in each of `batch` rows; dtype int8 stores it quantized.
+    """A cache of `cache_specs` without a token.
 
     Writing past the capacity is the caller's mistake: XLA cannot raise.
     """
-    make = jax.jit(_empty, static_argnums=(0, 1, 2, 3), out_shardings=cache_shardings(config, dtype, sharding))
-    return make(config, batch, capacity, jnp.dtype(dtype))
-
-
-def _empty(config: ModelConfig, batch: int, capacity: int, dtype: jnp.dtype) -> KVCache:
-    shape = (config.num_key_value_heads, batch, capacity, config.head_dim)
-
-    def layer() -> LayerCache:
-        scales = (jnp.zeros(shape[:3], jnp.float32),) * 2 if dtype == jnp.int8 else (None, None)
-        return LayerCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), *scales)
-
-    return KVCache(tuple(layer() for _ in range(config.num_hidden_layers)), jnp.zeros((batch,), jnp.int32))
-
-
-def cache_shardings(config: ModelConfig, dtype: jnp.dtype, sharding: Sharding | None) -> KVCache | None:
-    """A KVCache of NamedShardings, one for each array; None on one device."""
-    if sharding is None:
-        return None
-    values = NamedSharding(sharding.mesh, sharding.spec(*AXES))
-    scales = NamedSharding(sharding.mesh, sharding.spec(*AXES[:3])) if jnp.dtype(dtype) == jnp.int8 else None
-    layer = LayerCache(values, values, scales, scales)  # pyright: ignore[reportArgumentType]
-    length = NamedSharding(sharding.mesh, sharding.spec("batch"))
-    return KVCache((layer,) * config.num_hidden_layers, length)  # pyright: ignore[reportArgumentType]
-
-
-def cache_bytes(config: ModelConfig, batch: int, capacity: int, dtype: jnp.dtype) -> int:
-    """What `empty_cache` allocates, over all devices."""
-    shapes = jax.eval_shape(lambda: _empty(config, batch, capacity, jnp.dtype(dtype)))
-    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes))
+    return zeros(cache_specs(config, batch, capacity, dtype), sharding)
 
 
 def write(

@@ -16,11 +16,12 @@ import pytest
 from jax.stages import Compiled
 
 from sharding import hlo
+from sharding.arrays import total_bytes
 from sharding.mesh import device_bytes
 from sharding.products import product
 from smollm3_jax.config import SMOLLM3_3B, ModelConfig
 from smollm3_jax.generation.device_loop import decode
-from smollm3_jax.kv_cache import cache_bytes
+from smollm3_jax.kv_cache import cache_specs
 from smollm3_jax.plan.decode import DecodeSetting
 from smollm3_jax.plan.devices import compile_for, sharding_for, topology
 from smollm3_jax.plan.memory import weight_bytes
@@ -179,7 +180,7 @@ def single(tmp_path_factory):
 
 def test_a_token_moves_the_weights_and_the_cache_once(single):
     program, _ = single
-    floor = weight_bytes(RELEASED, "bfloat16") + cache_bytes(RELEASED, 1, CAPACITY, jnp.bfloat16)
+    floor = weight_bytes(RELEASED, "bfloat16") + total_bytes(cache_specs(RELEASED, 1, CAPACITY, jnp.bfloat16))
     assert 0.999 * floor < program.model.bytes <= 6.9 * GB
 
 
@@ -251,7 +252,9 @@ def test_stacked_layers_are_copied():
     for stacked in (False, True):
         setting = DecodeSetting(config, sharding, 1, CAPACITY, stacked=stacked)
         moved[stacked] = setting.model_of(setting.compile()).bytes
-    assert moved[False] < 1.02 * (weight_bytes(config, "bfloat16") + cache_bytes(config, 1, CAPACITY, jnp.bfloat16))
+    assert moved[False] < 1.02 * (
+        weight_bytes(config, "bfloat16") + total_bytes(cache_specs(config, 1, CAPACITY, jnp.bfloat16))
+    )
     assert moved[True] > 1.2 * moved[False]
 
 

@@ -9,14 +9,14 @@ import pytest
 from jax.sharding import Mesh
 from tiny import raw_config
 
+from sharding.arrays import shardings, total_bytes
 from sharding.rules import Sharding
 from smollm3_jax.config import ModelConfig
 from smollm3_jax.kv_cache import (
     KVCache,
     LayerCache,
     advance,
-    cache_bytes,
-    cache_shardings,
+    cache_specs,
     copy_row,
     empty_cache,
     quantize_rows,
@@ -66,7 +66,7 @@ def test_an_empty_cache_holds_zeros(dtype):
         assert (layer.k_scale is None) == (dtype != "int8")
     leaves = jax.tree.leaves(cache)
     assert not any(x.any() for x in leaves)
-    assert cache_bytes(CONFIG, B, S, jnp.dtype(dtype)) == sum(x.nbytes for x in leaves)
+    assert total_bytes(cache_specs(CONFIG, B, S, dtype)) == sum(x.nbytes for x in leaves)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -136,7 +136,7 @@ def test_rows_of_several_devices_are_copied_alike(rules):
         lambda x: jnp.asarray(random.randint(0, 99, x.shape), x.dtype),
         empty_cache(CONFIG, 4, 32, jnp.dtype("float32")),
     )
-    spread = jax.device_put(alone, cache_shardings(CONFIG, jnp.dtype("float32"), sharding))
+    spread = jax.device_put(alone, shardings(cache_specs(CONFIG, 4, 32, "float32"), sharding))
     copied = jax.jit(copy_row, static_argnums=3)
     for source, target in ((0, 3), (3, 0), (1, 0), (2, 2)):
         got, expected = (

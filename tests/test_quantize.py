@@ -13,11 +13,11 @@ from gguf.quants import quantize as gguf_quantize
 from jax.sharding import Mesh, PartitionSpec
 from tiny import random_tokens, raw_config
 
+from sharding.arrays import zeros
 from sharding.rules import Sharding
 from smollm3_jax.config import WEIGHT_SCHEMES, ModelConfig, Quantization
 from smollm3_jax.errors import ConfigError
-from smollm3_jax.generation.api import _no_slots
-from smollm3_jax.generation.device_loop import decode
+from smollm3_jax.generation.device_loop import decode, slot_specs
 from smollm3_jax.kv_cache import empty_cache
 from smollm3_jax.model import SmolLM3
 from smollm3_jax.quantize import (
@@ -269,7 +269,7 @@ def test_decoding_keeps_no_unpacked_weights(scheme, batch):
     """XLA:CPU unpacks weights before the loop, or all layers' at once, wherever it is let."""
     config = config_of(scheme, hidden_size=512, intermediate_size=1024, num_hidden_layers=6)
     model = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), abstract_model(config, "bfloat16", stacked=False))
-    cache, slots_ = empty_cache(config, batch, 128, jnp.bfloat16), _no_slots(model, batch)
+    cache, slots_ = empty_cache(config, batch, 128, jnp.bfloat16), zeros(slot_specs(batch, config.vocab_size), None)
     compiled = decode.lower(model, cache, slots_, jnp.array(16)).compile()
     layer = 2 * (3 * 512 * 1024 + 2 * 512 * 256 + 2 * 512 * 128)  # bfloat16 bytes; there are six
     assert compiled.memory_analysis().temp_size_in_bytes < 2 * layer

@@ -9,9 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from sharding.arrays import total_bytes
 from smollm3_jax.generation.device_loop import MAX_STEPS, Slots, decode
 from smollm3_jax.generation.sampling import MAX_STOP_IDS, Choice, SamplingParams
-from smollm3_jax.kv_cache import KVCache, cache_bytes, empty_cache
+from smollm3_jax.kv_cache import KVCache, cache_specs, empty_cache
 from smollm3_jax.model import SmolLM3
 from smollm3_jax.plan.decode import DecodeSetting
 from smollm3_jax.plan.devices import sharding_for
@@ -59,7 +60,7 @@ def one(run: Run, case: str, model: SmolLM3, batch: int, held: int, capacity: in
     call()
     first = time.perf_counter() - begin
     times = scaled(timed(call, 3 if run.tiny else ROUNDS, before=reset), 1 / MAX_STEPS)
-    moved = shape.held_bytes(model) + cache_bytes(model.config, batch, held, jnp.dtype(cache_dtype))
+    moved = shape.held_bytes(model) + total_bytes(cache_specs(model.config, batch, held, cache_dtype))
     read = run.ceiling("read")
     run.say(
         "speed",

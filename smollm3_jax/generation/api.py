@@ -13,17 +13,19 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jax.sharding import NamedSharding
+
+from sharding.arrays import spec, zeros
 
 from ..compile_cache import enable
 from ..config import GenerationConfig, ModelConfig
 from ..errors import OptionError, memory_for, unknown_name
-from ..kv_cache import KVCache, empty_cache
+from ..kv_cache import KVCache, cache_specs
 from ..model import SmolLM3, where_it_lies
 from ..tokenizer import Tokenizer, tokenizer_of
-from .device_loop import MAX_STEPS, Chosen, Slots, decode, free, insert, prefill, slot_shardings
+from .device_loop import MAX_STEPS, Chosen, Slots, decode, free, insert, prefill, slot_specs
 from .prompt_lookup import MAX_DRAFT, can_draft, decode_lookup, remember
 from .sampling import ELSEWHERE, MAX_STOP_IDS, Choice, SamplingParams, with_defaults
 from .stats import Stats, counted
@@ -298,9 +300,7 @@ def _run(
     config = model.config, model.generation_config
     wait, stats = stats is not None, stats or Stats()
     with stats.timed():
-        cache = empty_cache(model.config, batch, room, cache_dtype, model.sharding)
-        history = np.full((batch, room), -1, np.int32) if lookup else None
-        cache, slots, history = _place(model, cache, _no_slots(model, batch), history)
+        cache, slots, history = _empty(model, batch, room, cache_dtype, drafts=lookup > 0)
     chunk = CHUNK.get(model.platform, ACCELERATOR_CHUNK)
     running: dict[int, _Sequence] = {}
     waiting = enumerate(requests)
@@ -479,18 +479,16 @@ def think_ids(tokenizer: Tokenizer | None) -> tuple[int, int]:
     return tuple(-1 if i is None else i for i in ids)  # pyright: ignore[reportReturnType]
 
 
-def _no_slots(model: SmolLM3, batch: int) -> Slots:
-    one = _Sequence(model, 0, 0, Request([0]), None).slot()
-    return jax.tree.map(lambda x: np.zeros((batch, *np.shape(x)), np.asarray(x).dtype), one)
-
-
-def _place(model: SmolLM3, cache: KVCache, slots: Slots, history: Any) -> tuple[KVCache, Slots, Any]:
-    """Everything where calls of `decode` leave it: if it came from elsewhere, the second call was compiled anew."""
-    if (sharding := model.sharding) is not None:
-        of_slot = NamedSharding(sharding.mesh, sharding.spec("batch"))
-        return cache, *jax.device_put((slots, history), (slot_shardings(sharding), of_slot))
+def _empty(model: SmolLM3, batch: int, room: int, cache_dtype: Any, drafts: bool) -> tuple[KVCache, Slots, Any]:
+    """Cache, slots and (for drafts) history, where calls of `decode` leave them: else the second call is compiled anew."""
+    history = spec(jnp.int32, batch=batch, places=room) if drafts else None
+    slots = slot_specs(batch, model.config.vocab_size)
+    cache = cache_specs(model.config, batch, room, cache_dtype)
+    made = zeros((cache, slots, history), model.sharding)
+    if model.sharding is not None:
+        return made
     devices = list(model.norm[...].devices())
-    return jax.device_put((cache, slots, history), devices[0] if len(devices) == 1 else None)
+    return jax.device_put(made, devices[0] if len(devices) == 1 else None)
 
 
 class _Sequence:

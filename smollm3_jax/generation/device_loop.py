@@ -16,13 +16,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.sharding import NamedSharding
 
+from sharding.arrays import shardings, spec
 from sharding.rules import Sharding
 
 from ..kv_cache import KVCache, copy_row
 from ..model import SmolLM3
-from .sampling import MAX_LOGPROBS, Choice, choose, log_probabilities
+from .sampling import MAX_LOGPROBS, MAX_STOP_IDS, Choice, choose, log_probabilities
 
 # On a GPU all of a call's tokens are one CUDA graph, so that nothing of them is launched by the host; by default a loop
 # is none, and every turn of it waits for the host. Only the whole list of kinds works. Other platforms ignore it.
@@ -56,14 +56,28 @@ class Slots:
     choice: Choice
 
 
-def slot_shardings(sharding: Sharding) -> Slots:
-    """Slots of NamedShardings: what has an entry for each token lies as the logits do."""
-    of_slot = NamedSharding(sharding.mesh, sharding.spec("batch"))
-    of_token = NamedSharding(sharding.mesh, sharding.spec("batch", "vocab"))
-    choice = Choice(**{field.name: of_slot for field in dataclasses.fields(Choice)})
-    choice = dataclasses.replace(choice, in_prompt=of_token, counts=of_token)
-    fields: dict[str, Any] = {field.name: of_slot for field in dataclasses.fields(Slots)}
-    return Slots(**fields | {"choice": choice})
+def slot_specs(batch: int, vocab_size: int) -> Any:
+    """Slots of ArraySpecs: what has an entry for each token of the vocabulary lies as the logits do."""
+    index, flag = spec(jnp.int32, batch=batch), spec(bool, batch=batch)
+    return Slots(
+        token=index,
+        active=flag,
+        generated=index,
+        limit=index,
+        stop_ids=spec(jnp.int32, batch=batch, stops=MAX_STOP_IDS),
+        think_ids=spec(jnp.int32, batch=batch, marks=2),
+        thinking=flag,
+        think_left=index,
+        choice=Choice.specs(batch, vocab_size),
+    )
+
+
+def as_they_came(slots: Slots, sharding: Sharding | None) -> Slots:
+    """Inside a program: left to itself the compiler spreads some of them otherwise than they came. The next call would
+    be compiled anew, and what was donated not be used."""
+    if sharding is None:
+        return slots
+    return jax.lax.with_sharding_constraint(slots, shardings(slot_specs(*slots.choice.counts.shape), sharding))
 
 
 @jax.tree_util.register_dataclass
@@ -175,11 +189,7 @@ def decode(model: SmolLM3, cache: KVCache, slots: Slots, steps: Array) -> tuple[
         return step + 1, cache, _advance(slots, token_B), chosen
 
     _, cache, slots, chosen = jax.lax.while_loop(unfinished, body, (jnp.array(0, jnp.int32), cache, slots, chosen))
-    if model.sharding is not None:
-        # Left to itself the compiler spreads some of them otherwise than they came: the next call would be
-        # compiled anew, and what was donated not be used.
-        slots = jax.lax.with_sharding_constraint(slots, slot_shardings(model.sharding))
-    return cache, slots, chosen
+    return cache, as_they_came(slots, model.sharding), chosen
 
 
 def _close_thinking(token_B: Array, slots: Slots) -> Array:

@@ -17,7 +17,7 @@ from jax import Array
 
 from ..kv_cache import KVCache
 from ..model import SmolLM3
-from .device_loop import COMPILER_OPTIONS, MAX_STEPS, Slots, slot_shardings
+from .device_loop import COMPILER_OPTIONS, MAX_STEPS, Slots, as_they_came
 from .sampling import SamplingParams
 
 # So many tokens must have occurred before, in the same order.
@@ -121,8 +121,8 @@ def decode_lookup(
         jnp.zeros(2, jnp.int32),
     )
     cache, slots, history_BS, new_BN, _, tally_2 = jax.lax.while_loop(unfinished, body, state)
-    if model.sharding is not None:  # as in `decode`
-        slots = jax.lax.with_sharding_constraint(slots, slot_shardings(model.sharding))
+    slots = as_they_came(slots, model.sharding)
+    if model.sharding is not None:
         history_BS = model.sharding.constrain(history_BS, "batch", None)
     return cache, slots, history_BS, new_BN, tally_2
 

@@ -18,6 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from sharding.arrays import spec
+
 from ..config import GenerationConfig
 from ..errors import ConfigError, OptionError, unknown_name
 
@@ -230,6 +232,18 @@ class Choice:
     biases: Any
     in_prompt: Any
     counts: Any
+
+    @classmethod
+    def specs(cls, batch: int, vocab_size: int) -> Any:
+        """A Choice of ArraySpecs."""
+        number, index = spec(jnp.float32, batch=batch), spec(jnp.int32, batch=batch)
+        fields: dict[str, Any] = {name: number for name in ("temperature", "top_p", "min_p")}
+        fields |= {name: number for name in ("repetition", "presence", "frequency")}
+        fields |= {"top_k": index, "logprobs": index, "seed": spec(jnp.uint32, batch=batch)}
+        fields |= {"bias_ids": spec(jnp.int32, batch=batch, biases=MAX_BIASES)}
+        fields |= {"biases": spec(jnp.float32, batch=batch, biases=MAX_BIASES)}
+        fields |= {"in_prompt": spec(bool, batch=batch, vocab=vocab_size)}
+        return cls(**fields, counts=spec(jnp.int32, batch=batch, vocab=vocab_size))
 
     @classmethod
     def of(cls, params: SamplingParams, prompt: Sequence[int], sample: int, vocab_size: int) -> "Choice":

@@ -9,12 +9,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from flax import nnx
-from jax.sharding import NamedSharding
 from jax.stages import Compiled
 
 from sharding import hlo
+from sharding.arrays import ArraySpec, shapes, specs_of
 from sharding.hardware import Chip, chip_of
 from sharding.mesh import device_bytes
 from sharding.products import KernelCost
@@ -24,13 +22,12 @@ from sharding.rules import Sharding
 from ..config import ModelConfig
 from ..errors import OptionError
 from ..files import write_output
-from ..generation.device_loop import Slots, decode, prefill, slot_shardings
-from ..generation.sampling import MAX_STOP_IDS, Choice, SamplingParams
-from ..kv_cache import KVCache, cache_shardings, empty_cache
+from ..generation.device_loop import Slots, decode, prefill, slot_specs
+from ..kv_cache import KVCache, cache_specs
 from ..model import SmolLM3
 from ..weights.key_map import abstract_model
 from ..weights.quantized import with_scheme
-from .devices import DoesNotFit, compile_for, sharding_for, topology, with_sharding
+from .devices import DoesNotFit, compile_for, sharding_for, topology
 from .report import assumptions, collectives, program, times
 
 FLOOR = "the floor: all weights and the full cache once a token, at the bandwidth"
@@ -56,29 +53,20 @@ class DecodeSetting:
 
     @functools.cached_property
     def model(self) -> SmolLM3:
-        def sharded(param: nnx.Variable) -> nnx.Variable:
-            axes, value = param.get_metadata("axes"), param.get_value()
-            return param.replace(with_sharding(value, self.sharding.named("weight", axes, value.shape)))
-
         model = abstract_model(self.config, jnp.bfloat16, stacked=self.stacked, sharding=self.sharding)
-        return jax.tree.map(sharded, model, is_leaf=lambda x: isinstance(x, nnx.Variable))
+        return shapes(specs_of(model), self.sharding)
 
     @functools.cached_property
     def cache(self) -> KVCache:
-        dtype = jnp.dtype(self.cache_dtype)
-        cache = jax.eval_shape(lambda: empty_cache(self.config, self.batch, self.context, dtype))
-        return jax.tree.map(with_sharding, cache, cache_shardings(self.config, dtype, self.sharding))
+        return shapes(cache_specs(self.config, self.batch, self.context, self.cache_dtype), self.sharding)
 
     @functools.cached_property
     def slots(self) -> Slots:
-        slots = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct((self.batch, *np.shape(x)), x.dtype), _one_slot(self.config)
-        )
-        return jax.tree.map(with_sharding, slots, slot_shardings(self.sharding))
+        return shapes(slot_specs(self.batch, self.config.vocab_size), self.sharding)
 
     def scalar(self, *shape: int) -> jax.ShapeDtypeStruct:
         """Of int32, the same on every device."""
-        return jax.ShapeDtypeStruct(shape, jnp.int32, sharding=NamedSharding(self.sharding.mesh, self.sharding.spec()))
+        return shapes(ArraySpec(shape, jnp.dtype(jnp.int32), (None,) * len(shape)), self.sharding)
 
     def compile(self) -> Compiled:
         """The decode loop."""
@@ -111,21 +99,6 @@ class DecodeSetting:
             length = max(math.prod(shape.dims) for shape in op.shapes) // (heads * width)
             return KernelCost(4 * heads * length * length * width / 2, 0.0, share=0.5)
         return None
-
-
-def _one_slot(config: ModelConfig) -> Slots:
-    number, flag = np.int32(0), np.bool_(False)
-    return Slots(
-        token=number,
-        active=flag,
-        generated=number,
-        limit=number,
-        stop_ids=np.zeros(MAX_STOP_IDS, np.int32),
-        think_ids=np.zeros(2, np.int32),
-        thinking=flag,
-        think_left=number,
-        choice=Choice.of(SamplingParams(), [0], 0, config.vocab_size),
-    )
 
 
 def plan_decode(

@@ -85,11 +85,6 @@ def _use_libtpu() -> None:
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
 
 
-def with_sharding(x: Any, sharding: Any) -> jax.ShapeDtypeStruct:
-    """The shape and dtype of an array, with a sharding."""
-    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
-
-
 def sharding_for(
     config: ModelConfig, devices: list[Any], rules: str, axes: Mapping[str, int] | None, slices: int = 1
 ) -> Sharding:

@@ -6,11 +6,12 @@ from collections.abc import Iterable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
+
+from sharding.arrays import total_bytes
 
 from ..config import WEIGHT_SCHEMES, ModelConfig
 from ..errors import ConfigError
-from ..kv_cache import cache_bytes
+from ..kv_cache import cache_specs
 from ..weights.key_map import abstract_model, count_parameters
 from ..weights.quantized import with_scheme
 
@@ -29,7 +30,7 @@ def plan_memory(config: ModelConfig, batch: int = 1, contexts: Iterable[int] = C
         with contextlib.suppress(ConfigError):
             weights[name] = weight_bytes(config, name)
     caches = {
-        name: {str(n): cache_bytes(config, batch, n, jnp.dtype(name)) for n in contexts}
+        name: {str(n): total_bytes(cache_specs(config, batch, n, name)) for n in contexts}
         for name in ("bfloat16", "int8")
     }
     return {

@@ -8,10 +8,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding
 from jax.stages import Compiled
 
 from sharding import hlo
+from sharding.arrays import shapes, spec, specs_of
 from sharding.hardware import Chip
 from sharding.mesh import device_bytes
 from sharding.products import KernelCost
@@ -23,10 +23,10 @@ from ..errors import OptionError
 from ..files import write_output
 from ..train.optimizer import adamw
 from ..train.options import COMPILER_OPTIONS, REMAT, StepOptions
-from ..train.state import Batch, TrainState, init_state, state_shardings
+from ..train.state import Batch, TrainState, init_state
 from ..train.step import train_step
 from ..weights.key_map import abstract_model, count_parameters
-from .devices import DoesNotFit, compile_for, sharding_for, topology, with_sharding
+from .devices import DoesNotFit, compile_for, sharding_for, topology
 from .report import assumptions, bound_by, collectives, program, times
 
 _OPTIMIZER = adamw(2e-4)
@@ -54,7 +54,7 @@ class TrainSetting:
         """
         model = abstract_model(self.config, jnp.float32, sharding=self.sharding)
         state = jax.eval_shape(lambda model: init_state(model, _OPTIMIZER), model)
-        state = jax.tree.map(with_sharding, state, state_shardings(state, self.sharding))
+        state = shapes(specs_of(state), self.sharding)
         parts = self.sharding.parts("batch")
         if self.batch % (parts * self.options.micro_batches):
             raise OptionError(
@@ -62,8 +62,7 @@ class TrainSetting:
                 f"{self.options.micro_batches} micro-batches; make it a multiple of "
                 f"{parts * self.options.micro_batches}"
             )
-        by_row = NamedSharding(self.sharding.mesh, self.sharding.spec("batch", None))
-        tokens = jax.ShapeDtypeStruct((self.batch, self.length), jnp.int32, sharding=by_row)
+        tokens = shapes(spec(jnp.int32, batch=self.batch, row=self.length), self.sharding)
         return state, Batch(tokens, tokens)
 
     def compile(self) -> Compiled:

@@ -12,8 +12,8 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 from jax import Array
-from jax.sharding import NamedSharding
 
+from sharding.arrays import shardings, specs_of
 from sharding.rules import Sharding
 
 
@@ -88,12 +88,4 @@ def updates_of(state: TrainState) -> Array:
 def state_shardings(tree: Any, sharding: Sharding) -> Any:
     """NamedShardings for a tree of parameters or of an optimizer's state: each lies as its parameter does."""
 
-    def place(x: Any) -> Any:
-        if not isinstance(x, nnx.Variable):
-            return NamedSharding(sharding.mesh, sharding.spec())
-        if x.get_value() is None:  # of the other part
-            return x
-        axes, shape = x.get_metadata("axes"), x.get_value().shape
-        return x.replace(sharding.named("parameter", axes, shape))
-
-    return jax.tree.map(place, tree, is_leaf=lambda x: isinstance(x, nnx.Variable))
+    return shardings(specs_of(tree), sharding)
