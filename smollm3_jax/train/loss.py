@@ -1,8 +1,9 @@
 """Next-token cross-entropy that never holds the logits of a whole batch.
 
-It goes through the tokens a chunk at a time. Where gradients are wanted, each chunk's are computed at once,
+It takes the tokens a chunk at a time. Where gradients are wanted, each chunk's are computed at once,
 while its logits are there: three products with the embedding, none of them twice. The embedding's gradient is
-added up on every device for itself and put together once, behind the loop. (Or, for the least memory, `by_words`.)
+added up on every device by itself and summed over the devices once, after the loop. (Or, for the least memory,
+`by_words`.)
 
 Shapes: B rows, T tokens of a row, N tokens of a device, C chunks of t tokens, D model width, V vocabulary
 (a device's part of it), pieces of v words.
@@ -120,7 +121,7 @@ def _everywhere(
         if spread_axes:
             gradient_VD = jax.lax.psum_scatter(gradient_VD, spread_axes, scatter_dimension=1, tiled=True)
         if spread_axes and platform_of(sharding) == "gpu":
-            # It comes in columns, and would go on so: see `_product_backward` in quantize.py.
+            # It is laid out by columns, and would stay so: see `_product_backward` in quantize.py.
             gradient_VD = with_layout_constraint(gradient_VD, Layout(major_to_minor=(0, 1)))
         return jax.lax.psum(gradient_VD, summed_axes) if summed_axes else gradient_VD
 
@@ -149,7 +150,8 @@ def _on_device(
 ) -> tuple:
     """((both sums), gradient of x, gradient of head) of these tokens; the gradients only if asked for.
 
-    settle puts the parts of the head's gradient together that the devices have.
+    settle sums the parts of the head's gradient that the devices have. (Long, as all of its parts share the chunks and
+    what is summed over the mesh's axes.)
     """
     words, width = head_VD.shape
     count = labels_BT.size

@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 
-# What the backward pass finds kept, the rest it computes again; from all that matters to nothing but each layer's
+# What is kept for the backward pass, which computes the rest again; from all that matters to nothing but each layer's
 # input, on the device or in the host's memory, where the loss computes its logits twice as well. (`block` in model.py
 # gives the names.)
 _INPUT = "input_bits"  # on a CPU; elsewhere a layer's input is kept in any case
@@ -25,7 +25,7 @@ REMAT: dict[str, Callable[..., Any] | None] = {
         offload_dst="pinned_host",
     ),
 }
-# What the compiler is told, by platform. On TPU products wait for whole gathered weights, which come ahead of
+# What the compiler is told, by platform. On TPU products wait for whole gathered weights, which arrive ahead of
 # their use, instead of going through pieces as these arrive. Each weight's gradient is reduced while the next one's
 # product runs: that takes all three of the other options, as reductions that were combined into one stay synchronous.
 COMPILER_OPTIONS: dict[str, dict[str, Any]] = {

@@ -1,4 +1,4 @@
-"""What a training run is told: dataclasses, filled from TOML files and `section.key=value` words.
+"""The settings of a training run: dataclasses, filled from TOML files and `section.key=value` words.
 
 A run folder keeps the resolved settings, so every default is written down there.
 """
@@ -21,7 +21,9 @@ from .options import REMAT
 
 SCHEDULES = ("constant", "wsd", "cosine", "linear")
 POLICIES = ("stop", "rollback", "ignore")
-BESIDE = "recipe:"  # begins a path of a file that the package ships beside its recipes
+SHIPPED = "recipe:"  # begins the path of a file that the package ships with its recipes
+RECIPES = Path(__file__).parent / "recipes"
+MOST_BYTES = 2**24  # of a file of settings
 SOURCE_FORMATS = ("jsonl", "parquet", "arrayrecord", "text", "tokens", "hf")
 
 T = TypeVar("T")
@@ -69,13 +71,12 @@ class DataSettings:
     """path: of the only source, its format and field as in a source's table; or sources: by name; per_file makes a
     source of each file of path.
 
-    length: tokens of a row. rows: of a step, over all devices. epochs: how often the documents are read (0: no end).
-    shuffle: documents are read in an order drawn anew in each epoch: of Parquet, whole row groups are decoded for
-    one, so that `smollm3 tokenize` pays. eval_path: documents held out, a folder or a file, of eval_format (guessed if
-    "") and with the same field; or eval_every_nth: every
-    n-th document of each source is held out (0: none). bad_records: how many unreadable documents of a source are
-    skipped before the run stops. max_document_bytes: longer ones count as unreadable. timeout: seconds that a batch
-    may take.
+    length: tokens of a row. rows: of a step, over all devices. epochs: how often the documents are read (0: without
+    end). shuffle: read them in an order drawn anew in each epoch; for one document of Parquet a whole row group is
+    decoded, so `smollm3 tokenize` pays. eval_path: held-out documents, a folder or a file, of eval_format (guessed if
+    "") and with the same field; or eval_every_nth: every n-th document of each source is held out (0: none).
+    bad_records: how many unreadable documents of a source are skipped before the run stops. max_document_bytes:
+    longer ones count as unreadable. timeout: seconds that a batch may take.
     """
 
     path: str = ""
@@ -114,8 +115,8 @@ class OptimizerSettings:
 
 @dataclasses.dataclass(frozen=True)
 class StepSettings:
-    """remat: a key of step.REMAT. micro_batches: into how many parts a step's rows are split, which
-    are computed one after the other. z_loss: its weight.
+    """remat: a key of options.REMAT. micro_batches: into how many parts a step's rows are split, which are computed one
+    after the other. z_loss: its weight in what is minimised.
 
     deterministic: two equal steps give equal bits on a GPU too, which costs speed; a CPU and a TPU do so anyway.
     """
@@ -154,8 +155,8 @@ class EvaluationSettings:
 
 @dataclasses.dataclass(frozen=True)
 class GuardSettings:
-    """When to give up. skips: so many steps in a row without a finite gradient. spike: a loss so many standard
-    deviations above the mean of the last `window` steps (0: none). policy: stop, rollback (to the last good
+    """When to give up. skips: steps in a row without a finite gradient. spike: by how many standard deviations a
+    loss exceeds the mean of the last `window` steps (0: none). policy: stop, rollback (to the last good
     checkpoint, past the batches since) or ignore; retries: how many rollbacks."""
 
     skips: int = 10
@@ -207,17 +208,9 @@ class Settings:
     stages: tuple[Stage, ...] = ()
 
 
-# Of a file of settings.
-MOST_BYTES = 2**24
-
-
-def recipes_folder() -> Path:
-    return Path(__file__).parent / "recipes"
-
-
 def recipes() -> dict[str, Path]:
     """Name -> file of every recipe that the package ships."""
-    return {file.stem: file for file in sorted(recipes_folder().glob("*.toml"))}
+    return {file.stem: file for file in sorted(RECIPES.glob("*.toml"))}
 
 
 def read_settings(config: str, words: Sequence[str] = ()) -> Settings:
@@ -246,8 +239,8 @@ def read_settings(config: str, words: Sequence[str] = ()) -> Settings:
         parse(alone, f"the setting {word[:200]}")  # a mistake in it is none of the file's
     settings = parse(table, str(file))
     check(settings)
-    if settings.data.path.startswith(BESIDE):
-        own = str(recipes_folder() / settings.data.path.removeprefix(BESIDE))
+    if settings.data.path.startswith(SHIPPED):
+        own = str(RECIPES / settings.data.path.removeprefix(SHIPPED))
         settings = dataclasses.replace(settings, data=dataclasses.replace(settings.data, path=own))
     return settings
 
@@ -263,45 +256,55 @@ def as_table(settings: Any) -> Any:
 
 
 def check(settings: Settings) -> None:
-    """Raises OptionError for values that cannot be meant."""
+    """Raises OptionError for values out of range, or that contradict each other."""
     s = settings
 
-    def need(what: str, holds: bool, out: str) -> None:
+    def need(holds: bool, said: str) -> None:
         if not holds:
-            raise OptionError(f"{what}: {out}")
+            raise OptionError(said)
 
-    need("run.dir", s.run.dir != "", "say where the run is to live: run.dir=FOLDER")
-    need("run.steps", s.run.steps > 0, "say how many updates: run.steps=N")
-    need("model.dtype", s.model.dtype in DTYPES, f"{s.model.dtype!r}: there are {', '.join(DTYPES)}")
-    need("model.path", bool(s.model.path) != bool(s.model.config), "give either model.path or model.config")
-    need("data", bool(s.data.path) != bool(s.data.sources), "give either data.path or [data.sources.NAME] tables")
-    need("data.length", s.data.length >= 2, "at least 2")
-    need("data.rows", s.data.rows >= 1, "at least 1")
-    need("data.eval_every_nth", s.data.eval_every_nth >= 0 and s.data.eval_every_nth != 1, "0, or at least 2")
-    need("data.eval_path", not (s.data.eval_path and s.data.eval_every_nth), "give it or data.eval_every_nth")
-    need("log.every", s.log.every >= 1, "at least 1")
-    need("log.profile", re.fullmatch(r"(\d+(-\d+)?)?", s.log.profile) is not None, "steps like 10-12")
-    need("guard.window", s.guard.window >= 2, "at least 2")
-    need("optimizer.schedule", s.optimizer.schedule in SCHEDULES, f"there are {', '.join(SCHEDULES)}")
-    need("step.remat", s.step.remat in REMAT, f"there are {', '.join(REMAT)}")
-    need("checkpoint.keep", s.checkpoint.keep >= 2, "at least 2: the newest may turn out to be damaged")
-    need("guard.policy", s.guard.policy in POLICIES, f"there are {', '.join(POLICIES)}")
+    def one_of(key: str, value: str, choices: Sequence[str]) -> None:
+        need(value in choices, f"{key} is {value!r}; choose one of {', '.join(filter(None, choices))}")
+
+    def at_least(key: str, value: float, least: float, why: str = "") -> None:
+        need(value >= least, f"{key} is {value}; it must be at least {least}{why}")
+
+    need(s.run.dir != "", "run.dir is not given: name the folder of the run, run.dir=FOLDER")
+    need(s.run.steps > 0, f"run.steps is {s.run.steps}; give the number of updates, run.steps=N")
+    one_of("model.dtype", s.model.dtype, tuple(DTYPES))
+    need(bool(s.model.path) != bool(s.model.config), "model: give either model.path or model.config")
+    need(bool(s.data.path) != bool(s.data.sources), "data: give either data.path or [data.sources.NAME] tables")
+    at_least("data.length", s.data.length, 2)
+    at_least("data.rows", s.data.rows, 1)
+    nth = s.data.eval_every_nth
+    need(nth >= 0 and nth != 1, f"data.eval_every_nth is {nth}; it must be 0, or at least 2")
+    need(not (s.data.eval_path and nth), "data: give either data.eval_path or data.eval_every_nth")
+    at_least("log.every", s.log.every, 1)
+    profile = s.log.profile
+    need(re.fullmatch(r"(\d+(-\d+)?)?", profile) is not None, f"log.profile is {profile!r}; give steps, as in 10-12")
+    at_least("guard.window", s.guard.window, 2)
+    one_of("optimizer.schedule", s.optimizer.schedule, SCHEDULES)
+    one_of("step.remat", s.step.remat, tuple(REMAT))
+    at_least("checkpoint.keep", s.checkpoint.keep, 2, ", as the newest may turn out to be damaged")
+    one_of("guard.policy", s.guard.policy, POLICIES)
     _, *begins = starts(s)
-    need("stages", begins == sorted(set(begins)), "their starts must increase")
-    need("stages", all(0 < start < s.run.steps for start in begins), "their starts lie between 0 and run.steps")
-    formats = {"data.format": s.data.format, "data.eval_format": s.data.eval_format}
-    formats |= {f"data.sources.{name}.format": source.format for name, source in s.data.sources.items()}
-    for key, value in formats.items():
-        need(key, value in ("", *SOURCE_FORMATS), f"{value!r}: there are {', '.join(SOURCE_FORMATS)}")
+    need(begins == sorted(set(begins)), f"stages start at {begins}; their starts must increase")
+    need(
+        all(0 < start < s.run.steps for start in begins),
+        f"stages start at {begins}; their starts must lie between 0 and run.steps={s.run.steps}",
+    )
+    for key in ("format", "eval_format"):
+        one_of(f"data.{key}", getattr(s.data, key), ("", *SOURCE_FORMATS))
     for name, source in s.data.sources.items():
-        need(f"data.sources.{name}.weight", source.weight >= 0, "not negative")
+        one_of(f"data.sources.{name}.format", source.format, ("", *SOURCE_FORMATS))
+        at_least(f"data.sources.{name}.weight", source.weight, 0)
     for stage in s.stages:
         for name in stage.weights:
-            need("stages.weights", name in s.data.sources, f"there is no source {name!r} in data.sources")
+            need(name in s.data.sources, f"stages.weights names {name!r}, and data.sources has no source of that name")
     for start in starts(s):
         stage = stage_at(s, start)[1]
         fits = stage.micro_batches >= 1 and stage.rows % stage.micro_batches == 0
-        need("step.micro_batches", fits, f"{stage.rows} rows do not fall into {stage.micro_batches} equal parts")
+        need(fits, f"step.micro_batches: {stage.rows} rows do not split into {stage.micro_batches} equal parts")
 
 
 def starts(settings: Settings) -> list[int]:
@@ -332,7 +335,7 @@ def _override(table: dict[str, Any], word: str) -> None:
     path, equals, text = word.partition("=")
     keys = path.split(".")
     if not equals:
-        raise OptionError(f"{word!r}: say section.key=value")
+        raise OptionError(f"{word!r} is no setting; write section.key=value")
     try:
         value = tomllib.loads(f"value = {text}")["value"]
     except (tomllib.TOMLDecodeError, RecursionError):
@@ -352,7 +355,7 @@ def _fill(kind: type[T], table: Any, where: str, path: str) -> T:
     for key in table:
         if key not in hints:
             near = _meant(path, key, table[key], hints)
-            meant = f"did you mean {near}?" if near else f"there are {', '.join(hints)}"
+            meant = f"did you mean {near}?" if near else f"choose one of {', '.join(hints)}"
             raise OptionError(f"{where}: unknown {'key' if path else 'section'} {_join(path, key)}; {meant}")
     return kind(**{key: _value(hints[key], value, where, _join(path, key)) for key, value in table.items()})
 

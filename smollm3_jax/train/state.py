@@ -87,5 +87,4 @@ def updates_of(state: TrainState) -> Array:
 
 def state_shardings(tree: Any, sharding: Sharding) -> Any:
     """NamedShardings for a tree of parameters or of an optimizer's state: each lies as its parameter does."""
-
     return shardings(specs_of(tree), sharding)

@@ -16,13 +16,13 @@ def encoder(tokenizer: Any, config: ModelConfig) -> Encode:
     """What turns a document into token ids: texts through the tokenizer, tokens as they are, checked.
 
     Raises:
-      OptionError: there is no token to put behind a text.
+      OptionError: the config names no token for the end of a text.
     """
     eos = config.eos_token_id
     ends = eos if isinstance(eos, tuple) else () if eos is None else (eos,)
     if not ends:
-        raise OptionError("config.json has no eos_token_id, which training puts behind each document")
-    # A tokenizer may put one there itself. (Another token that it appends is no end, and one that is written out in a
+        raise OptionError("config.json has no eos_token_id, which training puts after each document: add it")
+    # A tokenizer may append it by itself. (Another token that it appends is no end, and one that is written out in a
     # document is text.)
     bare, whole = tokenizer.encode("a", add_special_tokens=False), tokenizer.encode("a")
     appended = len(whole) > len(bare) and whole[-1] in (*ends, tokenizer.eos_token_id)

@@ -22,7 +22,7 @@ from ...text_files import COMPRESSED
 from ..settings import Source
 
 log = logging.getLogger(__name__)
-# How file names end, in small letters -> the format.
+# The ending of a file's name in lower case -> the format.
 ENDINGS = {
     ".jsonl": "jsonl",
     ".ndjson": "jsonl",
@@ -38,7 +38,7 @@ ENDINGS = {
 }
 FORMATS = tuple(dict.fromkeys(ENDINGS.values()))
 MANIFEST = "manifest.json"  # of a folder that `smollm3 tokenize` writes; it has "shards" when all are there
-# What comes with corpora and is none, in a folder.
+# Files that lie in folders of corpora and are about them.
 _ABOUT = re.compile(
     r"(readme|licen[cs]e|copying)([._-].*)?|(notice|changelog|contributing|citation|authors|code_of_conduct|security)"
     r"(\.(md|txt|rst))?",
@@ -63,7 +63,12 @@ class OptionNames:
 
 def find_files(name: str, source: Source, options: OptionNames | None = None) -> list[epath.Path]:
     """The files of a source: the one that it names, or those in a folder, and in the folders there, whose names end as
-    a format's do. Names that begin with "." or "_", READMEs and licences are left alone."""
+    a format's do. Names that begin with "." or "_", READMEs and licences are left alone.
+
+    Raises:
+      DataError: there are no such files, or files of several formats, or one is not a plain file.
+      SupportError: a library that the path needs is not installed.
+    """
     try:
         path = epath.Path(os.path.expanduser(source.path))
         if path.is_dir():
@@ -88,7 +93,7 @@ def _in_folder(name: str, source: Source, folder: epath.Path, options: OptionNam
         taken = [file for file in ours if kinds[file] == source.format] or [file for file in ours if not kinds[file]]
     else:
         taken = [file for file in ours if kinds[file]]
-    if any(kinds[file] != "jsonl" for file in taken):  # a file .json beside others says something of them
+    if any(kinds[file] != "jsonl" for file in taken):  # a file .json next to others describes them
         taken = [file for file in taken if name_ending(file) != ".json"]
     left = sorted(kinds.keys() - taken)
     found = sorted({str(kinds[file]) for file in taken})
@@ -134,13 +139,13 @@ def _below(folder: epath.Path) -> Iterator[epath.Path]:
 
 
 def format_of(file: epath.Path) -> str | None:
-    """By the end of its name: None if that says nothing. Text and JSON may be compressed."""
+    """The format of a file by the end of its name; None if that is no format's. Text and JSON may be compressed."""
     kind = ENDINGS.get(name_ending(file))
     return None if kind not in ("jsonl", "text") and is_compressed(file) else kind
 
 
 def name_ending(file: epath.Path) -> str:
-    """The ending of a name in small letters, without that of a compression."""
+    """The ending of a name in lower case, without that of a compression."""
     suffixes = [suffix.lower() for suffix in file.suffixes]
     return next(iter(suffixes[-1 - is_compressed(file) :]), "")
 
@@ -156,10 +161,12 @@ def stem(file: epath.Path, folder: epath.Path) -> str:
 
 
 def relative(file: epath.Path, folder: epath.Path) -> str:
+    """A file's path from a folder on."""
     return file.name if file == folder or file.parent == folder else str(file.relative_to(folder))
 
 
 def some(names: Sequence[str]) -> str:
+    """The first ten names, and how many more there are."""
     return ", ".join(names[:10]) + (f" and {len(names) - 10:,} more" if len(names) > 10 else "")
 
 
@@ -175,7 +182,7 @@ def refuse_pointer(file: epath.Path) -> None:
 
 
 def _refuse_incomplete(folder: epath.Path) -> None:
-    """Raises DataError if `smollm3 tokenize` has not ended in a folder. A manifest of somebody else says nothing."""
+    """Raises DataError if `smollm3 tokenize` has not ended in a folder. Another program's manifest does not count."""
     manifest = folder / MANIFEST
     if manifest.exists() and is_ours(content := read_manifest(manifest)) and "shards" not in content:
         raise DataError(f"{folder} is not complete: run `smollm3 tokenize` again, which goes on")
@@ -195,7 +202,7 @@ def is_ours(manifest: Any) -> bool:
 
 
 def digest(file: epath.Path, whole: bool = True) -> str:
-    """Of a file's length and contents; of a long one's beginning, middle and end alone if it is not read whole."""
+    """A SHA-256 of a file's length and contents; unless `whole`, of a long file only the beginning, middle and end."""
     size = file.stat().length
     sha = hashlib.sha256(str(size).encode())
     with file.open("rb") as stream:

@@ -96,10 +96,10 @@ class Batches:
         return Batch(*(np.stack(part) for part in zip(*rows, strict=True)))
 
     def _draw(self, weights: Mapping[str, float]) -> str:
-        """The corpus that is furthest behind its share, by rows."""
+        """The corpus that lacks most rows of its share."""
         total = sum(self._mixed.values()) + 1
-        behind = {name: weight * total - self._mixed[name] for name, weight in weights.items() if weight}
-        name = max(behind, key=lambda name: behind[name])
+        lacking = {name: weight * total - self._mixed[name] for name, weight in weights.items() if weight}
+        name = max(lacking, key=lambda name: lacking[name])
         self._mixed[name] += 1
         return name
 
@@ -129,7 +129,7 @@ def sources(settings: Settings) -> dict[str, Source]:
 
 
 def option_names(settings: Settings, name: str) -> OptionNames:
-    """How a user sets the options of a source."""
+    """What a user calls the options of a source."""
     data = settings.data
     of = "data" if data.per_file or not data.sources else f"data.sources.{name}"
     return OptionNames(f"{of}.field", f"{of}.format", "data.max_document_bytes")
@@ -139,7 +139,9 @@ def training_rows(name: str, documents: Documents, encode: Encode, settings: Set
     """Endless rows of the documents that are not held out, shuffled anew in each epoch."""
     numbers = _Kept(len(documents), settings.data.eval_every_nth)
     if not len(numbers):
-        raise DataError(f"source {name}: nothing is left beside what is held out")
+        raise DataError(
+            f"source {name}: all of its documents are held out: raise data.eval_every_nth, or add documents"
+        )
     order: Any = grain().MapDataset.source(numbers).seed(settings.run.seed)
     order = (order.shuffle() if settings.data.shuffle else order).repeat()
     options = {"epochs": settings.data.epochs, "bad_records": settings.data.bad_records}

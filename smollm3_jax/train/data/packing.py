@@ -1,6 +1,6 @@
-"""Rows of one corpus: documents one behind the other, cut where a row ends.
+"""Rows of one corpus: documents one after the other, cut where a row ends.
 
-Where a corpus stands is two numbers, the document and the token in it, so a checkpoint holds no text and the
+How far a corpus is read is two numbers, the document and the token in it, so a checkpoint holds no text and the
 same rows follow on any number of hosts.
 """
 
@@ -21,9 +21,9 @@ class EndOfData(Exception):
 
 
 class Rows:
-    """The rows of a corpus from a given place on.
+    """The rows of a corpus, from any document and token on.
 
-    document, token: where the next row begins, in the endless order of epoch behind epoch; skipped: how many bad
+    document, token: where the next row begins, in the endless order of epoch after epoch; skipped: how many bad
     records the first epoch had so far. Segment ids number a row's documents from 1; 0 is padding, which only the last
     row of the last epoch has.
     """
@@ -86,7 +86,7 @@ class Rows:
         return tokens, segments
 
     def _current(self) -> np.ndarray:
-        """The tokens of the document that is next; bad ones are passed over."""
+        """The tokens of the document that is next; bad ones are skipped."""
         bad = 0
         while True:
             if self._epochs and self.document >= self._epochs * self._epoch:
@@ -98,15 +98,15 @@ class Rows:
                 ids = self._encode(self._documents[number])
             except BadRecord as reason:
                 bad += 1
-                self._pass_over(reason, bad)
+                self._skip(reason, bad)
                 continue
             self._held = (self.document, ids)
             return ids
 
-    def _pass_over(self, reason: BadRecord, in_a_row: int) -> None:
+    def _skip(self, reason: BadRecord, in_a_row: int) -> None:
         if self.document < self._epoch:
             self.skipped += 1
-            # Of many the first, and then ever fewer.
+            # The first ten are warned of, then the 16th, the 32nd, ...
             often = self.skipped > 10 and self.skipped & (self.skipped - 1)
             say = log.debug if often else log.warning
             say("source %s: skipped a bad record (%d so far): %s", self.name, self.skipped, reason)

@@ -20,12 +20,18 @@ from .packing import EndOfData
 def prefetch(
     batches: Batches, start: int, stop: int, timeout: float, asked: Callable[[], bool], depth: int = 2
 ) -> Generator[tuple[int, Batch, dict[str, Any]] | None, None, None]:
-    """(step, batch, the state behind it) of each step, made by a thread while the device works.
+    """(step, batch, the state of `batches` after it) of each step, made by a thread while the device works.
 
-    Where it has to wait and `asked()` says so, None comes instead.
+    Where it has to wait and `asked()` is true, it yields None instead.
+
+    Args:
+      start, stop: steps, as in `range`.
+      timeout: seconds that a batch may take.
+      asked: whether somebody wants the run to stop.
+      depth: batches that are kept ready.
 
     Raises:
-      DataError: the thread failed, or a batch did not come within `timeout` seconds: then it is left behind.
+      DataError: the thread failed, or a batch did not come within `timeout` seconds: the thread is then abandoned.
     """
     made: queue.Queue[Any] = queue.Queue(depth)
     left = threading.Event()
@@ -72,7 +78,7 @@ def prefetch(
 
 
 def on_mesh(batch: Batch, sharding: Sharding | None) -> Batch:
-    """The batch on the devices: each host hands over its own rows alone."""
+    """The batch on the devices, of which each host hands over its own rows alone; a batch of numpy arrays [B, T]."""
     if sharding is None:
         return jax.tree.map(jax.numpy.asarray, batch)
     at = NamedSharding(sharding.mesh, sharding.spec("batch", None))

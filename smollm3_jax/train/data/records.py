@@ -1,6 +1,6 @@
 """The records of one file, by number: JSON, plain text, Parquet, ArrayRecord, shards of tokens.
 
-Files of text may be compressed, and in UTF-16 or UTF-32 if they say so.
+Files of text may be compressed, and in UTF-16 or UTF-32 if they begin with a byte order mark.
 """
 
 import bisect
@@ -32,7 +32,7 @@ LOOKED_AT = 100
 
 
 class BadRecord(Exception):
-    """A document that cannot be read; the reason."""
+    """A document that cannot be read. Its text is the reason."""
 
 
 class NoField(BadRecord):
@@ -77,7 +77,7 @@ def _readable(file: epath.Path) -> epath.Path:
 
 
 def lacking(count: int, read: Callable[[int], Any]) -> BadRecord | None:
-    """What is wrong with the first records, if with all of them; before all else, that they lack the field."""
+    """What is wrong with the first records if none can be read; that they lack the field goes before other reasons."""
     reasons = []
     for index in range(min(count, LOOKED_AT)):
         try:
@@ -233,6 +233,7 @@ def _records(file: epath.Path) -> Any:
 
 
 def text_of(value: Any, where: str) -> str:
+    """A document's text. Raises BadRecord if it is none, or blank; where: the record, for the reason."""
     if isinstance(value, bytes):  # a column of bytes
         try:
             value = value.decode()
@@ -249,6 +250,8 @@ def text_of(value: Any, where: str) -> str:
     return value
 
 
+# Format -> opens a file; the arguments are the file, the field of the text, the most bytes of a document, and what to
+# call the options in errors.
 OPENERS: dict[str, Callable[[epath.Path, str, int, OptionNames], Records]] = {
     "jsonl": _open_jsonl,
     "parquet": _open_parquet,

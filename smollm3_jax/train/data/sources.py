@@ -36,7 +36,7 @@ class Documents:
     ):
         """
         Args:
-          parts: of each file, how many documents it has, and what reads one.
+          parts: of each file, how many documents it has, and what reads one by its number.
           names: what to call the files; paths: where they are, or a digest of what is no file.
         """
         self._names, self.paths = names, paths
@@ -68,7 +68,7 @@ class Documents:
 
     @property
     def pieces(self) -> tuple[tuple[str, str], ...]:
-        """The same, but of long files by pieces: so were all corpora compared once."""
+        """The same, but of long files by pieces, as older checkpoints compared all corpora."""
         return self._digests(whole=False)
 
     def _digests(self, whole: bool) -> tuple[tuple[str, str], ...]:
@@ -106,7 +106,7 @@ def open_documents(name: str, source: Source, max_bytes: int, options: OptionNam
             refuse_pointer(file)
             count, read = opener(file, source.field, max_bytes, options)
             if kind in ("jsonl", "arrayrecord") and (why := lacking(count, read)):
-                beside = len(files) > 1 and name_ending(file) == ".json"  # it may say something of the others
+                beside = len(files) > 1 and name_ending(file) == ".json"  # it may describe the others
                 if isinstance(why, NoField) and not beside:
                     raise DataError(str(why))
                 if beside:

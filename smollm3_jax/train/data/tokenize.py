@@ -1,4 +1,4 @@
-"""A corpus as shards of tokens, written once by several processes; a run that was stopped goes on."""
+"""A corpus as shards of tokens, written by several processes; after an interruption the same command goes on."""
 
 import concurrent.futures
 import contextlib
@@ -41,8 +41,8 @@ def tokenize(
     """Writes `folder`: ArrayRecord shards, a document's token ids and the end of text a record, and a manifest.
 
     Args:
-      source: a file or folder of documents; model: a model folder, whose tokenizer it is.
-      format: one of settings.SOURCE_FORMATS; "" goes by the files' names.
+      source: a file or folder of documents. model: a model folder, whose tokenizer is taken.
+      format: one of settings.SOURCE_FORMATS; "" takes it from the files' names.
 
     Returns:
       documents, tokens, bad (records skipped), last_bad (why the last of them was; ""), shards.
@@ -54,9 +54,10 @@ def tokenize(
       SaveError: the folder cannot be written.
     """
     if workers < 1 or shard_documents < 1 or bad_records < 0:
-        raise OptionError(
+        least = (
             f"workers {workers} and shard_documents {shard_documents} must be at least 1, bad_records {bad_records} 0"
         )
+        raise OptionError(least)
     corpus = Source(path=source, format=format, field=field)
     config = ModelConfig.from_hf(model)
     encoder(load_tokenizer(model, config), config)  # what is wrong with it shows here
@@ -72,18 +73,28 @@ def tokenize(
         folder.mkdir(parents=True, exist_ok=True)
         manifest = folder / MANIFEST
         if manifest.exists():
-            before = read_manifest(manifest)
-            if not is_ours(before):
-                raise OptionError(f"{manifest} is not one that `smollm3 tokenize` writes; name another folder")
-            if before["inputs"] not in (inputs, inputs | {"files": [list(file) for file in documents.pieces]}):
-                raise OptionError(f"{folder} holds shards of another corpus, tokenizer or size; name another folder")
+            _require_same(manifest, inputs, inputs | {"files": [list(file) for file in documents.pieces]})
         write(manifest, json.dumps({"inputs": inputs}))
     jobs = [
         (folder / f"{shard:05d}-of-{shards:05d}.tokens", start, shard_documents)
         for shard, start in enumerate(range(0, len(documents), shard_documents))
     ]
+    with _pool(workers, corpus, model) as pool, _writing(folder):
+        totals, last = _write_shards(pool, jobs, source, bad_records)
+    result = dict(zip(("documents", "tokens", "bad"), totals, strict=True))
+    if not result["documents"]:
+        raise DataError(f"{source}: none of its {len(documents)} records can be read; the last: {last}")
+    with _writing(folder):
+        write(manifest, json.dumps({"inputs": inputs, **result, "shards": shards}))
+    return {**result, "last_bad": last, "shards": shards}
+
+
+def _write_shards(
+    pool: concurrent.futures.Executor, jobs: list[tuple[Path, int, int]], source: str, bad_records: int
+) -> tuple[list[int], str]:
+    """(documents, tokens and bad records of all shards, why the last of these was). jobs: arguments of `_shard`."""
     totals, last, done = [0, 0, 0], "", 0
-    with tally("shards", shards) as report, _pool(workers, corpus, model) as pool, _writing(folder):
+    with tally("shards", len(jobs)) as report:
         with _interrupts_kept():  # the processes begin with the first job, and are silent until `_begin`
             futures = [pool.submit(_shard, *job) for job in jobs]
         for future in concurrent.futures.as_completed(futures):
@@ -95,21 +106,27 @@ def tokenize(
                 raise DataError(
                     f"{source}: {totals[2]} bad records, more than --bad-records {bad_records}; the last: {last}"
                 )
-    result = dict(zip(("documents", "tokens", "bad"), totals, strict=True))
-    if not result["documents"]:
-        raise DataError(f"{source}: none of its {len(documents)} records can be read; the last: {last}")
-    with _writing(folder):
-        write(manifest, json.dumps({"inputs": inputs, **result, "shards": shards}))
-    return {**result, "last_bad": last, "shards": shards}
+    return totals, last
+
+
+def _require_same(manifest: Path, *inputs: Any) -> None:
+    """Raises OptionError if a folder's manifest is another program's, or has none of these inputs."""
+    before = read_manifest(manifest)
+    if not is_ours(before):
+        raise OptionError(f"{manifest} is not one that `smollm3 tokenize` writes; name another folder")
+    if before["inputs"] not in inputs:
+        raise OptionError(f"{manifest.parent} holds shards of another corpus, tokenizer or size; name another folder")
 
 
 @contextlib.contextmanager
 def _writing(folder: Path) -> Iterator[None]:
-    """Turns what a disk can do to us into SaveError. What is whole stays, and the same command goes on from there."""
+    """Turns OSError into SaveError. Whole shards stay, and the same command goes on after them."""
     try:
         yield
     except OSError as error:
-        raise SaveError(f"{folder} cannot be written: {error}; the same command goes on when that is mended") from None
+        raise SaveError(
+            f"{folder} cannot be written: {error}; when that is mended, run the same command again: it goes on"
+        ) from None
 
 
 @contextlib.contextmanager
@@ -131,8 +148,8 @@ def _pool(workers: int, corpus: Source, model: Path) -> Iterator[concurrent.futu
 
 @contextlib.contextmanager
 def _interrupts_kept() -> Iterator[None]:
-    """Ctrl-C comes after the block; processes that begin in it do not see it until they say so."""
-    multiprocessing.resource_tracker.ensure_running()  # which would let it through when it starts
+    """Ctrl-C is delivered after the block; processes that begin in it ignore it until they unblock it."""
+    multiprocessing.resource_tracker.ensure_running()  # which would unblock it when it starts
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
@@ -143,7 +160,7 @@ def _interrupts_kept() -> Iterator[None]:
 def _begin(corpus: Source, model: Path) -> None:
     """What a worker opens once: the documents, and what encodes them."""
     global _documents, _encode
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # without a word: the first process says it
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # without a message: the first process prints one
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     config = ModelConfig.from_hf(model)
     _documents = open_documents("SRC", corpus, MAX_BYTES)

@@ -38,7 +38,7 @@ def wandb(settings: Settings) -> Callable[[int, Mapping[str, float]], None] | No
 
 
 def _forgiving(name: str, write: Callable[[int, Mapping[str, float]], Any]) -> Callable[..., None]:
-    """The same, but for what fails: said once, then left alone."""
+    """The same backend, which after its first failure logs a warning and is not called again."""
     works = True
 
     def attempt(step: int, values: Mapping[str, float]) -> None:

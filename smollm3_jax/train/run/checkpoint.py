@@ -32,12 +32,12 @@ _NAME = re.compile(r"[0-9]{8}|[1-9][0-9]{8,}")
 _MULTIPLIERS = (0x9E3779B1, 0x85EBCA77)  # odd, of xxHash
 
 
-# Status codes of what hinders reading, but says nothing of what is there.
+# Status codes of failures to read that say nothing about the files.
 _NO_DAMAGE = ("RESOURCE_EXHAUSTED", "PERMISSION_DENIED", "UNAUTHENTICATED", "UNAVAILABLE", "DEADLINE_EXCEEDED")
 
 
 class Damaged(SmolLM3Error):
-    """A checkpoint that cannot be used; the reason."""
+    """A checkpoint that cannot be used. Its text is the reason."""
 
 
 class Checkpoints:
@@ -46,7 +46,8 @@ class Checkpoints:
     def __init__(self, folder: epath.Path, keep: int = 3, keep_every: int = 0):
         """
         Args:
-          keep: how many of the newest stay; keep_every: of the older ones those whose step it divides (0: none).
+          keep: how many of the newest stay.
+          keep_every: older ones stay too if their step is a multiple of it (0: none).
         """
         self.folder, self._keep, self._keep_every = folder, keep, keep_every
         self.damaged: set[int] = set()  # steps that restoring found to be so: retention does not count them
@@ -124,7 +125,7 @@ def _failed(error: Exception) -> TrainingError:
 
 
 def steps(folder: epath.Path) -> list[int]:
-    """The steps of the whole checkpoints of a folder, in order; what was begun and not finished is passed over."""
+    """The steps of the whole checkpoints of a folder, in order; unfinished ones are skipped."""
     if not folder.is_dir():
         return []
     return sorted(int(x.name) for x in folder.iterdir() if _NAME.fullmatch(x.name) and _is_whole(x))
@@ -135,7 +136,7 @@ def _is_whole(step: epath.Path) -> bool:
 
 
 def left_overs(folder: epath.Path) -> list[epath.Path]:
-    """What saves left behind that were broken off, and whatever else is no checkpoint."""
+    """What interrupted saves left in a folder of checkpoints, and whatever else there is no checkpoint."""
     whole = {f"{step:08d}" for step in steps(folder)}
     return sorted(x for x in folder.iterdir() if x.name not in whole) if folder.is_dir() else []
 
@@ -186,8 +187,8 @@ def restore(folder: epath.Path, step: int, like: Any, under: str = "") -> Any:
     if differ:
         raise TrainingError(f"checkpoint {step} holds other arrays than this run: {'; '.join(differ[:10])}")
     shapes = {name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding) for name, x in wanted.items()}
-    places = jax.tree.map(lambda x: ocp.ArrayRestoreArgs(sharding=x.sharding, strict=True), shapes)
-    arguments = ocp.args.PyTreeRestore(shapes, restore_args=places, partial_restore=bool(under))
+    how = jax.tree.map(lambda x: ocp.ArrayRestoreArgs(sharding=x.sharding, strict=True), shapes)
+    arguments = ocp.args.PyTreeRestore(shapes, restore_args=how, partial_restore=bool(under))
     with raise_everywhere():
         try:
             found = ocp.PyTreeCheckpointHandler().restore(folder / f"{step:08d}" / "state", args=arguments)
@@ -207,7 +208,7 @@ def restore(folder: epath.Path, step: int, like: Any, under: str = "") -> Any:
 
 
 def named_arrays(tree: Any) -> dict[str, Any]:
-    """Leaf by leaf, named by their place in the tree."""
+    """The leaves of a tree by their paths in it ("model.layers.q"), in its order."""
     return {_name(path): x for path, x in jax.tree_util.tree_flatten_with_path(tree)[0]}
 
 

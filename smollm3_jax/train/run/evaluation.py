@@ -35,7 +35,7 @@ def evaluate(run: Run, stop: Stop) -> None:
                 batch = _next_batch(rows, stage.rows, stage.length)
                 if batch is None:
                     break
-                batch = on_mesh(batch, run.sharding)
+                batch = on_mesh(batch, run.shapes.sharding)
                 sums = _sums(run.progress.state.model, batch, objective=run.objective, dtype=s.model.dtype)
                 nats, count = nats + float(sums["loss"]), count + float(sums["tokens"])
         if count:

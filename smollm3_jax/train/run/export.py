@@ -29,8 +29,8 @@ def export(
 
     Args:
       step: None is the newest that is sound.
-      average: write the mean of so many checkpoints, that one and those before it.
-      force: the folder may be there, and its model is replaced.
+      average: how many checkpoints to take the mean of: that one and those before it.
+      force: replace the model that the folder holds, if any.
 
     Raises:
       OptionError: there is no such checkpoint, or there are fewer; or there is something in the folder already.
@@ -38,8 +38,8 @@ def export(
       SaveError: the folder cannot be written.
     """
     check_target(folder, force)
-    place = run / "checkpoints"
-    there = checkpoints.steps(place)
+    saved = run / "checkpoints"
+    there = checkpoints.steps(saved)
     if not there:
         raise OptionError(f"{run} holds no checkpoint")
     if step is not None and step not in there:
@@ -48,7 +48,7 @@ def export(
     damage, model = "", None
     for candidate in reversed([x for x in there if step is None or x <= step]):
         try:
-            one = _model(place, candidate)
+            one = _model(saved, candidate)
         except Damaged as reason:
             if candidate == step:
                 raise TrainingError(str(reason)) from None
@@ -61,7 +61,7 @@ def export(
     if model is None or len(found) < average:
         raise TrainingError(f"{run} has {len(found)} sound checkpoints up to there, not {average}{damage}")
     files = {name: (run / TOKENIZER / name).read_bytes() for name in names_in(run / TOKENIZER)}
-    config = ModelConfig.from_hf(checkpoints.read_about(place, found[0])["config"])
+    config = ModelConfig.from_hf(checkpoints.read_about(saved, found[0])["config"])
     config = dataclasses.replace(config, dtype=dtype)
     tensors = [cast(tensor, dtype) for tensor in tensors_of(model)]
     write_folder(folder, config, model.generation_config, tensors, files, force=force)
@@ -71,7 +71,7 @@ def export(
 def names_in(folder: epath.Path) -> list[str]:
     """Of the files in a folder and in those in it."""
     here = sorted(folder.iterdir())
-    below = [f"{place.name}/{file.name}" for place in here if place.is_dir() for file in sorted(place.iterdir())]
+    below = [f"{inner.name}/{file.name}" for inner in here if inner.is_dir() for file in sorted(inner.iterdir())]
     return [file.name for file in here if file.is_file()] + below
 
 
@@ -81,9 +81,9 @@ def _running_mean(mean: Any, model: Any, count: Any) -> Any:
     return jax.tree.map(lambda old, new: old + (new - old) / count, mean, model)
 
 
-def _model(place: epath.Path, step: int) -> Any:
-    """The model of a checkpoint, in the host's memory where JAX was not kept from CPUs."""
-    about = checkpoints.read_about(place, step)
+def _model(folder: epath.Path, step: int) -> Any:
+    """The model of a checkpoint, in the host's memory unless JAX_PLATFORMS leaves out the CPU."""
+    about = checkpoints.read_about(folder, step)
     config = ModelConfig.from_hf(about["config"])
     generation = GenerationConfig.from_hf(about["generation_config"], config)
     like = abstract_model(config, "float32", generation)
@@ -93,4 +93,4 @@ def _model(place: epath.Path, step: int) -> Any:
         device = jax.local_devices()[0]
     at = jax.sharding.SingleDeviceSharding(device)
     like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), like)
-    return checkpoints.restore(place, step, like, under="model")
+    return checkpoints.restore(folder, step, like, under="model")

@@ -38,7 +38,7 @@ def run_folder(path: str) -> epath.Path:
 
 @contextlib.contextmanager
 def only_one(folder: epath.Path) -> Iterator[None]:
-    """Keeps a second run out of the folder; object stores know no locks."""
+    """Locks the folder against a second run; object stores know no locks."""
     if jax.process_index() != 0 or is_remote(folder):
         yield
         return

@@ -1,4 +1,4 @@
-"""What the processes of a job tell each other, so that all of them go on, or all of them stop and say why."""
+"""What the processes of a job tell each other, so that either all of them go on, or all stop with one reason."""
 
 import contextlib
 import hashlib
@@ -34,7 +34,7 @@ def agree(what: str, value: Any) -> None:
 
 @contextlib.contextmanager
 def raise_everywhere() -> Iterator[None]:
-    """Around what one process may fail at alone: then all of them fail, with its kind of error and its message."""
+    """For a block in which one process may fail alone: then all of them raise its kind of error with its message."""
     error: SmolLM3Error | None = None
     try:
         yield

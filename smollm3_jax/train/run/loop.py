@@ -140,7 +140,7 @@ def _steps(run: Run, stop: Stop) -> str | None:
             if number != progress.stage:
                 log.info("stage %d begins at step %d", number, progress.step)
             progress.stage = number
-            batch = on_mesh(host_batch, run.sharding)
+            batch = on_mesh(host_batch, run.shapes.sharding)
             known = len(run.programs)
             program = program_for(run, number, stage, batch)
             if len(run.programs) > known:
@@ -240,12 +240,12 @@ def _line(run: Run, metrics: dict[str, float], seconds: float, tokens: int) -> d
 
 def _about(run: Run) -> dict[str, Any]:
     """What is about to run, for people."""
-    s = run.settings
+    s, sharding = run.settings, run.shapes.sharding
     _, stage = stage_at(s, run.progress.step)
     return {
         "parameters": count(run.progress.state.model),
         "devices": jax.device_count(),
-        "mesh": dict(run.sharding.mesh.shape) if run.sharding else None,
+        "mesh": dict(sharding.mesh.shape) if sharding else None,
         "tokens_per_step": stage.rows * stage.length,
         "steps": s.run.steps,
         "weights": dict(stage.weights),

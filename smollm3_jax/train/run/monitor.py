@@ -25,14 +25,14 @@ from .report import write_report
 log = logging.getLogger(__name__)
 
 SECONDS_BETWEEN_LINES = 10.0
-# A step that takes so many times the median is said to.
+# A warning tells of a step that takes more than this many times the median.
 STRAGGLER = 5.0
-# So many seconds between the machine's clock and the time that has passed are told of.
+# A warning tells of a jump of the machine's clock by more than this many seconds.
 CLOCK_JUMP = 60.0
 
 
 class Monitor:
-    """Of one run. Only process 0 writes and shows; all watch the loss."""
+    """What one run writes and shows. Only process 0 does; all watch the loss."""
 
     def __init__(self, folder: epath.Path, settings: Settings, environment: Mapping[str, Any]):
         self._folder, self._settings, self._environment = folder, settings, environment
@@ -48,7 +48,7 @@ class Monitor:
         self._bar: Any = None
         self._backends: list[Callable[[int, Mapping[str, float]], None]] = []
         self._profiling = False
-        self._behind: dict[str, str] = {}
+        self._unwritten: dict[str, str] = {}
         self._about: Mapping[str, Any] = {}
         self._redirected: list[logging.StreamHandler] = []
         self._clock = time.time() - time.monotonic()
@@ -115,7 +115,7 @@ class Monitor:
             sums["tokens"] += int(line["tokens"])
 
     def _cut(self, step: int) -> None:
-        """Takes what lies behind a step off metrics.jsonl: it is computed again."""
+        """Removes what comes after a step from metrics.jsonl: it is computed again."""
         if not self._first:
             return
         with self._surviving("metrics.jsonl"):
@@ -154,7 +154,7 @@ class Monitor:
         return None
 
     def back_to(self, step: int) -> None:
-        """Forgets what came behind a step."""
+        """Forgets what came after a step."""
         self._losses = collections.deque((x for x in self._losses if x[0] <= step), self._losses.maxlen)
         self._skips = 0
         self.flush()
@@ -223,7 +223,7 @@ class Monitor:
         left = TimeRemainingColumn(table_column=Column(no_wrap=True, min_width=7))
         self._bar = Progress(what, BarColumn(), steps, numbers, left, console=console)
         own = sys.stderr
-        self._bar.start()  # from here on, what is written to sys.stderr comes above the bar: log lines, too
+        self._bar.start()  # from here on, what is written to sys.stderr appears above the bar, log lines too
         for handler in logging.getLogger().handlers:
             if isinstance(handler, logging.StreamHandler) and handler.stream is own:
                 handler.setStream(sys.stderr)
@@ -261,21 +261,21 @@ class Monitor:
     def _write(self, name: str, text: str) -> None:
         with self._surviving(name):
             write(self._folder / name, text)
-            self._behind.pop(name, None)
+            self._unwritten.pop(name, None)
 
     def _append(self, name: str, line: Mapping[str, Any]) -> None:
         if not self._first:
             return
         text = as_text(line)
         if is_remote(self._folder):
-            self._behind[name] = self._behind.get(name, "") + text
+            self._unwritten[name] = self._unwritten.get(name, "") + text
             return
         with self._surviving(name):
             append(self._folder / name, text)
 
     def flush(self) -> None:
         """Object stores know no appending: there, logs are written again whole, and so less often."""
-        for name, text in list(self._behind.items()):
+        for name, text in list(self._unwritten.items()):
             file = self._folder / name
             with self._surviving(name):
                 self._write(name, (file.read_text() if file.exists() else "") + text)

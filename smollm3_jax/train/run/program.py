@@ -4,8 +4,6 @@ import contextlib
 from collections.abc import Iterator
 from typing import Any
 
-import jax
-
 from sharding.hardware import GIB
 from sharding.mesh import device_bytes
 
@@ -24,13 +22,9 @@ def program_for(run: Run, number: int, stage: Stage, batch: Batch) -> Any:
         s, state = run.settings, run.progress.state
         options = StepOptions(s.model.dtype, s.step.remat, stage.micro_batches)
         lowered = train_step.lower(
-            state,
-            batch,
-            objective=run.objective,
-            optimizer=run.optimizer(number)[0],
-            options=options,
+            state, batch, objective=run.objective, optimizer=run.optimizer(number)[0], options=options
         )
-        platform = run.sharding.platform if run.sharding else jax.default_backend()
+        platform = state.model.platform
         with run.monitor.busy("compiling the step"), memory_explained(state, batch):
             run.programs[key] = lowered.compile(compiler_options(platform, s.step.deterministic))
     return run.programs[key]

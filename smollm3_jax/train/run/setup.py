@@ -67,7 +67,6 @@ class Run:
     texts: Path
     shapes: SmolLM3
     load: Callable[[], SmolLM3]
-    sharding: Sharding | None
     tokenizer_digest: str
     encode: Encode
     objective: Objective
@@ -92,7 +91,7 @@ def set_up(settings: Settings, trainable: str | None = None) -> Run:
     """A run before its first step, without a state. Raises SmolLM3Error or ShardingError, on all processes."""
     folder = run_folder(settings.run.dir)
     with raise_everywhere():
-        texts, shapes, load, sharding = open_model(settings)
+        texts, shapes, load = open_model(settings)
         tokenizer = load_tokenizer(texts, shapes.config)
         tokenizer_digest = hashlib.sha256((texts / "tokenizer.json").read_bytes()).hexdigest()
         encode = encoder(tokenizer, shapes.config)
@@ -107,7 +106,6 @@ def set_up(settings: Settings, trainable: str | None = None) -> Run:
         texts=texts,
         shapes=shapes,
         load=load,
-        sharding=sharding,
         tokenizer_digest=tokenizer_digest,
         encode=encode,
         objective=Pretrain(settings.step.z_loss),
@@ -119,8 +117,8 @@ def set_up(settings: Settings, trainable: str | None = None) -> Run:
     )
 
 
-def open_model(settings: Settings) -> tuple[Path, SmolLM3, Callable[[], SmolLM3], Sharding | None]:
-    """(the folder of its text files, the shapes of the float32 model, what loads it, its sharding)."""
+def open_model(settings: Settings) -> tuple[Path, SmolLM3, Callable[[], SmolLM3]]:
+    """(the folder of its text files, the shapes of the float32 model with its sharding, what loads it)."""
     m = settings.model
     path = demo.model_folder(m.path or m.config)
     opened = open_checkpoint(path) if m.path else None
@@ -141,7 +139,7 @@ def open_model(settings: Settings) -> tuple[Path, SmolLM3, Callable[[], SmolLM3]
 
         return jax.jit(fresh, out_shardings=shardings)()
 
-    return texts, shapes, load_it, sharding
+    return texts, shapes, load_it
 
 
 def adapted(config: ModelConfig, settings: Settings) -> ModelConfig:
@@ -179,15 +177,15 @@ def first_state(run: Run) -> TrainState:
     _, finite = digest(named_arrays({"model": model}))
     if bad := [name for name, good in finite.items() if not good]:
         raise TrainingError(f"{run.settings.model.path}: not all is finite in {', '.join(bad[:10])}")
-    return _laid_out(init_state(model, run.optimizer(0)[0], run.trainable), run.sharding)
+    return _laid_out(init_state(model, run.optimizer(0)[0], run.trainable))
 
 
 def state_like(run: Run, stage: Stage) -> TrainState:
     """The shapes of a state in a stage, each with its sharding."""
     state = jax.eval_shape(lambda model: init_state(model, run.optimizer(0)[0], run.trainable), run.shapes)
     state = with_config(state, config_in(run.shapes.config, stage))
-    if run.sharding is not None:
-        shardings = state_shardings(state, run.sharding)
+    if state.model.sharding is not None:
+        shardings = state_shardings(state, state.model.sharding)
     else:
         shardings = jax.tree.map(lambda _: jax.sharding.SingleDeviceSharding(jax.local_devices()[0]), state)
     return jax.tree.map(lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), state, shardings)
@@ -200,11 +198,13 @@ def in_stage(run: Run, number: int, stage: Stage) -> TrainState:
         state = with_config(state, config)
     if number != run.progress.stage and stage.reset_optimizer:
         fresh = init_state(state.model, run.optimizer(number)[0], run.trainable)
-        state = _laid_out(dataclasses.replace(fresh, step=state.step), run.sharding)
+        state = _laid_out(dataclasses.replace(fresh, step=state.step))
     return state
 
 
-def _laid_out(state: TrainState, sharding: Sharding | None) -> TrainState:
+def _laid_out(state: TrainState) -> TrainState:
+    """The state with each array where its model's sharding has it."""
+    sharding = state.model.sharding
     if sharding is None:
         return jax.tree.map(jnp.asarray, state)
     return jax.jit(lambda x: x, out_shardings=state_shardings(state, sharding), donate_argnums=0)(state)

@@ -13,7 +13,7 @@ log = logging.getLogger(__name__)
 
 
 class Stop:
-    """Whether a signal has asked for the end. A second one ends the process at once."""
+    """Whether a signal (SIGTERM, SIGINT) has asked the run to stop. A second one ends the process at once."""
 
     def __init__(self) -> None:
         self.asked = False
@@ -22,10 +22,10 @@ class Stop:
         if self.asked:
             os._exit(128 + number)
         self.asked = True
-        log.warning("%s: stopping behind this step; once more to stop at once", signal.Signals(number).name)
+        log.warning("%s: stopping after this step; once more to stop at once", signal.Signals(number).name)
 
     def agreed(self) -> bool:
-        """Whether any process was asked."""
+        """Whether any process of the job was asked; all of them have to call it."""
         return bool(gathered(self.asked).any())
 
     @contextlib.contextmanager

@@ -1,5 +1,6 @@
 import time
 from types import SimpleNamespace
+from typing import Any
 
 import jax
 import numpy as np
@@ -27,26 +28,34 @@ class Numbers:
         return {"made": self.made}
 
 
+def numbers(count) -> Any:
+    return Numbers(count)
+
+
+def only(**functions) -> Any:
+    return SimpleNamespace(**functions)
+
+
 def test_batches_come_in_order_each_with_the_state_after_it():
-    came = list(prefetch(Numbers(9), 2, 5, 10, asked=lambda: False))
+    came = list(filter(None, prefetch(numbers(9), 2, 5, 10, asked=lambda: False)))
     assert [(step, batch[0, 0], state["made"]) for step, batch, state in came] == [(2, 2, 1), (3, 3, 2), (4, 4, 3)]
 
 
 def test_they_end_with_the_data():
-    assert [step for step, *_ in prefetch(Numbers(4), 0, 100, 10, asked=lambda: True)] == [0, 1, 2, 3]
+    assert [step for step, *_ in filter(None, prefetch(numbers(4), 0, 100, 10, asked=lambda: True))] == [0, 1, 2, 3]
 
 
 def test_no_more_are_made_than_its_depth_and_the_one_in_hand():
-    numbers = Numbers(100)
-    came = prefetch(numbers, 0, 100, 10, asked=lambda: False, depth=2)
+    hundred = numbers(100)
+    came = prefetch(hundred, 0, 100, 10, asked=lambda: False, depth=2)
     next(came)
     time.sleep(0.3)
-    assert numbers.made <= 4  # that one, two in the queue, one that waits to enter it
+    assert hundred.made <= 4  # that one, two in the queue, one that waits to enter it
     came.close()
 
 
 def test_a_thread_that_fails_or_hangs_is_told_of():
-    hanging = SimpleNamespace(next=lambda step: time.sleep(5))
+    hanging = only(next=lambda step: time.sleep(5))
     begin = time.monotonic()
     with pytest.raises(DataError, match=r"no batch came within data.timeout=0.2 seconds"):
         list(prefetch(hanging, 0, 3, 0.2, asked=lambda: False))
@@ -57,7 +66,7 @@ def test_a_thread_that_fails_or_hangs_is_told_of():
         raise DataError("broken")
 
     with pytest.raises(DataError, match="broken"):
-        list(prefetch(SimpleNamespace(next=fail), 0, 3, 5, asked=lambda: False))
+        list(prefetch(only(next=fail), 0, 3, 5, asked=lambda: False))
 
 
 def test_a_batch_goes_onto_one_device_as_it_is():

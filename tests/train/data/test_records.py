@@ -50,7 +50,7 @@ def test_parquet(tmp_path):
 def test_array_records(tmp_path, ending):
     module = pytest.importorskip("array_record.python.array_record_module")
     writer = module.ArrayRecordWriter(str(tmp_path / f"a.{ending}"), "group_size:1")
-    records = [text.encode() for text in TEXTS] if ending == "arrayrecord" else [np.int32([1, 2]).tobytes()]
+    records = [text.encode() for text in TEXTS] if ending == "arrayrecord" else [np.array([1, 2], np.int32).tobytes()]
     for record in records:
         writer.write(record)
     writer.close()

@@ -16,11 +16,11 @@ def test_an_edit_anywhere_in_a_long_file_is_seen(tmp_path, monkeypatch):
     """Of a corpus beyond the limit, only what lies in the pieces that are compared."""
     content = bytearray(b"x" * (4 * files.HASHED))
     path = epath.Path(tmp_path / "a.txt")
-    path.write_bytes(content)
+    path.write_bytes(bytes(content))
     of = lambda: Documents([(1, str)], ["a.txt"], [path]).files  # noqa: E731
     whole, pieces = of(), Documents([(1, str)], ["a.txt"], [path]).pieces
     content[3 * files.HASHED // 2] = ord("y")
-    path.write_bytes(content)
+    path.write_bytes(bytes(content))
     assert of() != whole and Documents([(1, str)], ["a.txt"], [path]).pieces == pieces
     monkeypatch.setattr(sources, "WHOLE", 100)
     assert of() == pieces

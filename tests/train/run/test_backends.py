@@ -32,6 +32,7 @@ def test_weights_and_biases(monkeypatch, caplog, works):
     monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init))
     backend = backends.wandb(parse({"log": {"wandb": "p"}}))
     if works:
+        assert backend is not None
         backend(3, {"loss": 1.0})
         assert logged == [(3, {"loss": 1.0})]
     else:

@@ -26,7 +26,7 @@ def settings(tmp_path):
     table = {
         "run": {"dir": str(tmp_path / "run"), "steps": 4},
         "model": {"path": str(tmp_path / "model"), "dtype": "float32"},
-        "data": {"path": str(tmp_path / "corpus.jsonl"), "length": 16, "rows": 4},
+        "data": {"path": str(tmp_path / "corpus.jsonl"), "length": 16, "rows": 8},
         "optimizer": {"learning_rate": 1e-2, "warmup_steps": 0, "schedule": "constant"},
         "checkpoint": {"every": 2},
     }
