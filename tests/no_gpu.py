@@ -29,16 +29,16 @@ def of_range(q, k, v, causal, q_length, kv_length, q_first, kv_first):
     q_at, kv_at = jnp.clip(q_first + t, 0, len(flat[0]) - 1), jnp.clip(kv_first + s, 0, len(flat[1]) - 1)
     own_q, own_k, own_v = flat[0][q_at], *(jnp.repeat(x[kv_at], heads // kv_heads, axis=1) for x in flat[1:])
     scores = jnp.einsum("THE,SHE->HTS", own_q, own_k) * width**-0.5
-    seen = (t < q_length)[:, None] & (s < kv_length)
+    seen = (t < q_length)[:, None] & (s < kv_length)[None]
     if causal:
-        seen &= s <= t[:, None]
+        seen &= s[None] <= t[:, None]
     return jnp.where(seen, scores, -jnp.inf), seen, own_q, own_k, own_v, q_at, kv_at
 
 
 def placed(x, parts, index, lengths):
     """The parts of ranges [N, T, ...] where they belong in an array like x, NaN elsewhere."""
     out = jnp.full((x.shape[0] * x.shape[1], *parts.shape[2:]), jnp.nan, jnp.float32)
-    inside = jnp.arange(index.shape[1]) < lengths[:, None]
+    inside = jnp.arange(index.shape[1])[None] < lengths[:, None]
     out = out.at[jnp.where(inside, index, len(out))].set(parts, mode="drop")
     return out.reshape(*x.shape[:2], *parts.shape[2:]).astype(x.dtype)
 
@@ -53,7 +53,7 @@ def forward(q, k, v, causal, ranges):
         return jnp.einsum("HTS,SHE->THE", weights, own_v), normalizer, q_at
 
     out, normalizer, q_at = jax.vmap(one)(*every)
-    inside = (jnp.arange(q.shape[1]) < every[0][:, None])[:, None]
+    inside = (jnp.arange(q.shape[1])[None] < every[0][:, None])[:, None]
     return placed(q, out, q_at, every[0]), jnp.where(inside, normalizer, jnp.nan)
 
 

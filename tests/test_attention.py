@@ -84,7 +84,7 @@ def test_a_few_queries_at_a_time(length, monkeypatch):
 
     def out_and_gradients():
         def loss(q, k, v):
-            return (attention(q, k, v, **masks) * (segments != 0)[..., None, None] * q).sum()
+            return jnp.where((segments != 0)[..., None, None], attention(q, k, v, **masks) * q, 0).sum()
 
         return jax.value_and_grad(loss, (0, 1, 2))(q, k, v)
 
@@ -143,7 +143,10 @@ def test_decoding_equals_the_definition(steps, window, quantized):
     if quantized:
         (k8, k_scale), (v8, v_scale) = map(quantize_rows, stored)
         cache = LayerCache(k8, v8, k_scale, v_scale)
-        k, v = (np.asarray(x * s[..., None]).transpose(1, 2, 0, 3) for x, s in ((k8, k_scale), (v8, v_scale)))
+        k, v = (
+            (np.asarray(x) * np.asarray(scale)[..., None]).transpose(1, 2, 0, 3)
+            for x, scale in ((k8, k_scale), (v8, v_scale))
+        )
     else:
         cache = LayerCache(*stored)
     (q32,) = f32(q)
@@ -200,7 +203,7 @@ def test_splash_has_the_gradients_of_plain_attention(as_on_tpu, monkeypatch):
 
     def gradients():
         def loss(q, k, v):
-            return (attention(q, k, v, **masks) * (segments != 0)[..., None, None] * q).sum()
+            return jnp.where((segments != 0)[..., None, None], attention(q, k, v, **masks) * q, 0).sum()
 
         return jax.grad(loss, (0, 1, 2))(q, k, v)
 
@@ -223,7 +226,10 @@ def test_the_paged_kernels_equal_the_definition(group, quantized, as_on_tpu):
     if quantized:
         (k8, k_scale), (v8, v_scale) = map(quantize_rows, stored)
         cache = LayerCache(k8, v8, k_scale, v_scale)
-        k, v = (np.asarray(x * s[..., None]).transpose(1, 2, 0, 3) for x, s in ((k8, k_scale), (v8, v_scale)))
+        k, v = (
+            (np.asarray(x) * np.asarray(scale)[..., None]).transpose(1, 2, 0, 3)
+            for x, scale in ((k8, k_scale), (v8, v_scale))
+        )
     with pltpu.force_tpu_interpret_mode():
         got = decode_attention(jnp.asarray(q, jnp.bfloat16), cache, length_B=jnp.asarray(lengths, jnp.int32))
     # A full row had no room for the new token: it looks at what it has.

@@ -103,7 +103,7 @@ def document_numbers(segments_BT: Array) -> Array:
     A document is a run of equal ids; so is a run of padding: it costs little, and its values are finite.
     """
     before_BT = jnp.pad(segments_BT, ((0, 0), (1, 0)))[:, :-1]
-    begins_BT = (segments_BT != before_BT) | (jnp.arange(segments_BT.shape[1]) == 0)
+    begins_BT = (segments_BT != before_BT) | (jnp.arange(segments_BT.shape[1]) == 0)[None]
     number_X = jnp.cumsum(begins_BT.reshape(-1), dtype=jnp.int32) - 1
     return checkpoint_name(number_X, "attention_residuals")
 
@@ -123,10 +123,10 @@ def _continued(piece_BT: Array, row_BS: Array, start: Array) -> Ranges:
     before_B = jnp.take(row_BS, jnp.maximum(start - 1, 0), axis=1)
     goes_on_B = (start > 0) & (before_B == piece_BT[:, 0])
     other_BT = piece_BT != piece_BT[:, :1]
-    q_length_B = jnp.where(goes_on_B, jnp.where(other_BT, jnp.arange(length), length).min(axis=1), 0)
-    index_S = jnp.arange(keys)
-    other_BS = (row_BS != before_B[:, None]) & (index_S < start)
-    first_B = jnp.where(other_BS, index_S + 1, 0).max(axis=1)
+    q_length_B = jnp.where(goes_on_B, jnp.where(other_BT, jnp.arange(length)[None], length).min(axis=1), 0)
+    index_1S = jnp.arange(keys)[None]
+    other_BS = (row_BS != before_B[:, None]) & (index_1S < start)
+    first_B = jnp.where(other_BS, index_1S + 1, 0).max(axis=1)
     row_B = jnp.arange(batch)
     kv_length_B, first_B = (jnp.where(goes_on_B, x, 0) for x in (start - first_B, first_B))
 
@@ -202,7 +202,7 @@ _attend.defvjp(_kept, _backward)
 def _looks(q_BTHE: Array, past: Past) -> Array:
     """bool [B, T]: the queries that see some of the past."""
     batch, length = q_BTHE.shape[:2]
-    return jnp.arange(length) < past.ranges.q_length[:batch, None]
+    return jnp.arange(length)[None] < past.ranges.q_length[:batch, None]
 
 
 def _is_looked_at(past: Past) -> Array:
@@ -211,7 +211,7 @@ def _is_looked_at(past: Past) -> Array:
     first_B = jnp.zeros(batch, jnp.int32)
     if past.ranges.kv_first is not None:
         first_B = past.ranges.kv_first[:batch] - jnp.arange(batch) * keys
-    index_BS = jnp.arange(keys) - first_B[:, None]
+    index_BS = jnp.arange(keys)[None] - first_B[:, None]
     return (index_BS >= 0) & (index_BS < past.ranges.kv_length[:batch, None])
 
 
@@ -232,10 +232,10 @@ class _Documents(NamedTuple):
     def of_documents(self, normalizer_BHT: Array) -> Array:
         """[N, H, T] of each token's."""
         batch, heads, length = normalizer_BHT.shape
-        place_T = jnp.arange(length)
-        token_NT = jnp.minimum(self.ranges.q_first[:, None] + place_T, batch * length - 1)  # pyright: ignore
+        place_1T = jnp.arange(length)[None]
+        token_NT = jnp.minimum(self.ranges.q_first[:, None] + place_1T, batch * length - 1)  # pyright: ignore
         found = normalizer_BHT[(token_NT // length)[:, None], jnp.arange(heads)[:, None], (token_NT % length)[:, None]]
-        return jnp.where((place_T < self.ranges.q_length[:, None])[:, None], found, HUGE)
+        return jnp.where((place_1T < self.ranges.q_length[:, None])[:, None], found, HUGE)
 
 
 def _some_documents(number_X: Array, call: Array | int, batch: int) -> _Documents:
@@ -243,7 +243,7 @@ def _some_documents(number_X: Array, call: Array | int, batch: int) -> _Document
     count = batch * DOCUMENTS
     own_X = number_X - call * count
     # Where each begins, and the last one ends: as many tokens are of documents before it.
-    edge = (own_X[:, None] < jnp.arange(count + 1)).sum(axis=0, dtype=jnp.int32)
+    edge = (own_X[:, None] < jnp.arange(count + 1)[None]).sum(axis=0, dtype=jnp.int32)
     length_N, first_N = edge[1:] - edge[:-1], edge[:-1]
     mine_X = (own_X >= 0) & (own_X < count)
     number_X = jnp.where(mine_X, own_X, 0)

@@ -209,7 +209,8 @@ def _turned(ref: Any, row: Any, head: Any, angles: tuple[Any, Any]) -> Array:
         ref[row, *jnp.broadcast_arrays(jnp.asarray(head)[..., None], lanes_E)]
         for lanes_E in (lane_E, jnp.where(left_E, lane_E + half, lane_E - half))
     )
-    return own * cos_E + other * jnp.where(left_E, -sin_E, sin_E)
+    cos, sin = (jnp.broadcast_to(x_E, own.shape) for x_E in (cos_E, jnp.where(left_E, -sin_E, sin_E)))
+    return own * cos + other * sin
 
 
 def _put(x_E: Array, ref: Any, scale_ref: Any, place: tuple[Any, Any, Any], writes: Any) -> Array:

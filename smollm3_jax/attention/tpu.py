@@ -130,13 +130,15 @@ def paged(q_B1HE: Array, cache: LayerCache, length_B: Array) -> Array:
     kv_heads, batch, capacity, width = cache.k.shape
     page = next(page for page in PAGES if capacity % page == 0)
     k_pages, v_pages = (x.reshape(kv_heads, -1, page, width) for x in (cache.k, cache.v))
-    out_BHE = paged_attention(
-        q_B1HE[:, 0].astype(jnp.float32) * width**-0.5,
-        k_pages,
-        v_pages,
-        # A full row wrote nothing, and has no page after its last.
-        jnp.minimum(length_B + 1, capacity),
-        jnp.arange(k_pages.shape[1], dtype=jnp.int32).reshape(batch, -1),
-        pages_per_compute_block=1,
-    )
+    # The kernel mixes dtypes and ranks, whatever the caller forbids.
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        out_BHE = paged_attention(
+            q_B1HE[:, 0].astype(jnp.float32) * width**-0.5,
+            k_pages,
+            v_pages,
+            # A full row wrote nothing, and has no page after its last.
+            jnp.minimum(length_B + 1, capacity),
+            jnp.arange(k_pages.shape[1], dtype=jnp.int32).reshape(batch, -1),
+            pages_per_compute_block=1,
+        )
     return out_BHE[:, None].astype(q_B1HE.dtype)

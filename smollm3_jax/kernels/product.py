@@ -75,7 +75,7 @@ def unpacked_product(
         values, scale, *rest = (x.reshape(channels, -1) for x in parts)
         cost = _cost(x_RK, values, scale, *rest)
         if group is None:
-            out_RN = kernel(x_RK, values, None, None, cost) * scale[:, 0]
+            out_RN = kernel(x_RK, values, None, None, cost) * scale[:, 0][None]
         else:
             out_RN = kernel(x_RK, values, scale, rest[0] if rest else None, cost)
         return jax.lax.psum(out_RN, dims["inputs"]) if dims["inputs"] else out_RN

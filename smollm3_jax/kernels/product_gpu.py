@@ -183,9 +183,10 @@ def _layout(lanes: int) -> Any:
 def _dot_interpreted(_: Any, bytes_CL16: Array, x: list[Array]) -> Array:
     """What `_dot` computes."""
     if len(x) == 1:
-        return (x[0] * bytes_CL16.astype(jnp.float32)).sum(axis=2)
+        return (x[0][None] * bytes_CL16.astype(jnp.float32)).sum(axis=2)
     halves = (bytes_CL16 & 15, bytes_CL16 >> 4)
-    return _sum((part * (128 + half.astype(jnp.float32))).sum(axis=2) for part, half in zip(x, halves, strict=True))
+    numbers = (128 + half.astype(jnp.float32) for half in halves)
+    return _sum((part[None] * number).sum(axis=2) for part, number in zip(x, numbers, strict=True))
 
 
 def _dot(layout_CL16: Any, bytes_CL16: Array, x: list[Array]) -> Array:

@@ -110,7 +110,7 @@ def test_a_past_equals_one_sequence(padding, as_on_gpu):
     q, k, v, past_k, past_v = arrays(jnp.float16, new, *[(3, LENGTH, KV_HEADS, WIDTH)] * 2, old, old)
     real = jnp.arange(LENGTH) < LENGTH - padding
     options = {"length_B": lengths, "segments_BT": jnp.broadcast_to(real.astype(jnp.int32), (3, LENGTH))}
-    unused = (jnp.arange(past) >= lengths[:, None])[:, :, None, None]
+    unused = (jnp.arange(past)[None] >= lengths[:, None])[:, :, None, None]
     anything = [jnp.where(unused, 60000, x).astype(x.dtype) for x in (past_k, past_v)]
     got = anew(attention_after, q, k, v, *anything, **options)
     assert np.isfinite(np.asarray(got, np.float32)).all()

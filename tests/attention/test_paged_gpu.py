@@ -116,13 +116,13 @@ def test_pages_may_lie_anywhere(quantized, monkeypatch):
 def test_reads_nothing_after_what_a_row_holds(programs, monkeypatch):
     monkeypatch.setattr(paged_gpu, "PROGRAMS", programs)
     *others, cache = case()
-    free = jnp.arange(CAPACITY) >= LENGTHS[:, None]
+    free = jnp.arange(CAPACITY)[None] >= LENGTHS[:, None]
     poisoned = jax.tree.map(lambda x: jnp.where(free[..., None], jnp.nan, x), cache)
     np.testing.assert_array_equal(step(*others, poisoned)[0], step(*others, cache)[0])
 
 
 def test_rounds_halves_to_even():
-    x = jnp.arange(-512, 513) / 4.0
+    x = jnp.arange(-512.0, 513.0) / 4
     np.testing.assert_array_equal(paged_gpu._rounded(x), jnp.round(x))
 
 

@@ -138,7 +138,7 @@ def test_tpu(scheme, channels, inputs, rows, dtype):
     scales = (None, None) if by_channel else (jnp.asarray(scale), None if minimum is None else jnp.asarray(minimum))
     got = product_tpu.product(x, jnp.asarray(values), *scales, interpret=True)
     # The products of 512 bytes may add up one after the other.
-    check(got * scale if by_channel else got, x, (values, scale, minimum), 8, ROUNDINGS + 512)
+    check(got * scale[None] if by_channel else got, x, (values, scale, minimum), 8, ROUNDINGS + 512)
 
 
 @pytest.mark.parametrize(("groups", "fits"), [(64, True), (344, True), (172, False), (18, False)])

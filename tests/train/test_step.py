@@ -59,6 +59,7 @@ def test_the_loss_is_the_cross_entropy_of_the_models_logits(config, batch):
     np.testing.assert_allclose([total, sums["loss"]], np.sum(expected), rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_what_the_backward_pass_computes_again_changes_nothing(config, batch):
     gradients = {}
     for remat in REMAT:
@@ -101,6 +102,7 @@ def test_micro_batches_equal_the_batch(config, batch):
             np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_micro_batch_that_is_not_finite_is_left_out(batch):
     """T5: Token 7, whose embedding is infinite, stands in one of two micro-batches' rows, then in all."""
     config = s3.ModelConfig.from_hf(tiny.raw_config("untied"))
