@@ -47,7 +47,6 @@ LONG_FUNCTIONS = {
     "smollm3_jax/kernels/product_tpu.py product": KERNEL,
     "smollm3_jax/kernels/product_wgmma.py product": KERNEL,
     "smollm3_jax/train/loss.py _on_device": "the closures of one scan share what it divides",
-    "smollm3_jax/train/data/tokenize.py tokenize": "a third of it says what it takes, gives and raises",
 }
 
 

@@ -175,7 +175,7 @@ def run_together(code, count, *arguments, timeout=300):
 
 @pytest.mark.slow
 def test_two_processes_train_as_one(tmp_path):
-    """From one checkpoint, of which each process reads its own parts. (Four: tests/train/run/test_several_processes.py.)"""
+    """From one checkpoint, of which each process reads its own parts. (Four: test_several_processes.py.)"""
     folder = tiny.tiny_checkpoint(tmp_path)
     (one,) = run_together(TOGETHER.replace("start(f", "False and start(f"), 1, folder)
     for result in run_together(TOGETHER, 2, folder):
