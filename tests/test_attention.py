@@ -274,7 +274,7 @@ def test_gradients_are_those_of_the_definition(dtype, window):
     def by_the_definition(q, k, v):
         k, v = (jnp.repeat(x, heads // kv_heads, axis=2) for x in (k, v))
         index = jnp.arange(length)
-        distance = index[:, None] - index
+        distance = (index[:, None] - index[None])[None]
         seen = (distance >= 0) & (distance < (window or length)) & (segments[:, :, None] == segments[:, None, :])
         scores = jnp.einsum("BTHE,BSHE->BHTS", q, k, preferred_element_type=jnp.float32) / width**0.5
         weights = jax.nn.softmax(jnp.where(seen[:, None], scores, -jnp.inf)).astype(v.dtype)

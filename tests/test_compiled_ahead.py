@@ -91,7 +91,7 @@ def tensor_parallel(layers, data):
     """The collectives of a decode step."""
     return Counter(
         {
-            # Behind attention and behind the MLP, in each layer; the embedding, whose rows are split; of the
+            # After attention and after the MLP, in each layer; the embedding, whose rows are split; of the
             # logits, whose columns are, the largest, and the sum of all with the chosen one (one operation).
             # With several groups of devices: whether any has an active slot, and any with penalties or draws.
             "all-reduce": 2 * layers + 1 + 2 + (2 if data > 1 else 0),
@@ -133,7 +133,7 @@ def test_decode_step_at_full_depth(topology, shape, raw_config):
 
 
 # Of one long sequence, in each layer: its new query, key and value, and the largest score and the sums over the
-# context, to every device; then behind attention and behind the MLP. Besides: as above, of one sequence.
+# context, to every device; then after attention and after the MLP. Besides: as above, of one sequence.
 LONG = Counter({"all-gather": 3 * DEEP, "all-reduce": 4 * DEEP + 1 + 2 + 2})
 
 
