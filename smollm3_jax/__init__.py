@@ -12,7 +12,8 @@ if not is_the_command():  # which says it in a line, and lets the doctor look
 if TYPE_CHECKING:
     from .config import GenerationConfig, ModelConfig, RopeScaling
     from .errors import SmolLM3Error
-    from .generation.api import Request, generate, stream
+    from .generation.api import generate, stream
+    from .generation.requests import Request
     from .generation.sampling import SamplingParams
     from .model import SmolLM3
     from .pretrained import convert, from_pretrained, load_tokenizer, save_pretrained
@@ -39,7 +40,8 @@ __all__ = [
 _HOME = {
     "config": ("GenerationConfig", "ModelConfig", "RopeScaling"),
     "errors": ("SmolLM3Error",),
-    "generation.api": ("Request", "generate", "stream"),
+    "generation.api": ("generate", "stream"),
+    "generation.requests": ("Request",),
     "generation.sampling": ("SamplingParams",),
     "model": ("SmolLM3",),
     "pretrained": ("convert", "from_pretrained", "load_tokenizer", "save_pretrained"),

@@ -15,7 +15,8 @@ import tiny
 import smollm3_jax as s3
 from smollm3_jax.evaluate.parity import verify
 from smollm3_jax.evaluate.perplexity import perplexity
-from smollm3_jax.generation.api import Request, complete
+from smollm3_jax.generation.api import complete
+from smollm3_jax.generation.requests import Request
 from smollm3_jax.train.objectives.pretrain import Pretrain
 from smollm3_jax.train.optimizer import adamw, schedule
 from smollm3_jax.train.options import StepOptions

@@ -20,7 +20,8 @@ from tiny import tiny_checkpoint
 import smollm3_jax as s3
 from smollm3_jax import compile_cache
 from smollm3_jax.compile_cache import Compilations, compilations, enable
-from smollm3_jax.generation.api import Request, complete
+from smollm3_jax.generation.api import complete
+from smollm3_jax.generation.requests import Request
 
 ROOT = Path(__file__).parents[1]
 OPTIONS = {

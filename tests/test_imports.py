@@ -32,7 +32,6 @@ ORDER = (
 LINES_OF_A_FILE, LINES_OF_A_FUNCTION = 400, 60
 KERNEL = "one kernel: what its loops keep in registers has no name outside of them"
 LONG_FILES = {
-    "smollm3_jax/generation/api.py": "being split",
     "smollm3_jax/generation/jsonl.py": "being split",
     "smollm3_jax/model.py": "being split",
 }
@@ -40,7 +39,6 @@ LONG_FUNCTIONS = {
     "smollm3_jax/attention/dispatch.py attention": "a quarter of it says what its arguments are",
     "smollm3_jax/attention/paged_gpu.py _paged_attention": KERNEL,
     "smollm3_jax/attention/paged_gpu.py step": KERNEL,
-    "smollm3_jax/generation/api.py _run": "being split",
     "smollm3_jax/generation/jsonl.py run": "being split",
     "smollm3_jax/generation/prompt_lookup.py decode_lookup": "being split",
     "smollm3_jax/kernels/product_gpu.py product": KERNEL,

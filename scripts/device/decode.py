@@ -11,7 +11,7 @@ import numpy as np
 
 from sharding.arrays import total_bytes
 from smollm3_jax.generation.device_loop import MAX_STEPS, Slots, decode
-from smollm3_jax.generation.sampling import MAX_STOP_IDS, Choice, SamplingParams
+from smollm3_jax.generation.sampling import MAX_STOP_IDS, SamplingParams, SamplingState
 from smollm3_jax.kv_cache import KVCache, cache_specs, empty_cache
 from smollm3_jax.model import SmolLM3
 from smollm3_jax.plan.decode import DecodeSetting
@@ -130,7 +130,7 @@ def active_slots(model: SmolLM3, batch: int) -> Slots:
         think_ids=np.full(2, -1, np.int32),
         thinking=np.bool_(False),
         think_left=np.int32(-1),
-        choice=Choice.of(SamplingParams(temperature=0.0), [3], 0, model.config.vocab_size),
+        choice=SamplingState.of(SamplingParams(temperature=0.0), [3], 0, model.config.vocab_size),
     )
     slots = jax.device_put(jax.tree.map(lambda x: np.repeat(np.asarray(x)[None], batch, axis=0), one))
     return dataclasses.replace(slots, token=3 + jnp.arange(batch, dtype=jnp.int32))

@@ -13,8 +13,8 @@ import numpy as np
 from jax import Array
 
 import smollm3_jax as s3
-from smollm3_jax.generation.api import pieces
 from smollm3_jax.generation.device_loop import prefill
+from smollm3_jax.generation.engine import pieces
 from smollm3_jax.kv_cache import KVCache, empty_cache
 from smollm3_jax.model import SmolLM3
 

@@ -10,8 +10,8 @@ from jax.stages import Compiled
 
 from sharding import hlo
 from sharding.roofline import Roofline, roofline
-from smollm3_jax.generation.api import ACCELERATOR_CHUNK, pieces
 from smollm3_jax.generation.device_loop import prefill
+from smollm3_jax.generation.engine import ACCELERATOR_CHUNK, pieces
 from smollm3_jax.kv_cache import empty_cache
 from smollm3_jax.model import SmolLM3
 from smollm3_jax.plan.decode import DecodeSetting

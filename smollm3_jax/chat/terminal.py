@@ -11,7 +11,7 @@ from typing import Any
 
 from .. import files
 from ..errors import OptionError, SmolLM3Error
-from ..generation.api import Delta
+from ..generation.requests import Delta
 from ..generation.sampling import SamplingParams
 from ..generation.stats import Stats
 from ..reading import read_file, why

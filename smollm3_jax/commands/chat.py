@@ -30,7 +30,8 @@ def run(args: argparse.Namespace) -> int:
     from ..chat import terminal
     from ..chat.screen import Screen, is_interactive, line_reader
     from ..chat.tools import load_tools
-    from ..generation.api import Delta, Request, chat_ends, check_request, stream, think_ids
+    from ..generation.api import stream
+    from ..generation.requests import Delta, Request, chat_ends, check_request, think_ids
     from ..generation.sampling import SamplingParams
     from ..generation.stats import Stats
     from ..paths import cache_dir

@@ -15,7 +15,7 @@ from ..progress import busy
 from .shared import add_model, add_sampling, load_model, open_model, sampling_params, say
 
 if TYPE_CHECKING:
-    from ..generation.api import Completion
+    from ..generation.requests import Completion
     from ..tokenizer import Tokenizer
 
 SOME_FAILED = 3
@@ -50,8 +50,9 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from ..chat.template import encode_for_answer
-    from ..generation.api import Completion, chat_ends, check_request, stream
+    from ..generation.api import stream
     from ..generation.jsonl import fitted_request
+    from ..generation.requests import Completion, chat_ends, check_request
     from ..generation.stats import Stats
 
     if isinstance(sys.stdout, io.TextIOWrapper):
@@ -75,7 +76,7 @@ def run(args: argparse.Namespace) -> int:
     check_request(checkpoint.config, checkpoint.generation_config, request, tokenizer, lookup=args.lookup)
     model = load_model(args, checkpoint)
     if args.lookup and not args.quiet:  # how many drafts were accepted
-        logging.getLogger("smollm3_jax.generation.api").setLevel(logging.INFO)
+        logging.getLogger("smollm3_jax.generation").setLevel(logging.INFO)
     samples = [Completion.empty() for _ in range(params.n)]
     live = params.n == 1 and not args.json
     stats = Stats()

@@ -134,7 +134,7 @@ def _speak(quiet: bool, verbose: int) -> None:
     level = logging.WARNING if quiet else logging.DEBUG if verbose > 1 else logging.INFO
     for package in ("smollm3_jax", "sharding"):
         logging.getLogger(package).setLevel(level)
-    logging.getLogger("smollm3_jax.generation.api").setLevel(level if verbose else logging.WARNING)
+    logging.getLogger("smollm3_jax.generation").setLevel(level if verbose else logging.WARNING)
 
 
 class _Plain(logging.Formatter):

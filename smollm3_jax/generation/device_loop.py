@@ -22,7 +22,7 @@ from sharding.rules import Sharding
 
 from ..kv_cache import KVCache, copy_row
 from ..model import SmolLM3
-from .sampling import MAX_LOGPROBS, MAX_STOP_IDS, Choice, choose, log_probabilities
+from .sampling import MAX_LOGPROBS, MAX_STOP_IDS, SamplingState, choose, log_probabilities
 
 # On a GPU all of a call's tokens are one CUDA graph, so that nothing of them is launched by the host; by default a loop
 # is none, and every turn of it waits for the host. Only the whole list of kinds works. Other platforms ignore it.
@@ -53,7 +53,7 @@ class Slots:
     think_ids: Any
     thinking: Any
     think_left: Any
-    choice: Choice
+    choice: SamplingState
 
 
 def slot_specs(batch: int, vocab_size: int) -> Any:
@@ -68,7 +68,7 @@ def slot_specs(batch: int, vocab_size: int) -> Any:
         think_ids=spec(jnp.int32, batch=batch, marks=2),
         thinking=flag,
         think_left=index,
-        choice=Choice.specs(batch, vocab_size),
+        choice=SamplingState.specs(batch, vocab_size),
     )
 
 
@@ -82,7 +82,7 @@ def as_they_came(slots: Slots, sharding: Sharding | None) -> Slots:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Chosen:
+class DecodedTokens:
     """What one call of `decode` chose: tokens int32 [B, N], -1 behind a sequence's end; their
     log-probabilities float32 [B, N]; the likeliest ids and log-probabilities [B, N, 20] where asked for."""
 
@@ -159,11 +159,11 @@ def free(slots: Slots, slot: Array) -> Slots:
 
 
 @functools.partial(jax.jit, donate_argnames=("cache", "slots"), compiler_options=COMPILER_OPTIONS)
-def decode(model: SmolLM3, cache: KVCache, slots: Slots, steps: Array) -> tuple[KVCache, Slots, Chosen]:
+def decode(model: SmolLM3, cache: KVCache, slots: Slots, steps: Array) -> tuple[KVCache, Slots, DecodedTokens]:
     """Up to `steps` (at most MAX_STEPS) tokens for each active slot; ends early when none is left."""
     batch = slots.token.shape[0]
     width = min(MAX_LOGPROBS, model.config.vocab_size)
-    chosen = Chosen(
+    chosen = DecodedTokens(
         tokens=jnp.full((batch, MAX_STEPS), -1, jnp.int32),
         logprobs=jnp.zeros((batch, MAX_STEPS), jnp.float32),
         top_ids=jnp.zeros((batch, MAX_STEPS, width), jnp.int32),
@@ -182,7 +182,7 @@ def decode(model: SmolLM3, cache: KVCache, slots: Slots, steps: Array) -> tuple[
         token_B = _close_thinking(choose(logits_BV, slots.choice, slots.generated), slots)
         logprob_B, top_ids, top_logprobs = log_probabilities(logits_BV, token_B, slots.choice.logprobs)
         # A finished slot runs along; what it says is neither kept nor fed to anyone else.
-        new = Chosen(jnp.where(slots.active, token_B, -1), logprob_B, top_ids, top_logprobs)
+        new = DecodedTokens(jnp.where(slots.active, token_B, -1), logprob_B, top_ids, top_logprobs)
         chosen = jax.tree.map(
             lambda all, x: jax.lax.dynamic_update_slice_in_dim(all, x[:, None], step, axis=1), chosen, new
         )

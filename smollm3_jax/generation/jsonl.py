@@ -29,7 +29,8 @@ from ..model import SmolLM3
 from ..nesting import check_depth
 from ..progress import busy, tally
 from ..tokenizer import Tokenizer
-from .api import Completion, Request, chat_ends, check_request, fitted, stream
+from .api import stream
+from .requests import Completion, Request, chat_ends, check_request, fitted
 from .sampling import SamplingParams
 from .stats import Stats
 

@@ -212,7 +212,7 @@ def _is_float32(value: Any) -> bool:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Choice:
+class SamplingState:
     """What `choose` reads of each slot: its parameters, and what it has said so far.
 
     temperature, top_p, min_p, repetition, presence, frequency: float32 [B]; top_k, logprobs: int32 [B]
@@ -236,7 +236,7 @@ class Choice:
 
     @classmethod
     def specs(cls, batch: int, vocab_size: int) -> Any:
-        """A Choice of ArraySpecs."""
+        """A SamplingState of ArraySpecs."""
         number, index = spec(jnp.float32, batch=batch), spec(jnp.int32, batch=batch)
         fields: dict[str, Any] = {name: number for name in ("temperature", "top_p", "min_p")}
         fields |= {name: number for name in ("repetition", "presence", "frequency")}
@@ -247,7 +247,7 @@ class Choice:
         return cls(**fields, counts=spec(jnp.int32, batch=batch, vocab=vocab_size))
 
     @classmethod
-    def of(cls, params: SamplingParams, prompt: Sequence[int], sample: int, vocab_size: int) -> "Choice":
+    def of(cls, params: SamplingParams, prompt: Sequence[int], sample: int, vocab_size: int) -> "SamplingState":
         """One slot's, without the leading B."""
         biases = [*params.logit_bias.items(), *((token, -np.inf) for token in params.suppress_tokens)]
         biases += [(-1, 0.0)] * (MAX_BIASES - len(biases))
@@ -271,7 +271,7 @@ class Choice:
         )
 
 
-def choose(logits_BV: Array, choice: Choice, step_B: Array) -> Array:
+def choose(logits_BV: Array, choice: SamplingState, step_B: Array) -> Array:
     """The next token of each slot, int32 [B].
 
     The order is transformers': penalties and biases, temperature, top-k, top-p, min-p, the draw.
@@ -289,7 +289,7 @@ def choose(logits_BV: Array, choice: Choice, step_B: Array) -> Array:
     )
 
 
-def _adjust(logits_BV: Array, choice: Choice) -> Array:
+def _adjust(logits_BV: Array, choice: SamplingState) -> Array:
     seen_BV = choice.in_prompt | (choice.counts > 0)
     repetition_B1 = choice.repetition[:, None]
     damped_BV = jnp.where(logits_BV > 0, logits_BV / repetition_B1, logits_BV * repetition_B1)
@@ -301,7 +301,7 @@ def _adjust(logits_BV: Array, choice: Choice) -> Array:
     return logits_BV.at[rows_B1, ids_BN].add(choice.biases, mode="drop")
 
 
-def _draw(logits_BV: Array, choice: Choice, step_B: Array) -> Array:
+def _draw(logits_BV: Array, choice: SamplingState, step_B: Array) -> Array:
     temperature_B1 = jnp.where(choice.temperature > 0, choice.temperature, 1)[:, None]
     # From the largest down: however low the temperature, only differences become infinite.
     logits_BV = logits_BV - logits_BV.max(axis=1, keepdims=True)

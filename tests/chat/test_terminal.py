@@ -32,7 +32,7 @@ from smollm3_jax.chat.screen import Screen
 from smollm3_jax.chat.terminal import Chat, converse
 from smollm3_jax.commands.main import main
 from smollm3_jax.errors import OptionError, OutOfMemoryError, TokenizerError
-from smollm3_jax.generation.api import Delta
+from smollm3_jax.generation.requests import Delta
 from smollm3_jax.generation.sampling import SamplingParams
 from smollm3_jax.generation.stats import Stats
 from smollm3_jax.tokenizer import Tokenizer

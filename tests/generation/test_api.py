@@ -11,8 +11,10 @@ from tiny import random_tokens, raw_config, tiny_checkpoint
 import smollm3_jax as s3
 from smollm3_jax.config import GenerationConfig
 from smollm3_jax.errors import OptionError
-from smollm3_jax.generation import api as module
-from smollm3_jax.generation.api import Request, complete, pieces, stream
+from smollm3_jax.generation import engine as module
+from smollm3_jax.generation.api import complete, stream
+from smollm3_jax.generation.engine import pieces
+from smollm3_jax.generation.requests import Request
 
 PROMPTS = [[5, 9, 11], [7], [3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20]]
 

@@ -8,7 +8,7 @@ from tiny import random_tokens, raw_config, tiny_checkpoint
 
 import smollm3_jax as s3
 from smollm3_jax.generation.device_loop import MAX_STEPS, Slots, decode, free, insert, prefill
-from smollm3_jax.generation.sampling import MAX_STOP_IDS, Choice, SamplingParams
+from smollm3_jax.generation.sampling import MAX_STOP_IDS, SamplingParams, SamplingState
 from smollm3_jax.kv_cache import empty_cache
 
 VOCAB, CAPACITY, SLOTS = 160, 64, 3
@@ -31,7 +31,7 @@ def slot(prompt, limit, stop=(), think=(-1, -1), budget=-1) -> Slots:
         think_ids=np.array(think, np.int32),
         thinking=np.bool_(budget >= 0),
         think_left=np.int32(budget),
-        choice=Choice.of(SamplingParams(logprobs=1), prompt, 0, VOCAB),
+        choice=SamplingState.of(SamplingParams(logprobs=1), prompt, 0, VOCAB),
     )
 
 

@@ -23,8 +23,9 @@ from smollm3_jax.commands.main import main
 from smollm3_jax.config import ModelConfig
 from smollm3_jax.errors import DataError, OptionError, SaveError, TokenizerError
 from smollm3_jax.generation import jsonl
-from smollm3_jax.generation.api import Completion, Request, complete
+from smollm3_jax.generation.api import complete
 from smollm3_jax.generation.jsonl import Batch
+from smollm3_jax.generation.requests import Completion, Request
 from smollm3_jax.tokenizer import Tokenizer, load_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -435,7 +436,7 @@ def test_a_full_disk(model, tokenizer, tmp_path, monkeypatch):
 QUICK = """
 import sys, time
 from smollm3_jax.generation import jsonl
-from smollm3_jax.generation.api import Delta
+from smollm3_jax.generation.requests import Delta
 
 def stream(model, requests, **options):
     for number, request in enumerate(requests):

@@ -7,8 +7,9 @@ from tiny import tiny_checkpoint
 import smollm3_jax as s3
 from smollm3_jax.config import GenerationConfig
 from smollm3_jax.errors import OptionError
-from smollm3_jax.generation.api import Request, complete
+from smollm3_jax.generation.api import complete
 from smollm3_jax.generation.prompt_lookup import _draft
+from smollm3_jax.generation.requests import Request
 
 # A tiny random model soon repeats itself, so its own text is drafted from.
 PROMPTS = [[5, 9, 11], [7], [3, 4, 5, 6, 7, 3, 4, 5, 6, 7, 3, 4]]

@@ -9,18 +9,18 @@ from hypothesis import strategies as st
 
 from smollm3_jax.errors import OptionError
 from smollm3_jax.generation import sampling
-from smollm3_jax.generation.sampling import MAX_BIASES, Choice, SamplingParams
+from smollm3_jax.generation.sampling import MAX_BIASES, SamplingParams, SamplingState
 
 VOCAB = 40
 cut, choose = jax.jit(sampling.cut), jax.jit(sampling.choose)
 log_probabilities = jax.jit(sampling.log_probabilities)
 
 
-def choice_of(*slots: tuple[SamplingParams, list[int], list[int]]) -> Choice:
+def choice_of(*slots: tuple[SamplingParams, list[int], list[int]]) -> SamplingState:
     """The device's state of slots, each given as parameters, prompt, and tokens generated so far."""
     rows = []
     for params, prompt, said in slots:
-        one = Choice.of(params, prompt, 0, VOCAB)
+        one = SamplingState.of(params, prompt, 0, VOCAB)
         rows.append(dataclasses.replace(one, counts=np.bincount(said, minlength=VOCAB).astype(np.int32)))
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *rows)
 
@@ -83,7 +83,7 @@ def test_equals_transformers_processors():
     assert_drawn_with(weights, jnp.asarray(logits), choice)
 
 
-def assert_drawn_with(weights: np.ndarray, logits_1V: jax.Array, choice: Choice) -> None:
+def assert_drawn_with(weights: np.ndarray, logits_1V: jax.Array, choice: SamplingState) -> None:
     """5,000 draws within five standard deviations; what has no weight never comes."""
     draws = 5_000
     many = jax.tree.map(lambda x: jnp.broadcast_to(x, (draws, *x.shape[1:])), choice)

@@ -84,7 +84,7 @@ def test_the_dearest_kernels_are_told(tmp_path):
 @pytest.mark.slow
 def test_a_prompt_whose_past_is_lost_is_seen(tmp_path, monkeypatch):
     """A planted bug: no piece sees those before it."""
-    from smollm3_jax.generation.api import pieces
+    from smollm3_jax.generation.engine import pieces
 
     monkeypatch.setattr(parity, "pieces", lambda *a: [(start, *rest, 0) for start, *rest, _ in pieces(*a)])
     model = parity.shape.random_model(parity.shape.config(True))

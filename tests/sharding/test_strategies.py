@@ -11,7 +11,8 @@ from tiny import YARN, random_tensors, raw_config, write_checkpoint
 import smollm3_jax as s3
 from sharding.mesh import DEFAULT_AXES, make_mesh
 from sharding.rules import STRATEGIES, Sharding
-from smollm3_jax.generation.api import Request, complete
+from smollm3_jax.generation.api import complete
+from smollm3_jax.generation.requests import Request
 from smollm3_jax.model import with_sharding
 from smollm3_jax.train.objectives.pretrain import Pretrain
 from smollm3_jax.train.optimizer import adamw

@@ -1,0 +1,271 @@
+"""The engine: sequences come and go by slot, while the others decode.
+
+What a request is answered depends on the model, the request and the engine's shape alone: never on what else runs.
+
+Lengths are rounded up to a few sizes, so that few programs serve all requests: a prompt goes in as one
+piece of a power of two (16 to CHUNK) and then whole CHUNKs; a slot holds a power of two of tokens, and slots come in
+powers of two.
+"""
+
+import collections
+import dataclasses
+import logging
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from sharding.arrays import spec, zeros
+
+from ..compile_cache import enable
+from ..kv_cache import KVCache, cache_specs
+from ..model import SmolLM3, where_it_lies
+from ..sizes import power_of_two_from
+from ..tokenizer import Tokenizer, tokenizer_of
+from .device_loop import MAX_STEPS, DecodedTokens, Slots, decode, free, insert, prefill, slot_specs
+from .prompt_lookup import decode_lookup, remember
+from .requests import Delta, Request, check_request, with_ids
+from .sequence import Sequence
+from .stats import Stats, counted
+
+log = logging.getLogger(__name__)
+
+# The most tokens of a prompt that go through the model at once: enough to keep it busy, and a bound on
+# what prefill takes in memory.
+CHUNK = {"cpu": 512}
+ACCELERATOR_CHUNK = 2048
+MIN_PIECE = 16
+MIN_CAPACITY = 128
+
+
+def slots_for(model: SmolLM3, wanted: int) -> int:
+    """How many slots an engine has that is asked for `wanted`: a power of two that the mesh divides."""
+    slots = power_of_two_from(wanted)
+    # As many as the mesh divides, though some of them stay empty.
+    return slots if model.sharding is None else math.lcm(slots, model.sharding.parts("batch"))
+
+
+def capacity_for(context: int, lookup: int = 0) -> int:
+    """How many tokens a slot holds for sequences of at most `context`, and `lookup` drafted ones."""
+    return max(MIN_CAPACITY, power_of_two_from(context + lookup))
+
+
+def pieces(length: int, chunk: int, capacity: int) -> Iterator[tuple[int, int, int, int]]:
+    """How a prompt goes in: (start, tokens, tokens with padding, bound on what is there before) of each piece."""
+    first = (length - 1) % chunk + 1 if length else 0
+    start, count = 0, first
+    while start < length:
+        padded = max(MIN_PIECE, power_of_two_from(count))
+        past = 0 if start == 0 else min(capacity, max(chunk, power_of_two_from(start)))
+        yield start, count, padded, past
+        start, count = start + count, chunk
+
+
+@dataclasses.dataclass
+class _Prefill:
+    """A prompt on its way into a slot: which pieces are left, and the log-probabilities of those that are in."""
+
+    sequence: Sequence
+    slot: int
+    left: Iterator[tuple[int, int, int, int]]
+    logprobs: list[tuple[Array, int]] = dataclasses.field(default_factory=list)
+
+
+class Engine:
+    """Runs requests side by side in the slots of one cache.
+
+    Args:
+      tokenizer: for texts, stop texts and thinking budgets; None is the one that came with the model.
+      slots: at most this many sequences at a time; see `slots_for`.
+      context: the most tokens that a sequence may have, its prompt included.
+      cache_dtype: None is what the checkpoint says, or else the activations'; "int8" halves it.
+      steps: how many tokens of each sequence come at a time, at most 16.
+      lookup: how many tokens to draft from the text so far and verify at once (see `prompt_lookup`); 0 is off.
+      prefill_tokens: how many tokens of prompts go in between two calls of decoding, in whole pieces: 1 is a piece, so
+        that a long prompt keeps nobody waiting; None is every prompt that a slot is free for, which is faster where
+        nobody watches.
+      stats: gets what was done, how fast, and by which programs; to measure prompts, it waits for each of them.
+    """
+
+    def __init__(
+        self,
+        model: SmolLM3,
+        *,
+        tokenizer: Tokenizer | None = None,
+        slots: int = 64,
+        context: int,
+        cache_dtype: Any = None,
+        steps: int = MAX_STEPS,
+        lookup: int = 0,
+        prefill_tokens: int | None = 1,
+        stats: Stats | None = None,
+    ):
+        enable()
+        self.tokenizer = tokenizer or tokenizer_of(model)
+        self.model = model = where_it_lies(model)
+        self.context, self.steps, self.lookup = context, steps, lookup
+        self.slots, self.capacity = slots_for(model, slots), capacity_for(context, lookup)
+        self._prefill_tokens, self._measured, self._stats = prefill_tokens, stats is not None, stats or Stats()
+        self._chunk = CHUNK.get(model.platform, ACCELERATOR_CHUNK)
+        with self._stats.timed():
+            made = _empty(model, self.slots, self.capacity, cache_dtype or model.cache_dtype, drafts=lookup > 0)
+        self._cache, self._state, self._history = made
+        self._free = list(range(self.slots))
+        self._running: dict[int, Sequence] = {}  # by slot
+        self._waiting: collections.deque[Sequence] = collections.deque()
+        self._prefill: _Prefill | None = None
+        self._submitted = 0
+        self.drafted, self.accepted = 0, 0
+        drafting = f", {lookup} drafted" if lookup else ""
+        of = f"{counted(self.slots, 'slot')} of {self.capacity:,} tokens"
+        self._program = f"decoding of {of}, up to {steps} tokens a call{drafting}"
+        log.info(
+            "%d slots of %d tokens; prompts in pieces of %d to %d", self.slots, self.capacity, MIN_PIECE, self._chunk
+        )
+
+    @property
+    def has_room(self) -> bool:
+        """Whether a sample that is submitted now begins with the next step."""
+        return len(self._free) > len(self._waiting)
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether nothing runs and nothing waits."""
+        return not (self._running or self._waiting or self._prefill)
+
+    def submit(self, request: Request, name: str = "the prompt") -> int:
+        """Takes a request, whose samples begin in turn as slots become free; returns the number that deltas name it by.
+
+        Raises:
+          OptionError: it cannot be run; by its name here.
+        """
+        request = with_ids(request, self.model.config, self.tokenizer, name)
+        own = self.model.config, self.model.generation_config
+        check_request(*own, request, self.tokenizer, self.context, self.lookup, name)
+        number, self._submitted = self._submitted, self._submitted + 1
+        for sample in range(request.params.n):
+            self._waiting.append(Sequence(self.model, number, sample, request, self.tokenizer))
+        return number
+
+    def cancel(self, number: int) -> bool:
+        """Stops all samples of a request, and gives their slots to others; False if it has none that runs or waits."""
+        before = len(self._waiting) + len(self._running) + (self._prefill is not None)
+        self._waiting = collections.deque(x for x in self._waiting if x.index != number)
+        if self._prefill is not None and self._prefill.sequence.index == number:
+            self._free.append(self._prefill.slot)
+            self._prefill = None
+        for slot in [slot for slot, sequence in self._running.items() if sequence.index == number]:
+            self._stop(slot)
+        return before > len(self._waiting) + len(self._running) + (self._prefill is not None)
+
+    def step(self) -> list[Delta]:
+        """Lets prompts in, and decodes a call's tokens of every sequence that runs: what each of them said."""
+        self._admit()
+        if not self._running:
+            return []
+        with self._stats.timed("seconds"):
+            decoded = self._decode()
+        self._stats.programs[self._program] += 1
+        deltas = [sequence.take(slot, decoded) for slot, sequence in self._running.items()]
+        for slot, delta in zip(list(self._running), deltas, strict=True):
+            self._stats.tokens += len(delta.token_ids)
+            if delta.finish_reason:
+                self._stop(slot)
+        return deltas
+
+    def drain(self) -> Iterator[Delta]:
+        """Steps until all that was submitted is done."""
+        while not self.is_idle:
+            yield from self.step()
+
+    def _stop(self, slot: int) -> None:
+        del self._running[slot]
+        self._state = free(self._state, np.int32(slot))
+        self._free.append(slot)
+
+    def _decode(self) -> DecodedTokens:
+        if self._history is None:
+            arguments = (self.model, self._cache, self._state, np.int32(self.steps))
+            self._cache, self._state, decoded = decode(*arguments)
+            return jax.device_get(decoded)
+        arguments = (self.model, self._cache, self._state, self._history, np.int32(self.steps))
+        self._cache, self._state, self._history, tokens, tally = decode_lookup(*arguments, draft=self.lookup)
+        tried, kept = jax.device_get(tally)
+        self.drafted, self.accepted = self.drafted + int(tried), self.accepted + int(kept)
+        return DecodedTokens(jax.device_get(tokens), None, None, None)
+
+    def _admit(self) -> None:
+        """Puts prompts into free slots, piece by piece; while anything decodes, at most `prefill_tokens` and what the
+        last piece has beyond them."""
+        done = 0
+        while self._prefill is not None or (self._waiting and self._free):
+            if self._running and self._prefill_tokens is not None and done >= self._prefill_tokens:
+                return
+            with self._stats.timed("prompt_seconds"):
+                done += self._piece()
+
+    def _piece(self) -> int:
+        """One piece of the prompt at hand, or of the next one: how many tokens the model computed for it."""
+        if self._prefill is None:
+            # The lowest slot first: what runs beside each other is then the same whatever ended before.
+            self._free.sort()
+            sequence, slot = self._waiting.popleft(), self._free.pop(0)
+            self._prefill = _Prefill(sequence, slot, pieces(len(sequence.prompt) - 1, self._chunk, self.capacity))
+        at, padded = self._prefill, 0
+        piece = next(at.left, None)
+        if piece is not None:
+            start, count, padded, past = piece
+            prompt, tokens = at.sequence.prompt, np.zeros((2, padded), np.int32)
+            tokens[:, :count] = prompt[start : start + count], prompt[start + 1 : start + count + 1]
+            # Of a request's samples the first has them, whichever prompts go in again for others.
+            wanted = at.sequence.request.params.prompt_logprobs and at.sequence.sample == 0
+            place = (self.model, self._cache, np.int32(at.slot))
+            self._cache, values = prefill(*place, tokens[:1], tokens[1], np.int32(count), past=past, logprobs=wanted)
+            if values is not None:
+                at.logprobs.append((values, count))
+            self._stats.prompt_tokens += count
+            self._stats.programs[f"prefill of {padded} tokens" + (f" after up to {past}" if past else "")] += 1
+            if start + count < len(prompt) - 1:
+                return padded
+        self._prefill = None
+        self._start(at)
+        return padded
+
+    def _start(self, done: _Prefill) -> None:
+        """Lets a sequence decode whose prompt is in its slot, and copies of the slot the request's other samples."""
+        if done.sequence.request.params.prompt_logprobs and done.sequence.sample == 0:
+            values = jax.device_get(done.logprobs)
+            done.sequence.prompt_logprobs = tuple(float(value) for piece, count in values for value in piece[:count])
+        if self._measured:
+            jax.block_until_ready(self._cache)
+        self._insert(done.sequence, done.slot, None)
+        while self._waiting and self._waiting[0].index == done.sequence.index and self._free:
+            self._free.sort()
+            self._insert(self._waiting.popleft(), self._free.pop(0), done.slot)
+
+    def _insert(self, sequence: Sequence, slot: int, source: int | None) -> None:
+        length = np.int32(len(sequence.prompt) - 1)
+        first = None if source is None else np.int32(source)
+        place = (self._cache, self._state, np.int32(slot))
+        inserted = insert(*place, sequence.slot(), length, first, sharding=self.model.sharding)
+        self._cache, self._state = inserted
+        if self._history is not None:
+            told = np.full(self.capacity, -1, np.int32)
+            told[: len(sequence.prompt)] = sequence.prompt
+            self._history = remember(self._history, np.int32(slot), told)
+        self._running[slot] = sequence
+
+
+def _empty(model: SmolLM3, slots: int, capacity: int, cache_dtype: Any, drafts: bool) -> tuple[KVCache, Slots, Any]:
+    """Cache, slots and (for drafts) history, where calls of `decode` leave them: else its second call compiles anew."""
+    history = spec(jnp.int32, batch=slots, places=capacity) if drafts else None
+    cache = cache_specs(model.config, slots, capacity, cache_dtype)
+    made = zeros((cache, slot_specs(slots, model.config.vocab_size), history), model.sharding)
+    if model.sharding is not None:
+        return made
+    devices = list(model.norm[...].devices())
+    return jax.device_put(made, devices[0] if len(devices) == 1 else None)

@@ -1,0 +1,115 @@
+"""One sample of a request on the host: its tokens, its text, and where it ends."""
+
+from typing import Any
+
+import numpy as np
+
+from ..model import SmolLM3
+from ..tokenizer import Tokenizer
+from .device_loop import Slots
+from .requests import Delta, Logprob, Request, stop_ids, think_ids
+from .sampling import MAX_STOP_IDS, SamplingState
+
+
+class Sequence:
+    """One sample of a request on the host: its tokens, and how far its text has been handed out."""
+
+    def __init__(self, model: SmolLM3, index: int, sample: int, request: Request, tokenizer: Tokenizer | None):
+        assert not isinstance(request.prompt, str)  # `with_ids` was here
+        self.index, self.sample, self.request, self.tokenizer = index, sample, request, tokenizer
+        self.prompt = request.prompt
+        self.vocab_size = model.config.vocab_size
+        self.stop_ids = stop_ids(model.config, model.generation_config, request, tokenizer)
+        self.prompt_logprobs: tuple[float, ...] | None = None
+        self.tokens: list[int] = []
+        self.text = ""  # all that is decoded
+        self.handed_out = 0  # characters of it
+        self.decoder = None if tokenizer is None else tokenizer.decode_stream(prompt=self.prompt)
+
+    def slot(self) -> Slots:
+        """Its state on the device, without the leading B."""
+        params, prompt = self.request.params, self.prompt
+        opens, closes = think_ids(self.tokenizer)
+        budget = params.max_thinking_tokens
+        # A prompt may end inside the thinking that its template opened.
+        last = next((i for i in reversed(prompt) if i in (opens, closes)), None)
+        return Slots(
+            token=np.int32(prompt[-1]),
+            active=np.bool_(True),
+            generated=np.int32(0),
+            limit=np.int32(params.max_new_tokens),
+            stop_ids=np.array([*self.stop_ids, *[-1] * (MAX_STOP_IDS - len(self.stop_ids))], np.int32),
+            think_ids=np.array([opens, closes], np.int32),
+            thinking=np.bool_(last is not None and last == opens),
+            think_left=np.int32(-1 if budget is None else budget),
+            choice=SamplingState.of(params, prompt, self.sample, self.vocab_size),
+        )
+
+    def take(self, slot: int, chosen: Any) -> Delta:
+        """What a call of `decode` chose for it."""
+        row = chosen.tokens[slot]
+        new = [int(token) for token in row[row >= 0]]
+        reason = None
+        count = len(new)
+        for i, token in enumerate(new):
+            self.tokens.append(token)
+            stops = token in self.stop_ids
+            self._decode(None if stops else token)
+            if stops or self._meets_stop_text():
+                reason, count = "stop", i + 1
+                break
+        if reason is None and len(self.tokens) >= self.request.params.max_new_tokens:
+            reason = "length"
+        if reason is not None:
+            self._decode(None)
+        prompt_logprobs, self.prompt_logprobs = self.prompt_logprobs, None
+        return Delta(
+            request=self.index,
+            sample=self.sample,
+            token_ids=tuple(new[:count]),
+            text=self._hand_out(reason is not None),
+            logprobs=self._logprobs(slot, chosen, count),
+            prompt_logprobs=prompt_logprobs,
+            finish_reason=reason,
+        )
+
+    def _decode(self, token: int | None) -> None:
+        if self.decoder is not None:
+            self.text += self.decoder(token)
+
+    def _meets_stop_text(self) -> bool:
+        found = [self.text.find(stop, max(0, self.handed_out)) for stop in self.request.params.stop]
+        found = [at for at in found if at >= 0]
+        if found:
+            self.text = self.text[: min(found)]
+            self.decoder = None
+        return bool(found)
+
+    def _hand_out(self, finished: bool) -> str:
+        """New text, without what may yet turn out to begin a stop text."""
+        end = len(self.text)
+        if not finished:
+            for stop in self.request.params.stop:
+                held = next((n for n in range(len(stop) - 1, 0, -1) if self.text.endswith(stop[:n])), 0)
+                end = min(end, len(self.text) - held)
+        end = max(end, self.handed_out)
+        out, self.handed_out = self.text[self.handed_out : end], end
+        return out
+
+    def _logprobs(self, slot: int, chosen: Any, count: int) -> tuple[Logprob, ...] | None:
+        wanted = self.request.params.logprobs
+        if wanted is None:
+            return None
+        return tuple(
+            Logprob(
+                int(chosen.tokens[slot, i]),
+                float(chosen.logprobs[slot, i]),
+                tuple(
+                    (int(token), float(value))
+                    for token, value in zip(
+                        chosen.top_ids[slot, i, :wanted], chosen.top_logprobs[slot, i, :wanted], strict=True
+                    )
+                ),
+            )
+            for i in range(count)
+        )

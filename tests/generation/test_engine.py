@@ -1,0 +1,153 @@
+"""The engine: what a request is answered is what it is answered alone, whatever else comes, waits and is cancelled."""
+
+import functools
+from collections.abc import Iterable
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny import random_tokens, raw_config, tiny_checkpoint
+
+import smollm3_jax as s3
+from smollm3_jax.config import GenerationConfig
+from smollm3_jax.errors import OptionError
+from smollm3_jax.generation import engine as module
+from smollm3_jax.generation.engine import Engine
+from smollm3_jax.generation.requests import Completion, Delta, Request
+
+CONTEXT, SLOTS = 100, 2
+LENGTHS = (1, 3, 17, 40, 70)  # in pieces of 32: none, one, one, two, three
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> s3.SmolLM3:
+    loaded = s3.from_pretrained(tiny_checkpoint(tmp_path_factory.mktemp("tiny") / "m", "one_layer"))
+    loaded.generation_config = GenerationConfig(eos_token_id=())
+    return loaded
+
+
+@pytest.fixture(autouse=True)
+def short_pieces(monkeypatch):
+    monkeypatch.setitem(module.CHUNK, "cpu", 32)
+
+
+@functools.cache
+def request(kind: int) -> Request:
+    """Greedy ones and draws, of five lengths, some of several samples, some with log-probabilities."""
+    length = LENGTHS[kind % len(LENGTHS)]
+    params = s3.SamplingParams(
+        max_new_tokens=5 + 7 * (kind % 3),
+        temperature=0.8 * (kind % 2),
+        seed=kind,
+        n=1 + (kind % 4 == 3),
+        logprobs=1,
+        prompt_logprobs=kind % 3 == 0,
+    )
+    return Request(random_tokens(raw_config("one_layer"), 1, length, seed=kind)[0].tolist(), params)
+
+
+def engine(model: s3.SmolLM3, prefill_tokens: int | None = 1, **options) -> Engine:
+    return Engine(model, slots=SLOTS, context=CONTEXT, steps=4, prefill_tokens=prefill_tokens, **options)
+
+
+def collected(deltas: Iterable[Delta], into: dict | None = None) -> dict[tuple[int, int], Completion]:
+    found = {} if into is None else into
+    for delta in deltas:
+        found.setdefault((delta.request, delta.sample), Completion.empty()).add(delta)
+    return found
+
+
+@pytest.fixture(scope="module")
+def alone(model):
+    @functools.cache
+    def answers(kind: int) -> list[Completion]:
+        own = engine(model)
+        own.submit(request(kind))
+        return list(collected(own.drain()).values())
+
+    return answers
+
+
+SUBMIT = st.tuples(st.just("submit"), st.integers(0, 11))
+OTHER = st.tuples(st.sampled_from(["step", "cancel"]), st.integers(0, 5))
+EVENTS = st.lists(SUBMIT | OTHER, min_size=1, max_size=14)
+
+
+@settings(max_examples=15)
+@given(events=EVENTS, prefill_tokens=st.sampled_from([1, 40, None]))
+def test_an_answer_is_the_one_given_alone(model, alone, events, prefill_tokens):
+    """Bit for bit, log-probabilities too."""
+    shared, kinds, cancelled, found = engine(model, prefill_tokens), {}, set(), {}
+    for event, value in events:
+        if event == "submit":
+            kinds[shared.submit(request(value))] = value
+        elif event == "step":
+            collected(shared.step(), found)
+        elif shared.cancel(value):
+            cancelled.add(value)
+    collected(shared.drain(), found)
+    assert shared.is_idle and len(shared._free) == shared.slots
+    for number, kind in kinds.items():
+        for sample, expected in enumerate(alone(kind)):
+            got = found.get((number, sample), Completion.empty())
+            if number in cancelled:
+                assert got.token_ids == expected.token_ids[: len(got.token_ids)]
+            else:
+                assert got == expected, (number, sample)
+
+
+def test_a_long_prompt_keeps_nobody_waiting(model, monkeypatch):
+    """While something decodes there is at most one piece between two calls; without anything, all at once."""
+    calls: list[str] = []
+    for name in ("prefill", "decode"):
+        function = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *a, f=function, n=name, **kw: (calls.append(n), f(*a, **kw))[1])
+    shared = engine(model)
+    shared.submit(Request([5, 6, 7], s3.SamplingParams(max_new_tokens=30)))
+    shared.step()
+    shared.submit(request(4))
+    for _ in range(4):
+        shared.step()
+    assert calls == ["prefill", "decode", *["prefill", "decode"] * 3, "decode"]
+    calls.clear()
+    whole = engine(model, None)
+    whole.submit(Request([5, 6, 7], s3.SamplingParams(max_new_tokens=30)))
+    whole.submit(request(4))
+    whole.step()
+    assert calls == ["prefill"] * 4 + ["decode"]
+
+
+def test_cancelling_gives_slots_back(model):
+    shared = engine(model)
+    numbers = [shared.submit(request(kind)) for kind in (3, 4, 9)]  # two samples, a long prompt, one that waits
+    shared.step()
+    assert all(shared.cancel(number) for number in numbers)
+    assert shared.is_idle and shared.has_room and not shared.cancel(numbers[0]) and not shared.cancel(99)
+    assert shared.step() == []
+
+
+def test_a_request_that_cannot_run_is_refused_at_once(model):
+    shared = engine(model)
+    with pytest.raises(
+        OptionError, match="line 7 has 90 tokens; with max_new_tokens 20 that exceeds the room of a slot"
+    ):
+        shared.submit(Request([5] * 90, s3.SamplingParams(max_new_tokens=20)), "line 7")
+    assert shared.is_idle
+
+
+def test_drafts_beside_a_prompt_that_goes_in(model):
+    """Calls that verify drafts leave a prompt alone that is half in its slot."""
+    prompt = [5, 6, 7, 8] * 10
+    greedy = s3.SamplingParams(max_new_tokens=20, temperature=0)
+    requests = [Request(prompt[:9], greedy), Request(prompt * 2, s3.SamplingParams(max_new_tokens=10, temperature=0))]
+    shared = engine(model, lookup=4)
+    shared.submit(requests[0])
+    found = collected(shared.step())
+    shared.submit(requests[1])
+    collected(shared.drain(), found)
+    for number, one in enumerate(requests):
+        own = engine(model, lookup=4)
+        own.submit(one)
+        (expected,) = collected(own.drain()).values()
+        assert np.array_equal(found[number, 0].token_ids, expected.token_ids)
