@@ -84,7 +84,7 @@ def new_model(sharding: Any = None, **more: Any) -> Any:
 
     tiny = importlib.import_module("tiny")  # of the tree's tests
     config = find("ModelConfig").from_hf(tiny.raw_config("plain") | {"rope_scaling": tiny.YARN} | more)
-    takes = "sharding" in inspect.signature(find("SmolLM3")).parameters
+    takes = "sharding" in inspect.signature(find("SmolLM3").__init__).parameters
     return find("SmolLM3")(config, rngs=nnx.Rngs(0), **({"sharding": sharding} if takes else {}))
 
 
