@@ -103,10 +103,19 @@ def programs_as_users_run_them() -> Iterator[None]:
     jax.config.update("jax_disable_most_optimizations", True)
 
 
+# The files that take longest, in runs of `smollm3 train` and in compilers.
+LONG = ("test_faults.py", "test_loop.py", "test_compiled_for_gpu.py", "test_training_compiled_for_gpu.py")
+LONG += ("test_compiled_ahead.py", "test_several_processes.py", "test_docs.py", "test_model.py")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files with slow tests come first, so that no process is left with one at the end."""
+    """Files that take longest first, so that no process is left with one at the end; then those with slow tests."""
     slow = {item.path for item in items if item.get_closest_marker("slow")}
-    items.sort(key=lambda item: item.path not in slow)
+
+    def turn(item: pytest.Item) -> tuple[int, bool]:
+        return LONG.index(item.path.name) if item.path.name in LONG else len(LONG), item.path not in slow
+
+    items.sort(key=turn)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

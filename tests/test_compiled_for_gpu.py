@@ -1,4 +1,4 @@
-"""What the compiler for NVIDIA GPUs makes of SmolLM3-3B, asked without a GPU: programs are compiled here, run nowhere.
+"""What the compiler for NVIDIA GPUs makes of inference with SmolLM3-3B, asked without a GPU: nothing runs.
 
 All at full depth, for an H100. Bytes and launches are those of `smollm3 plan`: kernels count as what they read at full
 capacity. Bounds are those that the design was made for; see the README's table of an H100.
@@ -6,41 +6,22 @@ capacity. Bounds are those that the design was made for; see the README's table 
 
 import dataclasses
 import re
-from collections import Counter
-from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
-from jax.stages import Compiled
+from h100 import CAPACITY, GB, GIB, MARKS, MIB, RELEASED, Program, cut, decoding, scores
 
 from sharding import hlo
 from sharding.arrays import total_bytes
 from sharding.mesh import device_bytes
-from sharding.products import product
-from smollm3_jax.config import SMOLLM3_3B, ModelConfig
 from smollm3_jax.generation.device_loop import decode
 from smollm3_jax.kv_cache import cache_specs
 from smollm3_jax.plan.decode import DecodeSetting
 from smollm3_jax.plan.devices import compile_for, sharding_for, topology
 from smollm3_jax.plan.memory import weight_bytes
-from smollm3_jax.plan.train import TrainSetting
-from smollm3_jax.train.options import StepOptions
-from smollm3_jax.weights.key_map import count_parameters
-from smollm3_jax.weights.quantized import with_scheme
 
-OLD = tuple(int(part) for part in jax.__version__.split(".")[:3]) < (0, 11, 2)
-# Where jax is new enough and the compiler is missing, these tests fail.
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.slow,
-    pytest.mark.skipif(OLD, reason="kernels for GPUs need jax 0.11.2"),
-]
-
-GB, GIB, MIB = 1e9, 2**30, 2**20
-RELEASED = ModelConfig.from_hf(SMOLLM3_3B)
-CAPACITY, ROW = 8192, 4096
+pytestmark = MARKS
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -52,120 +33,6 @@ def programs_as_users_run_them():
     yield
     jax.config.update("jax_disable_most_optimizations", True)
     jax.config.update("jax_enable_compilation_cache", True)
-
-
-@dataclasses.dataclass(frozen=True)
-class Program:
-    """A setting, what was compiled for it, and what that is made of."""
-
-    setting: DecodeSetting | TrainSetting
-    compiled: Compiled
-    operations: list[hlo.Operation] = dataclasses.field(init=False)
-    model: Any = dataclasses.field(init=False)
-
-    def __post_init__(self):
-        object.__setattr__(self, "operations", hlo.operations(self.compiled))
-        object.__setattr__(self, "model", self.setting.model_of(self.compiled))
-        assert not self.model.opaque
-
-
-def cut(layers: int) -> ModelConfig:
-    """SmolLM3 with fewer layers, for what every layer has alike."""
-    return ModelConfig.from_hf(
-        {**SMOLLM3_3B, "num_hidden_layers": layers, "no_rope_layers": SMOLLM3_3B["no_rope_layers"][:layers]}
-    )
-
-
-def decoding(batch: int, weights: str | None = None, **options) -> DecodeSetting:
-    config = RELEASED if weights is None else with_scheme(RELEASED, weights)
-    _, devices = topology("h100:1")
-    return DecodeSetting(config, sharding_for(config, devices, "serve_tp", None), batch, CAPACITY, **options)
-
-
-def training(
-    name: str, rules: str, axes: dict[str, int] | None, batch: int, length: int, config: ModelConfig = RELEASED
-) -> Program:
-    chip, devices = topology(name)
-    sharding = sharding_for(config, devices, rules, axes)
-    setting = TrainSetting(config, chip, sharding, batch, length, StepOptions(remat="dots"))
-    return Program(setting, setting.compile())
-
-
-def scores(program: Program, queries: int, keys: int) -> list[hlo.Operation]:
-    """What has scores in memory or computes them outside of a kernel: arrays of all queries and keys of a row, and
-    products over the head width alone, which is what queries and keys are multiplied over."""
-    by_name = {(op.computation, op.name): op for op in program.operations}
-
-    def multiplies_heads(op: hlo.Operation) -> bool:
-        found = product(op, by_name)
-        return found is not None and found.flops == 2 * np.prod(op.shapes[0].dims) * program.setting.config.head_dim
-
-    whole = Counter([queries, keys])
-    return [
-        op
-        for op in program.operations
-        if multiplies_heads(op) or any(Counter(shape.dims) >= whole for shape in op.shapes)
-    ]
-
-
-# --- training ---------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def step():
-    """One row of 4,096 tokens of several documents, on one H100."""
-    return training("h100:1", "fsdp", None, 1, ROW)
-
-
-def test_a_step_multiplies_in_the_compute_dtype(step):
-    assert step.model.products > 20
-    assert step.model.float32_products == 0
-
-
-def test_a_step_does_what_it_should(step):
-    """Six operations a parameter and token, attention, and what is computed again: no loop is lost from the count."""
-    least = 6 * count_parameters(RELEASED) * ROW
-    assert least < step.model.flops < 1.5 * least
-
-
-def test_a_step_moves_no_more_than_it_has_to(step):
-    assert step.model.bytes <= 280 * GB
-
-
-def test_a_step_has_no_scores_in_memory(step):
-    assert not scores(step, ROW, ROW)
-
-
-@pytest.fixture(scope="module")
-def sharded_step():
-    """A row of 4,096 tokens for each of eight H100."""
-    return training("h100:8", "fsdp", None, 8, ROW)
-
-
-def test_a_sharded_step_copies_no_array_of_the_state(sharded_step):
-    """Into another layout, as it comes in or goes out. Of bfloat16 one is turned: a device's share of the table's
-    gradient, which a reduce-scatter along its rows gives in columns."""
-    state, _ = sharded_step.setting.arguments
-    layers = [x for x in jax.tree.leaves(state.model.layers) if len(x.shape) > 2]
-    smallest = min(device_bytes(x) for x in layers)
-    found = [op for op in hlo.moves(sharded_step.operations, smallest) if op.in_entry]
-    assert not [(op.name, op.shapes) for op in found if op.shapes[0].dtype == "f32"]
-    assert [op.shapes[0].dtype for op in found] in ([], ["bf16"])
-
-
-def test_a_sharded_step_multiplies_in_the_compute_dtype(sharded_step):
-    assert sharded_step.model.float32_products == 0
-
-
-def test_long_rows_on_eight_devices_have_no_scores_in_memory():
-    """65,536 tokens in eight parts."""
-    program = training("h100:8", "fsdp_tp_cp", {"context": 8}, 1, 65536, cut(4))
-    for queries in (65536 // 16, 65536 // 8):
-        for keys in (65536 // 16, 65536 // 8, 65536):
-            assert not scores(program, queries, keys)
-
-
-# --- decoding ---------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")

@@ -90,10 +90,10 @@ def random_tokens(config: ModelConfig, batch: int, length: int, seed: int = 0) -
 
 def packed_segments(batch: int, length: int, documents: int = 6, padding: int = 0) -> Array:
     """int32 [batch, length]: rows of documents whose ends differ from row to row, with padding at the end."""
-    index = jnp.arange(length)
+    index_1T = jnp.arange(length)[None]
     ends = jnp.sort(jax.random.randint(jax.random.key(7), (batch, documents - 1), 1, length - padding), axis=1)
-    segments = 1 + (index >= ends[..., None]).sum(axis=1)
-    return jnp.where(index < length - padding, segments, 0).astype(jnp.int32)
+    segments = 1 + (index_1T[None] >= ends[..., None]).sum(axis=1)
+    return jnp.where(index_1T < length - padding, segments, 0).astype(jnp.int32)
 
 
 def held_bytes(tree: Any) -> int:

@@ -1,0 +1,81 @@
+"""What the compiler for NVIDIA GPUs makes of training SmolLM3-3B, asked without a GPU: nothing runs.
+
+All at full depth, for an H100. Bytes and launches are those of `smollm3 plan`: kernels count as what they read at full
+capacity. Bounds are those that the design was made for; see the README's table of an H100.
+"""
+
+import jax
+import pytest
+from h100 import GB, MARKS, RELEASED, cut, scores, training
+
+from sharding import hlo
+from sharding.mesh import device_bytes
+from smollm3_jax.weights.key_map import count_parameters
+
+pytestmark = MARKS
+ROW = 4096
+
+
+@pytest.fixture(scope="module", autouse=True)
+def programs_as_users_run_them():
+    """With all optimizations, which tests of tiny models do without. A program for a device that is not there can be
+    written to the cache of compiled programs, but not be read again."""
+    jax.config.update("jax_disable_most_optimizations", False)
+    jax.config.update("jax_enable_compilation_cache", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", True)
+    jax.config.update("jax_enable_compilation_cache", True)
+
+
+@pytest.fixture(scope="module")
+def step():
+    """One row of 4,096 tokens of several documents, on one H100."""
+    return training("h100:1", "fsdp", None, 1, ROW)
+
+
+def test_a_step_multiplies_in_the_compute_dtype(step):
+    assert step.model.products > 20
+    assert step.model.float32_products == 0
+
+
+def test_a_step_does_what_it_should(step):
+    """Six operations a parameter and token, attention, and what is computed again: no loop is lost from the count."""
+    least = 6 * count_parameters(RELEASED) * ROW
+    assert least < step.model.flops < 1.5 * least
+
+
+def test_a_step_moves_no_more_than_it_has_to(step):
+    assert step.model.bytes <= 280 * GB
+
+
+def test_a_step_has_no_scores_in_memory(step):
+    assert not scores(step, ROW, ROW)
+
+
+@pytest.fixture(scope="module")
+def sharded_step():
+    """A row of 4,096 tokens for each of eight H100."""
+    return training("h100:8", "fsdp", None, 8, ROW)
+
+
+def test_a_sharded_step_copies_no_array_of_the_state(sharded_step):
+    """Into another layout, as it comes in or goes out. Of bfloat16 one is turned: a device's share of the table's
+    gradient, which a reduce-scatter along its rows gives in columns."""
+    state, _ = sharded_step.setting.arguments
+    layers = [x for x in jax.tree.leaves(state.model.layers) if len(x.shape) > 2]
+    smallest = min(device_bytes(x) for x in layers)
+    found = [op for op in hlo.moves(sharded_step.operations, smallest) if op.in_entry]
+    assert not [(op.name, op.shapes) for op in found if op.shapes[0].dtype == "f32"]
+    assert [op.shapes[0].dtype for op in found] in ([], ["bf16"])
+
+
+def test_a_sharded_step_multiplies_in_the_compute_dtype(sharded_step):
+    assert sharded_step.model.float32_products == 0
+
+
+def test_long_rows_on_eight_devices_have_no_scores_in_memory():
+    """65,536 tokens in eight parts."""
+    program = training("h100:8", "fsdp_tp_cp", {"context": 8}, 1, 65536, cut(4))
+    for queries in (65536 // 16, 65536 // 8):
+        for keys in (65536 // 16, 65536 // 8, 65536):
+            assert not scores(program, queries, keys)
