@@ -22,11 +22,12 @@ from jax import Array
 
 from sharding.rules import Sharding, platform_of
 
-from . import nvidia, rope, xla_cpu
+from . import rope, xla_cpu
 from .attention import attention, cached_attention
 from .config import GenerationConfig, ModelConfig
 from .kv_cache import CacheView, KVCache, LayerCache
 from .quantize import QuantizedWeight, Weight, linear, lookup, quantize_weight, scheme_of
+from .rms_norm import norm_for, rms_norm, widened
 
 
 class Block(nnx.Module):
@@ -168,7 +169,7 @@ class SmolLM3(nnx.Module):
             that `block` gives; None keeps everything.
         """
         out = _run_layers(self, tokens, positions, segment_ids, cache, slot, past, remat=remat)
-        norm = _norm_for(self, tokens, cache is not None)
+        norm = _norm_for(self, tokens, cache)
         return norm(out.x_BTD, self.norm[...], self.config.rms_norm_eps), out.cache
 
     @property
@@ -263,7 +264,7 @@ def _run_layers(
         positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1], dtype=jnp.int32), tokens_BT.shape)
         positions_BT = positions_BT if view is None else positions_BT + view.length_B[:, None]
     angles = rope.cos_sin(model.config, positions_BT)
-    norm = _norm_for(model, tokens_BT, cache is not None)
+    norm = _norm_for(model, tokens_BT, cache)
 
     def step(x_BTD: Array, layer: _Layer) -> tuple[Array, tuple[Array | None, LayerCache | None]]:
         where: Any = {"window": layer.window, "sharding": model.sharding}
@@ -343,42 +344,13 @@ def _in_dtype(weights: Block, dtype: Any) -> Block:
     return jax.tree.map(lambda x: x if is_quantized(x) else x.astype(dtype), weights, is_leaf=is_quantized)
 
 
-def _rms_norm(x_BTD: Array, weight_D: Array, eps: float, addends: tuple[Array, ...] = ()) -> Array:
-    """RMSNorm with transformers' rounding: variance in float32, cast to x's dtype, then the weight.
-
-    addends: what x is the sum of, which only a kernel asks for.
-    """
-    x = x_BTD.astype(jnp.float32)
-    x = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + eps)
-    return _scaled(x.astype(x_BTD.dtype), weight_D)
-
-
-def _widened(x: Array, like: Array) -> Array:
-    """x with as many dimensions as `like`, the new ones in front: a caller may forbid JAX to do that by itself."""
-    return jnp.expand_dims(x, tuple(range(like.ndim - x.ndim)))
-
-
-@jax.custom_vjp
-def _scaled(x_BTD: Array, weight_D: Array) -> Array:
-    """x times the weight, whose gradient is added up over all tokens in float32."""
-    return x_BTD * _widened(weight_D, x_BTD)
-
-
-def _scaled_forward(x_BTD: Array, weight_D: Array) -> tuple[Array, tuple[Array, Array]]:
-    return x_BTD * _widened(weight_D, x_BTD), (x_BTD, weight_D)
-
-
-def _scaled_backward(kept: tuple[Array, Array], gradient_BTD: Array) -> tuple[Array, Array]:
-    x_BTD, weight_D = kept
-    by_token_BTD = gradient_BTD.astype(jnp.float32) * x_BTD.astype(jnp.float32)
-    return gradient_BTD * _widened(weight_D, gradient_BTD), by_token_BTD.sum(axis=(0, 1)).astype(weight_D.dtype)
-
-
-_scaled.defvjp(_scaled_forward, _scaled_backward)
-
-
 def block(
-    config: ModelConfig, p: Block, x_BTD: Array, attend: Any, sharding: Sharding | None = None, norm: Any = _rms_norm
+    config: ModelConfig,
+    p: Block,
+    x_BTD: Array,
+    attend: Callable[..., tuple[Array, Any]],
+    sharding: Sharding | None = None,
+    norm: Callable[..., Array] = rms_norm,
 ) -> tuple[Array, Any]:
     """One layer. `attend` maps q, k and v to attention's output [B, T, H, E] and what it wants kept."""
 
@@ -410,19 +382,13 @@ def _linear(
     if bias is None:
         return linear(x, weight, contracted, sharding=sharding, dtype=x.dtype)
     out = linear(x, weight, contracted, sharding=sharding)
-    return (out + _widened(bias[...].astype(out.dtype), out)).astype(x.dtype)
+    return (out + widened(bias[...].astype(out.dtype), out)).astype(x.dtype)
 
 
-def _norm_for(model: SmolLM3, tokens_BT: Array, cached: bool) -> Callable[..., Array]:
-    """`_rms_norm`, or its kernel: for one token on one GPU, and with a cache, as then nothing asks for gradients."""
-    sharding = model.sharding
-    alone = sharding is None or sharding.mesh.size == 1
-    fits = model.config.hidden_size.bit_count() == 1
-    if cached and alone and fits and tokens_BT.size == 1 and model.platform == "gpu" and nvidia.kernels_fit():
-        from .kernels import rms_norm_gpu
-
-        return functools.partial(rms_norm_gpu.rms_norm, sharding=sharding)
-    return _rms_norm
+def _norm_for(model: SmolLM3, tokens_BT: Array, cache: KVCache | None) -> Callable[..., Array]:
+    if cache is None:  # gradients may be asked for
+        return rms_norm
+    return norm_for(model.config.hidden_size, tokens_BT.size, model.sharding)
 
 
 def _embed(model: SmolLM3, tokens_BT: Array) -> Array:

@@ -19,7 +19,7 @@ ORDER = (
     ("screen_text", "errors", "paths", "files", "logs", "nesting", "sizes", "reading", "file_kind", "progress"),
     ("support", "text_files", "compile_cache"),
     ("config_file", "config"),
-    ("nvidia", "xla_cpu", "kernels", "rope", "quantize", "tokenizer_files", "tokenizer"),
+    ("nvidia", "xla_cpu", "kernels", "rms_norm", "rope", "quantize", "tokenizer_files", "tokenizer"),
     ("kv_cache", "attention"),
     ("model",),
     ("weights", "pretrained"),
@@ -32,15 +32,14 @@ ORDER = (
 LINES_OF_A_FILE, LINES_OF_A_FUNCTION = 400, 60
 KERNEL = "one kernel: what its loops keep in registers has no name outside of them"
 LONG_FILES = {
-    "smollm3_jax/generation/jsonl.py": "being split",
-    "smollm3_jax/model.py": "being split",
+    "smollm3_jax/generation/jsonl.py": "a file answered line by line, which goes on where it stopped",
 }
 LONG_FUNCTIONS = {
     "smollm3_jax/attention/dispatch.py attention": "a quarter of it says what its arguments are",
     "smollm3_jax/attention/paged_gpu.py _paged_attention": KERNEL,
     "smollm3_jax/attention/paged_gpu.py step": KERNEL,
-    "smollm3_jax/generation/jsonl.py run": "being split",
-    "smollm3_jax/generation/prompt_lookup.py decode_lookup": "being split",
+    "smollm3_jax/generation/jsonl.py run": "one loop over lines, whose answers it writes in order",
+    "smollm3_jax/generation/prompt_lookup.py decode_lookup": "the body of one loop; a third says what it takes and returns",
     "smollm3_jax/kernels/product_gpu.py product": KERNEL,
     "smollm3_jax/kernels/product_tpu.py product": KERNEL,
     "smollm3_jax/kernels/product_wgmma.py product": KERNEL,

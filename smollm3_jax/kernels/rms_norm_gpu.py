@@ -21,7 +21,7 @@ def rms_norm(
     sharding: Sharding | None = None,
     interpret: bool = False,
 ) -> Array:
-    """What `model._rms_norm` computes of one token; it has no gradient. The width D is a power of two, as Triton's are.
+    """What `rms_norm.rms_norm` computes of one token; it has no gradient. D is a power of two, as Triton's widths are.
 
     addends: what x is the sum of, each of x's shape: they are added up here, so that no other kernel has to.
     """

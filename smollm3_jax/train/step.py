@@ -39,7 +39,8 @@ def train_step(
     trained, frozen = split(state.model, state.trainable)
     ((total, sums), gradients), bad = _gradients(trained, frozen, batch, objective, options)
     count = sums.pop("tokens")
-    count = jnp.where(count > 0, count, 1)
+    # Labels are one at least where there are any; weights may add up to less.
+    count = jnp.maximum(count, 1) if batch.weights is None else jnp.where(count > 0, count, 1)
     gradients = jax.tree.map(lambda x: x / count, gradients)
     if state.model.sharding is not None:
         gradients = jax.lax.with_sharding_constraint(gradients, state_shardings(gradients, state.model.sharding))

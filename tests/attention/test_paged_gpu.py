@@ -16,6 +16,7 @@ from smollm3_jax.attention import decode_attention, decode_step, dispatch, paged
 from smollm3_jax.config import ModelConfig
 from smollm3_jax.kernels import rms_norm_gpu
 from smollm3_jax.kv_cache import LayerCache, empty_cache, quantize_rows, write
+from smollm3_jax.rms_norm import rms_norm
 
 CAPACITY = 128
 # An empty row; one token; a block less one, exactly, and one more; one free place, and none.
@@ -202,7 +203,7 @@ def test_rms_norm_equals_the_models(width):
     got = rms_norm_gpu.rms_norm(x, weight, 1e-6, interpret=True)
     # A sum of `width` squares, in any order, is within width roundings, its root within half as many; 4 on either side
     # are left for the mean, the root and the products.
-    np.testing.assert_allclose(got, model_file._rms_norm(x, weight, 1e-6), rtol=(width + 8) * 2.0**-24)
+    np.testing.assert_allclose(got, rms_norm(x, weight, 1e-6), rtol=(width + 8) * 2.0**-24)
     # Given what x is the sum of, it adds that up, and does not look at x.
     of_sum = rms_norm_gpu.rms_norm(jnp.full_like(x, jnp.nan), weight, 1e-6, (x, y), interpret=True)
     np.testing.assert_array_equal(of_sum, rms_norm_gpu.rms_norm(x + y, weight, 1e-6, interpret=True))
