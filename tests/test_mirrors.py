@@ -13,6 +13,8 @@ ELSEWHERE = {
     "config_file.py": "tests/test_config.py reads and writes files",
     "errors.py": "classes alone; whoever raises one has a test of it",
     "file_kind.py": "tests/weights/test_foreign.py",
+    "generation/requests.py": "tests/generation/test_api.py",
+    "generation/sequence.py": "tests/generation/test_api.py and test_engine.py",
     "generation/stats.py": "tests/generation/test_api.py",
     "kernels/": "tests/kernels/test_product.py calls them through `product`; test_paged_gpu.py the norm",
     "nvidia.py": "asks a driver that is not there",
