@@ -388,7 +388,7 @@ def _linear(
 def _norm_for(model: SmolLM3, tokens_BT: Array, cache: KVCache | None) -> Callable[..., Array]:
     if cache is None:  # gradients may be asked for
         return rms_norm
-    return norm_for(model.config.hidden_size, tokens_BT.size, model.sharding)
+    return norm_for(model.config.hidden_size, tokens_BT.size, model.platform, model.sharding)
 
 
 def _embed(model: SmolLM3, tokens_BT: Array) -> Array:

@@ -10,20 +10,20 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from sharding.rules import Sharding, platform_of
+from sharding.rules import Sharding
 
 from . import nvidia
 
 
-def norm_for(width: int, tokens: int, sharding: Sharding | None) -> Callable[..., Array]:
+def norm_for(width: int, tokens: int, platform: str, sharding: Sharding | None) -> Callable[..., Array]:
     """`rms_norm`, or its kernel: for one token on one GPU. The kernel has no gradient.
 
     Args:
-      width: D; tokens: how many the norm is of.
+      width: D; tokens: how many the norm is of; platform: what computes it, "cpu", "tpu" or "gpu".
     """
     alone = sharding is None or sharding.mesh.size == 1
     fits = width.bit_count() == 1
-    if alone and fits and tokens == 1 and platform_of(sharding) == "gpu" and nvidia.kernels_fit():
+    if alone and fits and tokens == 1 and platform == "gpu" and nvidia.kernels_fit():
         from .kernels import rms_norm_gpu
 
         return functools.partial(rms_norm_gpu.rms_norm, sharding=sharding)

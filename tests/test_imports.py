@@ -32,6 +32,7 @@ ORDER = (
 LINES_OF_A_FILE, LINES_OF_A_FUNCTION = 400, 60
 KERNEL = "one kernel: what its loops keep in registers has no name outside of them"
 LONG_FILES = {
+    "smollm3_jax/model.py": "the model in one piece, and its two calls typed twice",
     "smollm3_jax/generation/jsonl.py": "a file answered line by line, which goes on where it stopped",
 }
 LONG_FUNCTIONS = {
@@ -39,7 +40,7 @@ LONG_FUNCTIONS = {
     "smollm3_jax/attention/paged_gpu.py _paged_attention": KERNEL,
     "smollm3_jax/attention/paged_gpu.py step": KERNEL,
     "smollm3_jax/generation/jsonl.py run": "one loop over lines, whose answers it writes in order",
-    "smollm3_jax/generation/prompt_lookup.py decode_lookup": "the body of one loop; a third says what it takes and returns",
+    "smollm3_jax/generation/prompt_lookup.py decode_lookup": "a loop's body; a third says what it takes and gives",
     "smollm3_jax/kernels/product_gpu.py product": KERNEL,
     "smollm3_jax/kernels/product_tpu.py product": KERNEL,
     "smollm3_jax/kernels/product_wgmma.py product": KERNEL,
