@@ -15,6 +15,23 @@ autodoc_typehints = "none"
 
 def setup(app) -> None:
     app.connect("autodoc-process-docstring", _fields)
+    app.connect("source-read", _settings)
+
+
+def _settings(app, name, source) -> None:
+    """training.md's table of every setting, where it asks for it."""
+    import json
+
+    from smollm3_jax.train.settings import listed
+
+    def cell(text: str) -> str:
+        return text.replace("|", "\\|")
+
+    rows = ["| setting | default | means |", "|---|---|---|"]
+    for setting in listed():
+        default = "" if setting["type"] == "table" else f"`{json.dumps(setting['default'])}`"
+        rows.append(f"| `{setting['name']}` | {default} | {cell(setting['meaning'])} |")
+    source[0] = source[0].replace("<!-- settings -->", "\n".join(rows))
 
 
 def _fields(app, what, name, obj, options, lines) -> None:

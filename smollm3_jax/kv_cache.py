@@ -106,7 +106,7 @@ def write(
     slot: Array | None,
     sharding: Sharding | None = None,
 ) -> LayerCache:
-    """The layer with new tokens behind what each row holds.
+    """The layer with new tokens after what each row holds.
 
     Args:
       length_B: where each row's first new token goes; [1] with a slot.
@@ -177,7 +177,7 @@ def _first(mesh_axes: tuple[str, ...], length: int) -> Array | int:
 
 
 def _put_rows(old_KBSx: Array, new_KBTx: Array, start_B: Array) -> Array:
-    """Every row's new tokens from its start on, which may lie before or behind this part of the context."""
+    """Every row's new tokens from its start on, which may lie before or after this part of the context."""
     (heads, rows, steps), capacity = new_KBTx.shape[:3], old_KBSx.shape[2]
     step_1T = jnp.arange(steps, dtype=jnp.int32)[None]
     index_BT = start_B[:, None] + step_1T

@@ -29,6 +29,7 @@ ELSEWHERE = {
     "rms_norm.py": "tests/test_model.py against transformers; attention/test_paged_gpu.py its kernel",
     "sizes.py": "tests/generation/test_api.py, in the sizes of pieces",
     "tokenizer_files.py": "tests/test_tokenizer.py",
+    "train/settings_file.py": "tests/train/test_settings.py",
     "train/options.py": "tests/train/test_step.py",
     "train/run/evaluation.py": "tests/train/run/test_loop.py has held-out text",
     "train/run/program.py": "tests/train/run/test_faults.py, where memory lacks",

@@ -1,18 +1,35 @@
 """`smollm3 train`."""
 
 import argparse
+import json
 import logging
 import os
 import shlex
 import sys
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from ..screen_text import plain as plain_text
-from .shared import print_json, show
+from .shared import console, print_json, show
 
 # Seconds.
 WAIT = 300
 HEARTBEAT = 100
+
+
+class _List(argparse.Action):
+    """Prints every setting, and ends, as --help does."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> NoReturn:
+        from rich.table import Table
+
+        from ..train.settings import listed
+
+        table = Table("setting", "default", "means")
+        for setting in listed():
+            default = "" if setting["type"] == "table" else json.dumps(setting["default"])
+            table.add_row(setting["name"], default, setting["meaning"])
+        console().print(table)
+        parser.exit()
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -20,6 +37,7 @@ def add(parser: argparse.ArgumentParser) -> None:
         "--config", required=True, metavar="FILE.toml|RECIPE", help="settings; see smollm3_jax/train/recipes"
     )
     parser.add_argument("settings", nargs="*", metavar="section.key=value", help="over those of the file")
+    parser.add_argument("--list", action=_List, nargs=0, help="print every setting, its default and what it means")
     parser.add_argument("--resume", choices=("auto",), help="go on from the newest sound checkpoint, if there is one")
     parser.add_argument("--allow-restart", action="store_true", help="start over if all checkpoints are damaged")
     parser.add_argument("--allow-changes", action="store_true", help="go on with settings or data that have changed")
@@ -41,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
     from sharding.mesh import start
 
     from ..support import require_devices
-    from ..train.settings import read_settings
+    from ..train.settings_file import read_settings
 
     settings = read_settings(args.config, args.settings)
     if args.dry_run:

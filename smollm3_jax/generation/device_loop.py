@@ -83,7 +83,7 @@ def as_they_came(slots: Slots, sharding: Sharding | None) -> Slots:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class DecodedTokens:
-    """What one call of `decode` chose: tokens int32 [B, N], -1 behind a sequence's end; their
+    """What one call of `decode` chose: tokens int32 [B, N], -1 after a sequence's end; their
     log-probabilities float32 [B, N]; the likeliest ids and log-probabilities [B, N, 20] where asked for."""
 
     tokens: Any
@@ -110,7 +110,7 @@ def prefill(
       tokens_1T: int32 [1, T], padded at the end.
       next_T: int32 [T], the token that follows each: what log-probabilities are of.
       count: how many tokens are real.
-      past: at most so many tokens (static) does the slot hold already; 0 for a prompt's first piece.
+      past: how many tokens (static) the slot holds already, at most; 0 for a prompt's first piece.
 
     Returns:
       The cache, and float32 [T] of log-probabilities if asked for.

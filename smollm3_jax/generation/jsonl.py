@@ -325,7 +325,7 @@ class Batch:
         end = 0
         with open(self._file, "rb", closefd=False) as file:
             for number, answer in enumerate(file, 1):
-                # A power cut may leave zeros behind what was written.
+                # A power cut may leave zeros after what was written.
                 begun = answer.startswith(BEGINNING) or BEGINNING.startswith(answer.rstrip(b"\0"))
                 if begun and not answer.endswith(b"\n"):
                     break

@@ -66,7 +66,7 @@ def decode_lookup(
       draft: D, how many tokens to draft at a time.
 
     Returns:
-      cache, slots and history; the new tokens int32 [B, MAX_STEPS + D], -1 behind the last of each; and
+      cache, slots and history; the new tokens int32 [B, MAX_STEPS + D], -1 after the last of each; and
       int32 [2]: how many tokens were drafted, and how many of them accepted.
     """
     batch = slots.token.shape[0]
@@ -137,7 +137,7 @@ def _draft(history_S: Array, length: Array, count: int) -> Array:
     same_S = jnp.ones(history_S.shape, bool)
     for back in range(NGRAM):
         same_S &= jnp.roll(history_S, back) == history_S[length - back]
-    # The earlier occurrence must lie in the row, and have something behind it.
+    # The earlier occurrence must lie in the row, and have something after it.
     same_S &= (places_S >= NGRAM - 1) & (places_S < length)
     found = jnp.max(jnp.where(same_S, places_S, -1))
     wanted = found + 1 + jnp.arange(count, dtype=jnp.int32)

@@ -62,7 +62,7 @@ log = logging.getLogger(__name__)
 class SamplingParams:
     """How to choose tokens, and when to stop.
 
-    max_new_tokens: at most so many are generated, the end-of-sequence token included.
+    max_new_tokens: the most that are generated, the end-of-sequence token included.
     temperature: 0 is greedy.
     top_k: sample among the k likeliest only; 0 is off.
     top_p: sample among the fewest tokens that hold this much probability; 1 is off.

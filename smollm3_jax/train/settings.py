@@ -1,194 +1,170 @@
-"""The settings of a training run: dataclasses, filled from TOML files and `section.key=value` words.
+"""The settings of a training run: dataclasses whose fields say what they mean. `settings_file.py` fills them.
 
 A run folder keeps the resolved settings, so every default is written down there.
 """
 
 import dataclasses
-import difflib
 import re
-import tomllib
-import types
 import typing
-from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any, TypeVar
+from collections.abc import Sequence
+from typing import Any
 
 from ..config import DTYPES
 from ..errors import OptionError
-from ..reading import read_file, why
-from ..text_files import decode
 from .options import REMAT
 
 SCHEDULES = ("constant", "wsd", "cosine", "linear")
 POLICIES = ("stop", "rollback", "ignore")
-SHIPPED = "recipe:"  # begins the path of a file that the package ships with its recipes
-RECIPES = Path(__file__).parent / "recipes"
-MOST_BYTES = 2**24  # of a file of settings
 SOURCE_FORMATS = ("jsonl", "parquet", "arrayrecord", "text", "tokens", "hf")
 
-T = TypeVar("T")
+
+def _setting(default: Any, meaning: str) -> Any:
+    """A field with its default and what it means."""
+    return dataclasses.field(default=default, metadata={"meaning": meaning})
+
+
+def _table(meaning: str) -> Any:
+    """A field that is a table of names, empty at first."""
+    return dataclasses.field(default_factory=dict, metadata={"meaning": meaning})
 
 
 @dataclasses.dataclass(frozen=True)
 class RunSettings:
-    """dir: the run folder. steps: updates in all. seed: of the data's order. name: for displays."""
+    """The run as a whole."""
 
-    dir: str = ""
-    steps: int = 0
-    seed: int = 0
-    name: str = ""
+    dir: str = _setting("", "the run folder")
+    steps: int = _setting(0, "updates in all")
+    seed: int = _setting(0, "of the order of the data, and of the weights of a new model")
+    name: str = _setting("", "for displays")
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelSettings:
-    """path: a folder, a hub id, "demo", or "" for a new model of `config`'s shape, drawn from the seed.
+    """What is trained."""
 
-    dtype: of products. nope_interval: RoPE off on every n-th layer (SmolLM3: 4); 0: on none; -1 leaves the
-    checkpoint's own. rope_theta: 0 leaves the checkpoint's own. config: where path is "", a model whose config.json
-    and tokenizer are taken, and no weights.
-    """
-
-    path: str = ""
-    config: str = ""
-    dtype: str = "bfloat16"
-    nope_interval: int = -1
-    rope_theta: float = 0.0
+    path: str = _setting("", 'a folder, a .gguf file, a hub id or "demo"; empty: a new model of the shape of `config`')
+    config: str = _setting("", "for a new model: one whose config.json and tokenizer are taken, and no weights")
+    dtype: str = _setting("bfloat16", f"of products; one of {', '.join(DTYPES)}. Parameters are float32")
+    nope_interval: int = _setting(-1, "RoPE is off on every n-th layer (SmolLM3: 4); 0: on none; -1: the checkpoint's")
+    rope_theta: float = _setting(0.0, "the base of RoPE's frequencies; 0: the checkpoint's")
 
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """One corpus: path of a file or folder (local, or gs:// and s3:// with the extra `remote`), its weight in the
-    mixture, its format (guessed from the names of its files if ""), and the field or column that holds the text."""
+    """One corpus."""
 
-    path: str = ""
-    weight: float = 1.0
-    format: str = ""
-    field: str = "text"
+    path: str = _setting("", "a file or folder; gs:// and s3:// too, with the extra `remote`; with format hf a hub id")
+    weight: float = _setting(1.0, "its share of the tokens, relative to the other sources'")
+    format: str = _setting("", f"one of {', '.join(SOURCE_FORMATS)}; empty: guessed from the names of its files")
+    field: str = _setting("text", "the field or column that holds the text")
 
 
 @dataclasses.dataclass(frozen=True)
 class DataSettings:
-    """path: of the only source, its format and field as in a source's table; or sources: by name; per_file makes a
-    source of each file of path.
+    """Corpora, and the rows that are packed from them."""
 
-    length: tokens of a row. rows: of a step, over all devices. epochs: how often the documents are read (0: without
-    end). shuffle: read them in an order drawn anew in each epoch; for one document of Parquet a whole row group is
-    decoded, so `smollm3 tokenize` pays. eval_path: held-out documents, a folder or a file, of eval_format (guessed if
-    "") and with the same field; or eval_every_nth: every n-th document of each source is held out (0: none).
-    bad_records: how many unreadable documents of a source are skipped before the run stops. max_document_bytes:
-    longer ones count as unreadable. timeout: seconds that a batch may take.
-    """
-
-    path: str = ""
-    sources: dict[str, Source] = dataclasses.field(default_factory=dict)
-    per_file: bool = False
-    format: str = ""
-    field: str = "text"
-    length: int = 4096
-    rows: int = 16
-    shuffle: bool = True
-    epochs: int = 0
-    eval_path: str = ""
-    eval_format: str = ""
-    eval_every_nth: int = 0
-    bad_records: int = 100
-    max_document_bytes: int = 10_000_000
-    timeout: float = 300.0
+    path: str = _setting("", "of the only source, if there is one alone")
+    sources: dict[str, Source] = _table("or several, each a table [data.sources.NAME]")  # noqa: RUF009
+    per_file: bool = _setting(False, "makes a source of each file of data.path")
+    format: str = _setting("", "of the only source, as for a source")
+    field: str = _setting("text", "of the only source, as for a source")
+    length: int = _setting(4096, "tokens of a row")
+    rows: int = _setting(16, "rows of a step, over all devices")
+    shuffle: bool = _setting(True, "an order drawn for each epoch (of Parquet, `smollm3 tokenize` first pays)")
+    epochs: int = _setting(0, "how often the documents are read; 0: without end")
+    eval_path: str = _setting("", "held-out documents: a file or a folder")
+    eval_format: str = _setting("", "their format, as for a source")
+    eval_every_nth: int = _setting(0, "or hold out every n-th document of each source; 0: none")
+    bad_records: int = _setting(100, "how many unreadable documents of a source are skipped before the run stops")
+    max_document_bytes: int = _setting(10_000_000, "longer documents count as unreadable")
+    timeout: float = _setting(300.0, "seconds that a batch may take")
 
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerSettings:
-    """AdamW and its learning rate. schedule: constant, wsd (linear decay over the last `decay_steps`), cosine or
-    linear, each after a linear warm-up from 0. end: the final learning rate as a share of the peak."""
+    """AdamW and its learning rate, which rises from 0 over a linear warm-up."""
 
-    learning_rate: float = 2e-4
-    schedule: str = "wsd"
-    warmup_steps: int = 2000
-    decay_steps: int = 0
-    end: float = 0.0
-    b1: float = 0.9
-    b2: float = 0.95
-    eps: float = 1e-8
-    weight_decay: float = 0.1
-    clip_norm: float = 1.0
+    learning_rate: float = _setting(2e-4, "the peak")
+    schedule: str = _setting("wsd", f"one of {', '.join(SCHEDULES)} (wsd: constant, then a linear decay)")
+    warmup_steps: int = _setting(2000, "updates of the warm-up")
+    decay_steps: int = _setting(0, "for wsd: how many updates, the last ones, the decay takes")
+    end: float = _setting(0.0, "the last learning rate, as a share of the peak")
+    b1: float = _setting(0.9, "AdamW's decay of the first moment")
+    b2: float = _setting(0.95, "and of the second")
+    eps: float = _setting(1e-8, "AdamW's epsilon")
+    weight_decay: float = _setting(0.1, "of all parameters but the embedding")
+    clip_norm: float = _setting(1.0, "the largest norm of all gradients together; 0: any")
 
 
 @dataclasses.dataclass(frozen=True)
 class StepSettings:
-    """remat: a key of options.REMAT. micro_batches: into how many parts a step's rows are split, which are computed one
-    after the other. z_loss: its weight in what is minimised.
+    """How a step is computed."""
 
-    deterministic: two equal steps give equal bits on a GPU too, which costs speed; a CPU and a TPU do so anyway.
-    """
-
-    remat: str = "dots"
-    micro_batches: int = 1
-    z_loss: float = 0.0
-    deterministic: bool = False
+    remat: str = _setting("dots", f"what the backward pass computes again; from least to most: {', '.join(REMAT)}")
+    micro_batches: int = _setting(1, "parts that a step's rows are split into, computed one after the other")
+    z_loss: float = _setting(0.0, "the weight of the z-loss beside the cross-entropy")
+    deterministic: bool = _setting(False, "equal steps give equal bits on a GPU too, which costs speed")
 
 
 @dataclasses.dataclass(frozen=True)
 class MeshSettings:
-    """rules: a strategy of sharding.rules. axes: like "fsdp=8,tensor=2"; "" is the strategy's usual mesh."""
+    """How the model and the batch lie on several devices."""
 
-    rules: str = ""
-    axes: str = ""
+    rules: str = _setting("", "a sharding strategy; empty: fsdp where there are several devices")
+    axes: str = _setting("", "the mesh, such as fsdp=8,tensor=2; empty: the strategy's usual one")
 
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointSettings:
-    """every: steps between checkpoints (0: only the last). keep: newest ones that stay, at least 2. keep_every: of
-    older ones each multiple of it stays too (0: none)."""
+    """Which checkpoints there are."""
 
-    every: int = 500
-    keep: int = 3
-    keep_every: int = 0
+    every: int = _setting(500, "steps between them; 0: the last alone")
+    keep: int = _setting(3, "how many of the newest stay; at least 2")
+    keep_every: int = _setting(0, "of older ones those stay whose step this divides; 0: none")
 
 
 @dataclasses.dataclass(frozen=True)
 class EvaluationSettings:
-    """every: steps between evaluations (0: none). tokens: how many of each source."""
+    """The loss on held-out documents."""
 
-    every: int = 0
-    tokens: int = 20_000
+    every: int = _setting(0, "steps between evaluations; 0: none")
+    tokens: int = _setting(20_000, "how many tokens of each source")
 
 
 @dataclasses.dataclass(frozen=True)
 class GuardSettings:
-    """When to give up. skips: steps in a row without a finite gradient. spike: by how many standard deviations a
-    loss exceeds the mean of the last `window` steps (0: none). policy: stop, rollback (to the last good
-    checkpoint, past the batches since) or ignore; retries: how many rollbacks."""
+    """When to give up."""
 
-    skips: int = 10
-    spike: float = 6.0
-    window: int = 100
-    policy: str = "stop"
-    retries: int = 3
+    skips: int = _setting(10, "steps in a row without a finite gradient")
+    spike: float = _setting(6.0, "by how many standard deviations a loss exceeds the mean of the window; 0: any")
+    window: int = _setting(100, "the last steps, whose losses that mean is of")
+    policy: str = _setting(
+        "stop", f"{', '.join(POLICIES)}; rollback: to the last good checkpoint, and past the data since"
+    )
+    retries: int = _setting(3, "how many rollbacks")
 
 
 @dataclasses.dataclass(frozen=True)
 class LogSettings:
-    """every: steps between lines of metrics.jsonl. tensorboard, wandb: write there too (extras of those names).
-    profile: "10-12" profiles these steps."""
+    """What is written of the run."""
 
-    every: int = 1
-    tensorboard: bool = False
-    wandb: str = ""
-    profile: str = ""
+    every: int = _setting(1, "steps between lines of metrics.jsonl")
+    tensorboard: bool = _setting(False, "TensorBoard's files too (the extra `tensorboard`)")
+    wandb: str = _setting("", "a project of Weights & Biases (the extra `wandb`)")
+    profile: str = _setting("", 'steps to profile, such as "10-12"')
 
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """From step `start` on: other weights of sources (by name; those not named get none), length, rows,
-    micro-batches, theta; 0 or empty leaves what was. reset_optimizer: begin with fresh moments."""
+    """From a step on, other settings; 0 or empty leaves what was."""
 
-    start: int = 0
-    weights: dict[str, float] = dataclasses.field(default_factory=dict)
-    length: int = 0
-    rows: int = 0
-    micro_batches: int = 0
-    rope_theta: float = 0.0
-    reset_optimizer: bool = False
+    start: int = _setting(0, "the first step of the stage")
+    weights: dict[str, float] = _table("of sources, by name; those that are not named get none")  # noqa: RUF009
+    length: int = _setting(0, "as data.length")
+    rows: int = _setting(0, "as data.rows")
+    micro_batches: int = _setting(0, "as step.micro_batches")
+    rope_theta: float = _setting(0.0, "as model.rope_theta")
+    reset_optimizer: bool = _setting(False, "begin with fresh moments, and the schedule from its start")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -208,46 +184,26 @@ class Settings:
     stages: tuple[Stage, ...] = ()
 
 
-def recipes() -> dict[str, Path]:
-    """Name -> file of every recipe that the package ships."""
-    return {file.stem: file for file in sorted(RECIPES.glob("*.toml"))}
+def listed() -> list[dict[str, Any]]:
+    """Every setting, in order: its name ("run.steps"), type, default (ready for JSON) and meaning.
 
-
-def read_settings(config: str, words: Sequence[str] = ()) -> Settings:
-    """The settings of a TOML file or of a recipe by name, with `section.key=value` words over them.
-
-    Raises:
-      OptionError: no such file or recipe; an unknown section or key; a value of another type or out of range.
+    Those of a table that may stand there several times are named "data.sources.NAME.path" and "stages[].start".
     """
-    file = recipes().get(config, Path(config))
-    try:
-        table = tomllib.loads(decode(read_file(file, MOST_BYTES)))
-    except (FileNotFoundError, NotADirectoryError):
-        near = difflib.get_close_matches(config, recipes(), 1)
-        meant = f"did you mean {near[0]}? " if near else ""
-        raise OptionError(
-            f"--config {config}: neither a file nor a recipe; {meant}recipes: {', '.join(recipes())}"
-        ) from None
-    except OSError as error:
-        raise OptionError(f"--config {config} cannot be read: {why(error)}") from None
-    except (tomllib.TOMLDecodeError, UnicodeError, RecursionError) as error:
-        raise OptionError(f"{file}: not TOML: {error}") from None
-    for word in words:
-        _override(table, word)
-        alone: dict[str, Any] = {}
-        _override(alone, word)
-        parse(alone, f"the setting {word[:200]}")  # a mistake in it is none of the file's
-    settings = parse(table, str(file))
-    check(settings)
-    if settings.data.path.startswith(SHIPPED):
-        own = str(RECIPES / settings.data.path.removeprefix(SHIPPED))
-        settings = dataclasses.replace(settings, data=dataclasses.replace(settings.data, path=own))
-    return settings
+    return list(_listed(Settings))
 
 
-def parse(table: Mapping[str, Any], where: str = "settings") -> Settings:
-    """Settings from what TOML or `as_table` gives."""
-    return _fill(Settings, table, where, "")
+def _listed(kind: Any, path: str = "") -> typing.Iterator[dict[str, Any]]:
+    hints = typing.get_type_hints(kind)
+    for field in dataclasses.fields(kind):
+        hint, name = hints[field.name], f"{path}{field.name}"
+        inner = next((x for x in (hint, *typing.get_args(hint)) if dataclasses.is_dataclass(x)), None)
+        if "meaning" in field.metadata:
+            default = field.default if field.default is not dataclasses.MISSING else {}
+            of = str(getattr(hint, "__name__", hint)) if inner is None else "table"
+            yield {"name": name, "type": of, "default": default, "meaning": field.metadata["meaning"]}
+        if inner is not None:
+            several = {dict: ".NAME", tuple: "[]"}.get(typing.get_origin(hint), "")
+            yield from _listed(inner, f"{name}{several}.")
 
 
 def as_table(settings: Any) -> Any:
@@ -329,72 +285,3 @@ def stage_at(settings: Settings, step: int) -> tuple[int, Stage]:
     if total <= 0:
         raise OptionError(f"data.sources: none has a weight at step {step}")
     return number, dataclasses.replace(current, weights={name: w / total for name, w in current.weights.items()})
-
-
-def _override(table: dict[str, Any], word: str) -> None:
-    path, equals, text = word.partition("=")
-    keys = path.split(".")
-    if not equals:
-        raise OptionError(f"{word!r} is no setting; write section.key=value")
-    try:
-        value = tomllib.loads(f"value = {text}")["value"]
-    except (tomllib.TOMLDecodeError, RecursionError):
-        value = text  # a bare word is a string
-    for key in keys[:-1]:
-        table = table.setdefault(key, {})
-        if not isinstance(table, dict):
-            raise OptionError(f"{word!r}: {key} is no section")
-    table[keys[-1]] = value
-
-
-def _fill(kind: type[T], table: Any, where: str, path: str) -> T:
-    """A dataclass from a table of its fields."""
-    if not isinstance(table, Mapping):
-        raise OptionError(f"{where}: {path or 'the file'} must be a table")
-    hints = typing.get_type_hints(kind)
-    for key in table:
-        if key not in hints:
-            near = _meant(path, key, table[key], hints)
-            meant = f"did you mean {near}?" if near else f"choose one of {', '.join(hints)}"
-            raise OptionError(f"{where}: unknown {'key' if path else 'section'} {_join(path, key)}; {meant}")
-    return kind(**{key: _value(hints[key], value, where, _join(path, key)) for key, value in table.items()})
-
-
-def _value(hint: Any, value: Any, where: str, path: str) -> Any:
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if dataclasses.is_dataclass(hint):
-        return _fill(typing.cast(type, hint), value, where, path)
-    if origin is dict and isinstance(value, Mapping):
-        return {key: _value(arguments[1], x, where, _join(path, key)) for key, x in value.items()}
-    if origin is tuple and isinstance(value, (list, tuple)):
-        return tuple(_value(arguments[0], x, where, f"{path}[{i}]") for i, x in enumerate(value))
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if type(value) is hint:
-        return value
-    wanted = hint.__name__ if isinstance(hint, type) and not isinstance(hint, types.GenericAlias) else str(hint)
-    raise OptionError(f"{where}: {path} = {value!r} must be of type {wanted}")
-
-
-def _meant(path: str, key: str, value: Any, hints: Mapping[str, Any]) -> str | None:
-    """What may have been meant by a name that is not there: its namesake of another section, or one like it."""
-    near = difflib.get_close_matches(key, hints, 1)
-    wanted = next(iter(value), key) if not path and isinstance(value, Mapping) else key
-    same = [name for name in _names(Settings) if name.rpartition(".")[2] == wanted]
-    if same and not (near and wanted != key):  # runs.steps is rather run than run.steps
-        return same[0]
-    return _join(path, near[0]) if near else None
-
-
-def _names(kind: Any, path: str = "") -> list[str]:
-    """Of all settings that stand in sections: "run.steps", ..."""
-    hints = typing.get_type_hints(kind)
-    return [
-        name
-        for key, hint in hints.items()
-        for name in (_names(hint, _join(path, key)) if dataclasses.is_dataclass(hint) else [_join(path, key)])
-    ]
-
-
-def _join(path: str, key: str) -> str:
-    return f"{path}.{key}" if path else key

@@ -3,8 +3,10 @@ import re
 
 import pytest
 
+from smollm3_jax.commands.main import main
 from smollm3_jax.errors import OptionError
-from smollm3_jax.train.settings import as_table, parse, read_settings, recipes, stage_at
+from smollm3_jax.train.settings import Settings, as_table, listed, stage_at
+from smollm3_jax.train.settings_file import parse, read_settings, recipes
 
 MINIMAL = """
 [run]
@@ -134,3 +136,29 @@ def test_recipes_are_sound(name, tmp_path):
     if "smollm3" in name:
         assert settings.data.rows * settings.data.length == 2_359_296
         assert sum(source.weight for source in settings.data.sources.values()) == pytest.approx(1, abs=0.01)
+
+
+def test_every_setting_says_what_it_means():
+    """Each name of the table is one that the file takes, with the default that it states."""
+    table = listed()
+    names = [setting["name"] for setting in table]
+    assert len(names) == len(set(names)) and {"run.steps", "data.sources.NAME.path", "stages[].start"} <= {*names}
+    for setting in table:
+        assert setting["meaning"] and not setting["meaning"].endswith("."), setting
+        section, key = setting["name"].rsplit(".", 1)
+        if setting["type"] == "table":
+            continue
+        given: dict = {key: setting["default"]}
+        for part in reversed(section.split(".")):
+            given = {part.removesuffix("[]"): [given] if part.endswith("[]") else given}
+        parse(given)
+    sections = {name: section for name, section in as_table(Settings()).items() if name != "stages"}
+    assert {f"{name}.{key}" for name, section in sections.items() for key in section} <= {*names}
+
+
+def test_the_command_lists_every_setting(capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["train", "--list"])
+    assert ended.value.code == 0
+    out = capsys.readouterr().out
+    assert all(setting["name"] in out for setting in listed())

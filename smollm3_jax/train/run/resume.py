@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from ...errors import TrainingError
-from ..settings import as_table, parse, stage_at
+from ..settings import as_table, stage_at
+from ..settings_file import parse
 from . import checkpoint
 from .checkpoint import Damaged
 from .job import raise_everywhere

@@ -10,7 +10,7 @@ from smollm3_jax.errors import DataError, SupportError
 from smollm3_jax.train.data import files
 from smollm3_jax.train.data.mixture import Batches, _Kept, expanded, held_out_rows
 from smollm3_jax.train.data.packing import EndOfData
-from smollm3_jax.train.settings import parse
+from smollm3_jax.train.settings_file import parse
 
 
 def encode(document):

@@ -5,7 +5,7 @@ import pytest
 from etils import epath
 
 from smollm3_jax.train.run import backends
-from smollm3_jax.train.settings import parse
+from smollm3_jax.train.settings_file import parse
 
 
 def test_none_is_opened_that_was_not_asked_for(tmp_path):

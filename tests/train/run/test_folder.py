@@ -13,7 +13,7 @@ from smollm3_jax.errors import CheckpointFormatError, OptionError
 from smollm3_jax.train.run.export import names_in
 from smollm3_jax.train.run.folder import TOKENIZER, keep_texts, only_one
 from smollm3_jax.train.run.monitor import Monitor
-from smollm3_jax.train.settings import parse
+from smollm3_jax.train.settings_file import parse
 
 ABOUT = {"parameters": 1, "devices": 1, "steps": 9, "tokens_per_step": 8, "weights": {"a": 1.0}, "documents": {"a": 1}}
 LINE = {"step": 1, "loss": 1.0, "seconds": 0.1, "bad": 0, "tokens": 8.0}

@@ -14,7 +14,7 @@ from smollm3_jax.errors import TrainingError
 from smollm3_jax.train.run.dry_run import describe
 from smollm3_jax.train.run.export import export
 from smollm3_jax.train.run.loop import train
-from smollm3_jax.train.settings import parse
+from smollm3_jax.train.settings_file import parse
 
 NORMS = r"norm|layers\..*_norm"
 

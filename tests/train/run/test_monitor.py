@@ -12,7 +12,7 @@ from etils import epath
 from smollm3_jax.train.run import backends, monitor
 from smollm3_jax.train.run.metrics import read_lines
 from smollm3_jax.train.run.monitor import Monitor
-from smollm3_jax.train.settings import parse
+from smollm3_jax.train.settings_file import parse
 
 ABOUT = {"parameters": 1, "devices": 1, "steps": 9, "tokens_per_step": 8, "weights": {"a": 1.0}, "documents": {"a": 1}}
 

@@ -5,7 +5,7 @@ from etils import epath
 
 from smollm3_jax.train.run.metrics import as_text
 from smollm3_jax.train.run.report import HELD_OUT, LOSS, curves, summary
-from smollm3_jax.train.settings import parse
+from smollm3_jax.train.settings_file import parse
 
 
 def test_curves_and_what_the_run_came_to(tmp_path):

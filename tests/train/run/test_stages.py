@@ -7,7 +7,8 @@ from flax import nnx
 import smollm3_jax as s3
 from smollm3_jax.train.optimizer import adamw
 from smollm3_jax.train.run.stages import begin_of, config_in, rate_of, with_config
-from smollm3_jax.train.settings import parse, stage_at
+from smollm3_jax.train.settings import stage_at
+from smollm3_jax.train.settings_file import parse
 from smollm3_jax.train.state import init_state
 
 OPTIMIZER = {"learning_rate": 1.0, "schedule": "linear", "warmup_steps": 2, "end": 0.5}
