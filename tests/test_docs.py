@@ -2,8 +2,9 @@
 
 A block after `<!-- run -->` is run by bash, or by Python if it says so, in one folder for each page and in the page's
 order; the block without a language after it is what comes out. "..." stands for anything, and so does every number in
-a block after `<!-- like -->`, which was measured on another machine. What is not marked wants minutes, a network, an
-accelerator or something of the reader's own.
+a block after `<!-- like -->`, which was measured on another machine. Every other block of commands says why it is not
+run: `slow` (minutes; FULL=1 runs it), `network`, `accelerator`, `own` (files, a terminal or programs of the reader's
+own), or `shown` (it is no command).
 """
 
 import itertools
@@ -20,7 +21,9 @@ from smollm3_jax.weights.demo import pull_demo
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-FENCED = re.compile(r"(<!-- (?:run|like) -->\n)?^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+MARKS = ("run", "slow", "network", "accelerator", "own", "shown")
+RUN = ("run", "slow") if os.environ.get("FULL") else ("run",)
+FENCED = re.compile(r"(?:<!-- (\w+) -->\n)?^```(\w*|\{[\w-]+\})\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 RULES = str.maketrans(dict.fromkeys("┏━┳┓┡╇┩└─┴┘┃│", " "))  # a table's lines are as wide as the terminal lets them
 
 
@@ -35,15 +38,26 @@ def blocks(page: Path) -> list[Block]:
     found = FENCED.findall(page.read_text())
     runs = []
     for (mark, language, code), (after, then, text) in itertools.pairwise([*found, ("", "end", "")]):
-        if "run" in mark:
-            shown = text if not then and "run" not in after and _follows(page, code, text) else None
-            runs.append(Block(language, code, shown, "like" in after))
+        if mark in RUN:
+            shown = text if not then and after not in MARKS and _follows(page, code, text) else None
+            runs.append(Block(language, code, shown, after == "like"))
     return runs
+
+
+def unmarked(page: Path) -> list[str]:
+    """Blocks that neither say whether they are run nor are what the block before them prints."""
+    found = FENCED.findall(page.read_text())
+    told = []
+    for (_, _, before), (mark, language, code) in itertools.pairwise([("", "", ""), *found]):
+        printed = mark in ("", "like") and not language and _follows(page, before, code)
+        if not (mark in MARKS or printed or language.startswith("{")):
+            told.append(code)
+    return told
 
 
 def _follows(page: Path, code: str, text: str) -> bool:
     """Whether nothing but a mark stands between two blocks."""
-    between = page.read_text().split(code, 1)[1].split(text, 1)[0] if text else "x"
+    between = page.read_text().split(code, 1)[1].split(text, 1)[0] if code and text else "x"
     return re.fullmatch(r"```\n(<!-- like -->\n)?```\n", between) is not None
 
 
@@ -78,6 +92,18 @@ def test_commands_print_what_the_page_says(page, tmp_path):
         if block.printed is not None:
             expected = pattern(block.printed, block.measured)
             assert re.search(f"^{expected}", as_lines(done.stdout), re.MULTILINE), (block.code, expected, done.stdout)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_every_block_says_whether_it_is_run(page):
+    assert unmarked(page) == []
+
+
+def test_a_block_without_a_mark_is_seen(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("<!-- run -->\n```\necho a\n```\n```\na\n```\ntext\n```\necho b\n```\n")
+    assert unmarked(page) == ["echo b\n"]
+    assert [block.printed for block in blocks(page)] == ["a\n"]
 
 
 def test_what_does_not_match_is_seen():
