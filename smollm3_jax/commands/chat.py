@@ -5,13 +5,19 @@ import dataclasses
 import io
 import sys
 from collections.abc import Generator
+from typing import TYPE_CHECKING
 
 from ..errors import OptionError
-from .shared import add_model, add_sampling, console, load_model, open_model, sampling_params
+from .shared import add_job, add_model, add_sampling, console, join, load_model, open_model, sampling_params, together
+
+if TYPE_CHECKING:
+    from ..tokenizer import Tokenizer
+    from ..weights.load import Checkpoint
 
 
 def add(parser: argparse.ArgumentParser) -> None:
     add_model(parser)
+    add_job(parser)
     parser.add_argument("--system", metavar="TEXT", help="the system message")
     parser.add_argument("--no-think", action="store_true", help="answer without reasoning first")
     parser.add_argument("--load", metavar="FILE", help="go on with a conversation that /save wrote")
@@ -25,6 +31,16 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    for file, errors in ((sys.stdin, "replace"), (sys.stdout, "backslashreplace")):
+        if isinstance(file, io.TextIOWrapper):
+            file.reconfigure(errors=errors)
+    join(args)
+    checkpoint, tokenizer = open_model(args)
+    with together(args, checkpoint, tokenizer) as leads:
+        return _converse(args, checkpoint, tokenizer) if leads else 0
+
+
+def _converse(args: argparse.Namespace, checkpoint: "Checkpoint", tokenizer: "Tokenizer") -> int:
     from rich.console import Console
 
     from ..chat import terminal
@@ -36,10 +52,6 @@ def run(args: argparse.Namespace) -> int:
     from ..generation.stats import Stats
     from ..paths import cache_dir
 
-    for file, errors in ((sys.stdin, "replace"), (sys.stdout, "backslashreplace")):
-        if isinstance(file, io.TextIOWrapper):
-            file.reconfigure(errors=errors)
-    checkpoint, tokenizer = open_model(args)
     if args.max_new_tokens is None and checkpoint.generation_config.to_hf().get("max_new_tokens") is None:
         args.max_new_tokens = 1024 if -1 in think_ids(tokenizer) else 4096
     params = sampling_params(args, checkpoint)

@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING
 
 from ..errors import OptionError
 from ..progress import busy
-from .shared import add_model, add_sampling, load_model, open_model, sampling_params, say
+from .shared import add_job, add_model, add_sampling, join, load_model, open_model, sampling_params, say, together
 
 if TYPE_CHECKING:
     from ..generation.requests import Completion
     from ..tokenizer import Tokenizer
+    from ..weights.load import Checkpoint
 
 SOME_FAILED = 3
 # Of a prompt; more than any context holds.
@@ -25,6 +26,7 @@ MOST_BYTES = 2**26
 
 def add(parser: argparse.ArgumentParser) -> None:
     add_model(parser)
+    add_job(parser)
     prompt = parser.add_mutually_exclusive_group(required=True)
     prompt.add_argument("-p", "--prompt", metavar="TEXT", help="- reads standard input, without the newline at its end")
     prompt.add_argument("--prompt-file", metavar="FILE", help="the same from a file")
@@ -49,18 +51,27 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # not every encoding has what a model says
+    if args.input is None:
+        _check_options(args)
+    else:
+        _check_options_for_many(args)
+    join(args)
+    checkpoint, tokenizer = open_model(args)
+    with together(args, checkpoint, tokenizer) as leads:
+        if not leads:
+            return 0
+        return (_generate if args.input is None else _generate_many)(args, checkpoint, tokenizer)
+
+
+def _generate(args: argparse.Namespace, checkpoint: "Checkpoint", tokenizer: "Tokenizer") -> int:
     from ..chat.template import encode_for_answer
     from ..generation.api import stream
     from ..generation.jsonl import fitted_request
     from ..generation.requests import Completion, chat_ends, check_request
     from ..generation.stats import Stats
 
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # not every encoding has what a model says
-    if args.input is not None:
-        return _generate_many(args)
-    _check_options(args)
-    checkpoint, tokenizer = open_model(args)
     params = sampling_params(args, checkpoint)
     text, free = _prompt(args), args.max_new_tokens is None
     context = checkpoint.config.max_position_embeddings
@@ -150,15 +161,17 @@ def _prompt(args: argparse.Namespace) -> str:
         raise OptionError(f"the prompt of {of} cannot be read: {why(error)}") from None
 
 
-def _generate_many(args: argparse.Namespace) -> int:
-    from ..chat.template import encode_for_answer
-    from ..generation.jsonl import SLOTS, Batch
-
+def _check_options_for_many(args: argparse.Namespace) -> None:
     if args.output is None:
         raise OptionError("--input needs --output, the file that the answers go to")
     if given := [name for name in ("json", "lookup", "system") if getattr(args, name)]:
         raise OptionError(f"--{given[0]} is for one prompt: leave it out with --input")
-    checkpoint, tokenizer = open_model(args)
+
+
+def _generate_many(args: argparse.Namespace, checkpoint: "Checkpoint", tokenizer: "Tokenizer") -> int:
+    from ..chat.template import encode_for_answer
+    from ..generation.jsonl import SLOTS, Batch
+
     params = sampling_params(args, checkpoint)
     # A folder under all of its names; a hub id stays one.
     settings = {"model": str(Path(args.model).resolve()) if Path(args.model).exists() else args.model}

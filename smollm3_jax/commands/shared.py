@@ -1,10 +1,12 @@
 """Arguments and steps that several commands have."""
 
 import argparse
+import contextlib
 import dataclasses
 import json
+import os
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +17,9 @@ from ..screen_text import UNSEEN, plain
 
 MODEL_HELP = "a model folder, a .gguf file, a hub id such as HuggingFaceTB/SmolLM3-3B (or ORG/NAME@REVISION), or demo"
 
+# Seconds that the processes of a job wait for each other, and after which a silent one is lost.
+WAIT = 300
+HEARTBEAT = 100
 # How a model that only answers is spread, unless another strategy is named.
 SERVING = "serve_tp"
 
@@ -85,7 +90,9 @@ def mesh_of(args: argparse.Namespace) -> "dict[str, Any]":
     Raises:
       ShardingError: the mesh does not fit the devices or the strategy.
     """
-    if args.mesh is None and args.rules is None:
+    import jax
+
+    if args.mesh is None and args.rules is None and jax.process_count() == 1:
         return {}
     from sharding.mesh import DEFAULT_AXES, make_mesh, parse_axes
     from sharding.rules import Sharding
@@ -102,6 +109,53 @@ def add_source_and_target(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", metavar="DST", help="the folder to write")
     parser.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="default: 5GB")
     parser.add_argument("--force", action="store_true", help="DST may be there: replace the model in it")
+
+
+def add_job(parser: argparse.ArgumentParser) -> None:
+    """Several processes that run one command together; see `join`."""
+    job = parser.add_argument_group("a job of several processes (found by itself on TPU pods, Slurm, Kubernetes)")
+    job.add_argument("--coordinator", metavar="HOST:PORT", help="of process 0")
+    job.add_argument("--processes", type=int, metavar="N")
+    job.add_argument("--process", type=int, metavar="I", help="which this is, from 0")
+    job.add_argument("--wait", type=int, default=WAIT, metavar="SECONDS", help=f"for the others (default: {WAIT})")
+    lost_help = f"of silence: lost (default: {HEARTBEAT})"
+    job.add_argument("--heartbeat", type=int, default=HEARTBEAT, metavar="SECONDS", help=lost_help)
+
+
+def join(args: argparse.Namespace) -> None:
+    """Meets the other processes of `add_job`, if there are any; before anything touches a device."""
+    import jax
+
+    from sharding.mesh import start
+
+    start(args.coordinator, args.processes, args.process, args.wait, args.heartbeat)
+    if jax.distributed.is_initialized() and sys.stdout is sys.__stdout__:
+        # What moves arrays between CPUs prints that it is connected: to standard error, then.
+        sys.stdout.flush()
+        own = open(os.dup(1), "w", encoding=sys.stdout.encoding, errors=sys.stdout.errors)  # noqa: SIM115
+        os.dup2(2, 1)
+        sys.stdout = own
+
+
+@contextlib.contextmanager
+def together(args: argparse.Namespace, checkpoint: "Checkpoint", tokenizer: "Tokenizer") -> Iterator[bool]:
+    """Around what runs a model, in a job: False on the processes that have done what process 0 did, and are to end."""
+    import jax
+
+    if jax.process_count() == 1:
+        yield True
+        return
+    from ..generation import engine, hosts
+
+    try:
+        if hosts.is_follower():
+            engine.follow(load_model(args, checkpoint), tokenizer)
+            yield False
+        else:
+            with hosts.leading():
+                yield True
+    finally:
+        jax.distributed.shutdown()  # waits for the others
 
 
 def add_sampling(parser: argparse.ArgumentParser) -> None:

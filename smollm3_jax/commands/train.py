@@ -9,11 +9,7 @@ import sys
 from typing import Any, NoReturn
 
 from ..screen_text import plain as plain_text
-from .shared import console, print_json, show
-
-# Seconds.
-WAIT = 300
-HEARTBEAT = 100
+from .shared import HEARTBEAT, WAIT, add_job, console, join, print_json, show
 
 
 class _List(argparse.Action):
@@ -44,19 +40,11 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--clean", action="store_true", help="remove what broken-off saves left in the run folder")
     parser.add_argument("--dry-run", action="store_true", help="print steps, tokens, stages, mixture and memory")
     parser.add_argument("--json", action="store_true", help="print the result as one JSON object")
-    job = parser.add_argument_group("a job of several processes (found by itself on TPU pods, Slurm, Kubernetes)")
-    job.add_argument("--coordinator", metavar="HOST:PORT", help="of process 0")
-    job.add_argument("--processes", type=int, metavar="N")
-    job.add_argument("--process", type=int, metavar="I", help="which this is, from 0")
-    job.add_argument("--wait", type=int, default=WAIT, metavar="SECONDS", help=f"for the others (default: {WAIT})")
-    lost_help = f"of silence: lost (default: {HEARTBEAT})"
-    job.add_argument("--heartbeat", type=int, default=HEARTBEAT, metavar="SECONDS", help=lost_help)
+    add_job(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     import jax
-
-    from sharding.mesh import start
 
     from ..support import require_devices
     from ..train.settings_file import read_settings
@@ -68,7 +56,7 @@ def run(args: argparse.Namespace) -> int:
         report = describe(settings)
         show(args, report, tables)
         return 0
-    start(args.coordinator, args.processes, args.process, args.wait, args.heartbeat)
+    join(args)
     require_devices()
     if getattr(args, "verbose", 0) < 2:
         logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax's tracebacks: what fails there is an error here

@@ -1,5 +1,6 @@
 """Text generation in calls: `generate` for texts, `complete` for requests, `stream` for what comes as it comes."""
 
+import contextlib
 import dataclasses
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -149,15 +150,16 @@ def stream(
         given: dict[str, Any] = {"cache_dtype": cache_dtype, "steps": steps, "lookup": lookup, "stats": stats}
         engine = Engine(model, tokenizer=tokenizer, slots=max_slots, context=capacity, prefill_tokens=None, **given)
         waiting = enumerate(queue)
-        while True:
-            while engine.has_room:
-                index, request = next(waiting, (0, None))
-                if request is None:
+        with contextlib.closing(engine):
+            while True:
+                while engine.has_room:
+                    index, request = next(waiting, (0, None))
+                    if request is None:
+                        break
+                    engine.submit(request, f"prompt {index}")
+                if engine.is_idle:
                     break
-                engine.submit(request, f"prompt {index}")
-            if engine.is_idle:
-                break
-            yield from engine.step()
+                yield from engine.step()
     if engine.drafted:
         share = 100 * engine.accepted / engine.drafted
         log.info("prompt lookup: %d of %d drafted tokens accepted (%.0f %%)", engine.accepted, engine.drafted, share)

@@ -22,6 +22,7 @@ from sharding.rules import Sharding
 
 from ..kv_cache import KVCache, copy_row
 from ..model import SmolLM3
+from .hosts import on_every_host
 from .sampling import MAX_LOGPROBS, MAX_STOP_IDS, SamplingState, choose, log_probabilities
 
 # On a GPU all of a call's tokens are one CUDA graph, so that nothing of them is launched by the host; by default a loop
@@ -126,7 +127,8 @@ def prefill(
         logits_V = model.unembed(x_and_next[0])
         return logits_V[x_and_next[1]] - jax.nn.logsumexp(logits_V)
 
-    return cache, jax.lax.map(one, (x_1TD[0], next_T), batch_size=16)
+    values_T = jax.lax.map(one, (x_1TD[0], next_T), batch_size=16)
+    return cache, on_every_host(values_T, model.sharding)
 
 
 @functools.partial(jax.jit, static_argnames="sharding", donate_argnames=("cache", "slots"))
@@ -189,7 +191,7 @@ def decode(model: SmolLM3, cache: KVCache, slots: Slots, steps: Array) -> tuple[
         return step + 1, cache, _advance(slots, token_B), chosen
 
     _, cache, slots, chosen = jax.lax.while_loop(unfinished, body, (jnp.array(0, jnp.int32), cache, slots, chosen))
-    return cache, as_they_came(slots, model.sharding), chosen
+    return cache, as_they_came(slots, model.sharding), on_every_host(chosen, model.sharding)
 
 
 def _close_thinking(token_B: Array, slots: Slots) -> Array:

@@ -1,6 +1,7 @@
 """The engine: sequences come and go by slot, while the others decode.
 
 What a request is answered depends on the model, the request and the engine's shape alone: never on what else runs.
+Several processes run one engine: process 0 is asked, and `follow` does on the others what it does.
 
 Lengths are rounded up to a few sizes, so that few programs serve all requests: a prompt goes in as one
 piece of a power of two (16 to CHUNK) and then whole CHUNKs; a slot holds a power of two of tokens, and slots come in
@@ -27,8 +28,9 @@ from ..model import SmolLM3, where_it_lies
 from ..sizes import power_of_two_from
 from ..tokenizer import Tokenizer, tokenizer_of
 from .device_loop import MAX_STEPS, DecodedTokens, Slots, decode, free, insert, prefill, slot_specs
+from .hosts import broadcast, leads
 from .prompt_lookup import decode_lookup, remember
-from .requests import Delta, Request, check_request, with_ids
+from .requests import Delta, Request, as_json, check_request, from_json, with_ids
 from .sequence import Sequence
 from .stats import Stats, counted
 
@@ -111,14 +113,21 @@ class Engine:
         self.slots, self.capacity = slots_for(model, slots), capacity_for(context, lookup)
         self._prefill_tokens, self._measured, self._stats = prefill_tokens, stats is not None, stats or Stats()
         self._chunk = CHUNK.get(model.platform, ACCELERATOR_CHUNK)
+        shape = {"slots": slots, "context": context, "steps": steps, "lookup": lookup, "prefill_tokens": prefill_tokens}
+        dtype = jnp.dtype(cache_dtype or model.cache_dtype)
+        self._leads = leads()
+        if self._leads:
+            broadcast({**shape, "cache_dtype": dtype.name})
         with self._stats.timed():
-            made = _empty(model, self.slots, self.capacity, cache_dtype or model.cache_dtype, drafts=lookup > 0)
+            made = _empty(model, self.slots, self.capacity, dtype, drafts=lookup > 0)
         self._cache, self._state, self._history = made
         self._free = list(range(self.slots))
         self._running: dict[int, Sequence] = {}  # by slot
         self._waiting: collections.deque[Sequence] = collections.deque()
         self._prefill: _Prefill | None = None
         self._submitted = 0
+        self._ended: list[int] = []  # slots of sequences that are over, on the host
+        self._events: list[Any] = []  # since the last step, for the other processes
         self.drafted, self.accepted = 0, 0
         drafting = f", {lookup} drafted" if lookup else ""
         of = f"{counted(self.slots, 'slot')} of {self.capacity:,} tokens"
@@ -147,12 +156,16 @@ class Engine:
         own = self.model.config, self.model.generation_config
         check_request(*own, request, self.tokenizer, self.context, self.lookup, name)
         number, self._submitted = self._submitted, self._submitted + 1
+        if self._leads:
+            self._events.append(["submit", as_json(request)])
         for sample in range(request.params.n):
             self._waiting.append(Sequence(self.model, number, sample, request, self.tokenizer))
         return number
 
     def cancel(self, number: int) -> bool:
         """Stops all samples of a request, and gives their slots to others; False if it has none that runs or waits."""
+        if self._leads:
+            self._events.append(["cancel", number])
         before = len(self._waiting) + len(self._running) + (self._prefill is not None)
         self._waiting = collections.deque(x for x in self._waiting if x.index != number)
         if self._prefill is not None and self._prefill.sequence.index == number:
@@ -164,6 +177,33 @@ class Engine:
 
     def step(self) -> list[Delta]:
         """Lets prompts in, and decodes a call's tokens of every sequence that runs: what each of them said."""
+        if self._leads:
+            broadcast(self._events)
+            self._events = []
+        return self._step()
+
+    def close(self) -> None:
+        """The last call, on process 0: lets the other processes leave the engine. Nothing may be asked of it after."""
+        if self._leads:
+            broadcast(None)
+
+    def follow(self) -> bool:
+        """On the other processes: one step of process 0, with what it was asked before; False once it has closed."""
+        events = broadcast(None)
+        if events is None:
+            return False
+        for kind, content in events:
+            if kind == "cancel":
+                self.cancel(content)
+            else:
+                self.submit(from_json(content))
+        self._step()
+        return True
+
+    def _step(self) -> list[Delta]:
+        for slot in self._ended:
+            self._state = free(self._state, np.int32(slot))
+        self._ended = []
         self._admit()
         if not self._running:
             return []
@@ -184,7 +224,7 @@ class Engine:
 
     def _stop(self, slot: int) -> None:
         del self._running[slot]
-        self._state = free(self._state, np.int32(slot))
+        self._ended.append(slot)
         self._free.append(slot)
 
     def _decode(self) -> DecodedTokens:
@@ -269,3 +309,15 @@ def _empty(model: SmolLM3, slots: int, capacity: int, cache_dtype: Any, drafts: 
         return made
     devices = list(model.norm[...].devices())
     return jax.device_put(made, devices[0] if len(devices) == 1 else None)
+
+
+def follow(model: SmolLM3, tokenizer: Tokenizer | None = None) -> None:
+    """What processes other than 0 do: run each engine that process 0 runs, until that says that there are no more.
+
+    Args:
+      model: on a mesh of all processes, as process 0 has it; tokenizer: the same.
+    """
+    while (shape := broadcast(None)) is not None:
+        engine = Engine(model, tokenizer=tokenizer, **shape)
+        while engine.follow():
+            pass

@@ -18,6 +18,7 @@ from jax import Array
 from ..kv_cache import KVCache
 from ..model import SmolLM3
 from .device_loop import COMPILER_OPTIONS, MAX_STEPS, Slots, as_they_came
+from .hosts import on_every_host
 from .sampling import SamplingParams
 
 # So many tokens must have occurred before, in the same order.
@@ -124,7 +125,7 @@ def decode_lookup(
     slots = as_they_came(slots, model.sharding)
     if model.sharding is not None:
         history_BS = model.sharding.constrain(history_BS, "batch", None)
-    return cache, slots, history_BS, new_BN, tally_2
+    return cache, slots, history_BS, *on_every_host((new_BN, tally_2), model.sharding)
 
 
 def _draft(history_S: Array, length: Array, count: int) -> Array:

@@ -2,7 +2,8 @@
 
 import dataclasses
 import operator
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -175,3 +176,14 @@ def think_ids(tokenizer: Tokenizer | None) -> tuple[int, int]:
     """The tokens that open and close thinking; -1 where there are none."""
     ids = [None if tokenizer is None else tokenizer.backend.token_to_id(text) for text in ("<think>", "</think>")]
     return tuple(-1 if i is None else i for i in ids)  # pyright: ignore[reportReturnType]
+
+
+def as_json(request: Request) -> dict[str, Any]:
+    """A request whose prompt is ids, ready for JSON; `from_json` makes it again."""
+    params = dataclasses.asdict(request.params) | {"logit_bias": list(request.params.logit_bias.items())}
+    return {"prompt": list(request.prompt), "params": params, "ends": list(request.ends)}
+
+
+def from_json(content: Mapping[str, Any]) -> Request:
+    params = content["params"] | {"logit_bias": {token: value for token, value in content["params"]["logit_bias"]}}
+    return Request(content["prompt"], SamplingParams(**params), tuple(content["ends"]))
