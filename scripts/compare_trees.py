@@ -176,7 +176,8 @@ def run_of_the_command(devices: int) -> None:
         runs.write_corpus(place / "corpus.jsonl")
         words = ["run.steps=6", "data.length=16", "data.rows=4", "optimizer.warmup_steps=2", "checkpoint.every=2"]
         words += ["eval.every=2", "data.eval_every_nth=5", "step.micro_batches=2", "step.z_loss=1e-4"]
-        (place / "run.toml").write_text("[[stages]]\nstart = 3\nrope_theta = 20000.0\nreset_optimizer = true\n")
+        stages = "[[stages]]\nstart = 3\nrope_theta = 20000.0\nreset_optimizer = true\n"
+        importlib.import_module("smollm3_jax.files").write(place / "run.toml", stages)
         env = {**os.environ, "JAX_NUM_CPU_DEVICES": str(devices)}
         command = runs.command(place, place / "run", *words)
         subprocess.run([*command, "checkpoint.keep=9"], check=True, stdout=subprocess.DEVNULL, env=env)

@@ -437,8 +437,8 @@ BY_ITSELF = re.compile(
     r"""|\.(write_text|write_bytes|rmtree)\(|\bshutil\.(copy|copy2|copyfile|copytree|move|rmtree)\(|\bfcntl\."""
     r"""|\bopen\([^"'\n]*["'][rbt+]*[wax+][rbt+]*["']|\bsavefig\((?!drawn|file\b)|\bnp\.save"""
 )
-# Into one that files.py has opened; to read; nowhere.
-BELONGS = ("gzip.open(file,", "os.open(path, os.O_RDONLY ", "open(os.devnull, ")
+# Into one that files.py has opened; to read; nowhere; standard output.
+BELONGS = ("gzip.open(file,", "os.open(path, os.O_RDONLY ", "open(os.devnull, ", "open(os.dup(1), ")
 
 
 def test_nothing_else_writes_a_file():
