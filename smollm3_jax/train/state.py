@@ -16,6 +16,8 @@ from jax import Array
 from sharding.arrays import shardings, specs_of
 from sharding.rules import Sharding
 
+from ..model import SmolLM3
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -29,9 +31,9 @@ class TrainState:
       those of weights/key_map.py); None trains all.
     """
 
-    model: Any
-    optimizer: Any
-    step: Any
+    model: SmolLM3
+    optimizer: optax.OptState
+    step: Array
     trainable: str | None = dataclasses.field(default=None, metadata={"static": True})
 
 
