@@ -140,9 +140,12 @@ def start(
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
     if address is not None and processes is not None and index is not None:
         _meet(address, processes, index, timeout)
-    jax.distributed.initialize(
-        address, processes, index, initialization_timeout=timeout, heartbeat_timeout_seconds=heartbeat
-    )
+    try:
+        jax.distributed.initialize(
+            address, processes, index, initialization_timeout=timeout, heartbeat_timeout_seconds=heartbeat
+        )
+    except ValueError as error:  # somebody's environment that looks like a job and says too little
+        raise ShardingError(f"{str(error).rstrip('.')}; give address, processes and index of the job") from None
     refuse_alone()
     log.info("%s", "\n".join(process_map()))
 

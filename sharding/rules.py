@@ -76,7 +76,7 @@ class Sharding:
         at = None if isinstance(x, Tracer) else getattr(x, "sharding", None)
         if not isinstance(at, NamedSharding) or at.mesh.size == 1:
             return None
-        said = f"the model lies on {at.mesh.size} devices, and no sharding= says how they divide the work"
+        said = f"the model lies on {at.mesh.size} devices, and its `sharding` does not say how they divide the work"
         _warn_once(f"{said}: each of them does all of it")
         return cls.of(at.mesh, {})  # pyright: ignore[reportArgumentType]
 

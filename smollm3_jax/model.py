@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
+from jax.core import Tracer
 
 from sharding.rules import Sharding, platform_of
 
@@ -205,10 +206,15 @@ def with_sharding(model: SmolLM3, sharding: Sharding | None) -> SmolLM3:
 
 
 def where_it_lies(model: SmolLM3) -> SmolLM3:
-    """The model itself; of one whose arrays somebody has moved to a mesh, and who did not say by which rules, one whose
-    every device computes everything."""
-    found = Sharding.of_array(model.norm[...]) if model.sharding is None else None
-    return model if found is None else with_sharding(model, found)
+    """The model itself; of one whose arrays somebody has moved, and who did not say by which rules, one whose every
+    device computes everything."""
+    norm = model.norm[...]
+    if isinstance(norm, Tracer):
+        return model
+    if model.sharding is not None and norm.sharding.device_set == set(model.sharding.mesh.devices.flat):
+        return model
+    found = Sharding.of_array(norm)
+    return model if found == model.sharding else with_sharding(model, found)
 
 
 @jax.jit

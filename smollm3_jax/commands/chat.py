@@ -4,13 +4,14 @@ import argparse
 import dataclasses
 import io
 import sys
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from typing import TYPE_CHECKING
 
 from ..errors import OptionError
-from .shared import add_job, add_model, add_sampling, console, join, load_model, open_model, sampling_params, together
+from .shared import add_job, add_model, add_sampling, console, join_if_asked, opened, sampling_params
 
 if TYPE_CHECKING:
+    from ..model import SmolLM3
     from ..tokenizer import Tokenizer
     from ..weights.load import Checkpoint
 
@@ -34,13 +35,14 @@ def run(args: argparse.Namespace) -> int:
     for file, errors in ((sys.stdin, "replace"), (sys.stdout, "backslashreplace")):
         if isinstance(file, io.TextIOWrapper):
             file.reconfigure(errors=errors)
-    join(args)
-    checkpoint, tokenizer = open_model(args)
-    with together(args, checkpoint, tokenizer) as leads:
-        return _converse(args, checkpoint, tokenizer) if leads else 0
+    join_if_asked(args)
+    with opened(args) as model:
+        return 0 if model is None else _converse(args, *model)
 
 
-def _converse(args: argparse.Namespace, checkpoint: "Checkpoint", tokenizer: "Tokenizer") -> int:
+def _converse(
+    args: argparse.Namespace, checkpoint: "Checkpoint", tokenizer: "Tokenizer", load: "Callable[[], SmolLM3]"
+) -> int:
     from rich.console import Console
 
     from ..chat import terminal
@@ -86,5 +88,5 @@ def _converse(args: argparse.Namespace, checkpoint: "Checkpoint", tokenizer: "To
         terminal.load(chat, args.load)
     if args.system is not None:
         chat.system = args.system
-    model = load_model(args, checkpoint)  # not before all else has been found right
+    model = load()  # not before all else has been found right
     return terminal.converse(chat)

@@ -7,15 +7,17 @@ import json
 import logging
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import OptionError
 from ..progress import busy
-from .shared import add_job, add_model, add_sampling, join, load_model, open_model, sampling_params, say, together
+from .shared import add_job, add_model, add_sampling, join_if_asked, opened, sampling_params, say
 
 if TYPE_CHECKING:
     from ..generation.requests import Completion
+    from ..model import SmolLM3
     from ..tokenizer import Tokenizer
     from ..weights.load import Checkpoint
 
@@ -57,15 +59,16 @@ def run(args: argparse.Namespace) -> int:
         _check_options(args)
     else:
         _check_options_for_many(args)
-    join(args)
-    checkpoint, tokenizer = open_model(args)
-    with together(args, checkpoint, tokenizer) as leads:
-        if not leads:
+    join_if_asked(args)
+    with opened(args) as model:
+        if model is None:
             return 0
-        return (_generate if args.input is None else _generate_many)(args, checkpoint, tokenizer)
+        return (_generate if args.input is None else _generate_many)(args, *model)
 
 
-def _generate(args: argparse.Namespace, checkpoint: "Checkpoint", tokenizer: "Tokenizer") -> int:
+def _generate(
+    args: argparse.Namespace, checkpoint: "Checkpoint", tokenizer: "Tokenizer", load: "Callable[[], SmolLM3]"
+) -> int:
     from ..chat.template import encode_for_answer
     from ..generation.api import stream
     from ..generation.jsonl import fitted_request
@@ -85,7 +88,7 @@ def _generate(args: argparse.Namespace, checkpoint: "Checkpoint", tokenizer: "To
     request = fitted_request(checkpoint.config, prompt, params, ends, fit=free)
     params = request.params
     check_request(checkpoint.config, checkpoint.generation_config, request, tokenizer, lookup=args.lookup)
-    model = load_model(args, checkpoint)
+    model = load()
     if args.lookup and not args.quiet:  # how many drafts were accepted
         logging.getLogger("smollm3_jax.generation").setLevel(logging.INFO)
     samples = [Completion.empty() for _ in range(params.n)]
@@ -168,7 +171,9 @@ def _check_options_for_many(args: argparse.Namespace) -> None:
         raise OptionError(f"--{given[0]} is for one prompt: leave it out with --input")
 
 
-def _generate_many(args: argparse.Namespace, checkpoint: "Checkpoint", tokenizer: "Tokenizer") -> int:
+def _generate_many(
+    args: argparse.Namespace, checkpoint: "Checkpoint", tokenizer: "Tokenizer", load: "Callable[[], SmolLM3]"
+) -> int:
     from ..chat.template import encode_for_answer
     from ..generation.jsonl import SLOTS, Batch
 
@@ -176,14 +181,13 @@ def _generate_many(args: argparse.Namespace, checkpoint: "Checkpoint", tokenizer
     # A folder under all of its names; a hub id stays one.
     settings = {"model": str(Path(args.model).resolve()) if Path(args.model).exists() else args.model}
     settings |= {name: getattr(args, name) for name in ("dtype", "weights", "cache", "yarn")}
+    settings |= {name: value for name in ("mesh", "rules") if (value := getattr(args, name)) is not None}
     options = {"chat": args.chat, "thinking": not args.no_think, "fit": args.max_new_tokens is None}
     options["encode_messages"] = encode_for_answer
     with Batch(args.input, args.output, params, settings=settings, **options) as batch:
         if batch.left:
             slots = SLOTS if args.slots is None else args.slots
-            batch.run(
-                load_model(args, checkpoint), tokenizer, slots=slots, context=args.context, cache_dtype=args.cache
-            )
+            batch.run(load(), tokenizer, slots=slots, context=args.context, cache_dtype=args.cache)
     speed = f"; {batch.stats.line()}" if batch.stats.tokens else ""
     failed = f", {batch.failed} of them errors" if batch.failed else ""
     if not args.quiet or batch.failed:

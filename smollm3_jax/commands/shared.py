@@ -3,7 +3,9 @@
 import argparse
 import contextlib
 import dataclasses
+import functools
 import json
+import math
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -98,7 +100,10 @@ def mesh_of(args: argparse.Namespace) -> "dict[str, Any]":
     from sharding.rules import Sharding
 
     rules = args.rules or SERVING
-    mesh = make_mesh(parse_axes(args.mesh) if args.mesh else DEFAULT_AXES[rules])
+    axes = parse_axes(args.mesh) if args.mesh else dict(DEFAULT_AXES[rules])
+    if not args.mesh and axes.get("tensor", -1) > 0:  # of few devices, as many as divide them
+        axes["tensor"] = math.gcd(axes["tensor"], jax.device_count())
+    mesh = make_mesh(axes)
     Sharding.of(mesh, rules)  # a mistake shows before anything is loaded
     return {"mesh": mesh, "rules": rules}
 
@@ -129,7 +134,8 @@ def join(args: argparse.Namespace) -> None:
     from sharding.mesh import start
 
     start(args.coordinator, args.processes, args.process, args.wait, args.heartbeat)
-    if jax.distributed.is_initialized() and sys.stdout is sys.__stdout__:
+    # (A terminal keeps its line editor, which wants the stream as it was.)
+    if jax.distributed.is_initialized() and sys.stdout is sys.__stdout__ and not sys.stdout.isatty():
         # What moves arrays between CPUs prints that it is connected: to standard error, then.
         sys.stdout.flush()
         own = open(os.dup(1), "w", encoding=sys.stdout.encoding, errors=sys.stdout.errors)  # noqa: SIM115
@@ -137,25 +143,56 @@ def join(args: argparse.Namespace) -> None:
         sys.stdout = own
 
 
+def join_if_asked(args: argparse.Namespace) -> None:
+    """`join` where --coordinator, --mesh or --rules is given: without them the tasks of a Slurm job, say, may each have
+    prompts of their own."""
+    if args.coordinator is not None or args.mesh is not None or args.rules is not None:
+        join(args)
+
+
 @contextlib.contextmanager
-def together(args: argparse.Namespace, checkpoint: "Checkpoint", tokenizer: "Tokenizer") -> Iterator[bool]:
-    """Around what runs a model, in a job: False on the processes that have done what process 0 did, and are to end."""
+def opened(args: argparse.Namespace) -> "Iterator[tuple[Checkpoint, Tokenizer, Callable[[], SmolLM3]] | None]":
+    """The model of `add_model`, and what loads it; in a job None on the processes that have followed process 0 to the
+    end.
+
+    Raises:
+      SmolLM3Error: of any process of the job, on all of them.
+    """
     import jax
 
     if jax.process_count() == 1:
-        yield True
+        checkpoint, tokenizer = open_model(args)
+        yield checkpoint, tokenizer, functools.partial(load_model, args, checkpoint)
         return
     from ..generation import engine, hosts
+    from ..job import agree, raise_everywhere
 
+    own = ("process", "coordinator", "quiet", "verbose")
+    agree("options", {name: str(value) for name, value in vars(args).items() if name not in own})
+    with raise_everywhere():
+        checkpoint, tokenizer = open_model(args)
+    with raise_everywhere():
+        model = load_model(args, checkpoint)
     try:
         if hosts.is_follower():
-            engine.follow(load_model(args, checkpoint), tokenizer)
-            yield False
+            engine.follow(model, tokenizer)
+            yield None
         else:
             with hosts.leading():
-                yield True
+                yield checkpoint, tokenizer, lambda: model
     finally:
-        jax.distributed.shutdown()  # waits for the others
+        if not hosts.broken():
+            jax.distributed.shutdown()  # waits for the others
+
+
+def leave(code: int) -> int:
+    """After an error: in a job the process ends at once, as a normal exit waits for the others; else the code."""
+    import jax
+
+    if jax.distributed.is_initialized():
+        sys.stdout.flush()
+        os._exit(code)
+    return code
 
 
 def add_sampling(parser: argparse.ArgumentParser) -> None:

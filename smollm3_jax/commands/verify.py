@@ -25,6 +25,7 @@ def run(args: argparse.Namespace) -> int:
     from ..support import require_devices
 
     require_devices()
+    mesh_of(args)  # a mistake in it shows before anything is fetched
     if args.goldens:
         return _goldens(args)
     against = args.against if args.against == "transformers" else folder(args.against)

@@ -132,6 +132,8 @@ def perplexity(
     model = where_it_lies(model)
     rows = [(language, document) for language, of in documents.items() for document in of]
     batch = min(ROWS, len(rows))
+    if model.sharding is not None:  # as many rows as the mesh divides, though some of them stay empty
+        batch = -(-batch // model.sharding.parts("batch")) * model.sharding.parts("batch")
     dtype = jnp.dtype(cache_dtype or model.cache_dtype)
     nats = dict.fromkeys(documents, 0.0)
     counts = dict.fromkeys(documents, 0)

@@ -8,14 +8,14 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import OptionError, memory_for, unknown_name
+from ..errors import OptionError, unknown_name
 from ..model import SmolLM3
 from ..tokenizer import Tokenizer, tokenizer_of
 from .device_loop import MAX_STEPS
-from .engine import Engine, capacity_for, slots_for
+from .engine import Engine
 from .requests import Completion, Delta, Request, check_request, fitted, with_ids
 from .sampling import ELSEWHERE, SamplingParams, with_defaults
-from .stats import Stats, counted
+from .stats import Stats
 
 log = logging.getLogger(__name__)
 
@@ -145,21 +145,19 @@ def stream(
         max_slots = min(max_slots, sum(r.params.n for r in queue))
     if not max_slots:
         return
-    what = f"{counted(slots_for(model, max_slots), 'slot')} of {capacity_for(capacity, lookup):,} tokens"
-    with memory_for(what, "fewer new tokens (max_new_tokens), slots or prompts, or a cache of int8, take less"):
-        given: dict[str, Any] = {"cache_dtype": cache_dtype, "steps": steps, "lookup": lookup, "stats": stats}
-        engine = Engine(model, tokenizer=tokenizer, slots=max_slots, context=capacity, prefill_tokens=None, **given)
-        waiting = enumerate(queue)
-        with contextlib.closing(engine):
-            while True:
-                while engine.has_room:
-                    index, request = next(waiting, (0, None))
-                    if request is None:
-                        break
-                    engine.submit(request, f"prompt {index}")
-                if engine.is_idle:
+    given: dict[str, Any] = {"cache_dtype": cache_dtype, "steps": steps, "lookup": lookup, "stats": stats}
+    engine = Engine(model, tokenizer=tokenizer, slots=max_slots, context=capacity, prefill_tokens=None, **given)
+    waiting = enumerate(queue)
+    with contextlib.closing(engine):
+        while True:
+            while engine.has_room:
+                index, request = next(waiting, (0, None))
+                if request is None:
                     break
-                yield from engine.step()
+                engine.submit(request, f"prompt {index}")
+            if engine.is_idle:
+                break
+            yield from engine.step()
     if engine.drafted:
         share = 100 * engine.accepted / engine.drafted
         log.info("prompt lookup: %d of %d drafted tokens accepted (%.0f %%)", engine.accepted, engine.drafted, share)

@@ -9,7 +9,9 @@ powers of two.
 """
 
 import collections
+import contextlib
 import dataclasses
+import functools
 import logging
 import math
 from collections.abc import Iterator
@@ -23,12 +25,14 @@ from jax import Array
 from sharding.arrays import spec, zeros
 
 from ..compile_cache import enable
+from ..errors import OutOfMemoryError, memory_for
+from ..job import raise_everywhere
 from ..kv_cache import KVCache, cache_specs
 from ..model import SmolLM3, where_it_lies
 from ..sizes import power_of_two_from
 from ..tokenizer import Tokenizer, tokenizer_of
 from .device_loop import MAX_STEPS, DecodedTokens, Slots, decode, free, insert, prefill, slot_specs
-from .hosts import broadcast, leads
+from .hosts import broadcast, broken, in_step, leads, spans_hosts
 from .prompt_lookup import decode_lookup, remember
 from .requests import Delta, Request, as_json, check_request, from_json, with_ids
 from .sequence import Sequence
@@ -91,6 +95,9 @@ class Engine:
         that a long prompt keeps nobody waiting; None is every prompt that a slot is free for, which is faster where
         nobody watches.
       stats: gets what was done, how fast, and by which programs; to measure prompts, it waits for each of them.
+
+    Raises:
+      OutOfMemoryError: the slots do not fit into memory; also from `step`.
     """
 
     def __init__(
@@ -117,9 +124,13 @@ class Engine:
         dtype = jnp.dtype(cache_dtype or model.cache_dtype)
         self._leads = leads()
         if self._leads:
-            broadcast({**shape, "cache_dtype": dtype.name})
-        with self._stats.timed():
-            made = _empty(model, self.slots, self.capacity, dtype, drafts=lookup > 0)
+            broadcast({"kind": "engine", "shape": {**shape, "cache_dtype": dtype.name}})
+        of = f"{counted(self.slots, 'slot')} of {self.capacity:,} tokens"
+        less = "fewer new tokens (max_new_tokens), slots or prompts, or a cache of int8, take less"
+        self._memory = functools.partial(memory_for, of, less)
+        everywhere = raise_everywhere() if spans_hosts(model.sharding) else contextlib.nullcontext()
+        with self._stats.timed(), everywhere, self._memory():
+            made = jax.block_until_ready(_empty(model, self.slots, self.capacity, dtype, drafts=lookup > 0))
         self._cache, self._state, self._history = made
         self._free = list(range(self.slots))
         self._running: dict[int, Sequence] = {}  # by slot
@@ -130,7 +141,6 @@ class Engine:
         self._events: list[Any] = []  # since the last step, for the other processes
         self.drafted, self.accepted = 0, 0
         drafting = f", {lookup} drafted" if lookup else ""
-        of = f"{counted(self.slots, 'slot')} of {self.capacity:,} tokens"
         self._program = f"decoding of {of}, up to {steps} tokens a call{drafting}"
         log.info(
             "%d slots of %d tokens; prompts in pieces of %d to %d", self.slots, self.capacity, MIN_PIECE, self._chunk
@@ -178,27 +188,25 @@ class Engine:
     def step(self) -> list[Delta]:
         """Lets prompts in, and decodes a call's tokens of every sequence that runs: what each of them said."""
         if self._leads:
-            broadcast(self._events)
+            broadcast({"kind": "step", "events": self._events})
             self._events = []
-        return self._step()
+        with in_step(), self._memory():
+            return self._step()
 
     def close(self) -> None:
         """The last call, on process 0: lets the other processes leave the engine. Nothing may be asked of it after."""
-        if self._leads:
-            broadcast(None)
+        if self._leads and not broken():
+            broadcast({"kind": "close"})
 
-    def follow(self) -> bool:
-        """On the other processes: one step of process 0, with what it was asked before; False once it has closed."""
-        events = broadcast(None)
-        if events is None:
-            return False
+    def follow(self, events: list[Any]) -> None:
+        """On the other processes: the step that process 0 makes, after what it was asked before."""
         for kind, content in events:
             if kind == "cancel":
                 self.cancel(content)
             else:
                 self.submit(from_json(content))
-        self._step()
-        return True
+        with in_step(), self._memory():
+            self._step()
 
     def _step(self) -> list[Delta]:
         for slot in self._ended:
@@ -317,7 +325,14 @@ def follow(model: SmolLM3, tokenizer: Tokenizer | None = None) -> None:
     Args:
       model: on a mesh of all processes, as process 0 has it; tokenizer: the same.
     """
-    while (shape := broadcast(None)) is not None:
-        engine = Engine(model, tokenizer=tokenizer, **shape)
-        while engine.follow():
-            pass
+    engine = None
+    while (said := broadcast(None))["kind"] != "end":
+        if said["kind"] == "engine":
+            engine = None  # its cache is given back before the next one is made
+            with contextlib.suppress(OutOfMemoryError):  # process 0 says so
+                engine = Engine(model, tokenizer=tokenizer, **said["shape"])
+        elif said["kind"] == "step":
+            assert engine is not None
+            engine.follow(said["events"])
+        else:
+            engine = None

@@ -49,19 +49,49 @@ def leads() -> bool:
 
 @contextlib.contextmanager
 def leading() -> Iterator[None]:
-    """On process 0, around its engines, where the others `follow`: tells them at the end that there are no more."""
+    """On process 0, around its engines, where the others `follow`: tells them at the end that there are no more.
+
+    After an error in the midst of a step it tells nothing: the others wait there for arrays, not for words. They end
+    when this process does.
+    """
     before = _LEADS.set(jax.process_count() > 1)
     try:
         yield
     finally:
         _LEADS.reset(before)
-        broadcast(None)
+        if not broken():
+            broadcast({"kind": "end"})
+
+
+_broken = False
+
+
+def broken() -> bool:
+    """Whether a step has failed, so that the processes of a job are no longer at the same place."""
+    return _broken
+
+
+@contextlib.contextmanager
+def in_step() -> Iterator[None]:
+    """Around what all processes have to do together."""
+    global _broken
+    try:
+        yield
+    except BaseException:
+        _broken = jax.process_count() > 1
+        raise
+
+
+def spans_hosts(sharding: Sharding | None) -> bool:
+    """Whether the devices of a mesh belong to several processes."""
+    return sharding is not None and len({device.process_index for device in sharding.mesh.devices.flat}) > 1
 
 
 def on_every_host(tree: Any, sharding: Sharding | None) -> Any:
     """Inside a program: arrays that the processes are to read, whole on each of them where there are several."""
-    if sharding is None or len({device.process_index for device in sharding.mesh.devices.flat}) == 1:
+    if not spans_hosts(sharding):
         return tree
+    assert sharding is not None
 
     def whole(x: Array) -> Array:
         return jax.lax.with_sharding_constraint(x, NamedSharding(sharding.mesh, PartitionSpec()))

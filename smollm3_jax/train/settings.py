@@ -33,7 +33,7 @@ class RunSettings:
     """The run as a whole."""
 
     dir: str = _setting("", "the run folder")
-    steps: int = _setting(0, "updates in all")
+    steps: int = _setting(0, "steps in all, those that are skipped too")
     seed: int = _setting(0, "of the order of the data, and of the weights of a new model")
     name: str = _setting("", "for displays")
 
@@ -67,16 +67,16 @@ class DataSettings:
     sources: dict[str, Source] = _table("or several, each a table [data.sources.NAME]")  # noqa: RUF009
     per_file: bool = _setting(False, "makes a source of each file of data.path")
     format: str = _setting("", "of the only source, as for a source")
-    field: str = _setting("text", "of the only source, as for a source")
+    field: str = _setting("text", "of the only source, as for a source, and of data.eval_path")
     length: int = _setting(4096, "tokens of a row")
     rows: int = _setting(16, "rows of a step, over all devices")
     shuffle: bool = _setting(True, "an order drawn for each epoch (of Parquet, `smollm3 tokenize` first pays)")
     epochs: int = _setting(0, "how often the documents are read; 0: without end")
-    eval_path: str = _setting("", "held-out documents: a file or a folder")
+    eval_path: str = _setting("", "held-out documents: a file or a folder, their text in data.field")
     eval_format: str = _setting("", "their format, as for a source")
     eval_every_nth: int = _setting(0, "or hold out every n-th document of each source; 0: none")
     bad_records: int = _setting(100, "how many unreadable documents of a source are skipped before the run stops")
-    max_document_bytes: int = _setting(10_000_000, "longer documents count as unreadable")
+    max_document_bytes: int = _setting(10_000_000, "longer ones count as unreadable, but for formats tokens and hf")
     timeout: float = _setting(300.0, "seconds that a batch may take")
 
 
@@ -88,7 +88,7 @@ class OptimizerSettings:
     schedule: str = _setting("wsd", f"one of {', '.join(SCHEDULES)} (wsd: constant, then a linear decay)")
     warmup_steps: int = _setting(2000, "updates of the warm-up")
     decay_steps: int = _setting(0, "for wsd: how many updates, the last ones, the decay takes")
-    end: float = _setting(0.0, "the last learning rate, as a share of the peak")
+    end: float = _setting(0.0, "where the decay ends, as a share of the peak; nothing where there is none")
     b1: float = _setting(0.9, "AdamW's decay of the first moment")
     b2: float = _setting(0.95, "and of the second")
     eps: float = _setting(1e-8, "AdamW's epsilon")
@@ -158,7 +158,7 @@ class LogSettings:
 class Stage:
     """From a step on, other settings; 0 or empty leaves what was."""
 
-    start: int = _setting(0, "the first step of the stage")
+    start: int = _setting(0, "how many steps come before the stage")
     weights: dict[str, float] = _table("of sources, by name; those that are not named get none")  # noqa: RUF009
     length: int = _setting(0, "as data.length")
     rows: int = _setting(0, "as data.rows")

@@ -16,7 +16,9 @@ from jax import Array
 from sharding.arrays import shardings, specs_of
 from sharding.rules import Sharding
 
+from ..errors import OptionError
 from ..model import SmolLM3
+from ..weights.key_map import parameters
 
 
 @jax.tree_util.register_dataclass
@@ -59,7 +61,18 @@ def init_state(model: Any, optimizer: optax.GradientTransformation, trainable: s
 
 
 def split(model: Any, trainable: str | None) -> tuple[Any, Any]:
-    """(the trained part, the frozen part) of a model: each is the model without the other's arrays."""
+    """(the trained part, the frozen part) of a model: each is the model without the other's arrays.
+
+    Raises:
+      OptionError: `trainable` is no regular expression, or matches no parameter's name.
+    """
+    names = list(parameters(model))
+    try:
+        matches = trainable is None or any(re.fullmatch(trainable, name) for name in names)
+    except re.error as error:
+        raise OptionError(f"trainable is {trainable!r}, which is no regular expression: {error}") from None
+    if not matches:
+        raise OptionError(f"trainable is {trainable!r}, which matches no parameter; they are {', '.join(names)}")
 
     def part(trained: bool) -> Any:
         def kept(path: Any, x: nnx.Variable) -> nnx.Variable:

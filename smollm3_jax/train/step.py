@@ -39,8 +39,7 @@ def train_step(
     trained, frozen = split(state.model, state.trainable)
     ((total, sums), gradients), bad = _gradients(trained, frozen, batch, objective, options)
     count = sums.pop("tokens")
-    # Labels are one at least where there are any; weights may add up to less.
-    count = jnp.maximum(count, 1) if batch.weights is None else jnp.where(count > 0, count, 1)
+    count = jnp.where(count > 0, count, 1)  # weights may add up to less than 1
     gradients = jax.tree.map(lambda x: x / count, gradients)
     if state.model.sharding is not None:
         gradients = jax.lax.with_sharding_constraint(gradients, state_shardings(gradients, state.model.sharding))

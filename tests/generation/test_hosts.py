@@ -53,23 +53,47 @@ def free_port() -> int:
         return s.getsockname()[1]
 
 
-def outcome(processes: int, *words: str, stdin: str = "", **more: str) -> list[tuple[int, str, str]]:
-    """Exit code, output and messages of each process of a command on two devices."""
+# For an environment's sitecustomize.py: the engine's arrays find no memory on process 0.
+NO_MEMORY = """
+import sharding.arrays
+
+def fail(*arguments):
+    raise MemoryError("no memory")
+
+sharding.arrays.zeros = fail
+"""
+
+
+def outcome(
+    processes: int,
+    *words: str,
+    stdin: str = "",
+    own_words: tuple[tuple[str, ...], ...] = ((), ()),
+    folders: tuple[Path, ...] = (ROOT, ROOT),
+    sitecustomize: Path | None = None,
+) -> list[tuple[int, str, str]]:
+    """Exit code, output and messages of each process of a command on two devices.
+
+    Args:
+      own_words, folders: of each process, its own words and where it runs.
+      sitecustomize: a folder with a file of that name, for process 0 alone.
+    """
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
     environment["JAX_ENABLE_COMPILATION_CACHE"] = "false"  # processes compile together, and must all do so
     environment["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={2 // processes}"
     job = ("--coordinator", f"127.0.0.1:{free_port()}", "--processes", "2", "--process")
-    own = [(*job, str(i)) if processes > 1 else () for i in range(processes)]
+    own = [(*job, str(i), *own_words[i]) if processes > 1 else () for i in range(processes)]
     running = [
         subprocess.Popen(
             [sys.executable, "-m", "smollm3_jax", *words, "--mesh", "tensor=2", *job_words],
-            env={**environment, **more},
+            env={**environment, **({"PYTHONPATH": f"{sitecustomize}:{ROOT}"} if sitecustomize and i == 0 else {})},
+            cwd=folders[i],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
         )
-        for job_words in own
+        for i, job_words in enumerate(own)
     ]
     # Only process 0 reads.
     said = [process.communicate(stdin if i == 0 else "", timeout=300) for i, process in enumerate(running)]
@@ -130,3 +154,30 @@ def test_a_chat(model):
 def test_a_mistake_of_the_first_ends_the_other(model):
     (first, second) = outcome(2, "generate", model, "-p", "")
     assert (first[0], second[0]) == (2, 0) and "empty" in first[2] and "Traceback" not in first[2] + second[2]
+
+
+@pytest.mark.slow
+def test_prompts_that_differ_are_no_job(model):
+    """Tasks that were each given a prompt of their own."""
+    (first, second) = outcome(2, "generate", model, "-p", "w5", own_words=(("--seed", "1"), ("--seed", "2")))
+    assert (first[0], second[0]) == (3, 3)
+    assert "have other options than process 0" in first[2] + second[2]
+
+
+@pytest.mark.slow
+def test_slots_that_do_not_fit_end_everyone(model, tmp_path):
+    (tmp_path / "sitecustomize.py").write_text(NO_MEMORY)
+    (first, second) = outcome(2, "generate", model, "-p", "w5", "--max-tokens", "2", sitecustomize=tmp_path)
+    assert (first[0], second[0]) == (3, 0), (first, second)
+    assert "there is no memory for 1 slot of 128 tokens" in first[2] or "too little memory for 1 slot" in first[2]
+
+
+@pytest.mark.slow
+def test_a_model_that_is_not_everywhere_ends_everyone(model, tmp_path):
+    """Only process 0 has the folder."""
+    there = tmp_path / "m"
+    words = ("generate", "m", "-p", "w5")
+    (there).symlink_to(model)
+    (first, second) = outcome(2, *words, folders=(tmp_path, ROOT))
+    assert (first[0], second[0]) == (3, 3), (first, second)
+    assert "process 1: " in first[2]

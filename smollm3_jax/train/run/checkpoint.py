@@ -23,7 +23,7 @@ from jax import Array
 
 from ...errors import SmolLM3Error, TrainingError
 from ...files import remove
-from .job import raise_everywhere
+from ...job import raise_everywhere
 
 log = logging.getLogger(__name__)
 

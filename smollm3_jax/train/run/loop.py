@@ -16,6 +16,7 @@ from sharding.hardware import chip_of
 from ... import compile_cache
 from ...errors import DataError, OptionError, TrainingError
 from ...files import remove
+from ...job import agree, raise_everywhere
 from ...support import version
 from ..data.mixture import Batches, expanded
 from ..data.prefetch import on_mesh, prefetch
@@ -24,7 +25,6 @@ from ..state import count, split
 from . import checkpoint
 from .evaluation import evaluate
 from .folder import TOKENIZER, keep_texts, only_one, run_folder
-from .job import agree, raise_everywhere
 from .program import memory_explained, program_for
 from .resume import restore
 from .setup import Run, first_state, in_stage, set_up

@@ -7,11 +7,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from ...errors import TrainingError
+from ...job import raise_everywhere
 from ..settings import as_table, stage_at
 from ..settings_file import parse
 from . import checkpoint
 from .checkpoint import Damaged
-from .job import raise_everywhere
 from .setup import Run, state_like
 from .stages import begin_of, config_in, rate_of
 

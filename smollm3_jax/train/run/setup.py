@@ -17,6 +17,7 @@ from sharding.rules import Sharding
 
 from ...config import ModelConfig
 from ...errors import OptionError, TrainingError
+from ...job import agree, raise_everywhere
 from ...model import SmolLM3
 from ...tokenizer import load_tokenizer
 from ...weights import demo
@@ -31,7 +32,6 @@ from ..settings import Settings, Stage, stage_at, starts
 from ..state import TrainState, init_state, state_shardings
 from .checkpoint import Checkpoints, digest, named_arrays
 from .folder import environment, run_folder
-from .job import agree, raise_everywhere
 from .monitor import Monitor
 from .stages import config_in, rate_of, with_config
 

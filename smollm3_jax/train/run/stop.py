@@ -7,7 +7,7 @@ import signal
 from collections.abc import Iterator
 from typing import Any
 
-from .job import gathered
+from ...job import gathered
 
 log = logging.getLogger(__name__)
 

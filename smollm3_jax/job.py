@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from ...errors import SmolLM3Error, TrainingError
+from .errors import SmolLM3Error, TrainingError
 
 MESSAGE_BYTES = 500
 

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
+from smollm3_jax import job
 from smollm3_jax.errors import DataError, TrainingError
-from smollm3_jax.train.run import job
 from smollm3_jax.train.run.checkpoint import Damaged
 
 
