@@ -12,6 +12,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
 from parity import bound, reference_logits, reference_model
 from tiny import (
     BASE,
@@ -28,7 +29,10 @@ from tiny import (
 )
 
 import smollm3_jax as s3
+from sharding.mesh import make_mesh
+from sharding.rules import Sharding
 from smollm3_jax.kv_cache import empty_cache
+from smollm3_jax.model import where_it_lies, with_sharding
 from smollm3_jax.weights.key_map import hf_tensors, parameters
 
 GOLDENS = Path(__file__).parent / "goldens" / "logits.npz"
@@ -334,3 +338,16 @@ def test_odd_numbers_of_a_config_give_finite_logits_or_an_error(tmp_path):
             assert np.isfinite(np.asarray(model(jnp.asarray(random_tokens(base, 1, 8))))).all(), raw
             seen.add(model.config)
     assert len(seen) > 20
+
+
+def test_a_model_that_was_moved_is_computed_where_it_lies():
+    """`sharding` says where the loader put it; what somebody does with the arrays later counts."""
+    model = s3.SmolLM3(s3.ModelConfig.from_hf(raw_config("one_layer")), rngs=nnx.Rngs(0))
+    tokens = jnp.asarray(random_tokens(raw_config("one_layer"), 2, 9))
+    expected = model(tokens)
+    sharding = Sharding.of(make_mesh({"data": 4, "tensor": 2}), "serve_tp").fitted(model.config.axis_sizes)
+    everywhere = jax.device_put(model, NamedSharding(sharding.mesh, PartitionSpec()))
+    assert where_it_lies(with_sharding(everywhere, sharding)).sharding == sharding
+    for moved in (with_sharding(model, sharding), everywhere, with_sharding(everywhere, sharding)):
+        np.testing.assert_allclose(moved(tokens), expected, rtol=2e-5, atol=1e-5)
+    assert where_it_lies(with_sharding(model, sharding)).sharding is None

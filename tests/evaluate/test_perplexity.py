@@ -55,6 +55,18 @@ def test_it_is_the_whole_forward_pass(model, monkeypatch):
     assert (report["documents"], report["longest"], report["rows"]) == (3, 40, 2)
 
 
+@pytest.mark.parametrize("options", [("--mesh", "data=8", "--rules", "dp"), ("--mesh", "data=4,tensor=2")])
+def test_rows_that_a_mesh_does_not_divide(talking, tmp_path, capsys, options):
+    text = write(tmp_path / "text.jsonl", *({"text": f"w{i} w6 w7 w8"} for i in range(3)))
+    common = ["perplexity", str(talking), "--text", str(text), "--json"]
+    found = []
+    for words in ([], options):
+        assert main([*common, *words]) == 0
+        found.append(json.loads(capsys.readouterr().out))
+    assert (found[0]["rows"], found[1]["rows"]) == (3, 8 if "dp" in options else 4)
+    np.testing.assert_allclose(found[1]["nats_per_token"], found[0]["nats_per_token"], rtol=1e-5)
+
+
 def test_command(talking, tmp_path, capsys):
     text = write(tmp_path / "text.jsonl", {"text": "w5 w6 w7 w8", "language": "en"}, {"text": "w9 w10 w11 w12 w13"})
     options = ["perplexity", "--model", str(talking), "--text", str(text), "--weights", "int8", "--cache", "int8"]

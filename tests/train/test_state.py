@@ -13,6 +13,7 @@ from flax import nnx
 import smollm3_jax as s3
 from sharding.mesh import make_mesh
 from sharding.rules import Sharding
+from smollm3_jax.errors import OptionError
 from smollm3_jax.train.optimizer import adamw
 from smollm3_jax.train.options import StepOptions
 from smollm3_jax.train.run.checkpoint import Checkpoints, named_arrays, restore
@@ -110,3 +111,11 @@ def test_on_a_mesh_too(model, batches):
     shardings = state_shardings(state, sharding)
     assert jax.tree.structure(shardings) == jax.tree.structure(state)
     assert_equal(arrays(jax.device_put(state, shardings)), arrays(state))
+
+
+@pytest.mark.parametrize(
+    ("pattern", "said"), [("model.layers.q", "matches no parameter; they are embed, "), ("(", "no regular expression")]
+)
+def test_a_pattern_that_trains_nothing_is_refused(model, pattern, said):
+    with pytest.raises(OptionError, match=said):
+        init_state(model, adamw(1e-3), pattern)
