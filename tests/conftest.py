@@ -108,6 +108,17 @@ LONG = ("test_faults.py", "test_loop.py", "test_compiled_for_gpu.py", "test_trai
 LONG += ("test_compiled_ahead.py", "test_several_processes.py", "test_docs.py", "test_model.py")
 
 
+@pytest.fixture(scope="module")
+def compiled_as_for_users() -> Iterator[None]:
+    """For GPUs that are not there, with all optimizations. A program for a device that is not there can be
+    written to the cache of compiled programs, but not be read again."""
+    jax.config.update("jax_disable_most_optimizations", False)
+    jax.config.update("jax_enable_compilation_cache", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", True)
+    jax.config.update("jax_enable_compilation_cache", True)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Files that take longest first, so that no process is left with one at the end; then those with slow tests."""
     slow = {item.path for item in items if item.get_closest_marker("slow")}

@@ -7,7 +7,6 @@ capacity. Bounds are those that the design was made for; see the README's table 
 import dataclasses
 import re
 
-import jax
 import jax.numpy as jnp
 import pytest
 from h100 import CAPACITY, GB, GIB, MARKS, MIB, RELEASED, Program, cut, decoding, scores
@@ -21,18 +20,7 @@ from smollm3_jax.plan.decode import DecodeSetting
 from smollm3_jax.plan.devices import compile_for, sharding_for, topology
 from smollm3_jax.plan.memory import weight_bytes
 
-pytestmark = MARKS
-
-
-@pytest.fixture(scope="module", autouse=True)
-def programs_as_users_run_them():
-    """With all optimizations, which tests of tiny models do without. A program for a device that is not there can be
-    written to the cache of compiled programs, but not be read again."""
-    jax.config.update("jax_disable_most_optimizations", False)
-    jax.config.update("jax_enable_compilation_cache", False)
-    yield
-    jax.config.update("jax_disable_most_optimizations", True)
-    jax.config.update("jax_enable_compilation_cache", True)
+pytestmark = [*MARKS, pytest.mark.usefixtures("compiled_as_for_users")]
 
 
 @pytest.fixture(scope="module")

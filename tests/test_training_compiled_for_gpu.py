@@ -12,19 +12,8 @@ from sharding import hlo
 from sharding.mesh import device_bytes
 from smollm3_jax.weights.key_map import count_parameters
 
-pytestmark = MARKS
+pytestmark = [*MARKS, pytest.mark.usefixtures("compiled_as_for_users")]
 ROW = 4096
-
-
-@pytest.fixture(scope="module", autouse=True)
-def programs_as_users_run_them():
-    """With all optimizations, which tests of tiny models do without. A program for a device that is not there can be
-    written to the cache of compiled programs, but not be read again."""
-    jax.config.update("jax_disable_most_optimizations", False)
-    jax.config.update("jax_enable_compilation_cache", False)
-    yield
-    jax.config.update("jax_disable_most_optimizations", True)
-    jax.config.update("jax_enable_compilation_cache", True)
 
 
 @pytest.fixture(scope="module")

@@ -12,6 +12,7 @@ import collections
 import contextlib
 import dataclasses
 import functools
+import heapq
 import logging
 import math
 from collections.abc import Iterator
@@ -132,6 +133,7 @@ class Engine:
         with self._stats.timed(), everywhere, self._memory():
             made = jax.block_until_ready(_empty(model, self.slots, self.capacity, dtype, drafts=lookup > 0))
         self._cache, self._state, self._history = made
+        # A heap, the lowest slot first: what runs beside each other is the same whatever ended before.
         self._free = list(range(self.slots))
         self._running: dict[int, Sequence] = {}  # by slot
         self._waiting: collections.deque[Sequence] = collections.deque()
@@ -179,7 +181,7 @@ class Engine:
         before = len(self._waiting) + len(self._running) + (self._prefill is not None)
         self._waiting = collections.deque(x for x in self._waiting if x.index != number)
         if self._prefill is not None and self._prefill.sequence.index == number:
-            self._free.append(self._prefill.slot)
+            heapq.heappush(self._free, self._prefill.slot)
             self._prefill = None
         for slot in [slot for slot, sequence in self._running.items() if sequence.index == number]:
             self._stop(slot)
@@ -233,7 +235,7 @@ class Engine:
     def _stop(self, slot: int) -> None:
         del self._running[slot]
         self._ended.append(slot)
-        self._free.append(slot)
+        heapq.heappush(self._free, slot)
 
     def _decode(self) -> DecodedTokens:
         if self._history is None:
@@ -259,9 +261,7 @@ class Engine:
     def _piece(self) -> int:
         """One piece of the prompt at hand, or of the next one: how many tokens the model computed for it."""
         if self._prefill is None:
-            # The lowest slot first: what runs beside each other is then the same whatever ended before.
-            self._free.sort()
-            sequence, slot = self._waiting.popleft(), self._free.pop(0)
+            sequence, slot = self._waiting.popleft(), heapq.heappop(self._free)
             self._prefill = _Prefill(sequence, slot, pieces(len(sequence.prompt) - 1, self._chunk, self.capacity))
         at, padded = self._prefill, 0
         piece = next(at.left, None)
@@ -292,8 +292,7 @@ class Engine:
             jax.block_until_ready(self._cache)
         self._insert(done.sequence, done.slot, None)
         while self._waiting and self._waiting[0].index == done.sequence.index and self._free:
-            self._free.sort()
-            self._insert(self._waiting.popleft(), self._free.pop(0), done.slot)
+            self._insert(self._waiting.popleft(), heapq.heappop(self._free), done.slot)
 
     def _insert(self, sequence: Sequence, slot: int, source: int | None) -> None:
         length = np.int32(len(sequence.prompt) - 1)

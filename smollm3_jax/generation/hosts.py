@@ -89,9 +89,8 @@ def spans_hosts(sharding: Sharding | None) -> bool:
 
 def on_every_host(tree: Any, sharding: Sharding | None) -> Any:
     """Inside a program: arrays that the processes are to read, whole on each of them where there are several."""
-    if not spans_hosts(sharding):
+    if sharding is None or not spans_hosts(sharding):
         return tree
-    assert sharding is not None
 
     def whole(x: Array) -> Array:
         return jax.lax.with_sharding_constraint(x, NamedSharding(sharding.mesh, PartitionSpec()))

@@ -56,7 +56,7 @@ def product(
     cost: pl.CostEstimate | None = None,
     interpret: Any = None,
 ) -> Array:
-    """x w^T, float32 [R, N], of a weight as quantize.Quantized has it, reshaped to matrices; B bytes a channel.
+    """x w^T, float32 [R, N], of a weight as QuantizedWeight has it, reshaped to matrices; B bytes a channel.
 
     Args:
       interpret: plgpu.InterpretGPUParams() to run it on a CPU.

@@ -44,7 +44,7 @@ def product(
     cost: pl.CostEstimate | None = None,
     interpret: bool = False,
 ) -> Array:
-    """x w^T, float32 [R, N], of a weight as quantize.Quantized has it, reshaped to matrices.
+    """x w^T, float32 [R, N], of a weight as QuantizedWeight has it, reshaped to matrices.
 
     Args:
       scale_NG: None leaves it to the caller, who has one for each channel.

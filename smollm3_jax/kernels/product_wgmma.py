@@ -43,7 +43,7 @@ def product(
     cost: pl.CostEstimate | None = None,
     interpret: Any = None,
 ) -> Array:
-    """x w^T, float32 [R, N], of bfloat16 activations and a weight as quantize.Quantized has it, reshaped to matrices.
+    """x w^T, float32 [R, N], of bfloat16 activations and a weight as QuantizedWeight has it, reshaped to matrices.
 
     Args:
       interpret: plgpu.InterpretGPUParams() to run it on a CPU.
