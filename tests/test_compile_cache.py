@@ -453,7 +453,8 @@ def test_slots_compile_nothing_after_the_first_time(model):
         complete(model, requests, max_slots=4, capacity=64)
 
     first = s3.SamplingParams(max_new_tokens=1, n=2, prompt_logprobs=True)
-    run_all(Request([5, 9], first), Request([5, 9], s3.SamplingParams(max_new_tokens=1)))
+    # (A step after one in which a sequence ended gives its slot back.)
+    run_all(Request([5, 9], first), Request([5, 9], s3.SamplingParams(max_new_tokens=20, ignore_eos=True)))
     warm = compilations()
     for shift in range(2):
         requests = [

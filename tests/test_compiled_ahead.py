@@ -64,7 +64,7 @@ def layer_weight(setting):
     )
 
 
-def check_decode(setting, chip, collectives, kernels):
+def check_decode(setting, chip, collectives, kernels, gathered=0):
     """What must hold of the decode step on any devices."""
     compiled = setting.compile()
     memory, program = hlo.memory(compiled), hlo.operations(compiled)
@@ -82,9 +82,13 @@ def check_decode(setting, chip, collectives, kernels):
     found = Counter(op.target for op in program if "paged_attention" in op.op_name or "paged_attention" in op.name)
     assert found["tpu_custom_call"] == kernels
     # Branches are what only some requests need: penalties, draws, lists of alternatives.
-    always = Counter(op.opcode for op in hlo.collectives(program) if not op.in_branch)
-    assert always == collectives, sorted((op.opcode, op.op_name) for op in hlo.collectives(program) if not op.in_branch)
-    assert all(op.in_loop for op in hlo.collectives(program))
+    found = [op for op in hlo.collectives(program) if not op.in_branch]
+    each_step = Counter(op.opcode for op in found if op.in_loop)
+    assert each_step == collectives, sorted((op.opcode, op.op_name) for op in found)
+    # After the last step every host gets what all groups of devices chose: tokens, log-probabilities, the likeliest
+    # alternatives and theirs, of which the compiler gathers two together.
+    once = [op for op in hlo.collectives(program) if not op.in_loop]
+    assert Counter(op.opcode for op in once) == Counter({"all-gather": gathered}), [op.op_name for op in once]
 
 
 def tensor_parallel(layers, data):
@@ -129,7 +133,8 @@ def test_looking_up_one_row_of_integers_would_copy_the_table(raw_config, monkeyp
 @pytest.mark.parametrize(("topology", "shape"), [pytest.param("v5e:2x2", (1, 4), marks=FULL), ("v5e:4x4", (4, 4))])
 def test_decode_step_at_full_depth(topology, shape, raw_config):
     setting = decoding(raw_config, topology, shape, "serve_tp", DEEP, 64, 8192)
-    check_decode(setting, topology[:3], tensor_parallel(DEEP, shape[0]), kernels=DEEP)
+    gathered = 3 if shape[0] > 1 else 0
+    check_decode(setting, topology[:3], tensor_parallel(DEEP, shape[0]), kernels=DEEP, gathered=gathered)
 
 
 # Of one long sequence, in each layer: its new query, key and value, and the largest score and the sums over the

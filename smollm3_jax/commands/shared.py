@@ -160,6 +160,9 @@ def opened(args: argparse.Namespace) -> "Iterator[tuple[Checkpoint, Tokenizer, C
     """
     import jax
 
+    from ..support import require_devices
+
+    require_devices()
     if jax.process_count() == 1:
         checkpoint, tokenizer = open_model(args)
         yield checkpoint, tokenizer, functools.partial(load_model, args, checkpoint)
