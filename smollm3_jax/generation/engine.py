@@ -193,6 +193,27 @@ class Engine:
         with in_step(), self._memory():
             return self._step()
 
+    def warm_up(self) -> None:
+        """Makes every program that requests can need, before the first of them."""
+        assert self.is_idle and self._submitted == 0
+        if self._leads:
+            broadcast({"kind": "warm up"})
+        zero, sharding = np.int32(0), self.model.sharding
+        with in_step(), self._stats.timed(), self._memory():
+            for size in self.piece_sizes:
+                tokens, count = np.zeros((2, size), np.int32), np.int32(size)
+                for logprobs in (False, True):
+                    place = self.model, self._cache, zero, zero
+                    self._cache, _ = prefill(*place, tokens[:1], tokens[1], count, logprobs=logprobs)
+            self._cache = copy(self._cache, zero, zero, sharding=sharding)
+            if self._pages is not None:
+                self._pages = keep(self._cache, self._pages, zero, zero, zero, sharding=sharding)
+                self._cache = reuse(self._cache, self._pages, zero, zero, zero, sharding=sharding)
+            self._place(0, self._nothing, 0)
+            if self._history is not None:
+                self._history = remember(self._history, zero, np.full(self.capacity, -1, np.int32))
+            self._decode()
+
     def close(self) -> None:
         """The last call, on process 0: lets the other processes leave the engine. Nothing may be asked of it after."""
         if self._leads and not broken():
@@ -358,5 +379,8 @@ def follow(model: SmolLM3, tokenizer: Tokenizer | None = None) -> None:
         elif said["kind"] == "step":
             assert engine is not None
             engine.follow(said["events"])
+        elif said["kind"] == "warm up":
+            assert engine is not None
+            engine.warm_up()
         else:
             engine = None
