@@ -36,6 +36,11 @@ _MULTIPLIERS = (0x9E3779B1, 0x85EBCA77)  # odd, of xxHash
 _NO_DAMAGE = ("RESOURCE_EXHAUSTED", "PERMISSION_DENIED", "UNAUTHENTICATED", "UNAVAILABLE", "DEADLINE_EXCEEDED")
 
 
+# Orbax measures how long a save takes on the machine's clock, which may jump, and gives up what took too long: no jump
+# is as long as a century. Nor are folders made in the background: waiting for them has a time-out that no option sets.
+_PATIENT = ocp.options.AsyncOptions(timeout_secs=100 * 365 * 86_400, create_directories_asynchronously=False)
+
+
 class Damaged(SmolLM3Error):
     """A checkpoint that cannot be used. Its text is the reason."""
 
@@ -52,7 +57,9 @@ class Checkpoints:
         self.folder, self._keep, self._keep_every = folder, keep, keep_every
         self.damaged: set[int] = set()  # steps that restoring found to be so: retention does not count them
         handlers = {"state": ocp.StandardCheckpointHandler(), "about": ocp.JsonCheckpointHandler()}
-        self._writer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler(**handlers))
+        options = ocp.CompositeOptions(async_options=_PATIENT)
+        handler = ocp.CompositeCheckpointHandler(composite_options=options, **handlers)
+        self._writer = ocp.AsyncCheckpointer(handler, async_options=_PATIENT)
         self._hook = sys.unraisablehook
         sys.unraisablehook = functools.partial(_without_late_writes, self._hook)
 
