@@ -6,13 +6,12 @@ element leaves it as it was.
 """
 
 import contextlib
-import functools
 import hashlib
 import json
 import logging
 import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -60,8 +59,6 @@ class Checkpoints:
         options = ocp.CompositeOptions(async_options=_PATIENT)
         handler = ocp.CompositeCheckpointHandler(composite_options=options, **handlers)
         self._writer = ocp.AsyncCheckpointer(handler, async_options=_PATIENT)
-        self._hook = sys.unraisablehook
-        sys.unraisablehook = functools.partial(_without_late_writes, self._hook)
 
     def save(self, step: int, state: Any, about: Mapping[str, Any]) -> None:
         """Begins to write; returns when the arrays are on the host.
@@ -116,15 +113,23 @@ class Checkpoints:
             self._writer.close()
         except Exception as error:
             raise _failed(error) from error
-        finally:
-            sys.unraisablehook = self._hook
 
 
-def _without_late_writes(hook: Callable[[Any], Any], unraisable: Any) -> None:
-    """What Python says of errors that nobody can catch, less one: after a write has failed, and has been reported, the
-    other writes of the same save end when Orbax has closed the event loop that waited for them."""
-    if str(unraisable.exc_value) != "Event loop is closed":
-        hook(unraisable)
+@contextlib.contextmanager
+def without_late_writes() -> Iterator[None]:
+    """Of errors that nobody can catch Python tells, but not of one kind: after a write has failed, and has been
+    reported, the other writes of the same save end when Orbax has closed the event loop that waited for them."""
+    before = sys.unraisablehook
+
+    def hook(unraisable: Any) -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":
+            before(unraisable)
+
+    sys.unraisablehook = hook
+    try:
+        yield
+    finally:
+        sys.unraisablehook = before
 
 
 def _failed(error: Exception) -> TrainingError:
