@@ -121,7 +121,7 @@ def without_late_writes() -> Iterator[None]:
     reported, the other writes of the same save end when Orbax has closed the event loop that waited for them."""
     before = sys.unraisablehook
 
-    def hook(unraisable: Any) -> None:
+    def hook(unraisable: "sys.UnraisableHookArgs") -> None:
         if str(unraisable.exc_value) != "Event loop is closed":
             before(unraisable)
 

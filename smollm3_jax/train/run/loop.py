@@ -7,6 +7,7 @@ import contextlib
 import logging
 import time
 from collections.abc import Callable
+from types import TracebackType
 from typing import Any
 
 import jax
@@ -82,7 +83,7 @@ def _train(run: Run, stop: Stop, allow_restart: bool, allow_changes: bool) -> di
     settings, progress = run.settings, run.progress
     ended = "done"
 
-    def close(kind: Any, error: BaseException | None, trace: Any) -> None:
+    def close(kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         why = "" if error is None else str(error) or type(error).__name__
         run.monitor.close(f"ended by an error: {why}" if why else ended, progress.step)
 
