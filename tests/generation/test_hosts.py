@@ -41,10 +41,11 @@ def test_alone_there_is_nobody_to_tell():
 )
 def test_a_request_survives_the_way_to_another_process(prompt, bias, seed, temperature):
     params = s3.SamplingParams(logit_bias=bias, seed=seed, temperature=temperature, stop=["end"], stop_token_ids=[4])
-    request = Request(prompt, params, (7,))
+    request = Request(prompt, params, (7,), "start: /[a-z]/")
     there = from_json(json.loads(json.dumps(as_json(request))))
     assert json.dumps(as_json(there)) == json.dumps(as_json(request))  # lists and tuples are one there
     assert there.params.logit_bias == bias and there.prompt == prompt and there.ends == (7,)
+    assert there.grammar == request.grammar
 
 
 def free_port() -> int:
