@@ -191,6 +191,15 @@ def letters() -> Tokenizer:
     return build_tokenizer({"tokenizer.json": backend.to_str().encode()}, "")
 
 
+def letters_checkpoint(folder: Path) -> Path:
+    """A model of one layer with that tokenizer, and its end."""
+    tokenizer = letters()
+    raw = raw_config("one_layer") | {"eos_token_id": tokenizer.backend.token_to_id("<|im_end|>")}
+    write_checkpoint(folder, raw, random_tensors(raw))
+    tokenizer.backend.save(str(folder / "tokenizer.json"))
+    return folder
+
+
 def talking_checkpoint(folder: Path, **more: Any) -> Path:
     """With a tokenizer of 160 words, w0 to w159, and a chat template; more: fields of the config."""
     import tokenizers

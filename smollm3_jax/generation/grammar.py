@@ -38,9 +38,7 @@ def json_schema(schema: Mapping[str, Any] | bool) -> str:
     Raises:
       OptionError: nothing satisfies the schema, or it has what no grammar can hold an answer to; by name.
     """
-    return _checked(
-        _library().LLMatcher.grammar_from_json_schema(_written(schema, "the JSON schema")), "the JSON schema"
-    )
+    return _schema(schema, "the JSON schema")[1]
 
 
 def json_object() -> str:
@@ -63,7 +61,12 @@ def tool_calls(tools: Sequence[Mapping[str, Any]], *, names: Sequence[str] | Non
     """
     if style != "xml":
         raise OptionError(f"the style of tool calls is {style!r}; only calls in 'xml' can be held to a grammar")
-    found = {tool["name"]: tool.get("parameters") for tool in (tool.get("function", tool) for tool in tools)}
+    found = {}
+    for i, tool in enumerate(tools):
+        function = tool.get("function", tool)
+        if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+            raise OptionError(f"tools[{i}] has no name; give OpenAI's description of a function")
+        found[function["name"]] = function.get("parameters")
     for name in names or ():
         if name not in found:
             raise OptionError(f"there is no tool {name!r}; the tools are {', '.join(found) or 'none'}")
@@ -73,9 +76,8 @@ def tool_calls(tools: Sequence[Mapping[str, Any]], *, names: Sequence[str] | Non
     bodies = []
     for i, name in enumerate(wanted):
         what = f"the arguments of the tool {name!r}"
-        schema = _written(_arguments(found[name], what), what)
-        _checked(f"start: %json {schema}", what)
-        head = json.dumps(f'{{"name": {json.dumps(name, ensure_ascii=False)}, "arguments": ', ensure_ascii=False)
+        schema, _ = _schema(_arguments(found[name], what), what)
+        head = json.dumps(f'{{"name": {json.dumps(name, ensure_ascii=False)}, "arguments": ')
         bodies.append(f'body_{i}: {head} arguments_{i} "}}"\narguments_{i}: %json {schema}\n')
     calls = 'call ("\\n" call)*' if parallel else "call"
     body = " | ".join(f"body_{i}" for i in range(len(wanted)))
@@ -93,15 +95,16 @@ def _arguments(schema: Any, what: str) -> Any:
     return schema | ({"additionalProperties": False} if "properties" in schema and not _MORE & schema.keys() else {})
 
 
-def _written(schema: Any, what: str) -> str:
-    """A schema as JSON, with our options in it."""
+def _schema(schema: Any, what: str) -> tuple[str, str]:
+    """A schema as JSON with our options in it, and its grammar."""
     schema = {} if schema is True else schema
     if not isinstance(schema, Mapping):
         raise OptionError(f"{what} is {schema!r:.60}, which no answer satisfies; it must be an object")
     try:
-        return json.dumps({**schema, "x-guidance": _JSON}, ensure_ascii=True, allow_nan=False)
+        written = json.dumps({**schema, "x-guidance": _JSON}, allow_nan=False)
     except (TypeError, ValueError, RecursionError) as error:
         raise OptionError(f"{what} cannot be written as JSON: {error}") from None
+    return written, _checked(f'{{"grammars": [{{"json_schema": {written}}}]}}', what)
 
 
 def _checked(grammar: str, what: str, tokens: Any = None) -> str:
@@ -132,12 +135,14 @@ def check_grammar(grammar: str, tokenizer: Tokenizer | None) -> None:
 class Vocabulary:
     """A tokenizer as grammars see it.
 
-    tokens: llguidance's LLTokenizer; has_tags: whether a call's tags are tokens; line_breaks: the tokens that are one
-    or two of them; completing: for each number of bytes of </tool_call> that may have been said, the tokens that begin
-    with all the others, as bits int32 [W].
+    tokens: llguidance's LLTokenizer; end: what it takes for the end of all answers, a token that there is not;
+    has_tags: whether a call's tags are tokens; line_breaks: the tokens that are one or two of them; completing: for
+    each number of bytes of </tool_call> that may have been said, the tokens that begin with all the others, as bits
+    int32 [W].
     """
 
     tokens: Any
+    end: int
     has_tags: bool
     line_breaks: tuple[int, ...]
     completing: Mapping[int, np.ndarray]
@@ -158,7 +163,7 @@ def vocabulary_of(tokenizer: Tokenizer) -> Vocabulary:
     """
     if id(tokenizer) not in _vocabularies:
         _vocabularies[id(tokenizer)] = _vocabulary(tokenizer)
-        weakref.finalize(tokenizer, _vocabularies.pop, id(tokenizer))
+        weakref.finalize(tokenizer, _vocabularies.pop, id(tokenizer), None)
     return _vocabularies[id(tokenizer)]
 
 
@@ -167,21 +172,21 @@ def _vocabulary(tokenizer: Tokenizer) -> Vocabulary:
     # they are: they mean themselves, and no string has them in it.
     text = tokenizer.backend.to_str()
     start = text.index(key := '"added_tokens":') + len(key)  # of megabytes, of which this is a part
-    added, end = json.JSONDecoder().raw_decode(text, start)
+    added, rest = json.JSONDecoder().raw_decode(text, start)
     for token in added:
         token["special"] |= bool(re.fullmatch("<[^<>]+>", token["content"]))
     special = {token["content"] for token in added if token["special"]}
-    # llguidance has one end for all answers. Here each has its own, so that this is a token that there is not.
-    end_id = 1 + max(tokenizer.backend.get_vocab(with_added_tokens=True).values())
+    end = 1 + max(tokenizer.backend.get_vocab(with_added_tokens=True).values())
     flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-    added.append({"id": end_id, "content": "<no token>", "special": True, **flags})
+    added.append({"id": end, "content": "<no token>", "special": True, **flags})
     try:
-        tokens = _library().LLTokenizer(text[:start] + json.dumps(added) + text[end:], eos_token=end_id)
+        tokens = _library().LLTokenizer(text[:start] + json.dumps(added) + text[rest:], eos_token=end)
     except Exception as error:  # a bare ValueError, or a panic
         raise OptionError(f"no grammar can be kept with this model's tokenizer: {error}") from None
     ids = [tokenizer.encode(breaks, add_special_tokens=False) for breaks in ("\n", "\n\n")]
     return Vocabulary(
         tokens=tokens,
+        end=end,
         has_tags={"<tool_call>", "</tool_call>"} <= special,
         line_breaks=tuple(one[0] for one in ids if len(one) == 1),
         completing=_completing(tokens),
@@ -221,7 +226,9 @@ class Matcher:
         turn: Sequence[int],
     ):
         self._vocabulary = vocabulary_of(tokenizer)
-        self._matcher = _library().LLMatcher(self._vocabulary.tokens, self._vocabulary.fitted(grammar), log_level=0)
+        fitted, library = self._vocabulary.fitted(grammar), _library()
+        limits = library.LLParserLimits(verbose_errors=False)  # or what users wrote would be in the log
+        self._matcher = library.LLMatcher(self._vocabulary.tokens, fitted, log_level=0, limits=limits)
         self._words, self._ends = -(-vocab_size // 32), ends
         self._opens, self._closes = think_ids
         self._has_calls = _TAGS in grammar
@@ -253,6 +260,7 @@ class Matcher:
         said = library.numpy.allocate_token_bitmask(1, self._vocabulary.tokens.vocab_size)
         library.numpy.fill_next_token_bitmask(self._matcher, said)
         words = min(len(allowed), said.shape[1])
+        _set(said[0], self._vocabulary.end, False)
         allowed[:words] = said[0, :words]
         at = self._tail.rfind(b"<")
         if at >= 0 and _CLOSE.startswith(self._tail[at:]) and self._tail[at - 1 : at] != b"\n":

@@ -1,6 +1,7 @@
 """Grammars: whatever a model says under their masks is what they are grammars of."""
 
 import dataclasses
+import functools
 import gc
 import json
 import weakref
@@ -184,6 +185,12 @@ def test_texts_that_a_grammar_does_not_have(text):
     assert not keeps(json_object(), text)
 
 
+def test_where_it_may_end_or_go_on_there_are_no_other_tokens():
+    one = matcher(json_schema({"type": "integer"}))
+    one.take(LETTERS.encode("1")[0])
+    assert allowed(one).tolist() == sorted([*LETTERS.encode("0123456789"), END])
+
+
 @pytest.mark.parametrize(
     ("schema", "named"),
     [
@@ -199,6 +206,8 @@ def test_texts_that_a_grammar_does_not_have(text):
         ({"type": "text"}, "Invalid type: text"),
         ({"type": "integer", "minimum": 3, "maximum": 2}, "Unsatisfiable"),
         ({"$ref": "https://example.com/a"}, "example.com"),
+        (functools.reduce(lambda inner, _: {"items": inner}, range(500), {}), "recursion limit"),
+        ({"const": "\ud800"}, "hex escape"),
         (False, "no answer satisfies"),
         ([1], "must be an object"),
         ({"const": float("nan")}, "cannot be written as JSON"),
@@ -293,6 +302,8 @@ def test_no_string_ends_its_call(tags, tmp_path):
     [
         (TOOLS, {"names": ["later"]}, "there is no tool 'later'; the tools are get_weather, a"),
         ([], {}, "give tools"),
+        ([{"function": {}}], {}, r"tools\[0\] has no name"),
+        ([{"name": "\ud800"}], {}, "the tools cannot be kept"),
         (TOOLS, {"style": "python"}, "'python'; only calls in 'xml'"),
         ([{"name": "a", "parameters": {"type": "array"}}], {}, "the type 'array'; arguments are an object"),
         ([{"name": "a", "parameters": "none"}], {}, "'none' for a schema"),
@@ -359,7 +370,8 @@ def test_a_tokenizer_is_read_once_and_let_go(monkeypatch):
 @pytest.mark.skipif(not FIXTURES.exists(), reason="../shared has the tokenizer of SmolLM3")
 def test_with_the_tokenizer_of_smollm3():
     tokenizer = load_tokenizer(FIXTURES)
-    grammar = tool_calls(TOOLS, names=None, parallel=True, style="xml")
+    grammar = tool_calls([*TOOLS, {"name": "née"}], names=None, parallel=True, style="xml")
+    assert keeps(grammar, '<tool_call>\n{"name": "née", "arguments": {}}\n</tool_call>', tokenizer=tokenizer)
     assert keeps(grammar, f"<think>\nRome, then.\n</think>\n{CALL_TEXT}\n{CALL_TEXT}", tokenizer=tokenizer)
     begun = CALL_TEXT[: CALL_TEXT.index("Rome")]
     assert not keeps(grammar, f"{begun}</tool_call>", tokenizer=tokenizer)
