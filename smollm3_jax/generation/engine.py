@@ -30,7 +30,18 @@ from ..kv_cache import KVCache, cache_specs
 from ..model import SmolLM3, where_it_lies
 from ..sizes import power_of_two_from
 from ..tokenizer import Tokenizer, tokenizer_of
-from .device_loop import MAX_STEPS, DecodedTokens, PromptLogprobs, Slots, copy, decode, insert, prefill, slot_specs
+from .device_loop import (
+    MAX_STEPS,
+    DecodedTokens,
+    PromptLogprobs,
+    Slots,
+    copy,
+    decode,
+    forbid,
+    insert,
+    prefill,
+    slot_specs,
+)
 from .hosts import broadcast, broken, in_step, leads, spans_hosts
 from .prompt_lookup import decode_lookup, remember
 from .prompts import Prefixes, keep, pieces, reuse
@@ -258,7 +269,8 @@ class Engine:
 
     def _decode(self) -> DecodedTokens:
         if self._history is None:
-            arguments = (self.model, self._cache, self._state, np.int32(self.steps))
+            steps = self._keep_to_grammars()
+            arguments = (self.model, self._cache, self._state, np.int32(steps))
             self._cache, self._state, decoded = decode(*arguments)
             return jax.device_get(decoded)
         arguments = (self.model, self._cache, self._state, self._history, np.int32(self.steps))
@@ -266,6 +278,16 @@ class Engine:
         tried, kept = jax.device_get(tally)
         self.drafted, self.accepted = self.drafted + int(tried), self.accepted + int(kept)
         return DecodedTokens(jax.device_get(tokens), None, None, None)
+
+    def _keep_to_grammars(self) -> int:
+        """Tells the device what each sequence may say next; how many tokens a call may have, which is then 1."""
+        rows = {slot: x.matcher.forbidden() for slot, x in self._running.items() if x.matcher is not None}
+        if rows:
+            forbidden = np.zeros(self._state.choice.forbidden.shape, np.int32)
+            for slot, row in rows.items():
+                forbidden[slot] = row
+            self._state = forbid(self._state, forbidden, sharding=self.model.sharding)
+        return 1 if rows else self.steps
 
     def _admit(self) -> None:
         """Puts prompts into free slots, piece by piece; while anything decodes, at most `prefill_tokens` and what the
