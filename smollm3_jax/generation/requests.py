@@ -19,11 +19,13 @@ class Request:
     """A prompt, as text or token ids, and how to continue it.
 
     ends: ids that end it beside the model's own, unless params.ignore_eos; see `chat_ends`.
+    grammar: None, or what the answer must be, after any thinking that it begins with; see `grammar`.
     """
 
     prompt: Sequence[int] | str
     params: SamplingParams = dataclasses.field(default_factory=SamplingParams)
     ends: Sequence[int] = ()
+    grammar: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
