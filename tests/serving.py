@@ -21,6 +21,8 @@ from smollm3_jax.serve.metrics import Metrics
 from smollm3_jax.serve.run import listen, run
 from smollm3_jax.serve.worker import Worker
 
+HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+
 
 class PlainReply:
     """Token ids, and nothing of OpenAI's forms: what the service does with a reply, whatever that is."""
@@ -60,6 +62,7 @@ class Running:
     thread: threading.Thread
     said: list[str]
     failures: list[BaseException]
+    clients: list[socket.socket] = dataclasses.field(default_factory=list)
 
     def ask(self, method: str, path: str, body: Any = None, **headers: str) -> tuple[int, Any, dict[str, str]]:
         """Status, body (decoded, if it is JSON) and headers."""
@@ -76,17 +79,21 @@ class Running:
         finally:
             connection.close()
 
-    def open(self, body: Any, path: str = "/v1/completions", receive_buffer: int | None = None) -> socket.socket:
-        """A socket on which a request is on its way, for the test to read from or to close."""
+    def connect(self, sent: bytes = b"", receive_buffer: int | None = None) -> socket.socket:
+        """A connection, for the test to read from or to close."""
         client = socket.socket()
+        self.clients.append(client)
         if receive_buffer is not None:
             client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
         client.settimeout(60)
         client.connect(("127.0.0.1", self.port))
-        content = json.dumps(body).encode()
-        head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
-        client.sendall(f"{head}Content-Length: {len(content)}\r\n\r\n".encode() + content)
+        client.sendall(sent)
         return client
+
+    def open(self, body: Any, receive_buffer: int | None = None) -> socket.socket:
+        """One on which a request is on its way."""
+        content = json.dumps(body).encode()
+        return self.connect(HEAD + f"Content-Length: {len(content)}\r\n\r\n".encode() + content, receive_buffer)
 
     def metric(self, name: str) -> float:
         text = self.ask("GET", "/metrics")[1]
@@ -150,8 +157,10 @@ def serving(
             it.until(lambda: bool(said) or bool(failures) or it.service.worker.failure is not None)
         yield it
     finally:
-        if running:
-            running[0].stop()
+        for it in running:
+            it.stop()
+            for client in it.clients:
+                client.close()
         thread.join(30)
         if running:
             running[0].service.worker.stop(5)

@@ -23,6 +23,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from .errors import ApiError
 from .guards import Guard, read_json
 from .job import Job, Server
+from .texts import detokenize, tokenize
 from .ticket import Ticket
 from .worker import Worker
 
@@ -263,6 +264,14 @@ def _routes(service: Service) -> Iterable[Route]:
             raise ApiError(404, f"there is no model {name[:100]!r} here", param="model", code="model_not_found")
         return _json(_model(service))
 
+    async def tokens(request: Request) -> Response:
+        body = await read_json(request)
+        return _json(await service.off_the_loop(tokenize, body, service.server, service.parse))
+
+    async def text(request: Request) -> Response:
+        body = await read_json(request)
+        return _json(await service.off_the_loop(detokenize, body, service.server))
+
     async def page(request: Request) -> Response:
         if not PAGE.is_file():
             raise HTTPException(404)
@@ -270,6 +279,8 @@ def _routes(service: Service) -> Iterable[Route]:
         return Response(PAGE.read_bytes(), 200, headers, "text/html; charset=utf-8")
 
     yield from (Route("/health", health), Route("/ready", ready), Route("/metrics", metrics), Route("/", page))
+    yield Route("/tokenize", tokens, methods=["POST"])
+    yield Route("/detokenize", text, methods=["POST"])
     yield from (Route("/v1/models", models), Route("/v1/models/{name:path}", model))
 
 

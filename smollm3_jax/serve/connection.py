@@ -19,7 +19,8 @@ class Connection(HttpToolsProtocol):
         super().__init__(*args, **options)
         self._arriving: asyncio.TimerHandle | None = None
         self._writing: asyncio.TimerHandle | None = None
-        self._head: int | None = 0  # bytes of it; None while a body comes
+        self._head: int | None = 0  # bytes of it so far; None while a body comes
+        self._requests = 0
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
@@ -32,8 +33,9 @@ class Connection(HttpToolsProtocol):
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
+        requests, in_head = self._requests, self._head is not None
         super().data_received(data)
-        if self._head is not None:
+        if in_head and self._head is not None and self._requests == requests:
             self._head += len(data)
             if self._head > MAX_HEAD and not self.transport.is_closing():
                 self.transport.write(HEAD_TOO_LARGE)
@@ -50,14 +52,13 @@ class Connection(HttpToolsProtocol):
 
     def on_message_complete(self) -> None:
         super().on_message_complete()
-        self._head = 0
+        self._head, self._requests = 0, self._requests + 1
         if self._arriving is not None:
             self._arriving.cancel()
 
     def _expect_request(self) -> None:
         if self._arriving is not None:
             self._arriving.cancel()
-        self._head = 0
         self._arriving = self.loop.call_later(self.arrival_seconds, self.transport.abort)
 
     def pause_writing(self) -> None:
