@@ -3,14 +3,20 @@
 import asyncio
 import contextlib
 import dataclasses
+import functools
 import http.client
 import json
 import socket
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
+from tiny import BASE, talking_checkpoint
+
+import smollm3_jax as s3
 from smollm3_jax.config import GenerationConfig, ModelConfig
 from smollm3_jax.generation.engine import Engine
 from smollm3_jax.generation.requests import Delta, Request
@@ -20,6 +26,7 @@ from smollm3_jax.serve.job import DONE, Event, Job, Server
 from smollm3_jax.serve.metrics import Metrics
 from smollm3_jax.serve.run import listen, run
 from smollm3_jax.serve.worker import Worker
+from smollm3_jax.tokenizer import tokenizer_of
 
 HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
 
@@ -169,8 +176,6 @@ def serving(
 
 
 def plain_server() -> Server:
-    from tiny import BASE
-
     config = ModelConfig.from_hf(BASE)
     nothing: Any = None
     return Server("tiny", nothing, config, GenerationConfig(), 512)
@@ -217,16 +222,22 @@ def token(number: int, finish: str | None = None) -> Delta:
     return Delta(number, 0, (7,), "w7", None, None, finish)
 
 
-def tiny_engine(**options: Any) -> Engine:
-    """An engine of a tiny model with random weights."""
-    import tempfile
-    from pathlib import Path
-
-    from tiny import talking_checkpoint
-
-    import smollm3_jax as s3
-
+@functools.cache
+def tiny_model() -> Any:
+    """A tiny model with random weights that knows 160 words, and a template."""
     with tempfile.TemporaryDirectory() as folder:
         model = s3.from_pretrained(talking_checkpoint(Path(folder) / "tiny"))
+        assert tokenizer_of(model) is not None
+    return model
+
+
+def tiny_engine(**options: Any) -> Engine:
     own: dict[str, Any] = {"slots": 4, "context": 512}
-    return Engine(model, **(own | options))
+    return Engine(tiny_model(), **(own | options))
+
+
+def tiny_server() -> Server:
+    model = tiny_model()
+    tokenizer = tokenizer_of(model)
+    assert tokenizer is not None
+    return Server("tiny", tokenizer, model.config, model.generation_config, 512)

@@ -22,7 +22,7 @@ from .errors import ApiError
 # What may be asked without the key.
 OPEN = ("/", "/health", "/ready")
 Refuse = Callable[[Request, Exception], Awaitable[Response]]
-MAX_BODY = 8 << 20  # bytes
+MAX_BODY = 4 << 20  # bytes
 BODY_SECONDS = 60.0
 
 

@@ -6,7 +6,7 @@ Labels come from fixed sets; nothing that a client sends is in one.
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics, generate_latest
 from prometheus_client.core import CounterMetricFamily
 
 from ..compile_cache import compilations
@@ -28,6 +28,7 @@ class Metrics:
 
     def __init__(self):
         self.registry = registry = CollectorRegistry()
+        disable_created_metrics()  # a second series beside each, of when it began
 
         def counter(name: str, help: str, label: str = "", values: tuple[str, ...] = ()) -> Counter:
             made = Counter(f"smollm3_{name}", help, [label] if label else [], registry=registry)

@@ -34,6 +34,8 @@ def listen(host: str, port: int) -> socket.socket:
     Raises:
       OptionError: the address cannot be had, and why.
     """
+    if not 0 <= port <= 65535:
+        raise OptionError(f"--port is {port}; it must be from 0 (a free one) to 65535")
     try:
         (family, kind, protocol, _, address), *_ = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
         own = socket.socket(family, kind, protocol)
@@ -46,8 +48,6 @@ def listen(host: str, port: int) -> socket.socket:
             raise
     except socket.gaierror as error:
         raise OptionError(f"--host {host} is no name or address that this machine knows: {error.strerror}") from None
-    except OverflowError:
-        raise OptionError(f"--port is {port}; it must be from 0 (a free one) to 65535") from None
     except OSError as error:
         whys = {
             errno.EADDRINUSE: f"--port {port} is in use by another program; name another, or 0 for a free one",

@@ -27,9 +27,9 @@ def tokenize(body: Any, server: Server, parse: Callable[[str, Any, Server], Job]
         text, special = fields.take("prompt", str), fields.take("add_special_tokens", bool, True)
         fields.finish()
         try:
-            tokens = server.tokenizer.encode(text, special, context=server.config.max_position_embeddings)
+            tokens = server.tokenizer.encode(text, special, context=server.context)
         except OptionError as error:
-            raise from_option(error, "prompt", server.config.max_position_embeddings) from None
+            raise from_option(error, "prompt") from None
     return {"tokens": tokens, "count": len(tokens), "max_model_len": server.context}
 
 

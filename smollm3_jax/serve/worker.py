@@ -142,7 +142,8 @@ class Worker:
     # --- what the thread says -----------------------------------------------------------------------------
 
     def _deliver(self, step: _Step) -> None:
-        self.metrics.step(step.ended - step.began, step.begun is not None, bool(step.deltas))
+        fresh = any((index, delta.sample) not in ticket.latest for ticket, index, delta in step.deltas)
+        self.metrics.step(step.ended - step.began, fresh or step.begun is not None, bool(step.deltas))
         if step.begun is not None and step.begun.state == "queued":
             self._touch()
             step.begun.state, step.begun.began = "prefilling", step.began
