@@ -57,17 +57,17 @@ class CacheView:
     length_B: int32, how many tokens each row of the call holds before; [1] with a slot.
     segments_BT: int32, 1, and 0 for the padding at the end of a row; None is no padding.
     slot: the cache's row that the call's one row continues; None: row i of the call continues row i.
-    past: for prefill, how many tokens (static) the row holds at most: they and the new ones are seen as one sequence by
-      the attention of whole sequences. None is for a few new tokens, which look at the cache itself.
+    past: for many new tokens, a piece of a prompt: whether (static) the slot may hold tokens before them. None is for a
+      few new tokens.
     """
 
     length_B: Array
     segments_BT: Array | None = None
     slot: Array | None = None
-    past: int | None = None
+    past: bool | None = None
 
     @classmethod
-    def of(cls, cache: KVCache, segments_BT: Array | None, slot: Array | None, past: int | None) -> "CacheView":
+    def of(cls, cache: KVCache, segments_BT: Array | None, slot: Array | None, past: bool | None) -> "CacheView":
         """Of a call that continues the rows of `cache`."""
         return cls(cache.length if slot is None else cache.length[slot][None], segments_BT, slot, past)
 
@@ -151,10 +151,10 @@ def _put(old_KBSx: Array, new_KBTx: Array, length_B: Array, slot: Array | None, 
     row_axes, context_axes = sharding.mesh_axes(batch), sharding.mesh_axes(context)
 
     def part(old_KBSx: Array, new_KBTx: Array, length_B: Array, slot: Array | None) -> Array:
-        length_B = length_B - _first(context_axes, old_KBSx.shape[2])
+        length_B = length_B - first_of(context_axes, old_KBSx.shape[2])
         if not one_row:
             return _put_rows(old_KBSx, new_KBTx, length_B)
-        row = 0 if slot is None else slot - _first(row_axes, old_KBSx.shape[1])
+        row = 0 if slot is None else slot - first_of(row_axes, old_KBSx.shape[1])
         return _put_part(old_KBSx, new_KBTx, row, length_B[0])
 
     old_spec = sharding.spec(heads, batch, context, *rest)
@@ -164,14 +164,14 @@ def _put(old_KBSx: Array, new_KBTx: Array, length_B: Array, slot: Array | None, 
     return sharding.shard_map(part, specs, old_spec)(old_KBSx, new_KBTx, length_B, slot)
 
 
-def _place(row: Array | int, token: Array | int, ndim: int) -> tuple[Array | np.int32, ...]:
+def _place(row: Array | int | np.int32, token: Array | int | np.int32, ndim: int) -> tuple[Array | np.int32, ...]:
     """Where a slice of one row begins; of one dtype, whatever JAX makes of a Python number."""
     none = np.int32(0)
     place = [np.int32(x) if isinstance(x, int) else x.astype(jnp.int32) for x in (row, token)]
     return (none, *place, none)[:ndim]
 
 
-def _first(mesh_axes: tuple[str, ...], length: int) -> Array | int:
+def first_of(mesh_axes: tuple[str, ...], length: int) -> Array | int:
     """Inside shard_map: the global index of the first of this device's `length` places."""
     return jax.lax.axis_index(mesh_axes) * length if mesh_axes else 0
 
@@ -213,16 +213,14 @@ def _put_part(old_KBSx: Array, new_K1Tx: Array, row: Array | int, start: Array) 
     return with_layout_constraint(new_KBSx, Layout(major_to_minor=tuple(range(new_KBSx.ndim))))
 
 
-def read(
-    layer: LayerCache, slot: Array | None, length: int, dtype: jnp.dtype, sharding: Sharding | None = None
-) -> tuple[Array, Array]:
-    """Keys and values [B, length, K, E] of the first `length` places of one row, or of all."""
+def read(layer: LayerCache, row: Array, start: Array, length: int, dtype: jnp.dtype) -> tuple[Array, Array]:
+    """Keys and values [1, length, K, E] of a row's places from `start` on; inside of shard_map of the device's part."""
 
     def part(values: Array, scale: Array | None) -> Array:
-        out = _rows(values, slot, length, sharding)
+        out = _row(values, row, length, start)
         # Left to itself XLA for GPU copies the whole cache into the order that the row is wanted in.
         out = with_layout_constraint(out, Layout(major_to_minor=tuple(range(out.ndim))))
-        out = out if scale is None else out.astype(scale.dtype) * _rows(scale, slot, length, sharding)[..., None]
+        out = out if scale is None else out.astype(scale.dtype) * _row(scale, row, length, start)[..., None]
         return out.transpose(1, 2, 0, 3).astype(dtype)
 
     return part(layer.k, layer.k_scale), part(layer.v, layer.v_scale)
@@ -230,13 +228,11 @@ def read(
 
 def rows(layer: LayerCache, slot: Array | None, sharding: Sharding | None = None) -> LayerCache:
     """The one row that a slot names as a cache of its own; everything without one."""
-    return jax.tree.map(lambda x: _rows(x, slot, x.shape[2], sharding), layer)
+    return layer if slot is None else jax.tree.map(lambda x: _whole_row(x, slot, sharding), layer)
 
 
-def _rows(x_KBSx: Array, slot: Array | None, length: int, sharding: Sharding | None) -> Array:
-    """The first `length` places of the row that a slot names, or of all rows."""
-    if slot is None:
-        return x_KBSx[:, :, :length]
+def _whole_row(x_KBSx: Array, slot: Array, sharding: Sharding | None) -> Array:
+    length = x_KBSx.shape[2]
     if sharding is None or sharding.parts("batch") == 1:
         return _row(x_KBSx, slot, length)
     heads, batch, _, *rest = AXES[: x_KBSx.ndim]
@@ -248,39 +244,64 @@ def _rows(x_KBSx: Array, slot: Array | None, length: int, sharding: Sharding | N
     return get(x_KBSx, slot)
 
 
-def _row(x_KBSx: Array, index: Array, length: int) -> Array:
+def _row(x_KBSx: Array, index: Array, length: int, start: Array | int | np.int32 = 0) -> Array:
     sizes = (x_KBSx.shape[0], 1, length, *x_KBSx.shape[3:])
-    return jax.lax.dynamic_slice(x_KBSx, _place(index, 0, x_KBSx.ndim), sizes)
+    return jax.lax.dynamic_slice(x_KBSx, _place(index, start, x_KBSx.ndim), sizes)
 
 
-def _row_of_all(x_KBSx: Array, slot: Array, length: int, mesh_axes: tuple[str, ...]) -> Array:
-    """Inside shard_map over the rows: a row, for everyone, from the device that has it."""
-    index = slot - _first(mesh_axes, x_KBSx.shape[1])
+def _row_of_all(x_KBSx: Array, slot: Array, length: int, mesh_axes: tuple[str, ...], start: Array | int = 0) -> Array:
+    """Inside shard_map over the rows: a row's places, for everyone, from the device that has it."""
+    index = slot - first_of(mesh_axes, x_KBSx.shape[1])
     mine = (index >= 0) & (index < x_KBSx.shape[1])
-    return jax.lax.psum(jnp.where(mine, _row(x_KBSx, index, length), 0), mesh_axes)
+    return jax.lax.psum(jnp.where(mine, _row(x_KBSx, index, length, start), 0), mesh_axes)
 
 
 def copy_row(cache: KVCache, source: Array, target: Array, sharding: Sharding | None = None) -> KVCache:
     """Row `target` becomes what row `source` is: several samples from one prefill."""
+    none = np.int32(0)
+    cache = copy_places(cache, cache, (source, none), (target, none), cache.capacity, sharding)
+    return dataclasses.replace(cache, length=cache.length.at[target].set(cache.length[source]))
 
-    def copied(x: Array) -> Array:
-        return jax.lax.dynamic_update_slice_in_dim(x, _row(x, source, x.shape[2]), target, axis=1)
 
-    def copied_across(x: Array, source: Array, target: Array) -> Array:
-        row = _row_of_all(x, source, x.shape[2], axes)
-        return _put_part(x, row, target - _first(axes, x.shape[1]), jnp.array(0, jnp.int32))
+def copy_places(
+    source: KVCache,
+    target: KVCache,
+    taken: tuple[Array, Array | np.int32],
+    put: tuple[Array, Array | np.int32],
+    length: int,
+    sharding: Sharding | None = None,
+) -> KVCache:
+    """The target with `length` places of the source in it; what it says of lengths stays.
+
+    Args:
+      taken, put: the row and the first place in it, int32 scalars, of source and target. Where a row's places lie on
+        several devices they are whole rows.
+    """
+    (row, start), (to, place) = taken, put
+
+    def copied(x: Array, y: Array) -> Array:
+        if platform_of(sharding) == "cpu" and y.dtype in (jnp.bfloat16, jnp.float16):  # as in `_put`
+            bits = copied(*(jax.lax.bitcast_convert_type(z, jnp.uint16) for z in (x, y)))
+            return jax.lax.bitcast_convert_type(bits, y.dtype)
+        return jax.lax.dynamic_update_slice(y, _row(x, row, length, start), _place(to, place, y.ndim))
+
+    def copied_across(x: Array, y: Array, row: Array, start: Array, to: Array, place: Array) -> Array:
+        # (A whole row is as long as the device's part of it.)
+        found = _row_of_all(x, row, min(length, x.shape[2]), axes, start)
+        return _put_part(y, found, to - first_of(axes, y.shape[1]), place)
 
     if sharding is None or sharding.parts("batch") == 1:
-        layers = jax.tree.map(copied, cache.layers)
+        layers = jax.tree.map(copied, source.layers, target.layers)
     else:
         axes = sharding.mesh_axes("batch")
-        layers = jax.tree.map(
-            lambda x: sharding.shard_map(
-                copied_across, (sharding.spec(*AXES[: x.ndim]), *[sharding.spec()] * 2), sharding.spec(*AXES[: x.ndim])
-            )(x, source, target),
-            cache.layers,
-        )
-    return KVCache(layers, cache.length.at[target].set(cache.length[source]))
+
+        def mapped(x: Array, y: Array) -> Array:
+            spec = sharding.spec(*AXES[: x.ndim])
+            specs = (spec, spec, *[sharding.spec()] * 4)
+            return sharding.shard_map(copied_across, specs, spec)(x, y, row, start, to, place)
+
+        layers = jax.tree.map(mapped, source.layers, target.layers)
+    return dataclasses.replace(target, layers=layers)
 
 
 def advance(length_B: Array, segment_ids_BT: Array) -> Array:

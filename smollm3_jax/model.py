@@ -148,7 +148,7 @@ class SmolLM3(nnx.Module):
         *,
         cache: KVCache,
         slot: Array | None = None,
-        past: int | None = None,
+        past: bool | None = None,
     ) -> tuple[Array, KVCache]: ...
 
     def hidden(
@@ -159,7 +159,7 @@ class SmolLM3(nnx.Module):
         cache: KVCache | None = None,
         *,
         slot: Array | None = None,
-        past: int | None = None,
+        past: bool | None = None,
         remat: Callable[..., Any] | None = None,
     ) -> tuple[Array, KVCache | None]:
         """The model up to its final norm: [B, T, D] for `unembed`, and the cache (None without one).
@@ -259,7 +259,7 @@ def _run_layers(
     segments_BT: Array | None = None,
     cache: KVCache | None = None,
     slot: Array | None = None,
-    past: int | None = None,
+    past: bool | None = None,
     *,
     keep_states: bool = False,
     remat: Callable[..., Any] | None = None,
@@ -280,8 +280,7 @@ def _run_layers(
                 of_layer = angles, layer.cached, view
                 return cached_attention(q_BTHE, k_BTKE, v_BTKE, *of_layer, use_rope=layer.use_rope, **where)
             q_BTHE, k_BTKE = (rope.rotate(x, *angles, layer.use_rope) for x in (q_BTHE, k_BTKE))
-            segments = {"q_segments_BT": segments_BT, "kv_segments_BS": segments_BT}
-            return attention(q_BTHE, k_BTKE, v_BTKE, **segments, **where), None
+            return attention(q_BTHE, k_BTKE, v_BTKE, segments_BT=segments_BT, **where), None
 
         weights = layer.weights if cache is not None else _in_dtype(layer.weights, x_BTD.dtype)
         x_BTD, cached = block(model.config, weights, x_BTD, attend, model.sharding, norm)

@@ -168,12 +168,12 @@ def test_a_kernel_beside_split_weights(raw_config, monkeypatch):
 
 def test_prefill(raw_config):
     setting = decoding(raw_config, "v5e:2x2", (1, 4), "serve_tp", 2, 16, 8192)
-    check_prefill(setting, 8192, past=0)
+    check_prefill(setting, 8192)
 
 
 def test_prefill_with_int8_weights(raw_config):
     setting = decoding(raw_config, "v6e:1x1", (1, 1), "serve_tp", 2, 1, 8192, "int8")
-    check_prefill(setting, 2048, past=2048)
+    check_prefill(setting, 2048, past=8192)
 
 
 def test_prefill_behind_a_past(raw_config):
@@ -182,14 +182,15 @@ def test_prefill_behind_a_past(raw_config):
     check_prefill(setting, 2048, past=8192)
 
 
-def check_prefill(setting, length, past):
-    compiled = setting.compile_prefill(length, past)
+def check_prefill(setting, length, past=0):
+    compiled = setting.compile_prefill(length, whole=not past)
     memory, program = hlo.memory(compiled), hlo.operations(compiled)
     caches = device_bytes(setting.cache)
     assert memory.aliased >= caches and memory.outputs - memory.aliased < MIB
     # The last layer leaves keys and values; nobody asked what comes out of it.
     found = Counter(op.name.split(".")[0] for op in program if op.target == "tpu_custom_call")
-    assert sum(found.values()) == setting.config.num_hidden_layers - 1
+    # Of a piece, itself and a block of what is before it.
+    assert sum(found.values()) == (setting.config.num_hidden_layers - 1) * (2 if past else 1)
     assert all(name.startswith("splash_mha_fwd") for name in found)
     scores = Counter([length, length + past])
     assert not [op for op in program for shape in op.shapes if Counter(shape.dims) >= scores]

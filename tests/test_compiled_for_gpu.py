@@ -118,7 +118,7 @@ def test_stacked_layers_are_copied():
 
 def test_a_piece_of_a_prompt_after_a_past_has_no_scores_in_memory():
     setting = dataclasses.replace(decoding(1), context=2 * CAPACITY)
-    program = Program(setting, setting.compile_prefill(2048, CAPACITY))
+    program = Program(setting, setting.compile_prefill(2048, whole=False))
     # The piece is as long as the model is wide: of its own block only products are looked at.
     for keys in (CAPACITY, 2048 + CAPACITY):
         assert not scores(program, 2048, keys)

@@ -14,7 +14,7 @@ from jax import Array
 
 import smollm3_jax as s3
 from smollm3_jax.generation.device_loop import prefill
-from smollm3_jax.generation.engine import pieces
+from smollm3_jax.generation.prompts import pieces
 from smollm3_jax.kv_cache import KVCache, empty_cache
 from smollm3_jax.model import SmolLM3
 
@@ -92,7 +92,7 @@ def decoded(model: SmolLM3, tokens: Array, held: tuple[int, ...], capacity: int)
     """float32 [B, STEPS, V]: what each slot says after each of the STEPS tokens that follow the first `held` ones."""
     cache = empty_cache(model.config, len(held), capacity, model.dtype)
     for slot, length in enumerate(held):
-        whole = [(0, length, capacity, 0)] if length else []
+        whole = [(0, length, capacity)] if length else []
         cache = filled(model, cache, slot, tokens[slot], whole)
     active = (jnp.array(held) > 0).astype(jnp.int32)[:, None]
     logits = []
@@ -103,24 +103,22 @@ def decoded(model: SmolLM3, tokens: Array, held: tuple[int, ...], capacity: int)
     return jnp.stack(logits, axis=1)
 
 
-def filled(
-    model: SmolLM3, cache: KVCache, slot: int, tokens: Array, cut: Iterable[tuple[int, int, int, int]]
-) -> KVCache:
-    """The cache after a prompt's tokens went into a slot, cut as `generate.pieces` does."""
-    for start, count, padded, past in cut:
+def filled(model: SmolLM3, cache: KVCache, slot: int, tokens: Array, cut: Iterable[tuple[int, int, int]]) -> KVCache:
+    """The cache after a prompt's tokens went into a slot, cut as `prompts.pieces` does."""
+    for start, count, padded in cut:
         piece = jnp.zeros((1, padded), jnp.int32).at[0, :count].set(tokens[start : start + count])
-        cache, _ = prefill(model, cache, jnp.int32(slot), piece, piece[0], jnp.int32(count), past=past)
+        cache, _ = prefill(model, cache, jnp.int32(slot), jnp.int32(start), piece, piece[0], jnp.int32(count))
     return cache
 
 
 def pieces_against_whole(run: Run, model: SmolLM3) -> None:
-    """What a slot says after a prompt that went in whole, and in pieces, the first of them short; and its keys."""
+    """What a slot says after a prompt that went in whole, and in pieces, the last of them short; and its keys."""
     length, chunk, capacity = (100, 32, 128) if run.tiny else (2900, 1024, 4096)
     tokens = shape.random_tokens(model.config, 1, length + STEPS)
     said, keys = [], []
     for size in (capacity, chunk):
         cache = empty_cache(model.config, 1, capacity, model.dtype)
-        cache = filled(model, cache, 0, tokens[0], pieces(length, size, capacity))
+        cache = filled(model, cache, 0, tokens[0], pieces(length, (size,)))
         keys.append(jnp.stack([layer.k[:, 0, :length] for layer in cache.layers]))
         out = []
         for step in range(STEPS):

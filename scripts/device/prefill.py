@@ -1,6 +1,5 @@
 """Prefill at full size, in the pieces that `generate` makes of a prompt, beside the floor of its products."""
 
-import dataclasses
 import time
 from typing import Any
 
@@ -11,7 +10,7 @@ from jax.stages import Compiled
 from sharding import hlo
 from sharding.roofline import Roofline, roofline
 from smollm3_jax.generation.device_loop import prefill
-from smollm3_jax.generation.engine import ACCELERATOR_CHUNK, pieces
+from smollm3_jax.generation.prompts import ACCELERATOR_CHUNK, piece_sizes, pieces
 from smollm3_jax.kv_cache import empty_cache
 from smollm3_jax.model import SmolLM3
 from smollm3_jax.plan.decode import DecodeSetting
@@ -46,29 +45,24 @@ def one(run: Run, case: str, model: SmolLM3, length: int, past: int) -> None:
     tokens = shape.random_tokens(model.config, 1, past + length)
     state: dict[str, Any] = {"cache": empty_cache(model.config, 1, capacity, jnp.dtype("bfloat16"))}
     # As `generate` cuts a prompt of this length, moved to after what the slot holds.
-    todo = [(past + start, count, padded) for start, count, padded, _ in pieces(length, chunk, capacity)]
+    sizes = [size for size in piece_sizes("gpu", capacity) if size <= chunk]
+    todo = [(past + start, count, padded) for start, count, padded in pieces(length, sizes)]
 
-    def arguments(start: int, count: int, padded: int) -> tuple[tuple, int]:
-        """What `prefill` takes after the cache, and its static bound on the tokens before."""
+    def arguments(start: int, count: int, padded: int) -> tuple:
+        """What `prefill` takes after the cache."""
         piece = jnp.zeros((1, padded), jnp.int32).at[:, :count].set(tokens[:, start : start + count])
-        bound = 0 if start == 0 else min(capacity, power_of_two_from(start))
-        return (jnp.int32(0), piece, piece[0], jnp.int32(count)), bound
+        return jnp.int32(0), jnp.int32(start), piece, piece[0], jnp.int32(count)
 
     prepared = [arguments(*piece) for piece in todo]
 
-    def reset() -> None:
-        length = jax.block_until_ready(jnp.full((1,), past, jnp.int32))
-        state["cache"] = dataclasses.replace(state["cache"], length=length)
-
     def call() -> None:
-        for rest, bound in prepared:
-            state["cache"], _ = prefill(model, state["cache"], *rest, past=bound)
+        for rest in prepared:
+            state["cache"], _ = prefill(model, state["cache"], *rest)
         jax.block_until_ready(state["cache"])
 
-    reset()
     call()
     first = time.perf_counter() - begin
-    times = timed(call, 3 if run.tiny else 7, before=reset)
+    times = timed(call, 3 if run.tiny else 7)
     flops, product = shape.forward_flops(model.config, length, past), run.ceiling("product")
     run.say(
         "speed",
@@ -81,8 +75,7 @@ def one(run: Run, case: str, model: SmolLM3, length: int, past: int) -> None:
         pieces=[padded for _, _, padded in todo],
         first_seconds=first,
     )
-    rest, bound = prepared[-1]
-    compiled = prefill.lower(model, state["cache"], *rest, past=bound).compile()
+    compiled = prefill.lower(model, state["cache"], *prepared[-1]).compile()
     start, whole = todo[-1][0], len(todo) == 1
     here = sharding_for(model.config, jax.devices()[:1], "serve_tp", None)
     setting = DecodeSetting(model.config, here, 1, capacity)

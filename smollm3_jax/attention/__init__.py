@@ -4,6 +4,7 @@ Shapes: B batch, T query length, S key length, H query heads, K key-value heads,
 """
 
 from .cached import cached_attention
-from .dispatch import attention, attention_after, decode_attention, decode_step
+from .dispatch import attention, decode_attention, decode_step
+from .piece import piece_attention
 
-__all__ = ["attention", "attention_after", "cached_attention", "decode_attention", "decode_step"]
+__all__ = ["attention", "cached_attention", "decode_attention", "decode_step", "piece_attention"]

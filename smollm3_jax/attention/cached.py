@@ -3,14 +3,14 @@
 Shapes: B batch, T new tokens, S key length, H query heads, K key-value heads, E head width.
 """
 
-import jax.numpy as jnp
 from jax import Array
 
 from sharding.rules import Sharding
 
 from .. import rope
-from ..kv_cache import CacheView, LayerCache, read, rows, write
-from .dispatch import attention, attention_after, decode_attention, decode_step
+from ..kv_cache import CacheView, LayerCache, rows, write
+from .dispatch import attention, decode_attention, decode_step
+from .piece import piece_attention
 
 
 def cached_attention(
@@ -47,11 +47,9 @@ def cached_attention(
     if past is None:
         of_rows = rows(stored, slot, sharding)
         return decode_attention(q, of_rows, length_B=length_B, window=window, sharding=sharding), stored
-    if past == 0:
+    if not past:
         return attention(q, k, v_BTKE, window=window, sharding=sharding), stored
-    # Read from what was just written, so that the update stays in place; what lies at the length or after it is not
-    # the past.
-    past_k, past_v = read(stored, slot, past, k.dtype, sharding)
-    segments_BT = jnp.ones(k.shape[:2], jnp.int32) if view.segments_BT is None else view.segments_BT
-    of_past = {"length_B": length_B, "segments_BT": segments_BT, "window": window}
-    return attention_after(q, k, v_BTKE, past_k, past_v, **of_past, sharding=sharding), stored
+    # The cache that the piece was written into: the update stays in place.
+    assert slot is not None
+    place = {"slot": slot, "length": length_B[0]}
+    return piece_attention(q, k, v_BTKE, stored, **place, window=window, sharding=sharding), stored

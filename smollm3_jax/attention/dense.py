@@ -4,12 +4,16 @@ Shapes: B batch, T query length, S key length, H query heads, K key-value heads,
 """
 
 import itertools
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jax.ad_checkpoint import checkpoint_name
+
+from .parts import Part
 
 # What the float32 scores of one call may take; longer sequences go through a few queries at a time.
 SCORE_BYTES = 2**28
@@ -21,38 +25,79 @@ PIECE_QUERIES = 64
 
 def dense(
     q_BTHE: Array,
-    k_BSKE: Array,
-    v_BSKE: Array,
+    k_BTKE: Array,
+    v_BTKE: Array,
     segments: tuple[Array, ...],
-    gap_B: Array | None,
     window: Array | None,
     order: np.ndarray | None,
 ) -> Array:
     """Plain XLA; `attention` without a kernel. order: which token of the row each query is."""
-    batch, length, heads, width = q_BTHE.shape
-    kv_heads = k_BSKE.shape[2]
-    past = k_BSKE.shape[1] - length
-    q_BKGTE = q_BTHE.reshape(batch, length, kv_heads, -1, width).transpose(0, 2, 3, 1, 4)
-    k_BKSE, v_BKSE = (x.swapaxes(1, 2) for x in (k_BSKE, v_BSKE))
+    return _in_pieces(_softmax_mix, q_BTHE, k_BTKE, v_BTKE, segments, window, order)
 
-    def some(keys: int, q_BKGtE: Array, index_t: Array, *q_segments_Bt: Array) -> Array:
+
+def dense_part(
+    q_BTHE: Array,
+    k_BSKE: Array,
+    v_BSKE: Array,
+    seen: Array | None,
+    distance: Array | None,
+    window: Array | None,
+) -> Part:
+    """What rows see of one document's keys: causally of their own if `seen` is None, else all of the first `seen`.
+
+    distance: from the first key to the first query, for the window.
+    """
+    if seen is None or distance is None:
+        return Part(*_in_pieces(_mix, q_BTHE, k_BSKE, v_BSKE, (), window, None))
+    length, keys = q_BTHE.shape[1], k_BSKE.shape[1]
+    key_1S, query_T1 = jnp.arange(keys, dtype=jnp.int32)[None], jnp.arange(length, dtype=jnp.int32)[:, None]
+    seen_TS = jnp.broadcast_to(key_1S < seen, (length, keys))
+    if window is not None:
+        seen_TS &= distance + query_T1 - key_1S < window
+    q_BKGTE, k_BKSE, v_BKSE = _by_head(q_BTHE, k_BSKE, v_BSKE)
+    return Part(*(_by_token(x) for x in _mix(q_BKGTE, k_BKSE, v_BKSE, seen_TS[None])))
+
+
+def _by_head(q_BTHE: Array, k_BSKE: Array, v_BSKE: Array) -> tuple[Array, Array, Array]:
+    batch, length, _, width = q_BTHE.shape
+    q_BKGTE = q_BTHE.reshape(batch, length, k_BSKE.shape[2], -1, width).transpose(0, 2, 3, 1, 4)
+    return q_BKGTE, k_BSKE.swapaxes(1, 2), v_BSKE.swapaxes(1, 2)
+
+
+def _by_token(x_BKGTx: Array) -> Array:
+    """[B, T, H, x]."""
+    batch, kv_heads, group, length, last = x_BKGTx.shape
+    return x_BKGTx.transpose(0, 3, 1, 2, 4).reshape(batch, length, kv_heads * group, last)
+
+
+def _in_pieces(
+    mix: Callable[..., Any],
+    q_BTHE: Array,
+    k_BTKE: Array,
+    v_BTKE: Array,
+    segments: tuple[Array, ...],
+    window: Array | None,
+    order: np.ndarray | None,
+) -> Any:
+    """mix(q_BKGtE, k_BKsE, v_BKsE, seen_Bts) of all queries, some at a time: its arrays [B, K, G, t, x] by token."""
+    batch, length, heads, _ = q_BTHE.shape
+    q_BKGTE, k_BKSE, v_BKSE = _by_head(q_BTHE, k_BTKE, v_BTKE)
+
+    def some(keys: int, q_BKGtE: Array, index_t: Array, *q_segments_Bt: Array) -> Any:
         kv_index_1S = jnp.arange(keys, dtype=jnp.int32)[None]
         seen_BtS = (kv_index_1S <= index_t[:, None])[None]
         for segments_Bt in q_segments_Bt:
             own_BtS = segments_Bt[:, :, None] == segments[1][:, None, :keys]
             seen_BtS &= own_BtS & (segments_Bt != 0)[:, :, None]
         if window is not None:
-            distance_BtS = (index_t[:, None] - kv_index_1S)[None]
-            if gap_B is not None:
-                distance_BtS = distance_BtS - jnp.where((kv_index_1S < past)[None], gap_B[:, None, None], 0)
-            seen_BtS &= distance_BtS < window
-        return _softmax_mix(q_BKGtE, k_BKSE[:, :, :keys], v_BKSE[:, :, :keys], seen_BtS)
+            seen_BtS &= (index_t[:, None] - kv_index_1S)[None] < window
+        return mix(q_BKGtE, k_BKSE[:, :, :keys], v_BKSE[:, :, :keys], seen_BtS)
 
-    def piece(first: int, end: int) -> Array:
+    def piece(first: int, end: int) -> Any:
         """Of the queries of a piece of the row: as few at a time as their scores allow."""
         # What comes after a piece's end is hidden from it. Where queries lie in another order, they see any key.
-        keys = past + (end if order is None else length)
-        index_T = past + jnp.array(np.arange(first, end) if order is None else order[first:end], jnp.int32)
+        keys = end if order is None else length
+        index_T = jnp.array(np.arange(first, end) if order is None else order[first:end], jnp.int32)
         parts = (q_BKGTE[:, :, :, first:end], index_T, *(x[:, first:end] for x in segments[:1]))
         axes = (3, 0, 1)[: len(parts)]
         count = end - first
@@ -68,11 +113,16 @@ def dense(
 
         split_up = tuple(split(x, axis) for x, axis in zip(parts, axes, strict=True))
         out = jax.lax.map(lambda x: some(keys, *x), split_up)
-        return jnp.moveaxis(out, 0, 3).reshape(batch, kv_heads, -1, count + pad, width)[:, :, :, :count]
+
+        def joined(x_nBKGtx: Array) -> Array:
+            x_BKGntx = jnp.moveaxis(x_nBKGtx, 0, 3)
+            return x_BKGntx.reshape(*x_BKGntx.shape[:3], count + pad, -1)[:, :, :, :count]
+
+        return jax.tree.map(joined, out)
 
     ends = np.linspace(0, length, max(1, min(PIECES, length // PIECE_QUERIES)) + 1).astype(int).tolist()
     pieces = [piece(first, end) for first, end in itertools.pairwise(ends)]
-    return jnp.concatenate(pieces, axis=3).transpose(0, 3, 1, 2, 4).reshape(q_BTHE.shape)
+    return jax.tree.map(lambda *x: _by_token(jnp.concatenate(x, axis=3)), *pieces)
 
 
 @jax.custom_vjp
@@ -82,20 +132,20 @@ def _softmax_mix(q_BKGTE: Array, k_BKSE: Array, v_BKSE: Array, mask_BTS: Array) 
     The backward pass keeps each query's normalizer and computes the scores again (FlashAttention, arXiv
     2205.14135): nothing of their size is kept, and a recomputed layer does not go through the softmax twice.
     """
-    return _mix(q_BKGTE, k_BKSE, v_BKSE, mask_BTS)[0]
+    return _mix(q_BKGTE, k_BKSE, v_BKSE, mask_BTS)[0].astype(q_BKGTE.dtype)
 
 
 def _mix(q_BKGTE: Array, k_BKSE: Array, v_BKSE: Array, mask_BTS: Array) -> tuple[Array, Array]:
-    """The output, and the log of what each query's exponentials add up to."""
+    """The output, and the log of what each query's exponentials add up to, [B, K, G, T, 1]; float32."""
     scores_BKGTS = _scores(q_BKGTE, k_BKSE, mask_BTS)
     weights_BKGTS = jax.nn.softmax(scores_BKGTS, axis=-1).astype(v_BKSE.dtype)
-    out = _batched(_flat(weights_BKGTS), v_BKSE, 3, 2).reshape(q_BKGTE.shape).astype(q_BKGTE.dtype)
+    out = _batched(_flat(weights_BKGTS), v_BKSE, 3, 2).reshape(q_BKGTE.shape)
     return out, jax.nn.logsumexp(scores_BKGTS, axis=-1, keepdims=True)
 
 
 def _mix_forward(*arrays: Array) -> tuple[Array, tuple]:
     out, normalizer_BKGT1 = _mix(*arrays)
-    return out, (*arrays, checkpoint_name(normalizer_BKGT1, "attention_residuals"))
+    return out.astype(arrays[0].dtype), (*arrays, checkpoint_name(normalizer_BKGT1, "attention_residuals"))
 
 
 def _mix_backward(kept: tuple, gradient_BKGTE: Array) -> tuple:

@@ -31,24 +31,20 @@ log = logging.getLogger(__name__)
 
 def attention(
     q_BTHE: Array,
-    k_BSKE: Array,
-    v_BSKE: Array,
+    k_BTKE: Array,
+    v_BTKE: Array,
     *,
-    q_segments_BT: Array | None = None,
-    kv_segments_BS: Array | None = None,
-    gap_B: Array | None = None,
+    segments_BT: Array | None = None,
     window: Array | None = None,
     sharding: Sharding | None = None,
 ) -> Array:
-    """Causal attention within segments. The last T of the S keys are the queries' own.
+    """Causal attention of whole rows, within segments.
 
     Args:
-      q_segments_BT, kv_segments_BS: int32; 0 is padding, other values name documents. A token sees
-        its own document only. Causality goes by index in the row, not by position, as positions may
-        restart within it. None (both): a row is one document, and padding stands at its end if anywhere,
-        where causality hides it. On GPUs documents must be whole and their ids go up along a row, as the packer
-        numbers them: a row where they do not becomes NaN there.
-      gap_B: how many of the S - T past keys, at their end, hold nothing: they do not count as distance.
+      segments_BT: int32; 0 is padding, other values name documents. A token sees its own document only. Causality goes
+        by index in the row, not by position, as positions may restart within it. None: a row is one document, and
+        padding stands at its end if anywhere, where causality hides it. On GPUs documents must be whole and their ids
+        go up along a row, as the packer numbers them: a row where they do not becomes NaN there.
       window: int32 scalar, how many keys back a query sees, itself included; None for all.
       sharding: where the arrays lie; None on one device. If it splits rows, their tokens are in the order
         of `sharding.row_order`.
@@ -56,14 +52,11 @@ def attention(
     Returns:
       [B, T, H, E] in q's dtype. Rows of padding hold finite values without meaning.
     """
-    assert (q_segments_BT is None) == (kv_segments_BS is None)
-    segments = () if q_segments_BT is None or kv_segments_BS is None else (q_segments_BT, kv_segments_BS)
-    length, heads, width = q_BTHE.shape[1:]
-    past = k_BSKE.shape[1] - length
+    segments = () if segments_BT is None else (segments_BT, segments_BT)
+    length, heads = q_BTHE.shape[1:3]
     order = None if sharding is None else sharding.row_order(length)
     shards = 1 if order is None or sharding is None else sharding.parts("length")
-    assert order is None or past == 0
-    kv_axis, (k_BSKE, v_BSKE) = _keys_of_heads(heads, (k_BSKE, v_BSKE), sharding, split=order is not None)
+    kv_axis, (k_BTKE, v_BTKE) = keys_of_heads(heads, (k_BTKE, v_BTKE), sharding, split=order is not None)
     obstacles = {
         "a window": window is not None,
         "heads and key-value heads on different axes of the mesh": not together(sharding, "heads", kv_axis),
@@ -72,77 +65,28 @@ def attention(
     match platform_of(sharding):
         case "tpu" if takes(
             "splash attention",
-            obstacles
-            | {
-                f"{q_BTHE.dtype} values": q_BTHE.dtype not in (jnp.bfloat16, jnp.float32),
-                f"heads of width {width}": width % 64 != 0,
-                rows: shards > 1 and length % (LANES * 2 * shards) != 0,
-            },
+            obstacles | tpu_obstacles(q_BTHE) | {rows: shards > 1 and length % (LANES * 2 * shards) != 0},
         ):
-            kernel = splash_kernel(heads // (1 if sharding is None else sharding.parts("heads")), length, past, shards)
+            kernel = splash_kernel(heads // (1 if sharding is None else sharding.parts("heads")), length, shards)
             if sharding is not None and shards > 1:
-                return _kept(splash_over_length(kernel, q_BTHE, k_BSKE, v_BSKE, segments, kv_axis, sharding), sharding)
+                return _kept(splash_over_length(kernel, q_BTHE, k_BTKE, v_BTKE, segments, kv_axis, sharding), sharding)
             kernel = functools.partial(splash, kernel)
-            return _kept(_on_own_parts(kernel, q_BTHE, (k_BSKE, v_BSKE), segments, kv_axis, sharding), sharding)
+            return _kept(_on_own_parts(kernel, q_BTHE, (k_BTKE, v_BTKE), segments, kv_axis, sharding), sharding)
         case "gpu" if takes(
             "cuDNN attention",
             obstacles
-            | {"queries with a past": past > 0, rows: shards > 1 and length % (2 * shards) != 0}
-            | _gpu_obstacles(q_BTHE, sharding, packed=bool(segments) or shards > 1),
+            | {rows: shards > 1 and length % (2 * shards) != 0}
+            | gpu_obstacles(q_BTHE, sharding, packed=bool(segments) or shards > 1),
         ):
             if sharding is not None and shards > 1:
                 documents_BT = segments[0] if segments else jnp.ones(q_BTHE.shape[:2], jnp.int32)
-                return gpu.causal_over_length(q_BTHE, k_BSKE, v_BSKE, documents_BT, kv_axis, sharding)
-            return _on_own_parts(gpu.causal, q_BTHE, (k_BSKE, v_BSKE), segments, kv_axis, sharding)
+                return gpu.causal_over_length(q_BTHE, k_BTKE, v_BTKE, documents_BT, kv_axis, sharding)
+            return _on_own_parts(gpu.causal, q_BTHE, (k_BTKE, v_BTKE), segments, kv_axis, sharding)
         case _:
             if order is not None:
-                k_BSKE, v_BSKE = (x[:, np.argsort(order)] for x in (k_BSKE, v_BSKE))
+                k_BTKE, v_BTKE = (x[:, np.argsort(order)] for x in (k_BTKE, v_BTKE))
                 segments = (*segments[:1], *(x[:, np.argsort(order)] for x in segments[1:]))
-            return _kept(dense(q_BTHE, k_BSKE, v_BSKE, segments, gap_B, window, order), sharding)
-
-
-def attention_after(
-    q_BTHE: Array,
-    k_BTKE: Array,
-    v_BTKE: Array,
-    past_k_BSKE: Array,
-    past_v_BSKE: Array,
-    *,
-    length_B: Array,
-    segments_BT: Array,
-    window: Array | None = None,
-    sharding: Sharding | None = None,
-) -> Array:
-    """Causal attention of rows that go on from a past: each sees the first `length_B` of the S past keys as well.
-
-    Args:
-      segments_BT: int32; a row is one document, 1, and its end may be padding, 0.
-      window, sharding: as for `attention`.
-
-    Returns:
-      [B, T, H, E] in q's dtype. Rows of padding hold finite values without meaning.
-    """
-    _, length, heads, _ = q_BTHE.shape
-    assert sharding is None or sharding.row_order(length) is None
-    keys = (k_BTKE, v_BTKE, past_k_BSKE, past_v_BSKE)
-    kv_axis, of_heads = _keys_of_heads(heads, keys, sharding)
-    apart = not together(sharding, "heads", kv_axis)
-    obstacles = {"a window": window is not None, "heads and key-value heads on different axes of the mesh": apart}
-    obstacles |= {f"a past in jax {jax.__version__}": not nvidia.kernels_fit()} | _gpu_obstacles(q_BTHE, sharding)
-    if platform_of(sharding) == "gpu" and takes("cuDNN attention", obstacles):
-        return _on_own_parts(gpu.causal_after, q_BTHE, of_heads, (length_B,), kv_axis, sharding)
-    past = past_k_BSKE.shape[1]
-    past_segments_BS = (jnp.arange(past, dtype=jnp.int32)[None] < length_B[:, None]).astype(jnp.int32)
-    return attention(
-        q_BTHE,
-        jnp.concatenate([past_k_BSKE, k_BTKE], axis=1),
-        jnp.concatenate([past_v_BSKE, v_BTKE], axis=1),
-        q_segments_BT=segments_BT,
-        kv_segments_BS=jnp.concatenate([past_segments_BS, segments_BT], axis=1),
-        gap_B=past - length_B,
-        window=window,
-        sharding=sharding,
-    )
+            return _kept(dense(q_BTHE, k_BTKE, v_BTKE, segments, window, order), sharding)
 
 
 def _kept(out_BTHE: Array, sharding: Sharding | None) -> Array:
@@ -151,7 +95,7 @@ def _kept(out_BTHE: Array, sharding: Sharding | None) -> Array:
     return xla_cpu.named(out_BTHE, "attention", platform_of(sharding))
 
 
-def _keys_of_heads(
+def keys_of_heads(
     heads: int, arrays: tuple[Array, ...], sharding: Sharding | None, split: bool = False
 ) -> tuple[str, tuple[Array, ...]]:
     """The logical axis of the heads of keys and values [B, S, K, E], and these, repeated for every query head where
@@ -163,7 +107,16 @@ def _keys_of_heads(
     return "heads", tuple(sharding.constrain(jnp.repeat(x, heads // x.shape[2], axis=2), *axes) for x in arrays)
 
 
-def _gpu_obstacles(q_BTHE: Array, sharding: Sharding | None, packed: bool = False) -> dict[str, bool]:
+def tpu_obstacles(q_BTHE: Array) -> dict[str, bool]:
+    """What splash attention does not take."""
+    width = q_BTHE.shape[-1]
+    return {
+        f"{q_BTHE.dtype} values": q_BTHE.dtype not in (jnp.bfloat16, jnp.float32),
+        f"heads of width {width}": width % 64 != 0,
+    }
+
+
+def gpu_obstacles(q_BTHE: Array, sharding: Sharding | None, packed: bool = False) -> dict[str, bool]:
     """What cuDNN does not take. packed: several documents a row, or a part of one."""
     capability, width = nvidia.compute_capability(sharding), q_BTHE.shape[-1]
     devices = 1 if sharding is None else math.prod(sharding.parts(axis) for axis in ("batch", "length", "heads"))

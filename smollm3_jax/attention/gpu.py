@@ -20,6 +20,7 @@ from sharding.rules import Sharding
 from .. import nvidia
 from . import cudnn
 from .cudnn import Ranges
+from .parts import Part
 
 # Documents that one call of the kernel takes, for each row; what a batch has beyond that takes further calls. The
 # kernel's normalizers take 4 T H bytes for each.
@@ -48,14 +49,21 @@ def causal(q_BTHE: Array, k_BTKE: Array, v_BTKE: Array, *segments: Array) -> Arr
     return _attend(q_BTHE, _refused(k_BTKE, segments_BT), v_BTKE, document_numbers(segments_BT), None)
 
 
-def causal_after(
-    q_BTHE: Array, k_BTKE: Array, v_BTKE: Array, past_k_BSKE: Array, past_v_BSKE: Array, length_B: Array
-) -> Array:
-    """Causal attention of rows that go on from a past, of which each row has the first `length_B` keys."""
-    # A row without a past has no query that looks at it.
-    q_length_B = jnp.where(length_B > 0, q_BTHE.shape[1], 0).astype(jnp.int32)
-    past = Past(past_k_BSKE, past_v_BSKE, Ranges(q_length_B, length_B.astype(jnp.int32)))
-    return _attend(q_BTHE, k_BTKE, v_BTKE, None, past)
+def cudnn_part(
+    q_BTHE: Array,
+    k_BSKE: Array,
+    v_BSKE: Array,
+    seen: Array | None,
+    distance: Array | None,
+    window: Array | None,
+) -> Part:
+    """As `dense_part`, by cuDNN, which takes no window."""
+    assert window is None
+    (batch, length), keys, ranges = q_BTHE.shape[:2], k_BSKE.shape[1], None
+    if seen is not None:
+        ranges = Ranges(jnp.full(batch, length, jnp.int32), jnp.broadcast_to(jnp.minimum(seen, keys), batch))
+    out_BTHE, norm_BHT = cudnn.forward(q_BTHE, k_BSKE, v_BSKE, seen is None, ranges)
+    return Part(out_BTHE.astype(jnp.float32), norm_BHT.swapaxes(1, 2)[..., None])
 
 
 def causal_over_length(

@@ -15,6 +15,7 @@ from jax.sharding import NamedSharding
 from sharding.rules import Sharding, balanced_order
 
 from ..kv_cache import LayerCache
+from .parts import Part
 
 # A TPU's vectors are so wide: splash wants lengths that they divide.
 LANES = 128
@@ -26,24 +27,40 @@ QUERY_TILES = TILES[1:]
 PAGES = (512, 256, 128)
 
 
-def splash(kernel: Any, q_BTHE: Array, k_BSKE: Array, v_BSKE: Array, *segments: Array) -> Array:
+def splash(kernel: Any, q_BTHE: Array, k_BSKE: Array, v_BSKE: Array, *segments: Array) -> Any:
     """JAX's splash attention kernel for TPU: no array of T x S."""
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel
 
     _, length, _, width = q_BTHE.shape
-    query_pad, key_pad = _padding(length, k_BSKE.shape[1] - length)
 
-    def padded(x: Array, pad: int) -> Array:
-        return jnp.pad(x, [(0, pad if axis == 1 else 0) for axis in range(x.ndim)])
+    def padded(x: Array) -> Array:
+        return jnp.pad(x, [(0, -x.shape[1] % LANES if axis == 1 else 0) for axis in range(x.ndim)])
 
-    q_BHTE = padded(q_BTHE * jnp.asarray(width**-0.5, q_BTHE.dtype), query_pad).swapaxes(1, 2)
-    k_BKSE, v_BKSE = (padded(x, key_pad).swapaxes(1, 2) for x in (k_BSKE, v_BSKE))
-    if segments:
-        ids = splash_attention_kernel.SegmentIds(padded(segments[0], query_pad), padded(segments[1], key_pad))
-        out_BHTE = jax.vmap(kernel)(q_BHTE, k_BKSE, v_BKSE, ids)
-    else:
-        out_BHTE = jax.vmap(kernel)(q_BHTE, k_BKSE, v_BKSE)
-    return out_BHTE.swapaxes(1, 2)[:, :length]
+    q_BHTE = padded(q_BTHE * jnp.asarray(width**-0.5, q_BTHE.dtype)).swapaxes(1, 2)
+    k_BKSE, v_BKSE = (padded(x).swapaxes(1, 2) for x in (k_BSKE, v_BSKE))
+    ids = (splash_attention_kernel.SegmentIds(*map(padded, segments)),) if segments else ()
+    found = jax.vmap(kernel)(q_BHTE, k_BKSE, v_BKSE, *ids)
+    return jax.tree.map(lambda x_BHTx: x_BHTx.swapaxes(1, 2)[:, :length], found)
+
+
+def splash_part(
+    q_BTHE: Array,
+    k_BSKE: Array,
+    v_BSKE: Array,
+    seen: Array | None,
+    distance: Array | None,
+    window: Array | None,
+) -> Part:
+    """As `dense_part`, by the splash kernel, which takes no window."""
+    assert window is None
+    (batch, length, heads, _), keys = q_BTHE.shape, k_BSKE.shape[1]
+    kernel = splash_kernel(heads, length, past=None if seen is None else keys, normalizers=True)
+    segments = ()
+    if seen is not None:
+        of_keys_1S = (jnp.arange(keys, dtype=jnp.int32)[None] < seen).astype(jnp.int32)
+        segments = jnp.ones((batch, length), jnp.int32), jnp.broadcast_to(of_keys_1S, (batch, keys))
+    out_BTHE, (norm_BTH,) = splash(kernel, q_BTHE, k_BSKE, v_BSKE, *segments)
+    return Part(out_BTHE.astype(jnp.float32), norm_BTH[..., None])
 
 
 def splash_over_length(
@@ -75,24 +92,22 @@ def splash_over_length(
     return sharding.shard_map(part, specs, q_spec)(kernel, q_BTHE, k_BSKE, v_BSKE, *segments)
 
 
-def _padding(length: int, past: int) -> tuple[int, int]:
-    """What queries and keys lack. A padding query sees at least its own key: its softmax is over something."""
-    query_pad = -length % LANES
-    return query_pad, query_pad + -(past + length + query_pad) % LANES
-
-
 @functools.lru_cache(maxsize=64)
-def splash_kernel(heads: int, length: int, past: int, shards: int = 1) -> Any:
-    """The kernel for `length` queries whose own keys follow `past` others, all padded; or that are on `shards` devices.
+def splash_kernel(
+    heads: int, length: int, shards: int = 1, *, past: int | None = None, normalizers: bool = False
+) -> Any:
+    """The kernel for `length` queries and their own keys, all padded to LANES, which may be on `shards` devices; or for
+    `past` keys, all of which are before the queries. normalizers: it returns (out, (those of the softmax,)).
 
     Made once for all layers: the host looks at the mask tile by tile.
     """
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel, splash_attention_mask
 
-    query_pad, key_pad = _padding(length, past)
-    length, keys = length + query_pad, past + length + key_pad
-    mask = splash_attention_mask.CausalMask((length, keys), offset=past)
-    if shards > 1:
+    length, keys = (n + -n % LANES for n in (length, length if past is None else past))
+    mask = splash_attention_mask.CausalMask((length, keys))
+    if past is not None:
+        mask = splash_attention_mask.FullMask((length, keys))
+    elif shards > 1:
         mask.q_sequence = balanced_order(length, shards).astype(np.int32)
     # No tile of queries spans two pieces of a row.
     tile_q = next(tile for tile in QUERY_TILES if (length // (2 * shards if shards > 1 else 1)) % tile == 0)
@@ -114,7 +129,9 @@ def splash_kernel(heads: int, length: int, past: int, shards: int = 1) -> Any:
             block_sizes=tiles,
             head_shards=1,
             q_seq_shards=shards,
-            residual_checkpoint_name="attention_residuals",
+            save_residuals=normalizers,
+            # A kernel that returns them has no backward pass.
+            residual_checkpoint_name=None if normalizers else "attention_residuals",
         )
     return jax.tree.map(np.asarray, kernel)
 

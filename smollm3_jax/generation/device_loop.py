@@ -93,71 +93,74 @@ class DecodedTokens:
     top_logprobs: Any
 
 
-@functools.partial(jax.jit, static_argnames=("past", "logprobs"), donate_argnames="cache")
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class PromptLogprobs:
+    """Of a piece's tokens: what the model gave the token that follows each, float32 [T], and the likeliest ids and
+    log-probabilities there [T, 20]."""
+
+    next: Any
+    top_ids: Any
+    top: Any
+
+
+@functools.partial(jax.jit, static_argnames="logprobs", donate_argnames="cache")
 def prefill(
     model: SmolLM3,
     cache: KVCache,
     slot: Array,
+    start: Array | None,
     tokens_1T: Array,
     next_T: Array,
     count: Array,
     *,
-    past: int,
     logprobs: bool = False,
-) -> tuple[KVCache, Array | None]:
-    """Puts a piece of a prompt after what a slot holds.
+) -> tuple[KVCache, PromptLogprobs | None]:
+    """Puts a piece of a prompt into a slot.
 
     Args:
+      start: how many tokens of the prompt the slot holds, and keeps; None is for a prompt that goes in whole: a program
+        without a past.
       tokens_1T: int32 [1, T], padded at the end.
       next_T: int32 [T], the token that follows each: what log-probabilities are of.
       count: how many tokens are real.
-      past: how many tokens (static) the slot holds already, at most; 0 for a prompt's first piece.
 
     Returns:
-      The cache, and float32 [T] of log-probabilities if asked for.
+      The cache, and log-probabilities if asked for.
     """
     segments_1T = (jnp.arange(tokens_1T.shape[1], dtype=jnp.int32) < count).astype(jnp.int32)[None]
-    # A first piece starts the slot anew, whatever it held.
-    cache = dataclasses.replace(cache, length=cache.length.at[slot].set(0)) if past == 0 else cache
-    x_1TD, cache = model.hidden(tokens_1T, segment_ids=segments_1T, cache=cache, slot=slot, past=past)
+    cache = dataclasses.replace(cache, length=cache.length.at[slot].set(0 if start is None else start))
+    x_1TD, cache = model.hidden(tokens_1T, segment_ids=segments_1T, cache=cache, slot=slot, past=start is not None)
     if not logprobs:
         return cache, None
+    width = min(MAX_LOGPROBS, model.config.vocab_size)
 
-    def one(x_and_next: tuple[Array, Array]) -> Array:  # a few rows at a time: T x V is large
+    def one(x_and_next: tuple[Array, Array]) -> PromptLogprobs:  # a few rows at a time: T x V is large
         logits_V = model.unembed(x_and_next[0])
-        return logits_V[x_and_next[1]] - jax.nn.logsumexp(logits_V)
+        total = jax.nn.logsumexp(logits_V)
+        top, top_ids = jax.lax.top_k(logits_V, width)
+        return PromptLogprobs(logits_V[x_and_next[1]] - total, top_ids, top - total)
 
-    values_T = jax.lax.map(one, (x_1TD[0], next_T), batch_size=16)
-    return cache, on_every_host(values_T, model.sharding)
+    values = jax.lax.map(one, (x_1TD[0], next_T), batch_size=16)
+    return cache, on_every_host(values, model.sharding)
 
 
-@functools.partial(jax.jit, static_argnames="sharding", donate_argnames=("cache", "slots"))
-def insert(
-    cache: KVCache,
-    slots: Slots,
-    slot: Array,
-    one: Slots,
-    length: Array,
-    source: Array | None,
-    *,
-    sharding: Sharding | None = None,
-) -> tuple[KVCache, Slots]:
+@functools.partial(jax.jit, donate_argnames=("cache", "slots"))
+def insert(cache: KVCache, slots: Slots, slot: Array, one: Slots, length: Array) -> tuple[KVCache, Slots]:
     """Starts a sequence in a slot whose prompt has been prefilled.
 
     Args:
-      one: the slot's new state, without the leading B.
+      one: the slot's new state, without the leading B; an inactive one stops what was there.
       length: how many tokens of the prompt the cache holds: all but the last.
-      source: the slot that holds them, if it is another one; None if it is this one.
     """
-    cache = cache if source is None else copy_row(cache, source, slot, sharding)
     cache = dataclasses.replace(cache, length=cache.length.at[slot].set(length))
     return cache, jax.tree.map(lambda all, new: all.at[slot].set(new), slots, one)
 
 
-@functools.partial(jax.jit, donate_argnames="slots")
-def free(slots: Slots, slot: Array) -> Slots:
-    """Stops the sequence in a slot."""
-    return dataclasses.replace(slots, active=slots.active.at[slot].set(False))
+@functools.partial(jax.jit, static_argnames="sharding", donate_argnames="cache")
+def copy(cache: KVCache, source: Array, slot: Array, *, sharding: Sharding | None = None) -> KVCache:
+    """The cache with the tokens of one slot in another as well."""
+    return copy_row(cache, source, slot, sharding)
 
 
 @functools.partial(jax.jit, donate_argnames=("cache", "slots"), compiler_options=COMPILER_OPTIONS)

@@ -3,9 +3,8 @@
 What a request is answered depends on the model, the request and the engine's shape alone: never on what else runs.
 Several processes run one engine: process 0 is asked, and `follow` does on the others what it does.
 
-Lengths are rounded up to a few sizes, so that few programs serve all requests: a prompt goes in as one
-piece of a power of two (16 to CHUNK) and then whole CHUNKs; a slot holds a power of two of tokens, and slots come in
-powers of two.
+Lengths are rounded up to a few sizes, so that few programs serve all requests: a prompt goes in by whole pieces and a
+last one of a few sizes (see `prompts`); a slot holds a power of two of tokens, and slots come in powers of two.
 """
 
 import collections
@@ -21,7 +20,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
 
 from sharding.arrays import spec, zeros
 
@@ -32,20 +30,17 @@ from ..kv_cache import KVCache, cache_specs
 from ..model import SmolLM3, where_it_lies
 from ..sizes import power_of_two_from
 from ..tokenizer import Tokenizer, tokenizer_of
-from .device_loop import MAX_STEPS, DecodedTokens, Slots, decode, free, insert, prefill, slot_specs
+from .device_loop import MAX_STEPS, DecodedTokens, PromptLogprobs, Slots, copy, decode, insert, prefill, slot_specs
 from .hosts import broadcast, broken, in_step, leads, spans_hosts
 from .prompt_lookup import decode_lookup, remember
+from .prompts import Prefixes, keep, pieces, reuse
+from .prompts import piece_sizes as sizes_for
 from .requests import Delta, Request, as_json, check_request, from_json, with_ids
 from .sequence import Sequence
 from .stats import Stats, counted
 
 log = logging.getLogger(__name__)
 
-# The most tokens of a prompt that go through the model at once: enough to keep it busy, and a bound on
-# what prefill takes in memory.
-CHUNK = {"cpu": 512}
-ACCELERATOR_CHUNK = 2048
-MIN_PIECE = 16
 MIN_CAPACITY = 128
 
 
@@ -61,25 +56,14 @@ def capacity_for(context: int, lookup: int = 0) -> int:
     return max(MIN_CAPACITY, power_of_two_from(context + lookup))
 
 
-def pieces(length: int, chunk: int, capacity: int) -> Iterator[tuple[int, int, int, int]]:
-    """How a prompt goes in: (start, tokens, tokens with padding, bound on what is there before) of each piece."""
-    first = (length - 1) % chunk + 1 if length else 0
-    start, count = 0, first
-    while start < length:
-        padded = max(MIN_PIECE, power_of_two_from(count))
-        past = 0 if start == 0 else min(capacity, max(chunk, power_of_two_from(start)))
-        yield start, count, padded, past
-        start, count = start + count, chunk
-
-
 @dataclasses.dataclass
 class _Prefill:
     """A prompt on its way into a slot: which pieces are left, and the log-probabilities of those that are in."""
 
     sequence: Sequence
     slot: int
-    left: Iterator[tuple[int, int, int, int]]
-    logprobs: list[tuple[Array, int]] = dataclasses.field(default_factory=list)
+    left: Iterator[tuple[int, int, int]]
+    logprobs: list[tuple[PromptLogprobs, int]] = dataclasses.field(default_factory=list)
 
 
 class Engine:
@@ -112,6 +96,8 @@ class Engine:
         steps: int = MAX_STEPS,
         lookup: int = 0,
         prefill_tokens: int | None = 1,
+        piece_sizes: tuple[int, ...] | None = None,
+        prefix_tokens: int = 0,
         stats: Stats | None = None,
     ):
         enable()
@@ -120,8 +106,9 @@ class Engine:
         self.context, self.steps, self.lookup = context, steps, lookup
         self.slots, self.capacity = slots_for(model, slots), capacity_for(context, lookup)
         self._prefill_tokens, self._measured, self._stats = prefill_tokens, stats is not None, stats or Stats()
-        self._chunk = CHUNK.get(model.platform, ACCELERATOR_CHUNK)
+        self.piece_sizes = sizes_for(model.platform, self.capacity, piece_sizes)
         shape = {"slots": slots, "context": context, "steps": steps, "lookup": lookup, "prefill_tokens": prefill_tokens}
+        shape |= {"piece_sizes": piece_sizes, "prefix_tokens": prefix_tokens}
         dtype = jnp.dtype(cache_dtype or model.cache_dtype)
         self._leads = leads()
         if self._leads:
@@ -132,9 +119,19 @@ class Engine:
         everywhere = raise_everywhere() if spans_hosts(model.sharding) else contextlib.nullcontext()
         with self._stats.timed(), everywhere, self._memory():
             made = jax.block_until_ready(_empty(model, self.slots, self.capacity, dtype, drafts=lookup > 0))
-        self._cache, self._state, self._history = made
+            self._cache, self._state, self._history = made
+            self._pages, self._prefixes = None, None
+            piece, rules = self.piece_sizes[-1], model.sharding
+            if prefix_tokens >= piece and (rules is None or rules.parts("context") == 1):
+                pages = prefix_tokens // piece
+                pages -= pages % (1 if rules is None else rules.parts("batch"))
+                self._pages, *_ = _empty(model, pages, piece, dtype)
+                self._prefixes = Prefixes(pages, piece)
+        self.prefix_queries, self.prefix_hits = 0, 0  # tokens of prompts, and those of them that were kept
         # A heap, the lowest slot first: what runs beside each other is the same whatever ended before.
         self._free = list(range(self.slots))
+        nobody = Sequence(model, 0, 0, Request([0]), None).slot()
+        self._nothing = dataclasses.replace(nobody, active=np.bool_(False))
         self._running: dict[int, Sequence] = {}  # by slot
         self._waiting: collections.deque[Sequence] = collections.deque()
         self._prefill: _Prefill | None = None
@@ -145,7 +142,8 @@ class Engine:
         drafting = f", {lookup} drafted" if lookup else ""
         self._program = f"decoding of {of}, up to {steps} tokens a call{drafting}"
         log.info(
-            "%d slots of %d tokens; prompts in pieces of %d to %d", self.slots, self.capacity, MIN_PIECE, self._chunk
+            "%d slots of %d tokens; prompts in pieces of %d to %d",
+            *(self.slots, self.capacity, self.piece_sizes[0], self.piece_sizes[-1]),
         )
 
     @property
@@ -217,7 +215,7 @@ class Engine:
 
     def _step(self) -> list[Delta]:
         for slot in self._ended:
-            self._state = free(self._state, np.int32(slot))
+            self._place(slot, self._nothing, 0)
         self._ended = []
         self._admit()
         if not self._running:
@@ -267,52 +265,79 @@ class Engine:
         """One piece of the prompt at hand, or of the next one: how many tokens the model computed for it."""
         if self._prefill is None:
             sequence, slot = self._waiting.popleft(), heapq.heappop(self._free)
-            self._prefill = _Prefill(sequence, slot, pieces(len(sequence.prompt) - 1, self._chunk, self.capacity))
+            start = self._reuse(sequence, slot)
+            self._prefill = _Prefill(sequence, slot, pieces(len(sequence.prompt) - 1, self.piece_sizes, start))
         at, padded = self._prefill, 0
         piece = next(at.left, None)
         if piece is not None:
-            start, count, padded, past = piece
+            start, count, padded = piece
             prompt, tokens = at.sequence.prompt, np.zeros((2, padded), np.int32)
             tokens[:, :count] = prompt[start : start + count], prompt[start + 1 : start + count + 1]
             # Of a request's samples the first has them, whichever prompts go in again for others.
-            wanted = at.sequence.request.params.prompt_logprobs and at.sequence.sample == 0
-            place = (self.model, self._cache, np.int32(at.slot))
-            self._cache, values = prefill(*place, tokens[:1], tokens[1], np.int32(count), past=past, logprobs=wanted)
+            wanted = at.sequence.wants_prompt
+            place = (self.model, self._cache, np.int32(at.slot), np.int32(start))
+            self._cache, values = prefill(*place, tokens[:1], tokens[1], np.int32(count), logprobs=wanted)
             if values is not None:
                 at.logprobs.append((values, count))
+            elif count == self.piece_sizes[-1]:
+                self._keep(at.sequence, at.slot, start)
             self._stats.prompt_tokens += count
-            self._stats.programs[f"prefill of {padded} tokens" + (f" after up to {past}" if past else "")] += 1
+            self._stats.programs[f"prefill of {padded} tokens" + (" with log-probabilities" if wanted else "")] += 1
             if start + count < len(prompt) - 1:
                 return padded
         self._prefill = None
         self._start(at)
         return padded
 
+    def _reuse(self, sequence: Sequence, slot: int) -> int:
+        """Puts what is kept of a prompt's beginning into a slot: how many tokens."""
+        if self._prefixes is None or sequence.wants_prompt:  # whose log-probabilities only the model has
+            return 0
+        piece, prompt = self._prefixes.piece, sequence.prompt[:-1]
+        found = self._prefixes.find(sequence.request.cache_salt, prompt)
+        for i, page in enumerate(found):
+            places = np.int32(page), np.int32(slot), np.int32(i * piece)
+            self._cache = reuse(self._cache, self._pages, *places, sharding=self.model.sharding)
+        self.prefix_queries, self.prefix_hits = self.prefix_queries + len(prompt), self.prefix_hits + len(found) * piece
+        sequence.cached_tokens = len(found) * piece
+        return sequence.cached_tokens
+
+    def _keep(self, sequence: Sequence, slot: int, start: int) -> None:
+        """Keeps a whole piece that a slot has from `start` on."""
+        if self._prefixes is None:
+            return
+        page = self._prefixes.add(sequence.request.cache_salt, sequence.prompt[: start + self._prefixes.piece])
+        if page is not None:
+            places = np.int32(slot), np.int32(start), np.int32(page)
+            self._pages = keep(self._cache, self._pages, *places, sharding=self.model.sharding)
+
     def _start(self, done: _Prefill) -> None:
         """Lets a sequence decode whose prompt is in its slot, and copies of the slot the request's other samples."""
-        if done.sequence.request.params.prompt_logprobs and done.sequence.sample == 0:
-            values = jax.device_get(done.logprobs)
-            done.sequence.prompt_logprobs = tuple(float(value) for piece, count in values for value in piece[:count])
+        if done.sequence.wants_prompt:
+            done.sequence.take_prompt(jax.device_get(done.logprobs))
         if self._measured:
             jax.block_until_ready(self._cache)
-        self._insert(done.sequence, done.slot, None)
+        self._insert(done.sequence, done.slot)
         while self._waiting and self._waiting[0].index == done.sequence.index and self._free:
-            self._insert(self._waiting.popleft(), heapq.heappop(self._free), done.slot)
+            slot = heapq.heappop(self._free)
+            self._cache = copy(self._cache, np.int32(done.slot), np.int32(slot), sharding=self.model.sharding)
+            self._insert(self._waiting.popleft(), slot)
 
-    def _insert(self, sequence: Sequence, slot: int, source: int | None) -> None:
-        length = np.int32(len(sequence.prompt) - 1)
-        first = None if source is None else np.int32(source)
-        place = (self._cache, self._state, np.int32(slot))
-        inserted = insert(*place, sequence.slot(), length, first, sharding=self.model.sharding)
-        self._cache, self._state = inserted
+    def _insert(self, sequence: Sequence, slot: int) -> None:
+        self._place(slot, sequence.slot(), len(sequence.prompt) - 1)
         if self._history is not None:
             told = np.full(self.capacity, -1, np.int32)
             told[: len(sequence.prompt)] = sequence.prompt
             self._history = remember(self._history, np.int32(slot), told)
         self._running[slot] = sequence
 
+    def _place(self, slot: int, one: Slots, length: int) -> None:
+        self._cache, self._state = insert(self._cache, self._state, np.int32(slot), one, np.int32(length))
 
-def _empty(model: SmolLM3, slots: int, capacity: int, cache_dtype: Any, drafts: bool) -> tuple[KVCache, Slots, Any]:
+
+def _empty(
+    model: SmolLM3, slots: int, capacity: int, cache_dtype: Any, drafts: bool = False
+) -> tuple[KVCache, Slots, Any]:
     """Cache, slots and (for drafts) history, where calls of `decode` leave them: else its second call compiles anew."""
     history = spec(jnp.int32, batch=slots, places=capacity) if drafts else None
     cache = cache_specs(model.config, slots, capacity, cache_dtype)

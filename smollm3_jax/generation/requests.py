@@ -20,12 +20,14 @@ class Request:
 
     ends: ids that end it beside the model's own, unless params.ignore_eos; see `chat_ends`.
     grammar: None, or what the answer must be, after any thinking that it begins with; see `grammar`.
+    cache_salt: beginnings of prompts are shared among requests of one salt; it changes no answer.
     """
 
     prompt: Sequence[int] | str
     params: SamplingParams = dataclasses.field(default_factory=SamplingParams)
     ends: Sequence[int] = ()
     grammar: str | None = None
+    cache_salt: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +45,9 @@ class Delta:
 
     request, sample: which one; token_ids: new ones only; text: new text, if there is a tokenizer;
     logprobs: of token_ids, if asked for; prompt_logprobs: once, with the first delta, if asked for;
-    finish_reason: "stop" or "length" with the last delta, else None.
+    finish_reason: "stop" or "length" with the last delta, else None;
+    prompt_top: of each of prompt_logprobs the likeliest ids with theirs, if params.logprobs asks for some;
+    cached_tokens: with the first delta, how many tokens of the prompt were kept from an earlier one.
     """
 
     request: int
@@ -53,6 +57,8 @@ class Delta:
     logprobs: tuple[Logprob, ...] | None
     prompt_logprobs: tuple[float, ...] | None
     finish_reason: str | None
+    prompt_top: tuple[tuple[tuple[int, float], ...], ...] | None = None
+    cached_tokens: int | None = None
 
 
 @dataclasses.dataclass
@@ -190,9 +196,10 @@ def begins_thinking(tokenizer: Tokenizer | None, prompt: Sequence[Any]) -> bool:
 def as_json(request: Request) -> dict[str, Any]:
     """A request whose prompt is ids, ready for JSON; `from_json` makes it again."""
     params = dataclasses.asdict(request.params) | {"logit_bias": list(request.params.logit_bias.items())}
-    return {"prompt": list(request.prompt), "params": params, "ends": list(request.ends)}
+    rest = {"ends": list(request.ends), "cache_salt": request.cache_salt}
+    return {"prompt": list(request.prompt), "params": params} | rest
 
 
 def from_json(content: Mapping[str, Any]) -> Request:
     params = content["params"] | {"logit_bias": {token: value for token, value in content["params"]["logit_bias"]}}
-    return Request(content["prompt"], SamplingParams(**params), tuple(content["ends"]))
+    return Request(content["prompt"], SamplingParams(**params), tuple(content["ends"]), content["cache_salt"])

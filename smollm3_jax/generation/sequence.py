@@ -6,7 +6,7 @@ import numpy as np
 
 from ..model import SmolLM3
 from ..tokenizer import Tokenizer
-from .device_loop import Slots
+from .device_loop import PromptLogprobs, Slots
 from .requests import Delta, Logprob, Request, begins_thinking, stop_ids, think_ids
 from .sampling import MAX_STOP_IDS, SamplingState
 
@@ -20,7 +20,11 @@ class Sequence:
         self.prompt = request.prompt
         self.vocab_size = model.config.vocab_size
         self.stop_ids = stop_ids(model.config, model.generation_config, request, tokenizer)
+        # Of a request's samples the first has them.
+        self.wants_prompt = request.params.prompt_logprobs and sample == 0
+        self.cached_tokens: int | None = 0
         self.prompt_logprobs: tuple[float, ...] | None = None
+        self.prompt_top: tuple[tuple[tuple[int, float], ...], ...] | None = None
         self.tokens: list[int] = []
         self.text = ""  # all that is decoded
         self.handed_out = 0  # characters of it
@@ -43,6 +47,17 @@ class Sequence:
             choice=SamplingState.of(params, prompt, self.sample, self.vocab_size),
         )
 
+    def take_prompt(self, pieces: list[tuple[PromptLogprobs, int]]) -> None:
+        """What the pieces of its prompt gave, each with how many of its tokens are real."""
+        self.prompt_logprobs = tuple(float(x) for values, count in pieces for x in values.next[:count])
+        wanted = self.request.params.logprobs
+        if wanted is not None:
+            self.prompt_top = tuple(
+                tuple((int(token), float(x)) for token, x in zip(ids[:wanted], top[:wanted], strict=True))
+                for values, count in pieces
+                for ids, top in zip(values.top_ids[:count], values.top[:count], strict=True)
+            )
+
     def take(self, slot: int, chosen: Any) -> Delta:
         """What a call of `decode` chose for it."""
         row = chosen.tokens[slot]
@@ -60,15 +75,18 @@ class Sequence:
             reason = "length"
         if reason is not None:
             self._decode(None)
-        prompt_logprobs, self.prompt_logprobs = self.prompt_logprobs, None
+        first = self.prompt_logprobs, self.prompt_top, self.cached_tokens
+        self.prompt_logprobs, self.prompt_top, self.cached_tokens = None, None, None
         return Delta(
             request=self.index,
             sample=self.sample,
             token_ids=tuple(new[:count]),
             text=self._hand_out(reason is not None),
             logprobs=self._logprobs(slot, chosen, count),
-            prompt_logprobs=prompt_logprobs,
+            prompt_logprobs=first[0],
             finish_reason=reason,
+            prompt_top=first[1],
+            cached_tokens=first[2],
         )
 
     def _decode(self, token: int | None) -> None:

@@ -73,12 +73,11 @@ class DecodeSetting:
         what = f"compiling decoding, batch {self.batch}"
         return compile_for(decode, self.model, self.cache, self.slots, self.scalar(), sharding=self.sharding, what=what)
 
-    def compile_prefill(self, length: int, past: int) -> Compiled:
-        """A prompt's piece of `length` tokens after at most `past` others."""
+    def compile_prefill(self, length: int, whole: bool = True) -> Compiled:
+        """A prompt of `length` tokens that goes in whole, or a piece of one."""
         tokens = (self.scalar(1, length), self.scalar(length), self.scalar())
         return compile_for(
-            *(prefill, self.model, self.cache, self.scalar(), *tokens),
-            past=past,
+            *(prefill, self.model, self.cache, self.scalar(), None if whole else self.scalar(), *tokens),
             sharding=self.sharding,
             what=f"compiling the prefill of {length:,} tokens",
         )
@@ -171,7 +170,7 @@ def _report(setting: DecodeSetting, compiled: Compiled, prompt: int) -> dict[str
     """What the decode loop takes, and the prefill of a prompt of `prompt` tokens."""
     chip, parts, cache = setting.chip, setting.sharding.parts("batch"), device_bytes(setting.cache)
     memory, model, rows = hlo.memory(compiled), setting.model_of(compiled), setting.batch // parts
-    prefill_model = roofline(hlo.operations(setting.compile_prefill(prompt, 0)), chip, setting.kernel_cost)
+    prefill_model = roofline(hlo.operations(setting.compile_prefill(prompt)), chip, setting.kernel_cost)
     more = int((chip.hbm - memory.total) // (cache / rows))
     decoding = {"ms_per_token": 1e3 * model.seconds, "tokens_per_second": setting.batch / model.seconds}
     return {

@@ -10,7 +10,7 @@ import pytest
 from sharding.mesh import make_mesh
 from sharding.rules import Sharding
 from smollm3_jax import nvidia
-from smollm3_jax.attention import attention, attention_after, cudnn, dispatch, gpu
+from smollm3_jax.attention import attention, cudnn, dispatch, gpu
 
 BATCH, LENGTH, HEADS, KV_HEADS, WIDTH = 2, 24, 4, 2, 8
 
@@ -51,7 +51,7 @@ def anew(function, *arguments, **options):
 
 def out_and_gradients(q, k, v, g, segments=None):
     def compute(q, k, v, g, segments):
-        masks = {} if segments is None else {"q_segments_BT": segments, "kv_segments_BS": segments}
+        masks = {} if segments is None else {"segments_BT": segments}
         out, back = jax.vjp(lambda q, k, v: attention(q, k, v, **masks), q, k, v)
         return out, *back(g)
 
@@ -102,33 +102,6 @@ def test_a_document_in_two_parts_is_refused(as_on_gpu):
         same([x[1:] for x in got], [x[1:] for x in expected], 1e-3)
 
 
-@pytest.mark.parametrize("padding", [0, 5])
-def test_a_past_equals_one_sequence(padding, as_on_gpu):
-    """Of no, some and all of the tokens that there is capacity for; what lies after them may be anything."""
-    past, lengths = 16, jnp.asarray([0, 7, 16])
-    new, old = (3, LENGTH, HEADS, WIDTH), (3, past, KV_HEADS, WIDTH)
-    q, k, v, past_k, past_v = arrays(jnp.float16, new, *[(3, LENGTH, KV_HEADS, WIDTH)] * 2, old, old)
-    real = jnp.arange(LENGTH) < LENGTH - padding
-    options = {"length_B": lengths, "segments_BT": jnp.broadcast_to(real.astype(jnp.int32), (3, LENGTH))}
-    unused = (jnp.arange(past)[None] >= lengths[:, None])[:, :, None, None]
-    anything = [jnp.where(unused, 60000, x).astype(x.dtype) for x in (past_k, past_v)]
-    got = anew(attention_after, q, k, v, *anything, **options)
-    assert np.isfinite(np.asarray(got, np.float32)).all()
-    as_on_gpu.setattr(dispatch, "platform_of", lambda sharding: "cpu")
-    expected = anew(attention_after, q, k, v, past_k, past_v, **options)
-    same([got[:, real]], [expected[:, real]], 2e-3)
-
-
-def test_merging_is_in_float32(as_on_gpu):
-    """Large scores, whose normalizers bfloat16 rounds to whole numbers: a past of one key beside one new key."""
-    q, k = jnp.full((1, 1, 1, 8), 8.0, jnp.bfloat16), jnp.full((1, 1, 1, 8), 8.0, jnp.bfloat16)
-    scores = 8 * 64 / 8**0.5, 8 * 62 / 8**0.5
-    past_k, ones = jnp.full_like(k, 7.75), jnp.ones_like(k)
-    one = jnp.ones(1, jnp.int32)
-    out = anew(attention_after, q, k, ones, past_k, ones * 0, length_B=one, segments_BT=one[None])
-    np.testing.assert_allclose(np.asarray(out, np.float32), 1 / (1 + np.exp(scores[1] - scores[0])), rtol=4e-3)
-
-
 # Mesh axes, whether rows have several documents, and on how many devices each row's tokens lie.
 MESHES = {
     "two devices a row": ({"context": 2, "fsdp": 2, "tensor": 2}, True),
@@ -154,7 +127,7 @@ def test_rows_on_several_devices_equal_whole_rows(name, as_on_gpu):
     documents = jnp.asarray(segments) if several else None
 
     def forward_and_back(q, k, v, g, segments, sharding=None):
-        masks = {} if segments is None else {"q_segments_BT": segments, "kv_segments_BS": segments}
+        masks = {} if segments is None else {"segments_BT": segments}
         out, back = jax.vjp(lambda q, k, v: attention(q, k, v, **masks, sharding=sharding), q, k, v)
         return out, *back(g)
 
@@ -211,26 +184,19 @@ def test_rows_without_documents_are_lowered_to_cudnn(h100):
 
 
 @pytest.mark.skipif(not nvidia.kernels_fit(), reason="before jax 0.11.2 documents are computed wrong")
-def test_documents_and_a_past_are_lowered_to_cudnn(h100):
+def test_documents_are_lowered_to_cudnn(h100):
     q, k, segments = shape(2, 256, 8, 128), shape(2, 256, 2, 128), shape(2, 256, dtype=jnp.int32)
 
     def loss(q, k, segments):
-        return attention(q, k, k, q_segments_BT=segments, kv_segments_BS=segments).astype(jnp.float32).sum()
+        return attention(q, k, k, segments_BT=segments).astype(jnp.float32).sum()
 
     text = lowered(jax.grad(loss, (0, 1)), q, k, segments)
     assert text.count("@__cudnn$fmhaSoftmaxBackward") == text.count("@__cudnn$fmhaSoftmax(") == 2
     assert text.count("PADDING_CAUSAL") == 4 and "max_seg_per_batch" in text and "256x256x" not in text
-    past = shape(2, 512, 2, 128)
-
-    def after(q, k, past, length, segments):
-        return attention_after(q, k, k, past, past, length_B=length, segments_BT=segments)
-
-    text = lowered(after, q, k, past, shape(2, dtype=jnp.int32), segments)
-    assert text.count("@__cudnn$fmhaSoftmax(") == 2 and "256x768" not in text
 
 
 def with_documents(q, k, segments):
-    return attention(q, k, k, q_segments_BT=segments, kv_segments_BS=segments)
+    return attention(q, k, k, segments_BT=segments)
 
 
 @pytest.mark.parametrize(

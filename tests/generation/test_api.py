@@ -12,8 +12,9 @@ import smollm3_jax as s3
 from smollm3_jax.config import GenerationConfig
 from smollm3_jax.errors import OptionError
 from smollm3_jax.generation import engine as module
+from smollm3_jax.generation import prompts
 from smollm3_jax.generation.api import complete, stream
-from smollm3_jax.generation.engine import pieces
+from smollm3_jax.generation.prompts import piece_sizes, pieces
 from smollm3_jax.generation.requests import Request
 
 PROMPTS = [[5, 9, 11], [7], [3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20]]
@@ -232,19 +233,20 @@ def test_closing_the_stream_ends_it(model):
 
 @pytest.mark.parametrize("length", [0, 1, 15, 16, 17, 100, 512, 513, 1500])
 def test_pieces_cover_a_prompt_in_few_sizes(length):
-    found = list(pieces(length, 512, 2048))
+    sizes = piece_sizes("cpu", 2048)
+    assert sizes == (16, 32, 64, 128, 256, 512)
+    found = list(pieces(length, sizes))
     assert [start for start, *_ in found] == [sum(count for _, count, *_ in found[:i]) for i in range(len(found))]
     assert sum(count for _, count, *_ in found) == length
-    for start, count, padded, past in found:
-        assert count <= padded and padded in {16, 32, 64, 128, 256, 512}
-        assert (past == 0) == (start == 0) and start <= past <= 2048
+    for start, count, padded in found:
+        assert count <= padded < max(2 * count, 17) and padded in sizes and start % 512 == 0
 
 
 def test_a_prompt_in_pieces_is_the_prompt_at_once(model, monkeypatch):
     prompt = random_tokens(raw_config("plain"), 1, 150)[0].tolist()
     params = s3.SamplingParams(max_new_tokens=6, prompt_logprobs=True)
     (whole,) = complete(model, [Request(prompt, params)])
-    monkeypatch.setitem(module.CHUNK, "cpu", 32)
+    monkeypatch.setitem(prompts.CHUNK, "cpu", 32)
     (parts,) = complete(model, [Request(prompt, params)])
     assert parts.token_ids == whole.token_ids
     assert parts.prompt_logprobs and whole.prompt_logprobs

@@ -1,5 +1,7 @@
 """The device's loop against a loop in Python over the whole model, one token at a time."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +9,7 @@ import pytest
 from tiny import random_tokens, raw_config, tiny_checkpoint
 
 import smollm3_jax as s3
-from smollm3_jax.generation.device_loop import MAX_STEPS, Slots, decode, free, insert, prefill
+from smollm3_jax.generation.device_loop import MAX_STEPS, Slots, copy, decode, insert, prefill
 from smollm3_jax.generation.sampling import MAX_STOP_IDS, SamplingParams, SamplingState
 from smollm3_jax.kv_cache import empty_cache
 
@@ -41,7 +43,7 @@ def started(model, prompts, given):
     cache = empty_cache(model.config, SLOTS, CAPACITY, model.dtype)
     for i, (prompt, one) in enumerate(zip(prompts, given, strict=True)):
         cache, _ = prefilled(model, cache, i, prompt[:-1])
-        cache, slots = insert(cache, slots, np.int32(i), one, np.int32(len(prompt) - 1), None)
+        cache, slots = insert(cache, slots, np.int32(i), one, np.int32(len(prompt) - 1))
     return cache, slots
 
 
@@ -51,9 +53,9 @@ def prefilled(model, cache, at, tokens):
     for start in range(0, len(tokens), 4):
         piece, following = tokens[start : start + 4], [*tokens[start + 1 :], 0][:4]
         padded, after = (np.array([*x, *[0] * (4 - len(x))], np.int32) for x in (piece, following))
-        options = {"past": start, "logprobs": True}
-        cache, found = prefill(model, cache, np.int32(at), padded[None], after, np.int32(len(piece)), **options)
-        said += np.asarray(found)[: len(piece)].tolist()
+        place = np.int32(at), np.int32(start)
+        cache, found = prefill(model, cache, *place, padded[None], after, np.int32(len(piece)), logprobs=True)
+        said += np.asarray(found.next)[: len(piece)].tolist()
     return cache, said[:-1]
 
 
@@ -121,12 +123,14 @@ def test_a_stop_id_ends_a_slot_and_is_said(model, by_hand):
 
 def test_a_slot_that_is_freed_says_nothing_and_another_starts_from_a_copy(model, by_hand):
     cache, slots = started(model, PROMPTS, [slot(p, 20) for p in PROMPTS])
-    slots = free(slots, np.int32(1))
+    nothing = dataclasses.replace(slot(PROMPTS[1], 0), active=np.bool_(False))
+    cache, slots = insert(cache, slots, np.int32(1), nothing, np.int32(len(PROMPTS[1]) - 1))
     # The row that is copied must hold the prompt alone: slot 1, which did not decode.
     cache, slots, chosen = decode(model, cache, slots, np.int32(4))
     assert (np.asarray(chosen.tokens)[1] == -1).all()
     again = slot(PROMPTS[1], 6)
-    cache, slots = insert(cache, slots, np.int32(0), again, np.int32(len(PROMPTS[1]) - 1), np.int32(1))
+    cache = copy(cache, np.int32(1), np.int32(0))
+    cache, slots = insert(cache, slots, np.int32(0), again, np.int32(len(PROMPTS[1]) - 1))
     _, slots, chosen = decode(model, cache, slots, np.int32(MAX_STEPS))
     assert np.asarray(chosen.tokens)[0, :7].tolist() == [*by_hand(PROMPTS[1], 6)[0], -1]
     assert np.asarray(chosen.tokens)[2, :MAX_STEPS].tolist() == by_hand(PROMPTS[2], 20)[0][4:]

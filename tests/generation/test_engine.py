@@ -16,7 +16,7 @@ from smollm3_jax.generation import engine as module
 from smollm3_jax.generation.engine import Engine
 from smollm3_jax.generation.requests import Completion, Delta, Request
 
-CONTEXT, SLOTS = 100, 2
+CONTEXT, SLOTS, PIECES = 100, 2, (16, 32)
 LENGTHS = (1, 3, 17, 40, 70)  # in pieces of 32: none, one, one, two, three
 
 
@@ -25,11 +25,6 @@ def model(tmp_path_factory) -> s3.SmolLM3:
     loaded = s3.from_pretrained(tiny_checkpoint(tmp_path_factory.mktemp("tiny") / "m", "one_layer"))
     loaded.generation_config = GenerationConfig(eos_token_id=())
     return loaded
-
-
-@pytest.fixture(autouse=True)
-def short_pieces(monkeypatch):
-    monkeypatch.setitem(module.CHUNK, "cpu", 32)
 
 
 @functools.cache
@@ -48,7 +43,9 @@ def request(kind: int) -> Request:
 
 
 def engine(model: s3.SmolLM3, prefill_tokens: int | None = 1, **options) -> Engine:
-    return Engine(model, slots=SLOTS, context=CONTEXT, steps=4, prefill_tokens=prefill_tokens, **options)
+    return Engine(
+        model, slots=SLOTS, context=CONTEXT, steps=4, prefill_tokens=prefill_tokens, piece_sizes=PIECES, **options
+    )
 
 
 def collected(deltas: Iterable[Delta], into: dict | None = None) -> dict[tuple[int, int], Completion]:
@@ -75,10 +72,10 @@ EVENTS = st.lists(SUBMIT | OTHER, min_size=1, max_size=14)
 
 
 @settings(max_examples=15)
-@given(events=EVENTS, prefill_tokens=st.sampled_from([1, 40, None]))
-def test_an_answer_is_the_one_given_alone(model, alone, events, prefill_tokens):
-    """Bit for bit, log-probabilities too."""
-    shared, kinds, cancelled, found = engine(model, prefill_tokens), {}, set(), {}
+@given(events=EVENTS, prefill_tokens=st.sampled_from([1, 40, None]), prefix_tokens=st.sampled_from([0, 64, 256]))
+def test_an_answer_is_the_one_given_alone(model, alone, events, prefill_tokens, prefix_tokens):
+    """Bit for bit, log-probabilities too; with beginnings of prompts that are kept, dropped and used again."""
+    shared, kinds, cancelled, found = engine(model, prefill_tokens, prefix_tokens=prefix_tokens), {}, set(), {}
     for event, value in events:
         if event == "submit":
             kinds[shared.submit(request(value))] = value
@@ -116,6 +113,31 @@ def test_a_long_prompt_keeps_nobody_waiting(model, monkeypatch):
     whole.submit(request(4))
     whole.step()
     assert calls == ["prefill"] * 4 + ["decode"]
+
+
+@pytest.mark.parametrize("cache_dtype", [None, "int8"])
+def test_a_beginning_that_is_kept_is_not_computed_again(model, cache_dtype, monkeypatch):
+    prompt = random_tokens(raw_config("one_layer"), 1, 80)[0].tolist()
+    params = s3.SamplingParams(max_new_tokens=5, logprobs=2)
+    others = [prompt, prompt[:70] + [5] * 8, prompt[:40], [5, *prompt[1:]], prompt[:64], prompt[:65]]
+
+    def answers(prefix_tokens: int, salts: str = "aaaaaa") -> list[tuple[list[int], list]]:
+        shared, found = engine(model, prefix_tokens=prefix_tokens, cache_dtype=cache_dtype), []
+        for tokens, salt in zip(others, salts, strict=True):
+            shared.submit(Request(tokens, params, cache_salt=salt))
+            deltas = list(shared.drain())
+            assert [delta.cached_tokens is None for delta in deltas] == [False, *[True] * (len(deltas) - 1)]
+            (completion,) = collected(deltas).values()
+            found.append((deltas[0].cached_tokens, completion))
+        assert shared.prefix_hits == sum(cached for cached, _ in found)
+        return found
+
+    kept, anew = answers(256), answers(0)
+    assert [completion for _, completion in kept] == [completion for _, completion in anew]
+    assert [cached for cached, _ in kept] == [0, 64, 32, 0, 32, 64]
+    assert [cached for cached, _ in anew] == [0] * 6
+    # What one salt has kept no other finds.
+    assert [cached for cached, _ in answers(256, "abcabc")] == [0, 0, 0, 0, 32, 32]
 
 
 def test_cancelling_gives_slots_back(model):

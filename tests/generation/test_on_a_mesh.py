@@ -10,7 +10,7 @@ from tiny import raw_config
 
 import smollm3_jax as s3
 from sharding.rules import Sharding
-from smollm3_jax.generation import engine
+from smollm3_jax.generation import prompts
 from smollm3_jax.generation.api import complete
 from smollm3_jax.generation.requests import Request
 from smollm3_jax.kv_cache import empty_cache
@@ -61,7 +61,7 @@ def outcome(sharding, cache_dtype):
     ("cache_dtype", "rules"), [(None, "serve_tp"), (None, "serve_tp_long"), ("int8", "serve_tp_long")]
 )
 def test_four_devices_say_what_one_does(cache_dtype, rules, monkeypatch):
-    monkeypatch.setattr(engine, "CHUNK", {"cpu": 16})  # prompts in several pieces
+    monkeypatch.setattr(prompts, "CHUNK", {"cpu": 16})  # prompts in several pieces
     mesh = Mesh(np.array(jax.devices()[:4]).reshape(2, 2), ("data", "tensor"))
     alone, got = outcome(None, cache_dtype), outcome(Sharding.of(mesh, rules), cache_dtype)
     assert got[0] == alone[0]

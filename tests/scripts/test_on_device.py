@@ -84,9 +84,9 @@ def test_the_dearest_kernels_are_told(tmp_path):
 @pytest.mark.slow
 def test_a_prompt_whose_past_is_lost_is_seen(tmp_path, monkeypatch):
     """A planted bug: no piece sees those before it."""
-    from smollm3_jax.generation.engine import pieces
+    from smollm3_jax.generation.prompts import pieces
 
-    monkeypatch.setattr(parity, "pieces", lambda *a: [(start, *rest, 0) for start, *rest, _ in pieces(*a)])
+    monkeypatch.setattr(parity, "pieces", lambda *a: [(0, *rest) for _, *rest in pieces(*a)])
     model = parity.shape.random_model(parity.shape.config(True))
     parity.pieces_against_whole(Run("parity", tmp_path, tiny=True), model)
     assert [line["passed"] for line in kinds(tmp_path, "parity")] == [False, False]

@@ -1,0 +1,151 @@
+"""Attention of a piece of a prompt, to itself and to what its slot holds before it.
+
+How long that past is, is known when the program runs: it goes by in blocks, so that one program serves every place of a
+prompt and computes no more than there is. What a query sees in one block and in the next is put together by the
+normalizers of their softmax, in float32 (as in FlashAttention, arXiv 2205.14135).
+
+Shapes: T query length, S key length, H query heads, K key-value heads, E head width; B is 1, the one row of a piece.
+"""
+
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.sharding import PartitionSpec
+
+from sharding.rules import Sharding, platform_of
+
+from .. import nvidia
+from ..kv_cache import AXES, LayerCache, first_of, read
+from .dense import dense_part
+from .dispatch import gpu_obstacles, keys_of_heads, takes, together, tpu_obstacles
+from .gpu import cudnn_part
+from .parts import Part, merge
+from .tpu import splash_part
+
+# (q, k, v, seen, distance, window) -> what q sees of k: all of its first `seen` keys, or causally if that is None.
+Kernel = Callable[[Array, Array, Array, Array | None, Array | None, Array | None], Part]
+# Keys of the past that go by at a time: plain XLA has an array of their scores.
+BLOCK = 2048
+DENSE_BLOCK = 512
+
+
+def piece_attention(
+    q_BTHE: Array,
+    k_BTKE: Array,
+    v_BTKE: Array,
+    layer: LayerCache,
+    *,
+    slot: Array,
+    length: Array,
+    window: Array | None = None,
+    sharding: Sharding | None = None,
+) -> Array:
+    """Causal attention of a piece that goes on from what its slot holds.
+
+    Args:
+      q_BTHE, k_BTKE, v_BTKE: of the piece; padding stands at its end, where causality hides it.
+      layer: a cache that holds the past, and may hold the piece as well.
+      slot, length: int32 scalars: the cache's row, and how many tokens of it lie before the piece; 0 costs nothing.
+      window, sharding: as for `attention`.
+
+    Returns:
+      [B, T, H, E] in q's dtype. Rows of padding hold finite values without meaning.
+    """
+    kernel = _kernel(q_BTHE, window, sharding)
+    kv_axis, own = keys_of_heads(q_BTHE.shape[2], (k_BTKE, v_BTKE), sharding)
+
+    def of_itself(q_BTHE: Array, k_BTKE: Array, v_BTKE: Array) -> Part:
+        return kernel(q_BTHE, k_BTKE, v_BTKE, None, None, window)
+
+    if sharding is None:
+        seen = _with_past(kernel, of_itself(q_BTHE, *own), q_BTHE, layer, slot, length, length, window)
+        return seen.out_BTHE.astype(q_BTHE.dtype)
+    if kernel is not dense_part:  # which the compiler divides by itself
+        q_spec, kv_spec = sharding.spec(None, None, "heads", None), sharding.spec(None, None, kv_axis, None)
+        of_itself = sharding.shard_map(of_itself, (q_spec, kv_spec, kv_spec), Part(*[q_spec] * 2))  # pyright: ignore
+    past = _past_on_a_mesh(kernel, q_BTHE, layer, slot, length, window, sharding)
+    return merge(of_itself(q_BTHE, *own), past).out_BTHE.astype(q_BTHE.dtype)
+
+
+def _kernel(q_BTHE: Array, window: Array | None, sharding: Sharding | None) -> Kernel:
+    kv_axis = "kv_heads" if sharding is None or sharding.parts("kv_heads") > 1 else "heads"
+    obstacles = {
+        "a window": window is not None,
+        "heads and key-value heads on different axes of the mesh": not together(sharding, "heads", kv_axis),
+    }
+    match platform_of(sharding):
+        case "tpu" if takes("splash attention", obstacles | tpu_obstacles(q_BTHE)):
+            return splash_part
+        case "gpu" if takes(
+            "cuDNN attention",
+            obstacles
+            | {f"a past in jax {jax.__version__}": not nvidia.kernels_fit()}
+            | gpu_obstacles(q_BTHE, sharding),
+        ):
+            return cudnn_part
+        case _:
+            return dense_part
+
+
+def _past_on_a_mesh(
+    kernel: Kernel,
+    q_BTHE: Array,
+    layer: LayerCache,
+    slot: Array,
+    length: Array,
+    window: Array | None,
+    sharding: Sharding,
+) -> Part:
+    """Every device looks at what it has of the slot: some heads' keys, or some of the places, or nothing."""
+    row_axes, place_axes = sharding.mesh_axes("batch"), sharding.mesh_axes("context")
+    # A device that has some places of a row looks at them for all query heads; else it has query heads of its own.
+    axis = "cache_heads" if place_axes or together(sharding, "heads", "cache_heads") else "heads"
+    group = q_BTHE.shape[2] // layer.k.shape[0]
+
+    def part(q_BTHE: Array, layer: LayerCache, slot: Array, length: Array, window: Array | None) -> Part:
+        heads, (kv_heads, rows, places) = q_BTHE.shape[2], layer.k.shape[:3]
+        if kv_heads * group != heads:  # it has the keys of all heads, and the queries of some
+            first_head = first_of(sharding.mesh_axes("heads"), heads)
+            of_heads = (first_head + jnp.arange(heads, dtype=jnp.int32)) // group
+            layer = jax.tree.map(lambda x: x[of_heads], layer)
+        row, first = slot - first_of(row_axes, rows), first_of(place_axes, places)
+        mine = (row >= 0) & (row < rows)
+        here = jnp.where(mine, jnp.clip(length - first, 0, places), 0)
+        row = jnp.clip(row, 0, rows - 1)
+        past = _with_past(kernel, Part.empty(q_BTHE), q_BTHE, layer, row, here, length - first, window)
+        if not row_axes and not place_axes:
+            return past
+        most = jax.lax.pmax(past.norm_BTH1, (*row_axes, *place_axes))
+        share = jnp.exp(past.norm_BTH1 - most)
+        out, total = jax.lax.psum((past.out_BTHE * share, share), (*row_axes, *place_axes))
+        return Part(out / total, most + jnp.log(total))
+
+    spec = sharding.spec(None, None, axis, None)
+    of_part = Part(*[spec] * 2)  # pyright: ignore
+    cache_specs = jax.tree.map(lambda x: sharding.spec(*AXES[: x.ndim]), layer)
+    specs = (spec, cache_specs, PartitionSpec(), PartitionSpec(), None if window is None else PartitionSpec())
+    return sharding.shard_map(part, specs, of_part)(q_BTHE, layer, slot, length, window)
+
+
+def _with_past(
+    kernel: Kernel,
+    seen: Part,
+    q_BTHE: Array,
+    layer: LayerCache,
+    row: Array,
+    here: Array,
+    distance: Array,
+    window: Array | None,
+) -> Part:
+    """What was seen, and the first `here` places of a row. distance: from the first of these to the first query."""
+    size = math.gcd(DENSE_BLOCK if kernel is dense_part else BLOCK, layer.k.shape[2])
+
+    def block(state: tuple[Array, Part]) -> tuple[Array, Part]:
+        start, before = state
+        k_BSKE, v_BSKE = read(layer, row, start, size, q_BTHE.dtype)
+        return start + size, merge(before, kernel(q_BTHE, k_BSKE, v_BSKE, here - start, distance - start, window))
+
+    return jax.lax.while_loop(lambda state: state[0] < here, block, (jnp.array(0, jnp.int32), seen))[1]

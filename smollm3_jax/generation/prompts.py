@@ -1,0 +1,120 @@
+"""How prompts go into slots: in pieces, of which whole ones are kept for prompts that begin alike.
+
+Every piece begins at a multiple of the largest size from its prompt's start, so that what is kept was computed by the
+program that would compute it again: an answer is the same, to the bit, with it and without it.
+"""
+
+import collections
+import functools
+from collections.abc import Iterator, Sequence
+
+import jax
+import numpy as np
+from jax import Array
+
+from sharding.rules import Sharding
+
+from ..kv_cache import KVCache, copy_places
+
+# The most tokens of a prompt that go through the model at once: enough to keep it busy, and a bound on
+# what prefill takes in memory.
+CHUNK = {"cpu": 512}
+ACCELERATOR_CHUNK = 2048
+MIN_PIECE = 16
+# Where all programs are compiled before the first request: fewer sizes, and shorter waits for those who decode.
+SERVING_PIECES = (16, 64, 256)
+
+
+def piece_sizes(platform: str, capacity: int, sizes: Sequence[int] | None = None) -> tuple[int, ...]:
+    """The lengths that pieces are padded to in slots of `capacity` tokens, by default powers of two; the last is that
+    of whole pieces."""
+    if sizes is None:
+        largest = CHUNK.get(platform, ACCELERATOR_CHUNK)
+        sizes = [MIN_PIECE << i for i in range((largest // MIN_PIECE).bit_length())]
+    return (*(size for size in sizes if size < capacity), *((capacity,) if sizes[-1] >= capacity else ()))
+
+
+def pieces(length: int, sizes: Sequence[int], start: int = 0) -> Iterator[tuple[int, int, int]]:
+    """How a prompt's tokens go in from `start` on: (start, tokens, tokens with padding) of each piece."""
+    while start < length:
+        count = min(sizes[-1], length - start)
+        yield start, count, next(size for size in sizes if size >= count)
+        start += count
+
+
+class Prefixes:
+    """Which whole pieces are kept, and in which page: those that were used last.
+
+    Args:
+      pages: how many are kept at most.
+      piece: tokens in each.
+    """
+
+    def __init__(self, pages: int, piece: int):
+        self.piece = piece
+        self._free = list(range(pages))
+        # (the piece before it, or whose it is; its tokens) -> (its number, its page); the least recently used first.
+        # A piece is used after those that follow it: what is dropped has none.
+        self._kept: collections.OrderedDict[tuple[int | str, bytes], tuple[int, int]] = collections.OrderedDict()
+        self._made = 0
+
+    def find(self, salt: str, tokens: Sequence[int]) -> list[int]:
+        """The pages of the longest beginning of `tokens` that is kept. salt: only what was kept under it is found."""
+        return [self._kept[key][1] for key in self._chain(salt, tokens)]
+
+    def add(self, salt: str, tokens: Sequence[int]) -> int | None:
+        """A page to keep the last piece of `tokens` in, which are whole pieces; None if it is kept already, or no page
+        can be had."""
+        chain = self._chain(salt, tokens)
+        if len(chain) != len(tokens) // self.piece - 1 or (not self._free and not self._kept):
+            return None
+        if not self._free:
+            oldest = next(iter(self._kept))
+            if oldest in chain:
+                return None
+            self._free.append(self._kept.pop(oldest)[1])
+        page, self._made = self._free.pop(), self._made + 1
+        parent = self._kept[chain[-1]][0] if chain else salt
+        key = parent, _bytes(tokens[-self.piece :])
+        self._kept[key] = self._made, page
+        for used in (key, *reversed(chain)):
+            self._kept.move_to_end(used)
+        return page
+
+    def clear(self) -> None:
+        """Forgets all of them."""
+        self._free += [page for _, page in self._kept.values()]
+        self._kept.clear()
+
+    def _chain(self, salt: str, tokens: Sequence[int]) -> list[tuple[int | str, bytes]]:
+        parent: int | str = salt
+        chain = []
+        for start in range(0, len(tokens) - self.piece + 1, self.piece):
+            key = parent, _bytes(tokens[start : start + self.piece])
+            if key not in self._kept:
+                break
+            chain.append(key)
+            parent = self._kept[key][0]
+        for key in reversed(chain):
+            self._kept.move_to_end(key)
+        return chain
+
+
+def _bytes(tokens: Sequence[int]) -> bytes:
+    return np.asarray(tokens, np.int32).tobytes()
+
+
+@functools.partial(jax.jit, static_argnames="sharding", donate_argnames="pages")
+def keep(
+    cache: KVCache, pages: KVCache, slot: Array, start: Array, page: Array, *, sharding: Sharding | None = None
+) -> KVCache:
+    """The pages with a piece that a slot holds from `start` on."""
+    return copy_places(cache, pages, (slot, start), (page, np.int32(0)), pages.capacity, sharding)
+
+
+@functools.partial(jax.jit, static_argnames="sharding", donate_argnames="cache")
+def reuse(
+    cache: KVCache, pages: KVCache, page: Array, slot: Array, start: Array, *, sharding: Sharding | None = None
+) -> KVCache:
+    """The cache with a page in a slot from `start` on."""
+    return copy_places(pages, cache, (page, np.int32(0)), (slot, start), pages.capacity, sharding)
