@@ -55,7 +55,7 @@ def plain_parse(kind: str, body: Any, server: Server) -> Job:
     """{"prompt": ids, "max_tokens": N, "n": N, "stream": bool}"""
     params = SamplingParams(max_new_tokens=body.get("max_tokens", 4), n=body.get("n", 1), ignore_eos=True)
     request = Request(body["prompt"], params)
-    return Job(kind, [request], body.get("stream", False), PlainReply(params.n))
+    return Job(kind, [request], body.get("stream", False), PlainReply(params.n), body.get("cache_salt", ""))
 
 
 @dataclasses.dataclass

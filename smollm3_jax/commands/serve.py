@@ -51,6 +51,8 @@ def add(parser: argparse.ArgumentParser) -> None:
     engine.add_argument("--slots", type=count, default=SLOTS, metavar="N", help=f"answers side by side ({SLOTS})")
     context_help = f"most tokens of a prompt and its answer (default: the model's, at most {CONTEXT:,})"
     engine.add_argument("--context", type=count, metavar="N", help=context_help)
+    prefix_help = "compute every prompt from its start; else the last ones' beginnings are kept, which takes memory"
+    engine.add_argument("--no-prefix-cache", action="store_true", help=prefix_help)
     queue_help = "answers that may wait for a slot (default: 8 for each slot); more are refused"
     engine.add_argument("--max-queue", type=int, metavar="N", help=queue_help)
     tokens_help = "tokens of prompts that may wait (default: what the slots can hold)"
@@ -108,6 +110,7 @@ def _serve(
     load: "Callable[[], SmolLM3]",
 ) -> None:
     from ..generation.engine import Engine
+    from ..generation.prompts import SERVING_PIECES
     from ..serve.app import Service, Settings
     from ..serve.job import Server, parse
     from ..serve.metrics import Metrics
@@ -122,7 +125,9 @@ def _serve(
     server = Server(name, tokenizer, checkpoint.config, checkpoint.generation_config, context)
 
     def make() -> Engine:
-        engine = Engine(load(), tokenizer=tokenizer, slots=args.slots, context=context, cache_dtype=args.cache)
+        shape = {"slots": args.slots, "context": context, "cache_dtype": args.cache, "piece_sizes": SERVING_PIECES}
+        kept = 0 if args.no_prefix_cache else args.slots * context // 2
+        engine = Engine(load(), tokenizer=tokenizer, **shape, prefix_tokens=kept)
         if hasattr(engine, "warm_up"):
             engine.warm_up()
         return engine

@@ -3,6 +3,7 @@
 import asyncio
 import dataclasses
 import functools
+import hashlib
 import json
 import logging
 import time
@@ -19,10 +20,12 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from ..support import version
 from .errors import ApiError
 from .guards import Guard, read_json
 from .job import Job, Server
 from .models import detokenize, model_body, models_body, tokenize
+from .openapi import described
 from .page import page
 from .ticket import Ticket
 from .worker import Worker
@@ -64,7 +67,9 @@ class Service:
         self.pool = ThreadPoolExecutor(THREADS, thread_name_prefix="texts")
         self.answering = 0  # requests whose answer is not sent yet
         self._texts = 0
-        self.metrics.watch(self._running, lambda: len(worker.tickets) - self._running(), self._usage)
+        waiting = lambda: len(worker.tickets) - self._running()  # noqa: E731
+        prefixes = [lambda name=name: getattr(worker.engine, name, 0) for name in ("prefix_queries", "prefix_hits")]
+        self.metrics.watch(self._running, waiting, self._usage, *prefixes)
 
     def _running(self) -> int:
         return sum(ticket.state in ("prefilling", "decoding") for ticket in self.worker.tickets)
@@ -98,8 +103,8 @@ class Service:
         if waiting and waiting + tokens > self.settings.max_queue_tokens:
             raise _full(f"prompts of {waiting:,} tokens wait", "queue_tokens")
 
-    def place(self, ticket: Ticket, job: Job) -> None:
-        """Gives a ticket what its body asks for, if there is a place for all of it."""
+    def place(self, ticket: Ticket, job: Job, key: str) -> None:
+        """Gives a ticket what its body asks for, if there is a place for all of it; key: whose prefixes it shares."""
         if ticket.over:
             return
         samples, tokens = sum(x.params.n for x in job.requests), sum(len(x.prompt) for x in job.requests)
@@ -108,7 +113,9 @@ class Service:
             self.admit(samples, tokens)
         finally:
             ticket.samples = samples
-        ticket.requests, ticket.tokens = job.requests, tokens
+        salt = hashlib.sha256(json.dumps([key, job.cache_salt]).encode()).hexdigest()
+        ticket.requests = [dataclasses.replace(request, cache_salt=salt) for request in job.requests]
+        ticket.tokens = tokens
 
     async def texts(self, function: Callable[[Any, Server], Any], body: Any) -> Any:
         """What tokenizes without the model: as many wait for a thread as the queue has places.
@@ -151,7 +158,7 @@ class Generate:
         watch = asyncio.create_task(self._until_left(scope, receive, ticket))
         try:
             job = await service.off_the_loop(service.parse, self.kind, body, service.server)
-            service.place(ticket, job)
+            service.place(ticket, job, scope["state"].get("key", ""))
             worker.submit(ticket)
             await (self._stream if job.stream else self._whole)(ticket, job, send)
         except ApiError as error:
@@ -265,11 +272,15 @@ def _routes(service: Service) -> Iterable[Route]:
     async def text(request: Request) -> Response:
         return _json(await service.texts(detokenize, await read_json(request)))
 
+    async def openapi(request: Request) -> Response:
+        return _json(described(version("smollm3-jax") or "0", service.server))
+
     async def chat_page(request: Request) -> Response:
         body, headers = page()
         return Response(body, 200, headers)
 
     yield from (Route("/health", health), Route("/ready", ready), Route("/metrics", metrics), Route("/", chat_page))
+    yield Route("/openapi.json", openapi)
     yield Route("/tokenize", tokens, methods=["POST"])
     yield Route("/detokenize", text, methods=["POST"])
     yield from (Route("/v1/models", models), Route("/v1/models/{name:path}", model))

@@ -45,8 +45,6 @@ class Metrics:
         self.success = counter("request_success", "Answers that ended", "finished_reason", ("stop", "length"))
         self.prompt_tokens = counter("prompt_tokens", "Tokens of prompts")
         self.generation_tokens = counter("generation_tokens", "Tokens of answers")
-        self.queries = counter("prefix_cache_queries", "Tokens of prompts that were looked for among shared prefixes")
-        self.hits = counter("prefix_cache_hits", "Tokens of prompts that came from a shared prefix")
         self.first = histogram("time_to_first_token_seconds", "From a request's arrival to its first token")
         self.between = histogram("inter_token_latency_seconds", "Between tokens of an answer", SHORT)
         self.whole = histogram("e2e_request_latency_seconds", "From a request's arrival to its end")
@@ -56,10 +54,24 @@ class Metrics:
         self.prefill = histogram("request_prefill_time_seconds", "From there to its first token")
         self.decode = histogram("request_decode_time_seconds", "From its first token to its last")
         self.steps = histogram("step_seconds", "Steps of the engine", SHORT, labelnames=["kind"])
-        registry.register(_Compilations())  # pyright: ignore[reportArgumentType]
+        help = "Programs that were compiled, or loaded from the cache of compiled programs; none once it is ready"
+        self._read("compilations", help, lambda: sum(compilations()))
 
-    def watch(self, running: Callable[[], int], waiting: Callable[[], int], usage: Callable[[], float]) -> None:
-        """Gauges, whose values are asked for when somebody looks."""
+    def _read(self, name: str, help: str, value: Callable[[], int]) -> None:
+        """A counter whose value something else keeps."""
+        self.registry.register(_Read(f"smollm3_{name}", help, value))  # pyright: ignore[reportArgumentType]
+
+    def watch(
+        self,
+        running: Callable[[], int],
+        waiting: Callable[[], int],
+        usage: Callable[[], float],
+        queries: Callable[[], int],
+        hits: Callable[[], int],
+    ) -> None:
+        """What is asked for when somebody looks: gauges, and the engine's own counts of prefixes."""
+        self._read("prefix_cache_queries", "Tokens of prompts that were looked for among shared prefixes", queries)
+        self._read("prefix_cache_hits", "Tokens of prompts that came from a shared prefix", hits)
         for name, help, value in (
             ("num_requests_running", "Requests of which something is in a slot", running),
             ("num_requests_waiting", "Requests that wait for a slot", waiting),
@@ -84,9 +96,6 @@ class Metrics:
         if last is None:
             if delta.sample == 0:
                 self.prompt_tokens.inc(prompt)
-            if (cached := getattr(delta, "cached_tokens", None)) is not None:
-                self.queries.inc(prompt)
-                self.hits.inc(cached)
         else:
             for _ in range(new):
                 self.between.observe((now - last) / new)
@@ -106,10 +115,9 @@ class Metrics:
         self.decode.observe(last - ticket.first)
 
 
-class _Compilations:
-    """After the start there should be none: each is a request that waited for a compiler."""
+class _Read:
+    def __init__(self, name: str, help: str, value: Callable[[], int]):
+        self.name, self.help, self.value = name, help, value
 
     def collect(self) -> Iterator[CounterMetricFamily]:
-        done = compilations()
-        help = "Programs that were compiled, or loaded from the cache of compiled programs"
-        yield CounterMetricFamily("smollm3_compilations", help, value=done.compiled + done.loaded)
+        yield CounterMetricFamily(self.name, self.help, value=self.value())

@@ -35,7 +35,7 @@ def samples(text: str) -> dict[str, float]:
 
 def test_all_names_are_there_and_add_up():
     body = {"prompt": [5, 6, 7], "max_tokens": 6, "n": 2}
-    with serving(tiny_engine) as server:
+    with serving(lambda: tiny_engine(slots=2, context=200)) as server:  # a shape that no other test has compiled
         before = samples(server.ask("GET", "/metrics")[1])
         for stream in (False, True):
             assert server.ask("POST", "/v1/completions", body | {"stream": stream})[0] == 200
@@ -79,15 +79,24 @@ def test_gauges_say_what_runs_what_waits_and_what_the_cache_holds():
         assert server.metric("smollm3_num_requests_waiting") == 0
 
 
-def test_tokens_of_shared_prefixes_are_counted_once_a_sample():
-    class Shared(Delta):
-        cached_tokens = 2
+def test_tokens_of_shared_prefixes_are_counted_by_key():
+    """One key's prompts are found again by that key alone, and under one salt."""
+    keys = [{"Authorization": f"Bearer {key}"} for key in ("one", "two")]
+    with serving(lambda: tiny_engine(piece_sizes=(16, 32), prefix_tokens=256), keys=["one", "two"]) as server:
+        asked = ((0, 0, ""), (0, 64, ""), (1, 64, ""), (1, 128, ""), (1, 128, "a"), (1, 192, "a"), (1, 256, ""))
+        for key, hits, salt in asked:
+            body = {"prompt": [5] * 70, "cache_salt": salt}
+            assert server.ask("POST", "/v1/completions", body, **keys[key])[0] == 200
+            found = samples(server.ask("GET", "/metrics", **keys[0])[1])
+            assert found["smollm3_prefix_cache_hits_total"] == hits
+        assert found["smollm3_prefix_cache_queries_total"] == 7 * 69
 
+
+def test_tokens_that_come_together_are_as_many_intervals():
     own = metrics.Metrics()
-    for last, reason in ((None, None), (1.0, "stop")):
-        own.delta(Shared(0, 0, (1, 2), "", None, None, reason), 3, 0.0, last, last, 2.0)
+    for first, reason in ((None, None), (1.0, "stop")):
+        own.delta(Delta(0, 0, (1, 2), "", None, None, reason), 3, 0.0, first, first, 2.0)
     found = samples(own.text().decode())
-    assert found["smollm3_prefix_cache_queries_total"] == 3 and found["smollm3_prefix_cache_hits_total"] == 2
     assert found["smollm3_inter_token_latency_seconds_count"] == 2
     assert found["smollm3_inter_token_latency_seconds_sum"] == 1.0
 
@@ -105,7 +114,7 @@ def test_labels_are_of_fixed_sets():
 def test_the_dashboard_reads_what_there_is():
     board = json.loads(Path(metrics.__file__).with_name("grafana.json").read_text())
     own = metrics.Metrics()
-    own.watch(int, int, float)
+    own.watch(int, int, float, int, int)
     own.step(0.1, prefill=True, decode=False)
     known = {key.partition("{")[0] for key in samples(own.text().decode())}
     asked = {name for x in board["panels"] for y in x["targets"] for name in re.findall(r"smollm3_\w+", y["expr"])}
