@@ -24,7 +24,7 @@ from smollm3_jax.generation.sampling import SamplingParams
 from smollm3_jax.serve.app import Service, Settings
 from smollm3_jax.serve.job import DONE, Event, Job, Server
 from smollm3_jax.serve.metrics import Metrics
-from smollm3_jax.serve.run import listen, run
+from smollm3_jax.serve.run import config_of, listen, run
 from smollm3_jax.serve.worker import Worker
 from smollm3_jax.tokenizer import tokenizer_of
 
@@ -149,7 +149,8 @@ def serving(
 
     def body() -> None:
         try:
-            asyncio.run(main())
+            with asyncio.Runner(loop_factory=config_of(None).get_loop_factory()) as runner:
+                runner.run(main())
         except BaseException as error:
             failures.append(error)
         finally:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
@@ -256,7 +257,7 @@ def _routes(service: Service) -> Iterable[Route]:
         return _json({"status": service.status}, 200 if service.status == "ready" else 503)
 
     async def metrics(request: Request) -> Response:
-        return Response(service.metrics.text(), media_type="text/plain; version=1.0.0; charset=utf-8")
+        return Response(service.metrics.text(), headers={"Content-Type": CONTENT_TYPE_LATEST})
 
     async def models(request: Request) -> Response:
         return _json(models_body(service.server, service.started))

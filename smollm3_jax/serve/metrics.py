@@ -104,7 +104,7 @@ class Metrics:
             self.success.labels(delta.finish_reason).inc()
 
     def ended(self, ticket: Ticket) -> None:
-        if ticket.state == "failed":
+        if ticket.state == "failed" and ticket.error is not None and ticket.error.status >= 500:
             self.failed.inc()
         if ticket.state != "finished" or ticket.began is None or ticket.first is None:
             return

@@ -272,8 +272,11 @@ class Worker:
             for index, request in enumerate(ticket.requests):
                 own.append(engine.submit(request))
                 tickets[own[-1]] = ticket, index, set(range(request.params.n))
-        except SmolLM3Error as error:
+        except Exception as error:
             for number in numbers.pop(ticket):
-                del tickets[number]
+                tickets.pop(number, None)
                 engine.cancel(number)
-            self._say(lambda error: self.fail(ticket, ApiError(400, str(error))), error)
+            told = ApiError(400, str(error)) if isinstance(error, SmolLM3Error) else ApiError(500, "the engine failed")
+            if told.status == 500:
+                log.exception("a request could not be given to the engine")
+            self._say(lambda told: self.fail(ticket, told), told)

@@ -165,17 +165,17 @@ def test_a_stalled_engine_is_seen_by_what_it_delivers(how, caplog):
         client = server.open({"prompt": [5], "max_tokens": 400})
         time.sleep(0.3)
         assert server.ask("GET", "/health")[0] == 200
-        others = []
-        while server.service.worker.failure is None and len(others) < 6:  # new ones do not make it look alive
-            others.append(server.open({"prompt": [5], "max_tokens": 400}))
+        for _ in range(7):  # new ones do not make it look alive
+            server.open({"prompt": [5], "max_tokens": 400})
             time.sleep(0.3)
+            if server.service.worker.failure is not None:
+                break
+        assert server.service.worker.failure is not None
         assert client.recv(4096).startswith(b"HTTP/1.1 500 ")
         assert "no token" in str(server.service.worker.failure)
         server.thread.join(20)
         assert not server.thread.is_alive() and next(steps) > 0
         hold.set()
-        for other in [client, *others]:
-            other.close()
 
 
 def test_what_the_engine_refuses_is_the_clients_mistake(server):
@@ -183,6 +183,22 @@ def test_what_the_engine_refuses_is_the_clients_mistake(server):
         status, body, _ = server.ask("POST", "/v1/completions", {"prompt": [5, 999], "stream": stream})
         assert status == 400 and "999" in body["error"]["message"]
     server.until(server.is_at_rest)
+
+
+def test_a_request_that_the_engine_cannot_take_fails_alone(caplog):
+    class Choosy(Puppet):
+        def submit(self, request):
+            if request.prompt == [13]:
+                raise ZeroDivisionError
+            return super().submit(request)
+
+    with serving(lambda: Choosy(lambda running: [token(number, "stop") for number in running])) as server:
+        assert server.ask("POST", "/v1/completions", {"prompt": [13]})[0] == 500
+        assert server.ask("POST", "/v1/completions", {"prompt": [12]})[0] == 200
+        assert server.metric("smollm3_requests_failed_total") == 1
+        assert server.ask("POST", "/v1/completions", {"prompt": [1], "n": 100})[0] == 400
+        assert server.metric("smollm3_requests_failed_total") == 1
+        assert "ZeroDivisionError" in caplog.text
 
 
 def test_a_long_wait_has_signs_of_life():
