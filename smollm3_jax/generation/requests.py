@@ -20,6 +20,7 @@ class Request:
     """A prompt, as text or token ids, and how to continue it.
 
     ends: ids that end it beside the model's own, unless params.ignore_eos; see `chat_ends`.
+    grammar: None, or what the answer must be, after any thinking that it begins with; see `grammar`.
     cache_salt: beginnings of prompts are shared among requests of one salt; it changes no answer.
     grammar: what the answer keeps to after its thinking, in the words of `grammar`; None is any text.
     """
@@ -27,6 +28,7 @@ class Request:
     prompt: Sequence[int] | str
     params: SamplingParams = dataclasses.field(default_factory=SamplingParams)
     ends: Sequence[int] = ()
+    grammar: str | None = None
     cache_salt: str = ""
     grammar: str | None = None
 
@@ -193,6 +195,19 @@ def think_ids(tokenizer: Tokenizer | None) -> tuple[int, int]:
     """The tokens that open and close thinking; -1 where there are none."""
     ids = [None if tokenizer is None else tokenizer.backend.token_to_id(text) for text in ("<think>", "</think>")]
     return tuple(-1 if i is None else i for i in ids)  # pyright: ignore[reportReturnType]
+
+
+def last_turn(prompt: Sequence[Any], ends: Sequence[int]) -> Sequence[Any]:
+    """What follows the last of `ends` in a prompt: the beginning of the answer, as a template writes it."""
+    begins = next((i + 1 for i in reversed(range(len(prompt))) if prompt[i] in ends), 0)
+    return prompt[begins:]
+
+
+def begins_thinking(tokenizer: Tokenizer | None, turn: Sequence[Any]) -> bool:
+    """Whether the answer begins within thinking, which its template has opened. turn: see `last_turn`."""
+    opens, closes = think_ids(tokenizer)
+    last = next((token for token in reversed(turn) if token in (opens, closes)), None)
+    return last is not None and last == opens
 
 
 def as_json(request: Request) -> dict[str, Any]:
