@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from .config import ModelConfig
-from .errors import OptionError, SmolLM3Error, TokenizerError
+from .errors import OptionError, SmolLM3Error, TextTooLong, TokenizerError
 from .file_kind import what_it_is
 from .tokenizer_files import NAMES, TEMPLATES, chat_templates, read_file, special_tokens_of
 
@@ -106,10 +106,10 @@ class Tokenizer:
         """Refuses a text that cannot fit into `context` tokens, however it is cut; None is any number.
 
         Raises:
-          OptionError: with the numbers.
+          TextTooLong: with the numbers.
         """
         if context is not None and len(text) > context * self._longest:
-            raise OptionError(
+            raise TextTooLong(
                 f"the text has {len(text):,} characters, which is more than {context:,} tokens can hold (a token of "
                 f"this model is at most {self._longest} characters); shorten it"
             )

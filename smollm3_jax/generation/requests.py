@@ -20,12 +20,14 @@ class Request:
 
     ends: ids that end it beside the model's own, unless params.ignore_eos; see `chat_ends`.
     cache_salt: beginnings of prompts are shared among requests of one salt; it changes no answer.
+    grammar: None, or what the answer must be, after any thinking that it begins with; see `grammar`.
     """
 
     prompt: Sequence[int] | str
     params: SamplingParams = dataclasses.field(default_factory=SamplingParams)
     ends: Sequence[int] = ()
     cache_salt: str = ""
+    grammar: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
