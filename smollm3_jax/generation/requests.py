@@ -186,6 +186,13 @@ def think_ids(tokenizer: Tokenizer | None) -> tuple[int, int]:
     return tuple(-1 if i is None else i for i in ids)  # pyright: ignore[reportReturnType]
 
 
+def begins_thinking(tokenizer: Tokenizer | None, prompt: Sequence[Any]) -> bool:
+    """Whether the answer to a prompt begins within thinking, which its template has opened."""
+    opens, closes = think_ids(tokenizer)
+    last = next((token for token in reversed(prompt) if token in (opens, closes)), None)
+    return last is not None and last == opens
+
+
 def as_json(request: Request) -> dict[str, Any]:
     """A request whose prompt is ids, ready for JSON; `from_json` makes it again."""
     params = dataclasses.asdict(request.params) | {"logit_bias": list(request.params.logit_bias.items())}

@@ -4,7 +4,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from ..errors import MAX_CHARACTERS, OptionError, TextTooLong
+from ..errors import MAX_CHARACTERS, OptionError
 from ..screen_text import plain
 
 TYPES = {400: "invalid_request_error", 401: "authentication_error", 404: "invalid_request_error"}
@@ -12,7 +12,7 @@ TYPES |= {403: "permission_error", 405: "invalid_request_error", 413: "invalid_r
 TYPES |= {408: "timeout_error", 429: "rate_limit_error", 500: "server_error", 503: "service_unavailable_error"}
 
 # Where a message of OptionError begins with what it is about: "top_p is 2; ...", "messages[0].role is ...".
-_PATH = re.compile(r"([a-z_]+(?:\[\d+\]|\.[a-z_]+)*)(?=:? )(?=:| is | must | names | has | holds )")
+_PATH = re.compile(r"([a-z_]+(?:\[\d+\]|\.[a-z_]+)*)(?=: | is | must | names | has | holds )")
 
 
 class ApiError(Exception):
@@ -51,15 +51,12 @@ def bad(message: str, param: str | None = None, code: str | None = None) -> ApiE
     return ApiError(400, message, param=param, code=code)
 
 
-def from_option(error: OptionError, param: str | None = None, context: int = 0) -> ApiError:
+def from_option(error: OptionError, param: str | None = None) -> ApiError:
     """What the rest of the package refuses, as 400.
 
     Args:
       param: what it is about; None is what its message begins with, if that looks like a field.
-      context: the most tokens of a request, for texts that cannot fit into it.
     """
-    if isinstance(error, TextTooLong):
-        return too_long(str(error), context, param)
     found = _PATH.match(str(error))
     return bad(str(error), param or (found and found[1]))
 

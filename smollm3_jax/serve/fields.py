@@ -1,6 +1,7 @@
 """Reads the fields of a JSON body, each once and with its type; what nobody reads is refused by name."""
 
 import math
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -8,6 +9,8 @@ from ..errors import unknown_name
 from ..nesting import check_depth
 from .errors import ApiError, bad
 
+HUGE = 10**20  # whole numbers of more digits are refused
+_HALF = re.compile("[\ud800-\udfff]")
 WORDS = {str: "a string", bool: "true or false", int: "a whole number", float: "a number", list: "a list"}
 WORDS |= {dict: "an object"}
 
@@ -38,11 +41,7 @@ def check_json(body: Any) -> dict[str, Any]:
 
 def is_unicode(text: str) -> bool:
     """Whether a text is whole characters."""
-    try:
-        text.isascii() or text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
+    return text.isascii() or not _HALF.search(text)
 
 
 class Fields:
@@ -82,7 +81,7 @@ class Fields:
         fits = isinstance(value, int | float if kind is float else kind) and (
             kind is bool or not isinstance(value, bool)
         )
-        if not fits:
+        if not fits or (isinstance(value, int) and abs(value) >= HUGE):
             raise self.error(name, must or WORDS[kind])
         return value
 
@@ -111,7 +110,7 @@ class Fields:
         """Fields that would make a difference, but are not done here; their values that ask for nothing pass."""
         for name, reason in reasons.items():
             value = self.any(name)
-            if value is not None and value is not False and value != [] and value != {}:
+            if value is not None and value is not False and value not in ([], {}, ""):
                 raise bad(f"{self.path(name)} is not supported: {reason}", self.path(name), "unsupported_parameter")
 
     def finish(self, elsewhere: Mapping[str, str] | None = None) -> None:
@@ -130,6 +129,6 @@ def shown(value: Any) -> str:
     """A value as errors quote it."""
     if isinstance(value, dict | list):
         return WORDS[type(value)]
-    if isinstance(value, int) and abs(value) >= 10**20:
+    if isinstance(value, int) and abs(value) >= HUGE:
         return "a number of more than 20 digits"
     return f"{value!r:.60}"

@@ -26,4 +26,4 @@ def parse(kind: str, body: Any, server: Server) -> Job:
     try:
         return PARSERS[kind](check_json(body), server)
     except OptionError as error:
-        raise from_option(error, context=server.context) from None
+        raise from_option(error) from None
