@@ -32,6 +32,7 @@ ELSEWHERE = {
     "serve/errors.py": "tests/serve/test_job.py",
     "serve/fields.py": "tests/serve/test_job.py, with bodies of all kinds",
     "serve/formats.py": "tests/serve/test_chat.py",
+    "serve/items.py": "tests/serve/test_responses.py",
     "serve/params.py": "tests/serve/test_chat.py",
     "serve/samples.py": "tests/serve/test_chat.py and test_completions.py count and list tokens",
     "serve/spoken.py": "tests/serve/test_chat.py",

@@ -17,9 +17,9 @@ class Server:
     """The model that answers. name: what clients call it; context: the most tokens of a request and its answer."""
 
     name: str
-    tokenizer: Tokenizer
-    config: ModelConfig
-    generation_config: GenerationConfig
+    tokenizer: Tokenizer = dataclasses.field(repr=False)
+    config: ModelConfig = dataclasses.field(repr=False)
+    generation_config: GenerationConfig = dataclasses.field(repr=False)
     context: int
 
 

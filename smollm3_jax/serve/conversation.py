@@ -108,11 +108,19 @@ def conversation_request(
                 "a format of the answer would rule out calls: leave out tools, or set tool_choice to none", "tools"
             )
         options["grammar"] = grammar()
-    prompt = _prompt(server, messages, wishes, where)
+    prompt = encode_messages(server, messages, wishes, where)
     return make_request(server, prompt, given, limit, limit_name, where, **options)
 
 
-def _prompt(server: Server, messages: list[dict[str, Any]], wishes: Wishes, where: str) -> list[int]:
+def encode_messages(
+    server: Server, messages: list[dict[str, Any]], wishes: Wishes, where: str, opens: bool = True
+) -> list[int]:
+    """The token ids of a conversation.
+
+    Args:
+      where: the field that the messages came in.
+      opens: end with the opening of the assistant's turn.
+    """
     variables = dict(wishes.variables)
     if wishes.tools.shown:
         variables["tools"] = wishes.tools.shown
@@ -126,7 +134,7 @@ def _prompt(server: Server, messages: list[dict[str, Any]], wishes: Wishes, wher
             normal, variables = _with_system(normal, wishes.tools.as_text()), variables | {"tools": None}
         if wishes.thinking is not None:
             variables["enable_thinking"] = wishes.thinking
-        return encode_chat(server.tokenizer, normal, context=server.context, add_generation_prompt=True, **variables)
+        return encode_chat(server.tokenizer, normal, context=server.context, add_generation_prompt=opens, **variables)
     except TokenizerError as error:  # of the template: it may refuse what it is given
         raise bad(str(error), where) from None
     except TextTooLong as error:

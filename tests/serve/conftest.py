@@ -1,3 +1,4 @@
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,6 +19,18 @@ def server(full_release: Path) -> Server:
 @pytest.fixture
 def grammars(monkeypatch: pytest.MonkeyPatch) -> None:
     """Grammars that say what they were made of."""
+    _make_grammars(monkeypatch)
+
+
+@pytest.fixture(scope="module")
+def grammars_always() -> Iterator[None]:
+    """The same for tests of many examples."""
+    with pytest.MonkeyPatch.context() as patch:
+        _make_grammars(patch)
+        yield
+
+
+def _make_grammars(patch: pytest.MonkeyPatch) -> None:
     import smollm3_jax.generation
 
     def json_schema(schema: Any) -> str:
@@ -30,4 +43,4 @@ def grammars(monkeypatch: pytest.MonkeyPatch) -> None:
         return f"calls of {names}, parallel {parallel}, of {' '.join(tool['function']['name'] for tool in tools)}"
 
     made = SimpleNamespace(json_schema=json_schema, json_object=lambda: "object", tool_calls=tool_calls)
-    monkeypatch.setattr(smollm3_jax.generation, "grammar", made, raising=False)
+    patch.setattr(smollm3_jax.generation, "grammar", made, raising=False)

@@ -341,6 +341,7 @@ PIECES = [THOUGHT, CALL, EMPTY_CALL, "\n", "Hello", " wörld 👩‍👩‍👧"
 TEXTS = st.lists(st.sampled_from([*PIECES, "<code>", "x" * 20])).map("".join)
 
 
+@pytest.mark.filterwarnings("ignore:Generating overly large repr")
 @settings(max_examples=150)
 @given(
     text=TEXTS,

@@ -127,6 +127,7 @@ def test_of_tokens_with_one_text_the_likelier_counts(server):
         assert len(top) == 21 and top[token] == -i / 8 and max(top.values()) == 0
 
 
+@pytest.mark.filterwarnings("ignore:Generating overly large repr")
 @settings(max_examples=60)
 @given(
     text=st.lists(st.sampled_from([" a", "👩‍👩‍👧", "STO", "STOP", "é", "\n"]), min_size=1).map("".join),
