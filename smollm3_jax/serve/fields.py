@@ -45,7 +45,7 @@ def is_unicode(text: str) -> bool:
 
 
 class Fields:
-    """An object of a body, and which of its fields nobody has read; null is a field that is not there.
+    """An object of a body, and which of its fields nobody has read; for those that are, null is as not there.
 
     Args:
       where: its path in the body; "" is the body itself.
@@ -56,7 +56,7 @@ class Fields:
             raise bad(f"{where} is {shown(value)}; it must be an object", where)
         self.where = where
         self._fields = {name: inner for name, inner in value.items() if inner is not None}
-        self._known: list[str] = []
+        self._names, self._known = list(value), list[str]()
 
     def path(self, name: str) -> str:
         return f"{self.where}.{name}" if self.where else name
@@ -78,6 +78,8 @@ class Fields:
         if name not in self._fields:
             return default
         value = self._fields[name]
+        if kind is int and isinstance(value, float) and value.is_integer():
+            value = int(value)  # JSON has one kind of numbers
         fits = isinstance(value, int | float if kind is float else kind) and (
             kind is bool or not isinstance(value, bool)
         )
@@ -119,7 +121,7 @@ class Fields:
         Args:
           elsewhere: what others call a field -> what it is here.
         """
-        for name in self._fields:
+        for name in self._names:
             if name not in self._known:
                 error = unknown_name(self.where or "the body", name[:60], sorted(set(self._known)), elsewhere or {})
                 raise bad(str(error), self.path(name), "unknown_parameter")
