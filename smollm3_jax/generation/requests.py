@@ -20,15 +20,13 @@ class Request:
     """A prompt, as text or token ids, and how to continue it.
 
     ends: ids that end it beside the model's own, unless params.ignore_eos; see `chat_ends`.
-    grammar: None, or what the answer must be, after any thinking that it begins with; see `grammar`.
     cache_salt: beginnings of prompts are shared among requests of one salt; it changes no answer.
-    grammar: what the answer keeps to after its thinking, in the words of `grammar`; None is any text.
+    grammar: None, or what the answer must be, after any thinking that it begins with; see `grammar`.
     """
 
     prompt: Sequence[int] | str
     params: SamplingParams = dataclasses.field(default_factory=SamplingParams)
     ends: Sequence[int] = ()
-    grammar: str | None = None
     cache_salt: str = ""
     grammar: str | None = None
 
