@@ -27,6 +27,10 @@ class OptionError(SmolLM3Error, ValueError):
     exit_code = 2
 
 
+class TextTooLong(OptionError):
+    """A text that cannot fit into the context, however it is cut into tokens."""
+
+
 def unknown_name(where: str, name: str, known: Iterable[str], elsewhere: Mapping[str, str]) -> OptionError:
     """The error about an argument that is not there, with the name that is meant.
 

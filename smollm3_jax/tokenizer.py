@@ -5,13 +5,14 @@ import dataclasses
 import functools
 import logging
 import os
+import re
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from .config import ModelConfig
-from .errors import OptionError, SmolLM3Error, TokenizerError
+from .errors import OptionError, SmolLM3Error, TextTooLong, TokenizerError
 from .file_kind import what_it_is
 from .tokenizer_files import NAMES, TEMPLATES, chat_templates, read_file, special_tokens_of
 
@@ -106,13 +107,28 @@ class Tokenizer:
         """Refuses a text that cannot fit into `context` tokens, however it is cut; None is any number.
 
         Raises:
-          OptionError: with the numbers.
+          TextTooLong: with the numbers.
         """
         if context is not None and len(text) > context * self._longest:
-            raise OptionError(
+            raise TextTooLong(
                 f"the text has {len(text):,} characters, which is more than {context:,} tokens can hold (a token of "
                 f"this model is at most {self._longest} characters); shorten it"
             )
+
+    def token_bytes(self, token: int) -> bytes:
+        """What a token stands for, in UTF-8, of which it may be a part; of a special one its name, of none nothing."""
+        spelling = self.backend.id_to_token(token)
+        if spelling is None or token in self._added:
+            return (spelling or "").encode()
+        if self._is_byte_level:
+            return bytes(map(_byte_of().__getitem__, spelling))
+        if re.fullmatch("<0x[0-9A-F]{2}>", spelling):
+            return bytes([int(spelling[3:5], 16)])
+        return spelling.replace("\u2581", " ").encode()
+
+    def is_special(self, token: int) -> bool:
+        """Whether texts leave the token out."""
+        return token in self._added and self._added[token].special
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """The text of token ids; ids of padding rows, which no token has, give nothing."""
@@ -169,10 +185,22 @@ class Tokenizer:
         return self.backend.get_added_tokens_decoder()
 
     @functools.cached_property
+    def _is_byte_level(self) -> bool:
+        return "ByteLevel" in str(self.backend.decoder)
+
+    @functools.cached_property
     def _longest(self) -> int:
         """The most characters that become one token. In a byte-level vocabulary a token's spelling has one a byte."""
         longest = max(map(len, self.backend.get_vocab(with_added_tokens=True)), default=1)
         return longest if self.backend.normalizer is None else 4 * longest  # which may join characters
+
+
+@functools.cache
+def _byte_of() -> dict[str, int]:
+    """How byte-level vocabularies spell bytes: those that print as themselves, the others from U+0100 on."""
+    printed = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(0x100) if byte not in printed]
+    return {chr(byte): byte for byte in printed} | {chr(0x100 + i): byte for i, byte in enumerate(others)}
 
 
 # What came along with a model, beside the module: in it, it would be static metadata, and part of every jit's key.

@@ -23,11 +23,12 @@ on how the text was cut into pieces, and the work is proportional to its length.
 """
 
 import ast
+import functools
 import json
 import re
 import threading
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -85,15 +86,8 @@ def parse(text: str, thinking: bool = False) -> Message:
     )
 
 
-# The block that is open, by its tag, "" for none -> the tags that matter within it.
-_TAGS = {
-    "": ("<think>", "<tool_call>", "<code>"),
-    "<think>": ("</think>",),
-    "<tool_call>": ("</tool_call>",),
-    "<code>": ("</code>",),
-}
-_PATTERNS = {block: re.compile("|".join(tags)) for block, tags in _TAGS.items()}
-_LONGEST = max(len(tag) for tags in _TAGS.values() for tag in tags)
+CALLS = ("<tool_call>", "<code>")  # the tags that open one
+_LONGEST = len("</tool_call>")
 
 
 class Parser:
@@ -101,9 +95,12 @@ class Parser:
 
     Args:
       thinking: the prompt ended with <think>, so the answer begins within the block.
+      calls: the tags that open a call; all else is text. Who offers no tools expects no calls.
     """
 
-    def __init__(self, thinking: bool = False):
+    def __init__(self, thinking: bool = False, calls: Sequence[str] = CALLS):
+        # The block that is open, by its tag, "" for none -> the tags that matter within it.
+        self._tags = {"": ("<think>", *calls)} | {tag: (f"</{tag[1:]}",) for tag in ("<think>", *calls)}
         self._tail = ""  # of what came in: perhaps the beginning of a tag
         self._enter("<think>" if thinking else "", trim=thinking)
 
@@ -113,8 +110,8 @@ class Parser:
         while at < len(text):
             room = MAX_CALL - self._size if self._block in _READERS else len(text)
             # Only as far as a call may reach: a search to the end for each call would not be linear.
-            match = _PATTERNS[self._block].search(text, at, at + room + _LONGEST)
-            end = match.start() if match else _unfinished_tag(text, at, _TAGS[self._block])
+            match = _pattern(self._tags[self._block]).search(text, at, at + room + _LONGEST)
+            end = match.start() if match else _unfinished_tag(text, at, self._tags[self._block])
             if end - at > room:
                 events += self._take(text[at : at + room])
                 events += self._refuse(f"the call is longer than {MAX_CALL} characters")
@@ -205,6 +202,11 @@ class Parser:
         return Thinking(text) if self._block else Text(text)
 
 
+@functools.cache
+def _pattern(tags: tuple[str, ...]) -> re.Pattern[str]:
+    return re.compile("|".join(tags))
+
+
 def _unfinished_tag(text: str, at: int, tags: Iterable[str]) -> int:
     """Where the beginning of a tag ends the text; its length if nothing there is one."""
     start = text.rfind("<", max(at, len(text) - _LONGEST + 1))
@@ -280,10 +282,27 @@ def _unique(pairs: Iterable[tuple[Any, Any]]) -> dict[Any, Any]:
 _warnings = threading.Lock()  # their filters are global; two threads could restore each other's
 
 
-def _read_python(payload: str) -> list[_Call]:
+def signature(code: str) -> tuple[str, list[str]] | None:
+    """The name of a Python function and of its parameters, from `def` and what follows it; None of anything else."""
+    head = code.strip()[:MAX_CALL]
+    for source in (head, f"{head.removesuffix(':')}: ..."):
+        try:
+            match _statements(source):
+                case [ast.FunctionDef(name, parameters)]:
+                    return name, [p.arg for p in (*parameters.posonlyargs, *parameters.args, *parameters.kwonlyargs)]
+        except (SyntaxError, ValueError, RecursionError, MemoryError):
+            continue
+    return None
+
+
+def _statements(code: str) -> list[ast.stmt]:
     with _warnings, warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about the model's code, such as "\d" in a string
-        statements = ast.parse(payload.strip()).body
+        warnings.simplefilter("ignore")  # about others' code, such as "\d" in a string
+        return ast.parse(code).body
+
+
+def _read_python(payload: str) -> list[_Call]:
+    statements = _statements(payload.strip())
     if not statements:
         raise ValueError("the code has no call")
     calls = [_python_call(statement) for statement in statements]

@@ -11,6 +11,7 @@ COMMANDS = {
     "inspect": ("config, tensors, sizes and parameter count of a checkpoint", "MODEL"),
     "generate": ("continue a text, or answer a message", "MODEL -p TEXT"),
     "chat": ("talk with a model in the terminal; /help lists what it understands", "MODEL"),
+    "serve": ("answer OpenAI's clients over HTTP, and a page to chat in", "MODEL"),
     "convert": ("rewrite a checkpoint as a Hugging Face folder", "SRC DST"),
     "quantize": ("rewrite a checkpoint with quantized weights", "SRC DST --weights SCHEME"),
     "verify": (

@@ -158,6 +158,11 @@ class Engine:
         """Whether nothing runs and nothing waits."""
         return not (self._running or self._waiting or self._prefill)
 
+    @property
+    def prefilling(self) -> int | None:
+        """The number of the request whose prompt is on its way into a slot."""
+        return None if self._prefill is None else self._prefill.sequence.index
+
     def submit(self, request: Request, name: str = "the prompt") -> int:
         """Takes a request, whose samples begin in turn as slots become free; returns the number that deltas name it by.
 

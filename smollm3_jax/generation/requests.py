@@ -19,11 +19,13 @@ class Request:
     """A prompt, as text or token ids, and how to continue it.
 
     ends: ids that end it beside the model's own, unless params.ignore_eos; see `chat_ends`.
+    grammar: None, or what the answer must be, after any thinking that it begins with; see `grammar`.
     """
 
     prompt: Sequence[int] | str
     params: SamplingParams = dataclasses.field(default_factory=SamplingParams)
     ends: Sequence[int] = ()
+    grammar: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -176,6 +178,13 @@ def think_ids(tokenizer: Tokenizer | None) -> tuple[int, int]:
     """The tokens that open and close thinking; -1 where there are none."""
     ids = [None if tokenizer is None else tokenizer.backend.token_to_id(text) for text in ("<think>", "</think>")]
     return tuple(-1 if i is None else i for i in ids)  # pyright: ignore[reportReturnType]
+
+
+def begins_thinking(tokenizer: Tokenizer | None, prompt: Sequence[Any]) -> bool:
+    """Whether the answer to a prompt begins within thinking, which its template has opened."""
+    opens, closes = think_ids(tokenizer)
+    last = next((token for token in reversed(prompt) if token in (opens, closes)), None)
+    return last is not None and last == opens
 
 
 def as_json(request: Request) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import numpy as np
 from ..model import SmolLM3
 from ..tokenizer import Tokenizer
 from .device_loop import Slots
-from .requests import Delta, Logprob, Request, stop_ids, think_ids
+from .requests import Delta, Logprob, Request, begins_thinking, stop_ids, think_ids
 from .sampling import MAX_STOP_IDS, SamplingState
 
 
@@ -31,8 +31,6 @@ class Sequence:
         params, prompt = self.request.params, self.prompt
         opens, closes = think_ids(self.tokenizer)
         budget = params.max_thinking_tokens
-        # A prompt may end inside the thinking that its template opened.
-        last = next((i for i in reversed(prompt) if i in (opens, closes)), None)
         return Slots(
             token=np.int32(prompt[-1]),
             active=np.bool_(True),
@@ -40,7 +38,7 @@ class Sequence:
             limit=np.int32(params.max_new_tokens),
             stop_ids=np.array([*self.stop_ids, *[-1] * (MAX_STOP_IDS - len(self.stop_ids))], np.int32),
             think_ids=np.array([opens, closes], np.int32),
-            thinking=np.bool_(last is not None and last == opens),
+            thinking=np.bool_(begins_thinking(self.tokenizer, prompt)),
             think_left=np.int32(-1 if budget is None else budget),
             choice=SamplingState.of(params, prompt, self.sample, self.vocab_size),
         )

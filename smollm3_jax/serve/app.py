@@ -1,0 +1,317 @@
+"""The routes: bodies become requests of the engine, and what comes of them goes back, whole or as it comes."""
+
+import asyncio
+import dataclasses
+import functools
+import json
+import logging
+import time
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+from starlette.routing import Route
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from .errors import ApiError
+from .guards import Guard, read_json
+from .job import Job, Server
+from .texts import detokenize, tokenize
+from .ticket import Ticket
+from .worker import Worker
+
+log = logging.getLogger(__name__)
+
+RETRY_AFTER = {"Retry-After": "2"}
+KEEP_ALIVE_SECONDS = 15.0
+THREADS = 2  # that render templates and tokenize
+EVENTS = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")]
+EVENTS += [(b"x-accel-buffering", b"no")]  # or nginx holds them back
+PAGE = Path(__file__).with_name("page.html")
+# It has its script and style in it, and asks this server alone.
+PAGE_POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; connect-src 'self'; "
+PAGE_POLICY += "img-src 'self' data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+KINDS = {"/v1/chat/completions": "chat", "/v1/completions": "completions", "/v1/responses": "responses"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What a server allows.
+
+    slots, max_queue: samples side by side, and that wait; max_queue_tokens: of prompts that wait.
+    keys, hosts, origins: see `Guard`; log_requests: a line for each.
+    """
+
+    slots: int
+    max_queue: int
+    max_queue_tokens: int
+    keys: Sequence[str] = ()
+    hosts: Sequence[str] = ()
+    origins: Sequence[str] = ()
+    log_requests: bool = False
+    keep_alive: float = KEEP_ALIVE_SECONDS
+
+
+class Service:
+    """What the routes share; used in the event loop's thread alone."""
+
+    def __init__(self, worker: Worker, server: Server, parse: Callable[..., Job], settings: Settings):
+        self.worker, self.server, self.parse, self.settings = worker, server, parse, settings
+        self.metrics, self.started, self.draining = worker.metrics, int(time.time()), False
+        self.pool = ThreadPoolExecutor(THREADS, thread_name_prefix="texts")
+        self.answering = 0  # requests whose answer is not sent yet
+        self.metrics.watch(self._running, lambda: len(worker.tickets) - self._running(), self._usage)
+
+    def _running(self) -> int:
+        return sum(ticket.state in ("prefilling", "decoding") for ticket in self.worker.tickets)
+
+    def _usage(self) -> float:
+        engine = self.worker.engine
+        held = sum(ticket.held.total() for ticket in self.worker.tickets)
+        return 0.0 if engine is None else held / (engine.slots * engine.capacity)
+
+    @property
+    def status(self) -> str:
+        if self.worker.failure is not None:
+            return "failed"
+        return "draining" if self.draining else "ready" if self.worker.ready else "loading"
+
+    def admit(self, samples: int = 1, tokens: int = 0) -> None:
+        """Refuses what there is no place for.
+
+        Raises:
+          ApiError: 400, 429 or 503.
+        """
+        if self.status != "ready":
+            raise ApiError(
+                503,
+                f"the server takes no requests: it is {self.status}",
+                type="server_error",
+                code=self.status,
+                headers=RETRY_AFTER,
+            )
+        places = self.settings.slots + self.settings.max_queue
+        if samples > places:
+            raise ApiError(400, f"{samples} answers are asked for, and this server takes at most {places} at a time")
+        if self.worker.samples + samples > places:
+            raise ApiError(
+                429,
+                f"the queue is full: {self.worker.samples} answers are under way or wait; try again later",
+                type="rate_limit_error",
+                code="queue_full",
+                headers=RETRY_AFTER,
+            )
+        waiting = self.worker.waiting_tokens
+        if waiting and waiting + tokens > self.settings.max_queue_tokens:
+            raise ApiError(
+                429,
+                f"the queue is full: prompts of {waiting:,} tokens wait; try again later",
+                type="rate_limit_error",
+                code="queue_tokens",
+                headers=RETRY_AFTER,
+            )
+
+    def place(self, ticket: Ticket, job: Job) -> None:
+        """Gives a ticket what its body asks for, if there is a place for all of it."""
+        if ticket.over:
+            return
+        samples, tokens = sum(x.params.n for x in job.requests), sum(len(x.prompt) for x in job.requests)
+        ticket.samples = 0  # its own place is not in its way
+        try:
+            self.admit(samples, tokens)
+        finally:
+            ticket.samples = samples
+        ticket.requests, ticket.tokens = job.requests, tokens
+
+    async def off_the_loop(self, function: Callable[..., Any], *args: Any, **options: Any) -> Any:
+        """Calls it in one of the few threads that render and tokenize."""
+        call = functools.partial(function, *args, **options)
+        return await asyncio.get_running_loop().run_in_executor(self.pool, call)
+
+
+class Generate:
+    """A route that runs the model. It is no function for starlette, as it reads what comes of the client to its end: a
+    client that leaves ends its request, which streams or not."""
+
+    def __init__(self, service: Service, kind: str):
+        self.service, self.kind = service, kind
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        service, worker = self.service, self.service.worker
+        service.admit()
+        try:
+            body = await read_json(Request(scope, receive))
+        except ClientDisconnect:
+            return
+        service.admit()
+        ticket = worker.receive()
+        service.answering += 1
+        watch = asyncio.create_task(self._until_left(scope, receive, ticket))
+        try:
+            job = await service.off_the_loop(service.parse, self.kind, body, service.server)
+            service.place(ticket, job)
+            worker.submit(ticket)
+            await (self._stream if job.stream else self._whole)(ticket, job, send)
+        except ApiError as error:
+            worker.fail(ticket, error)
+            raise
+        finally:
+            watch.cancel()
+            worker.cancel(ticket, "error")  # nothing where it is over
+            service.answering -= 1
+            if service.settings.log_requests:
+                _log(scope, ticket)
+
+    async def _until_left(self, scope: Scope, receive: Receive, ticket: Ticket) -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        self.service.worker.cancel(ticket, "slow_reader" if scope["state"].get("cut") else "disconnect")
+
+    async def _whole(self, ticket: Ticket, job: Job, send: Send) -> None:
+        while news := await ticket.take():
+            for index, delta in news:
+                job.reply.add(index, delta)
+        if ticket.error is not None:
+            raise ticket.error
+        if ticket.state == "finished":
+            await respond(job.reply.body(), send)
+
+    async def _stream(self, ticket: Ticket, job: Job, send: Send) -> None:
+        started = False
+        while True:
+            # Nothing is said before there is something to say: until then, an error has a status of its own.
+            news = await ticket.take(self.service.settings.keep_alive)
+            if ticket.error is not None and not started:
+                raise ticket.error
+            if ticket.state == "cancelled" and ticket.error is None:  # nobody is there
+                return
+            events = [] if started else job.reply.begin()
+            for index, delta in news:
+                events += job.reply.add(index, delta)
+            last = not news and ticket.over
+            if last:
+                events += job.reply.end() if ticket.error is None else [(None, ticket.error.body())]
+            if not started:
+                await send({"type": "http.response.start", "status": 200, "headers": EVENTS})
+                started = True
+            content = b"".join(frame(*event) for event in events) or b": keep-alive\n\n"
+            await send({"type": "http.response.body", "body": content, "more_body": not last})
+            if last:
+                return
+
+
+def frame(name: str | None, data: dict[str, Any] | str) -> bytes:
+    """A server-sent event."""
+    event = b"" if name is None else f"event: {name}\n".encode()
+    return event + b"data: " + (data.encode() if isinstance(data, str) else as_json(data)) + b"\n\n"
+
+
+def as_json(content: Any) -> bytes:
+    compact = {"allow_nan": False, "separators": (",", ":")}
+    try:
+        return json.dumps(content, ensure_ascii=False, **compact).encode()
+    except UnicodeEncodeError:  # half a surrogate pair, which the client has sent
+        return json.dumps(content, **compact).encode()
+
+
+async def respond(content: Any, send: Send, status: int = 200) -> None:
+    body = as_json(content)
+    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": body})
+
+
+def _log(scope: Scope, ticket: Ticket) -> None:
+    seconds, asked = time.monotonic() - ticket.arrived, ticket.samples
+    log.info(
+        "%s: %s, prompts %d tokens, samples %d, %.2f s", scope["path"], ticket.state, ticket.tokens, asked, seconds
+    )
+
+
+# --- the other routes -------------------------------------------------------------------------------------
+
+
+def _json(content: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:
+    return Response(as_json(content), status, headers, "application/json")
+
+
+def _routes(service: Service) -> Iterable[Route]:
+    for path, kind in KINDS.items():
+        yield Route(path, Generate(service, kind), methods=["POST"])
+
+    async def health(request: Request) -> Response:
+        healthy = service.worker.is_healthy
+        return _json({"status": "ok" if healthy else "failed"}, 200 if healthy else 503)
+
+    async def ready(request: Request) -> Response:
+        return _json({"status": service.status}, 200 if service.status == "ready" else 503)
+
+    async def metrics(request: Request) -> Response:
+        return Response(service.metrics.text(), media_type="text/plain; version=1.0.0; charset=utf-8")
+
+    async def models(request: Request) -> Response:
+        return _json({"object": "list", "data": [_model(service)]})
+
+    async def model(request: Request) -> Response:
+        if (name := request.path_params["name"]) != service.server.name:
+            raise ApiError(404, f"there is no model {name[:100]!r} here", param="model", code="model_not_found")
+        return _json(_model(service))
+
+    async def tokens(request: Request) -> Response:
+        body = await read_json(request)
+        return _json(await service.off_the_loop(tokenize, body, service.server, service.parse))
+
+    async def text(request: Request) -> Response:
+        body = await read_json(request)
+        return _json(await service.off_the_loop(detokenize, body, service.server))
+
+    async def page(request: Request) -> Response:
+        if not PAGE.is_file():
+            raise HTTPException(404)
+        headers = {"Content-Security-Policy": PAGE_POLICY, "Cache-Control": "no-cache"}
+        return Response(PAGE.read_bytes(), 200, headers, "text/html; charset=utf-8")
+
+    yield from (Route("/health", health), Route("/ready", ready), Route("/metrics", metrics), Route("/", page))
+    yield Route("/tokenize", tokens, methods=["POST"])
+    yield Route("/detokenize", text, methods=["POST"])
+    yield from (Route("/v1/models", models), Route("/v1/models/{name:path}", model))
+
+
+def _model(service: Service) -> dict[str, Any]:
+    of = {"id": service.server.name, "object": "model", "created": service.started, "owned_by": "smollm3-jax"}
+    return of | {"max_model_len": service.server.context}
+
+
+def make_app(service: Service) -> ASGIApp:
+    async def refuse(request: Request, error: Exception) -> Response:
+        if isinstance(error, HTTPException):
+            error = ApiError(
+                error.status_code, f"{request.method} {request.url.path[:100]}: {error.detail}", headers=error.headers
+            )
+        elif not isinstance(error, ApiError):
+            error = ApiError(500, "the server has failed to answer; its log says why", type="server_error")
+        service.metrics.rejected.labels(reason(error)).inc()
+        return _json(error.body(), error.status, error.headers)
+
+    settings = service.settings
+    middleware = [Middleware(Guard, refuse, settings.keys, settings.hosts, settings.origins)]
+    if settings.origins:
+        own: dict[str, Any] = {"allow_methods": ["GET", "POST"], "allow_headers": ["*"]}
+        middleware.insert(0, Middleware(CORSMiddleware, allow_origins=settings.origins, **own))
+    handlers = {ApiError: refuse, HTTPException: refuse, Exception: refuse}
+    return Starlette(routes=list(_routes(service)), middleware=middleware, exception_handlers=handlers)
+
+
+def reason(error: ApiError) -> str:
+    """The label that a refusal is counted under."""
+    if error.code in ("queue_full", "queue_tokens", "loading", "draining"):
+        return error.code
+    known = {401: "unauthorized", 403: "forbidden", 404: "not_found", 408: "timeout", 413: "too_large"}
+    return known.get(error.status, "failed" if error.status >= 500 else "invalid")

@@ -1,0 +1,58 @@
+"""What a sample says in a conversation, as thinking, text and calls of the tools that were offered."""
+
+from collections.abc import Iterable
+
+from ..chat.parse import Event, Parser, Text, Thinking, ToolCall
+from ..generation.requests import Delta, Request, begins_thinking
+from .contract import Server
+from .conversation import Wishes
+from .samples import Sample, Token
+from .tools import parameters_of, with_names
+
+
+class Spoken:
+    """One sample of an answer; `sample` counts its tokens."""
+
+    def __init__(self, server: Server, request: Request, wishes: Wishes):
+        self.sample = Sample(server, request)
+        # Whether the answer begins within thinking, the prompt says: a flag may have been overridden in it.
+        self._parser = Parser(begins_thinking(server.tokenizer, request.prompt), wishes.calls)
+        self._offered = parameters_of(wishes.offered)
+        self._several = wishes.tools.parallel
+        self.called = False
+
+    @property
+    def finish_reason(self) -> str | None:
+        """As the API names it."""
+        reason = self.sample.finish_reason
+        return "tool_calls" if self.called and reason == "stop" else reason
+
+    def add(self, delta: Delta) -> tuple[list[Event], list[Token]]:
+        """What is said now, no two pieces of one kind in a row, and the tokens of it that have log-probabilities."""
+        tokens = self.sample.add(delta)
+        events = self._parser.feed(delta.text)
+        events += self._parser.finish() if delta.finish_reason is not None else []
+        return _joined(event for found in events for event in self._passed(found)), tokens
+
+    def _passed(self, event: Event) -> list[Event]:
+        if not isinstance(event, ToolCall):
+            return [event]
+        if self._offered is not None and event.name not in self._offered and event.markup:
+            return [Text(event.markup)]  # a function that nobody has: the client reads what the model wrote
+        if self.called and not self._several:
+            return []
+        self.called = True
+        return [ToolCall(event.name, with_names(event, (self._offered or {}).get(event.name, [])))]
+
+
+def _joined(events: Iterable[Event]) -> list[Event]:
+    found: list[Event] = []
+    for event in events:
+        last = found[-1] if found else None
+        if isinstance(event, Text) and isinstance(last, Text):
+            found[-1] = Text(last.text + event.text)
+        elif isinstance(event, Thinking) and isinstance(last, Thinking):
+            found[-1] = Thinking(last.text + event.text)
+        else:
+            found.append(event)
+    return found

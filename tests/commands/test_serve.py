@@ -1,0 +1,160 @@
+"""`smollm3 serve`, as it is started, and as it ends."""
+
+import contextlib
+import http.client
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO
+
+import pytest
+from tiny import talking_checkpoint
+
+from smollm3_jax.commands import serve
+from smollm3_jax.commands.main import main
+from smollm3_jax.serve.run import listen
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory) -> Path:
+    return talking_checkpoint(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@contextlib.contextmanager
+def started(model: object, *options: str, **variables: str) -> Iterator[tuple[subprocess.Popen[str], int]]:
+    """The command, and its port, when it is ready."""
+    command = [sys.executable, "-m", "smollm3_jax", "serve", str(model), "--port", "0", *options]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, env=os.environ | variables, **pipes) as process:
+        try:
+            line = said(process.stdout)
+            assert line.startswith("ready http://127.0.0.1:"), (line, process.stderr and process.stderr.read())
+            yield process, int(line.rpartition(":")[2])
+        finally:
+            process.kill()
+
+
+def said(file: IO[str] | None) -> str:
+    assert file is not None
+    return file.readline()
+
+
+def ask(port: int, path: str, body: object = None, **headers: str) -> tuple[int, str]:
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=300)
+    with contextlib.closing(connection):
+        content = None if body is None else json.dumps(body)
+        connection.request("POST" if body else "GET", path, content, {"Content-Type": "application/json"} | headers)
+        answer = connection.getresponse()
+        return answer.status, answer.read().decode()
+
+
+@contextlib.contextmanager
+def streaming(port: int) -> Iterator[http.client.HTTPResponse]:
+    """An answer that has begun, and goes on for long."""
+    with contextlib.closing(http.client.HTTPConnection("127.0.0.1", port, timeout=300)) as connection:
+        body = {"prompt": [5, 6], "max_tokens": 400, "ignore_eos": True, "stream": True}
+        connection.request("POST", "/v1/completions", json.dumps(body), {"Content-Type": "application/json"})
+        with connection.getresponse() as answer:
+            answer.readline()
+            yield answer
+
+
+def test_it_answers_and_ends_when_its_streams_have(tiny):
+    with started(tiny, "--slots", "2", "--name", "mine", "--log-requests") as (process, port):
+        assert json.loads(ask(port, "/v1/models")[1])["data"][0]["id"] == "mine"
+        assert ask(port, "/ready")[0] == 200
+        with streaming(port) as answer:
+            process.terminate()
+            assert "draining" in said(process.stderr)
+            assert ask(port, "/v1/completions", {"prompt": "w5"})[0] == 503
+            assert answer.read().endswith(b"data: [DONE]\n\n")
+        out, err = process.communicate(timeout=60)
+        assert process.returncode == 0 and out == ""
+        assert err.splitlines()[-1].startswith("smollm3: INFO: /v1/completions: finished, prompts 2 tokens, samples 1")
+
+
+@pytest.mark.parametrize(
+    "options, told",
+    [
+        (["--api-key", ""], "--api-key is empty"),
+        (["--api-key", "schl\u00fcssel"], "--api-key is empty or has other than ASCII"),
+        (["--host", "0.0.0.0"], "--host 0.0.0.0 lets other machines ask: give --api-key KEY"),
+        (["--host", "::"], "lets other machines ask"),
+        (["--max-queue", "-1"], "--max-queue is -1"),
+        (["--drain-timeout", "-1"], "--drain-timeout is -1.0"),
+        (["--drain-timeout", "nan"], "--drain-timeout is nan"),
+        (["--context", "100000"], "--context is 100000; the model has been trained for 512"),
+        (["--port", "70000"], "--port is 70000; it must be from 0"),
+        (["--host", "192.0.2.1", "--no-api-key"], "--host 192.0.2.1 is no address of this machine"),
+        (["--slots", "0"], "no whole number from 1"),
+    ],
+)
+def test_options_that_cannot_be(tiny, options, told, capsys, monkeypatch):
+    monkeypatch.delenv("SMOLLM3_API_KEY", raising=False)
+    try:
+        code = main(["serve", str(tiny), *options])
+    except SystemExit as end:
+        code = end.code
+    assert code == 2 and told in capsys.readouterr().err
+
+
+def test_a_port_that_is_taken(tiny, capsys):
+    with listen("127.0.0.1", 0) as own:
+        port = own.getsockname()[1]
+        assert main(["serve", str(tiny), "--port", str(port)]) == 2
+    assert f"--port {port} is in use by another program" in capsys.readouterr().err
+
+
+def test_a_model_that_is_not_there(tmp_path, capsys):
+    assert main(["serve", str(tmp_path / "nothing"), "--port", "0"]) in (2, 3)
+    assert "nothing" in capsys.readouterr().err
+
+
+def test_an_empty_key_in_the_environment_is_no_key_that_opens_all(tiny, capsys, monkeypatch):
+    monkeypatch.setenv("SMOLLM3_API_KEY", "")
+    assert main(["serve", str(tiny)]) == 2 and "SMOLLM3_API_KEY is empty" in capsys.readouterr().err
+
+
+def test_the_extra_that_is_missing_is_named(tiny, capsys, monkeypatch):
+    monkeypatch.setattr(serve, "NEEDED", ("starlette", "no_such_module"))
+    assert main(["serve", str(tiny)]) == 3
+    assert "no_such_module is not installed" in (told := capsys.readouterr().err)
+    assert "pip install 'smollm3-jax[serve]'" in told
+
+
+@pytest.mark.slow
+def test_a_second_signal_ends_it_at_once(tiny):
+    for first, second in ((signal.SIGTERM, signal.SIGTERM), (signal.SIGINT, signal.SIGINT)):
+        with started(tiny, "--slots", "2") as (process, port), streaming(port):
+            process.send_signal(first)
+            assert "draining" in said(process.stderr)
+            begin = time.monotonic()
+            process.send_signal(second)
+            assert process.wait(20) == 128 + second
+            assert time.monotonic() - begin < 2
+
+
+@pytest.mark.slow
+def test_the_demo_model_from_its_start_to_its_end(demo_folder):
+    """A conversation with a real model, by curl's means and by OpenAI's client."""
+    import openai
+
+    key = {"SMOLLM3_API_KEY": "secret"}
+    with started("demo", "--slots", "4", "--context", "1024", **key) as (process, port):
+        assert ask(port, "/health")[0] == ask(port, "/ready")[0] == 200
+        assert ask(port, "/v1/models")[0] == 401
+        with openai.OpenAI(base_url=f"http://localhost:{port}/v1", api_key="secret", max_retries=0) as client:
+            asked = [{"role": "user", "content": "What is the capital of France?"}]
+            options = {"model": "demo", "messages": asked, "temperature": 0, "max_tokens": 40}
+            whole = client.chat.completions.create(**options).choices[0].message.content
+            chunks = client.chat.completions.create(**options, stream=True)
+            assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == whole
+            assert "Paris" in whole
+        process.terminate()
+        out, _ = process.communicate(timeout=60)
+        assert process.returncode == 0 and out == ""

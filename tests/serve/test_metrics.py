@@ -1,0 +1,112 @@
+"""What /metrics says, and the dashboard that reads it."""
+
+import json
+import re
+import time
+from pathlib import Path
+
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+from serving import Puppet, serving, tiny_engine, token
+
+from smollm3_jax.generation.requests import Delta
+from smollm3_jax.serve import metrics
+
+# vLLM's names, and this server's own.
+WORDS = """
+num_requests_running num_requests_waiting kv_cache_usage_perc prefix_cache_queries_total prefix_cache_hits_total
+prompt_tokens_total generation_tokens_total request_success_total time_to_first_token_seconds_bucket
+inter_token_latency_seconds_bucket e2e_request_latency_seconds_bucket request_queue_time_seconds_bucket
+request_prefill_time_seconds_bucket request_decode_time_seconds_bucket compilations_total requests_rejected_total
+requests_cancelled_total requests_failed_total step_seconds_bucket
+"""
+NAMES = WORDS.split()
+
+
+def samples(text: str) -> dict[str, float]:
+    """Name and labels -> value."""
+    found = {}
+    for family in text_string_to_metric_families(text):
+        for sample in family.samples:
+            labels = ",".join(f"{name}={value}" for name, value in sorted(sample.labels.items()))
+            found[f"{sample.name}{{{labels}}}" if labels else sample.name] = sample.value
+    return found
+
+
+def test_all_names_are_there_and_add_up():
+    body = {"prompt": [5, 6, 7], "max_tokens": 6, "n": 2}
+    with serving(tiny_engine) as server:
+        before = samples(server.ask("GET", "/metrics")[1])
+        for stream in (False, True):
+            assert server.ask("POST", "/v1/completions", body | {"stream": stream})[0] == 200
+        found = samples(server.ask("GET", "/metrics")[1])
+        assert {f"smollm3_{name}" for name in NAMES} <= {key.partition("{")[0] for key in found}
+        for name, value in {
+            "prompt_tokens_total": 6,
+            "generation_tokens_total": 24,
+            "request_success_total{finished_reason=length}": 4,
+            "time_to_first_token_seconds_count": 2,
+            "e2e_request_latency_seconds_count": 2,
+            "request_queue_time_seconds_count": 2,
+            "request_prefill_time_seconds_count": 2,
+            "request_decode_time_seconds_count": 2,
+        }.items():
+            assert found[f"smollm3_{name}"] - before[f"smollm3_{name}"] == value, name
+        parts = [found[f"smollm3_request_{part}_time_seconds_sum"] for part in ("queue", "prefill", "decode")]
+        assert sum(parts) == pytest.approx(found["smollm3_e2e_request_latency_seconds_sum"])
+        assert min(parts) >= 0 and found["smollm3_step_seconds_count{kind=both}"] > 0
+        assert found["smollm3_compilations_total"] > before["smollm3_compilations_total"]  # of an engine that is cold
+        again = samples(server.ask("GET", "/metrics")[1])
+        assert again["smollm3_compilations_total"] == found["smollm3_compilations_total"]
+
+
+def test_gauges_say_what_runs_what_waits_and_what_the_cache_holds():
+    going = {1}
+
+    def step(running):
+        time.sleep(0.005)
+        return [token(number) for number in running if number in going]
+
+    with serving(lambda: Puppet(step)) as server:
+        for _ in range(3):
+            server.open({"prompt": [5] * 100, "max_tokens": 400})
+        server.until(lambda: server.metric("smollm3_num_requests_running") == 1)
+        server.until(lambda: server.metric("smollm3_num_requests_waiting") == 2)
+        held = server.metric("smollm3_kv_cache_usage_perc") * Puppet.slots * Puppet.capacity
+        assert 100 < held < 2000
+        going.update((2, 3))
+        server.until(lambda: server.metric("smollm3_num_requests_running") == 3)
+        assert server.metric("smollm3_num_requests_waiting") == 0
+
+
+def test_tokens_of_shared_prefixes_are_counted_once_a_sample():
+    class Shared(Delta):
+        cached_tokens = 2
+
+    own = metrics.Metrics()
+    for last, reason in ((None, None), (1.0, "stop")):
+        own.delta(Shared(0, 0, (1, 2), "", None, None, reason), 3, 0.0, last, last, 2.0)
+    found = samples(own.text().decode())
+    assert found["smollm3_prefix_cache_queries_total"] == 3 and found["smollm3_prefix_cache_hits_total"] == 2
+    assert found["smollm3_inter_token_latency_seconds_count"] == 2
+    assert found["smollm3_inter_token_latency_seconds_sum"] == 1.0
+
+
+def test_labels_are_of_fixed_sets():
+    """Whatever clients send: paths, models, hosts."""
+    with serving(lambda: Puppet(lambda running: [token(number, "stop") for number in running])) as server:
+        before = len(server.ask("GET", "/metrics")[1].splitlines())
+        for i in range(20):
+            assert server.ask("GET", f"/v1/models/m{i}")[0] == 404
+            assert server.ask("GET", f"/nothing/{i}", Host=f"h{i}.example")[0] == 403
+        assert len(server.ask("GET", "/metrics")[1].splitlines()) == before
+
+
+def test_the_dashboard_reads_what_there_is():
+    board = json.loads(Path(metrics.__file__).with_name("grafana.json").read_text())
+    own = metrics.Metrics()
+    own.watch(int, int, float)
+    own.step(0.1, prefill=True, decode=False)
+    known = {key.partition("{")[0] for key in samples(own.text().decode())}
+    asked = {name for x in board["panels"] for y in x["targets"] for name in re.findall(r"smollm3_\w+", y["expr"])}
+    assert asked <= known and len(asked) >= len(NAMES)

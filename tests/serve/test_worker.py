@@ -1,0 +1,201 @@
+"""What becomes of a request whose client leaves, whose engine fails or stalls, and of the places that it held."""
+
+import itertools
+import json
+import socket
+import threading
+import time
+
+import pytest
+from serving import HEAD, Puppet, serving, tiny_engine, token
+
+BODY = {"prompt": [5, 6, 7], "max_tokens": 400}
+
+
+@pytest.fixture(scope="module")
+def server():
+    with serving(lambda: tiny_engine(slots=2), slots=2, max_queue=6, max_queue_tokens=5000) as it:
+        assert it.ask("POST", "/v1/completions", BODY | {"max_tokens": 20})[0] == 200  # all is compiled
+        yield it
+
+
+def read_some(client: socket.socket) -> bytes:
+    content = b""
+    while b"ids" not in content:
+        content += client.recv(4096) or pytest.fail("the server has closed the connection")
+    return content
+
+
+def cut(server, times: int) -> None:
+    """Connections that leave: while their body is on its way, queued, in their prompt, decoding; streaming and not."""
+    before = server.metric('smollm3_requests_cancelled_total{cause="disconnect"}')
+    for i in range(times):
+        body = {"prompt": [5 + i % 50] * (3, 450)[i % 2], "max_tokens": 40, "stream": i % 3 == 0, "n": 1 + i % 2}
+        clients = [server.open(body) for _ in range(1 + i % 4)]
+        match i % 5:
+            case 0:
+                time.sleep(0.002 * (i % 7))
+            case 1 if body["stream"]:
+                read_some(clients[0])
+            case 2:
+                clients[0].shutdown(socket.SHUT_WR)
+            case 3:
+                clients.append(half_a_request(server))
+        for client in clients:
+            client.close()
+        server.until(lambda: server.service.worker.samples <= 6)
+    server.until(server.is_at_rest)
+    assert server.metric('smollm3_requests_cancelled_total{cause="disconnect"}') > before
+
+
+def half_a_request(server) -> socket.socket:
+    client = server.connect()
+    client.sendall(HEAD + b'Content-Length: 100\r\n\r\n{"prompt"')
+    return client
+
+
+def is_as_it_was(server) -> None:
+    assert server.ask("POST", "/v1/completions", BODY | {"max_tokens": 4})[0] == 200
+    gauges = [server.metric(f"smollm3_{name}") for name in ("num_requests_running", "num_requests_waiting")]
+    assert gauges == [0, 0] and server.metric("smollm3_kv_cache_usage_perc") == 0
+    server.until(lambda: tasks(server) <= 6)
+    server.until(lambda: threading.active_count() < 12)
+
+
+def tasks(server) -> int:
+    import asyncio
+
+    return len(asyncio.all_tasks(server.loop))
+
+
+def test_connections_that_are_cut_leave_nothing(server):
+    cut(server, 40)
+    is_as_it_was(server)
+
+
+@pytest.mark.slow
+def test_a_thousand_connections_that_are_cut_leave_nothing(server):
+    cut(server, 400)  # of one to four connections each
+    is_as_it_was(server)
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_leaves_frees_its_slot_for_others(server, stream):
+    name = 'smollm3_requests_cancelled_total{cause="disconnect"}'
+    before, tokens = server.metric(name), server.metric("smollm3_generation_tokens_total")
+    clients = [server.open(BODY | {"stream": stream}) for _ in range(2)]
+    server.until(lambda: server.metric("smollm3_num_requests_running") == 2)
+    for client in clients:
+        client.close()
+    server.until(server.is_at_rest)
+    assert server.metric(name) == before + 2
+    assert server.metric("smollm3_generation_tokens_total") - tokens < 2 * 400
+
+
+def test_a_full_queue_is_told_at_once(server):
+    clients = [server.open(BODY | {"n": 4}) for _ in range(2)]  # 2 slots and 6 places
+    server.until(lambda: server.service.worker.samples == 8)
+    before = server.metric('smollm3_requests_rejected_total{reason="queue_full"}')
+    status, body, headers = server.ask("POST", "/v1/completions", BODY)
+    assert status == 429 and int(headers["retry-after"]) > 0 and body["error"]["code"] == "queue_full"
+    assert server.metric('smollm3_requests_rejected_total{reason="queue_full"}') == before + 1
+    for client in clients:
+        client.close()
+    server.until(server.is_at_rest)
+    status, body, _ = server.ask("POST", "/v1/completions", BODY | {"n": 9})
+    assert status == 400 and "at most 8" in body["error"]["message"]
+
+
+def test_prompts_that_wait_are_bounded_by_their_tokens():
+    stop = threading.Event()
+    engine = Puppet(lambda running: [] if not stop.wait(0.01) else [token(number, "stop") for number in running])
+    with serving(lambda: engine, max_queue_tokens=100) as server:
+        clients = [server.open({"prompt": [1] * 80})]  # alone it may be as long as it likes
+        server.until(lambda: server.service.worker.waiting_tokens == 80)
+        status, body, _ = server.ask("POST", "/v1/completions", {"prompt": [1] * 30})
+        assert status == 429 and body["error"]["code"] == "queue_tokens"
+        clients.append(server.open({"prompt": [1] * 10}))
+        server.until(lambda: server.service.worker.waiting_tokens == 90)
+        stop.set()
+        server.until(server.is_at_rest)
+        for client in clients:
+            client.close()
+
+
+def test_an_engine_that_fails_fails_all_requests():
+    begun = threading.Event()
+
+    def step(running):
+        if len(running) < 3:
+            return [token(number) for number in running]
+        assert begun.wait(20)
+        raise RuntimeError("a chip has failed")
+
+    with serving(lambda: Puppet(step)) as server:
+        stream = server.open(BODY | {"stream": True})
+        read_some(stream)
+        others = [server.open(BODY), server.open(BODY)]
+        server.until(lambda: len(server.service.worker.tickets) == 3)
+        begun.set()
+        told = b"".join(iter(lambda: stream.recv(4096), b""))
+        assert b'data: {"error":' in told and b"[DONE]" not in told
+        for client in others:
+            assert client.recv(4096).startswith(b"HTTP/1.1 500 ")
+            client.close()
+        server.thread.join(20)
+        assert str(server.service.worker.failure) == "a chip has failed" and not server.failures
+        stream.close()
+
+
+@pytest.mark.parametrize("how", ["stuck", "empty", "undelivered"])
+def test_a_stalled_engine_is_seen_by_what_it_delivers(how, caplog):
+    """A thread that hangs, one that steps without a token, and one whose tokens do not arrive."""
+    hold, steps = threading.Event(), itertools.count()
+
+    def step(running):
+        next(steps)
+        if how == "stuck":
+            hold.wait(30)
+        time.sleep(0.001)
+        return [] if how == "empty" else [token(number) for number in running]
+
+    with serving(lambda: Puppet(step), stall=1.0) as server:
+        if how == "undelivered":
+            server.service.worker._deliver = lambda step: None
+        client = server.open({"prompt": [5], "max_tokens": 400})
+        time.sleep(0.3)
+        assert server.ask("GET", "/health")[0] == 200
+        others = []
+        while server.service.worker.failure is None and len(others) < 6:  # new ones do not make it look alive
+            others.append(server.open({"prompt": [5], "max_tokens": 400}))
+            time.sleep(0.3)
+        assert client.recv(4096).startswith(b"HTTP/1.1 500 ")
+        assert "no token" in str(server.service.worker.failure)
+        server.thread.join(20)
+        assert not server.thread.is_alive() and next(steps) > 0
+        hold.set()
+        for other in [client, *others]:
+            other.close()
+
+
+def test_what_the_engine_refuses_is_the_clients_mistake(server):
+    for stream in (False, True):
+        status, body, _ = server.ask("POST", "/v1/completions", {"prompt": [5, 999], "stream": stream})
+        assert status == 400 and "999" in body["error"]["message"]
+    server.until(server.is_at_rest)
+
+
+def test_a_long_wait_has_signs_of_life():
+    hold = threading.Event()
+    engine = Puppet(lambda running: [token(number, "stop") for number in running] if hold.wait(0.02) else [])
+    with serving(lambda: engine, keep_alive=0.05) as server:
+        client = server.open({"prompt": [5], "stream": True})
+        content = b""
+        while content.count(b": keep-alive\n\n") < 2:
+            content += client.recv(4096)
+        assert content.startswith(b"HTTP/1.1 200 ") and b"begin" in content
+        hold.set()
+        while b"[DONE]" not in content:
+            content += client.recv(4096)
+        assert json.loads(content.split(b"data: ")[-2].split(b"\n")[0])["ids"] == [7]
+        client.close()
