@@ -289,6 +289,28 @@ def test_nothing_of_an_answer_is_html(page):
     assert page.evaluate(blocked) == "TypeError"
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a **b " * 4000,
+        "_a " * 6000,
+        "[" * 20000,
+        "[a](" * 5000,
+        "".join("`" * (i % 300 + 1) + "a" for i in range(2000)),
+        "*" + "a**b**" * 5000,
+        ">" * 20000,
+        "\n".join("  " * i + "- x" for i in range(300)),
+        "|" + "-" * 20000 + "|x\n|" + "-" * 20000 + " x",
+        "* " * 10000 + "x",
+    ],
+    ids=range(10),
+)
+def test_no_text_takes_long(page, text):
+    """Each took less than a third of a second; a rule that backtracks takes minutes."""
+    taken = "text => { const start = performance.now(); render(document.createElement('div'), text);"
+    assert page.evaluate(taken + " return performance.now() - start; }", text) < 10_000
+
+
 def test_tool_calls_and_what_they_return(page, server):
     page.get_by_role("button", name="Settings").click()
     tools = [{"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}]
