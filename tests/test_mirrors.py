@@ -36,6 +36,7 @@ ELSEWHERE = {
     "serve/params.py": "tests/serve/test_chat.py",
     "serve/samples.py": "tests/serve/test_chat.py and test_completions.py count and list tokens",
     "serve/spoken.py": "tests/serve/test_chat.py",
+    "serve/ticket.py": "tests/serve/test_worker.py",
     "serve/tools.py": "tests/serve/test_chat.py",
     "sizes.py": "tests/generation/test_api.py, in the sizes of pieces",
     "tokenizer_files.py": "tests/test_tokenizer.py",

@@ -4,6 +4,7 @@ import argparse
 import importlib.util
 import ipaddress
 import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -57,6 +58,8 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    from ..generation.hosts import is_follower
+
     if missing := [name for name in NEEDED if importlib.util.find_spec(name) is None]:
         raise SupportError(f"{missing[0]} is not installed, which serving needs: pip install 'smollm3-jax[serve]'")
     keys = _keys(args)
@@ -65,6 +68,8 @@ def run(args: argparse.Namespace) -> int:
     if not 0 <= args.drain_timeout < 1e6:
         raise OptionError(f"--drain-timeout is {args.drain_timeout}; it must be a number of seconds, 0 or more")
     join_if_asked(args)
+    if is_follower():  # process 0 drains, and then says that it is over
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
     with opened(args) as model:
         if model is not None:
             _serve(args, keys, *model)

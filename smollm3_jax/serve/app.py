@@ -8,7 +8,6 @@ import logging
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 from starlette.applications import Starlette
@@ -23,7 +22,8 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from .errors import ApiError
 from .guards import Guard, read_json
 from .job import Job, Server
-from .texts import detokenize, tokenize
+from .models import detokenize, model_body, models_body, tokenize
+from .page import page
 from .ticket import Ticket
 from .worker import Worker
 
@@ -34,10 +34,6 @@ KEEP_ALIVE_SECONDS = 15.0
 THREADS = 2  # that render templates and tokenize
 EVENTS = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")]
 EVENTS += [(b"x-accel-buffering", b"no")]  # or nginx holds them back
-PAGE = Path(__file__).with_name("page.html")
-# It has its script and style in it, and asks this server alone.
-PAGE_POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; connect-src 'self'; "
-PAGE_POLICY += "img-src 'self' data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 KINDS = {"/v1/chat/completions": "chat", "/v1/completions": "completions", "/v1/responses": "responses"}
 
 
@@ -67,6 +63,7 @@ class Service:
         self.metrics, self.started, self.draining = worker.metrics, int(time.time()), False
         self.pool = ThreadPoolExecutor(THREADS, thread_name_prefix="texts")
         self.answering = 0  # requests whose answer is not sent yet
+        self._texts = 0
         self.metrics.watch(self._running, lambda: len(worker.tickets) - self._running(), self._usage)
 
     def _running(self) -> int:
@@ -90,33 +87,16 @@ class Service:
           ApiError: 400, 429 or 503.
         """
         if self.status != "ready":
-            raise ApiError(
-                503,
-                f"the server takes no requests: it is {self.status}",
-                type="server_error",
-                code=self.status,
-                headers=RETRY_AFTER,
-            )
+            message = f"the server takes no requests: it is {self.status}"
+            raise ApiError(503, message, code=self.status, headers=RETRY_AFTER)
         places = self.settings.slots + self.settings.max_queue
         if samples > places:
             raise ApiError(400, f"{samples} answers are asked for, and this server takes at most {places} at a time")
         if self.worker.samples + samples > places:
-            raise ApiError(
-                429,
-                f"the queue is full: {self.worker.samples} answers are under way or wait; try again later",
-                type="rate_limit_error",
-                code="queue_full",
-                headers=RETRY_AFTER,
-            )
+            raise _full(f"{self.worker.samples} answers are under way or wait", "queue_full")
         waiting = self.worker.waiting_tokens
         if waiting and waiting + tokens > self.settings.max_queue_tokens:
-            raise ApiError(
-                429,
-                f"the queue is full: prompts of {waiting:,} tokens wait; try again later",
-                type="rate_limit_error",
-                code="queue_tokens",
-                headers=RETRY_AFTER,
-            )
+            raise _full(f"prompts of {waiting:,} tokens wait", "queue_tokens")
 
     def place(self, ticket: Ticket, job: Job) -> None:
         """Gives a ticket what its body asks for, if there is a place for all of it."""
@@ -130,10 +110,28 @@ class Service:
             ticket.samples = samples
         ticket.requests, ticket.tokens = job.requests, tokens
 
+    async def texts(self, function: Callable[[Any, Server], Any], body: Any) -> Any:
+        """What tokenizes without the model: as many wait for a thread as the queue has places.
+
+        Raises:
+          ApiError: 429, or what the function raises.
+        """
+        if self._texts >= self.settings.slots + self.settings.max_queue:
+            raise _full(f"{self._texts} texts wait to be tokenized", "queue_full")
+        self._texts += 1
+        try:
+            return await self.off_the_loop(function, body, self.server)
+        finally:
+            self._texts -= 1
+
     async def off_the_loop(self, function: Callable[..., Any], *args: Any, **options: Any) -> Any:
         """Calls it in one of the few threads that render and tokenize."""
         call = functools.partial(function, *args, **options)
         return await asyncio.get_running_loop().run_in_executor(self.pool, call)
+
+
+def _full(what: str, code: str) -> ApiError:
+    return ApiError(429, f"the queue is full: {what}; try again later", code=code, headers=RETRY_AFTER)
 
 
 class Generate:
@@ -146,10 +144,7 @@ class Generate:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         service, worker = self.service, self.service.worker
         service.admit()
-        try:
-            body = await read_json(Request(scope, receive))
-        except ClientDisconnect:
-            return
+        body = await read_json(Request(scope, receive))
         service.admit()
         ticket = worker.receive()
         service.answering += 1
@@ -257,36 +252,27 @@ def _routes(service: Service) -> Iterable[Route]:
         return Response(service.metrics.text(), media_type="text/plain; version=1.0.0; charset=utf-8")
 
     async def models(request: Request) -> Response:
-        return _json({"object": "list", "data": [_model(service)]})
+        return _json(models_body(service.server, service.started))
 
     async def model(request: Request) -> Response:
         if (name := request.path_params["name"]) != service.server.name:
             raise ApiError(404, f"there is no model {name[:100]!r} here", param="model", code="model_not_found")
-        return _json(_model(service))
+        return _json(model_body(service.server, service.started))
 
     async def tokens(request: Request) -> Response:
-        body = await read_json(request)
-        return _json(await service.off_the_loop(tokenize, body, service.server, service.parse))
+        return _json(await service.texts(tokenize, await read_json(request)))
 
     async def text(request: Request) -> Response:
-        body = await read_json(request)
-        return _json(await service.off_the_loop(detokenize, body, service.server))
+        return _json(await service.texts(detokenize, await read_json(request)))
 
-    async def page(request: Request) -> Response:
-        if not PAGE.is_file():
-            raise HTTPException(404)
-        headers = {"Content-Security-Policy": PAGE_POLICY, "Cache-Control": "no-cache"}
-        return Response(PAGE.read_bytes(), 200, headers, "text/html; charset=utf-8")
+    async def chat_page(request: Request) -> Response:
+        body, headers = page()
+        return Response(body, 200, headers)
 
-    yield from (Route("/health", health), Route("/ready", ready), Route("/metrics", metrics), Route("/", page))
+    yield from (Route("/health", health), Route("/ready", ready), Route("/metrics", metrics), Route("/", chat_page))
     yield Route("/tokenize", tokens, methods=["POST"])
     yield Route("/detokenize", text, methods=["POST"])
     yield from (Route("/v1/models", models), Route("/v1/models/{name:path}", model))
-
-
-def _model(service: Service) -> dict[str, Any]:
-    of = {"id": service.server.name, "object": "model", "created": service.started, "owned_by": "smollm3-jax"}
-    return of | {"max_model_len": service.server.context}
 
 
 def make_app(service: Service) -> ASGIApp:
@@ -300,12 +286,15 @@ def make_app(service: Service) -> ASGIApp:
         service.metrics.rejected.labels(reason(error)).inc()
         return _json(error.body(), error.status, error.headers)
 
+    async def nobody(request: Request, error: Exception) -> None:
+        """The client has left before all of its body was there."""
+
     settings = service.settings
     middleware = [Middleware(Guard, refuse, settings.keys, settings.hosts, settings.origins)]
     if settings.origins:
         own: dict[str, Any] = {"allow_methods": ["GET", "POST"], "allow_headers": ["*"]}
         middleware.insert(0, Middleware(CORSMiddleware, allow_origins=settings.origins, **own))
-    handlers = {ApiError: refuse, HTTPException: refuse, Exception: refuse}
+    handlers: dict[Any, Any] = {ApiError: refuse, HTTPException: refuse, ClientDisconnect: nobody, Exception: refuse}
     return Starlette(routes=list(_routes(service)), middleware=middleware, exception_handlers=handlers)
 
 

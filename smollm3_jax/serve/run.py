@@ -128,9 +128,10 @@ def serve(
         stop, loop = asyncio.Event(), asyncio.get_running_loop()
 
         def on_signal(number: int) -> None:
-            if stop.is_set() or not service.worker.ready:
-                # A thread that compiles or computes cannot be interrupted.
-                end_now(128 + number if stop.is_set() else 0)
+            if stop.is_set():
+                end_now(128 + number)
+            if not service.worker.ready:  # a thread that compiles cannot be interrupted
+                end_now(0 if service.worker.failure is None else 3)
             log.info(
                 "draining: what is under way ends, for at most %.0f s; a second signal ends at once", drain_timeout
             )

@@ -140,6 +140,37 @@ def test_a_second_signal_ends_it_at_once(tiny):
 
 
 @pytest.mark.slow
+def test_two_processes_are_one_server(tiny):
+    """What both answer together is what one answers; the second ends when the first has drained."""
+    body = {"prompt": [5, 6, 7], "max_tokens": 20, "temperature": 1.0, "seed": 3}
+
+    def text(port: int) -> str:
+        return json.loads(ask(port, "/v1/completions", body)[1])["choices"][0]["text"]
+
+    mesh = ("--slots", "2", "--mesh", "tensor=2")
+    with started(tiny, *mesh, XLA_FLAGS="--xla_force_host_platform_device_count=2") as (_, port):
+        alone = text(port)
+    with listen("127.0.0.1", 0) as own:
+        coordinator = f"127.0.0.1:{own.getsockname()[1]}"
+    job = (*mesh, "--coordinator", coordinator, "--processes", "2", "--process")
+    command = [sys.executable, "-m", "smollm3_jax", "serve", str(tiny), "--port", "0", *job, "1"]
+    # Processes compile together, and must all do so.
+    one = {"XLA_FLAGS": "--xla_force_host_platform_device_count=1", "JAX_ENABLE_COMPILATION_CACHE": "false"}
+    with subprocess.Popen(command, env=os.environ | one, stderr=subprocess.PIPE, text=True) as second:
+        try:
+            with started(tiny, *job, "0", **one) as (first, port):
+                assert text(port) == alone
+                time.sleep(15)  # longer than processes that wait for each other are given
+                assert text(port) == alone
+                for process in (second, first):
+                    process.terminate()
+                assert first.wait(60) == 0
+            assert second.wait(60) == 0
+        finally:
+            second.kill()
+
+
+@pytest.mark.slow
 def test_the_demo_model_from_its_start_to_its_end(demo_folder):
     """A conversation with a real model, by curl's means and by OpenAI's client."""
     import openai

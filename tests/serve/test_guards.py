@@ -1,6 +1,7 @@
 """Whom the server talks to, and what it reads of a request."""
 
 import json
+from typing import Any
 
 import pytest
 from serving import HEAD, Puppet, serving, token
@@ -22,14 +23,19 @@ def server():
 
 @pytest.fixture(scope="module")
 def locked():
-    options = {"keys": ["secret", "other"], "hosts": ["models.example"], "origins": ["https://page.example"]}
+    options: dict[str, Any] = {
+        "keys": ["secret", "other"],
+        "hosts": ["models.example"],
+        "origins": ["https://page.example"],
+    }
     with serving(engine, **options) as it:
         yield it
 
 
 def test_without_the_key_only_signs_of_life_and_the_page_are_open(locked):
     assert [locked.ask("GET", path)[0] for path in ("/health", "/ready")] == [200, 200]
-    assert locked.ask("GET", "/")[0] in (200, 404)
+    status, text, headers = locked.ask("GET", "/")
+    assert status == 200 and "<script>" in text and "default-src 'none'" in headers["content-security-policy"]
     for path in ("/metrics", "/v1/models", "/openapi.json", "/nothing", "/health/"):
         assert locked.ask("GET", path)[0] == 401
     for given in ("Bearer wrong", "Bearer secret2", "Bearer ", "Basic secret", "secret", "Bearer secre\u00e9"):

@@ -1,11 +1,15 @@
 """OpenAI's Python client against a server on a socket, with a tiny model that says random words."""
 
 import concurrent.futures
+import json
+import threading
 
 import openai
 import pytest
-from serving import serving, tiny_engine, tiny_server
+from serving import HEAD, serving, tiny_engine, tiny_server
 
+from smollm3_jax.serve import app
+from smollm3_jax.serve.errors import ApiError
 from smollm3_jax.serve.job import parse
 
 ASKED = [{"role": "user", "content": "w5 w6 w7"}]
@@ -91,8 +95,6 @@ def test_an_error_in_mid_stream_is_raised(running, client, monkeypatch):
     stream = client.chat.completions.create(model="tiny", messages=ASKED, max_tokens=400, stream=True)
     chunks = iter(stream)
     next(chunks)
-    from smollm3_jax.serve.errors import ApiError
-
     worker = running.service.worker
     for ticket in list(worker.tickets):
         running.loop.call_soon_threadsafe(worker.fail, ticket, ApiError(500, "a chip has failed"))
@@ -108,3 +110,17 @@ def test_tokens_there_and_back(running):
     asked = {"messages": ASKED, "chat_template_kwargs": {"enable_thinking": False}}
     assert running.ask("POST", "/tokenize", asked, **key)[1]["tokens"] == [8, 5, 6, 7]
     assert running.ask("POST", "/detokenize", {"tokens": [5, 6]}, **key)[1] == {"prompt": "w5 w6"}
+
+
+def test_texts_that_wait_to_be_tokenized_are_bounded(running, monkeypatch):
+    key, hold = {"Authorization": "Bearer secret"}, threading.Event()
+    monkeypatch.setattr(app, "tokenize", lambda body, server: hold.wait(20) and {})
+    content = json.dumps({"prompt": "w5"}).encode()
+    head = HEAD.replace(b"/v1/completions", b"/tokenize") + b"Authorization: Bearer secret\r\n"
+    clients = [running.connect(head + f"Content-Length: {len(content)}\r\n\r\n".encode() + content) for _ in range(68)]
+    running.until(lambda: running.service._texts == 68)
+    status, body, headers = running.ask("POST", "/tokenize", {"prompt": "w5"}, **key)
+    assert (status, body["error"]["code"]) == (429, "queue_full") and "retry-after" in headers
+    assert running.ask("GET", "/health")[0] == 200
+    hold.set()
+    assert all(client.recv(100).startswith(b"HTTP/1.1 200 ") for client in clients)
