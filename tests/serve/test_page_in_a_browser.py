@@ -81,6 +81,7 @@ def call(name: str, arguments: str, number: int = 0) -> dict[str, Any]:
 
 # The last message -> the events of its answer, where a number is a pause in seconds; or what a 400 says.
 SCRIPT: dict[str, Any] = {
+    "busy": "The queue is full.",
     "too long": "The maximum context length is 8 tokens.",
     "think": [
         chunk(role="assistant", content=""),
@@ -150,7 +151,8 @@ class StandIn:
         text = body["messages"][-1]["content"]
         events = SCRIPT.get(text, [chunk(content=f"You said: {text}"), chunk("stop"), usage(4), "[DONE]"])
         if isinstance(events, str):
-            return JSONResponse({"error": {"message": events}}, 400)
+            busy = {"Retry-After": "2"} if text == "busy" else {}
+            return JSONResponse({"error": {"message": events}}, 429 if busy else 400, busy)
         return StreamingResponse(self.frames(events), media_type="text/event-stream")
 
     async def frames(self, events: list[Any]) -> AsyncIterator[bytes]:
@@ -341,6 +343,7 @@ def test_tool_calls_and_what_they_return(page, server):
         ("break", "Half an ans", "The engine has failed."),
         ("cut", "Half an ans", "The connection ended before the answer did."),
         ("too long", "", "The maximum context length is 8 tokens."),
+        ("busy", "", "The queue is full. Try again after 2 s."),
     ],
 )
 def test_errors_stand_below_what_had_come(page, monkeypatch, text, answer, error):
