@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 
 from .rules import LOGICAL_AXES, Sharding
 
@@ -19,7 +20,7 @@ class ArraySpec:
     """An array's shape, dtype, and the logical axis of each of its dimensions; None is one that is never split."""
 
     shape: tuple[int, ...]
-    dtype: Any
+    dtype: DTypeLike
     axes: tuple[str | None, ...]
 
     @property
@@ -28,7 +29,7 @@ class ArraySpec:
         return math.prod(self.shape) * jnp.dtype(self.dtype).itemsize
 
 
-def spec(dtype: Any, **axes: int) -> ArraySpec:
+def spec(dtype: DTypeLike, **axes: int) -> ArraySpec:
     """From lengths by logical axis; a name that is no logical axis is a dimension that is never split."""
     names = tuple(name if name in LOGICAL_AXES else None for name in axes)
     return ArraySpec(tuple(axes.values()), jnp.dtype(dtype), names)

@@ -17,9 +17,11 @@ from typing import Any, NamedTuple, overload
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax import Array
 from jax.core import Tracer
+from jax.typing import DTypeLike
 
 from sharding.rules import Sharding, platform_of
 
@@ -34,7 +36,7 @@ from .rms_norm import norm_for, rms_norm, widened
 class Block(nnx.Module):
     """The parameters of all layers, stacked, or of one. `axes` names the dimensions."""
 
-    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, dtype: Any):
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, dtype: DTypeLike):
         def normal(name: str, *axes: str, contracted: int = 1) -> Weight:
             return _weight(config, f"layers.{name}", ("layers", *axes), rngs, dtype, contracted)
 
@@ -79,7 +81,7 @@ class SmolLM3(nnx.Module):
         config: ModelConfig,
         *,
         rngs: nnx.Rngs,
-        dtype: Any = jnp.float32,
+        dtype: DTypeLike = jnp.float32,
         generation_config: GenerationConfig | None = None,
         sharding: Sharding | None = None,
     ):
@@ -174,12 +176,12 @@ class SmolLM3(nnx.Module):
         return norm(out.x_BTD, self.norm[...], self.config.rms_norm_eps), out.cache
 
     @property
-    def dtype(self) -> Any:
+    def dtype(self) -> np.dtype:
         """Of the activations."""
         return self.norm.dtype
 
     @property
-    def cache_dtype(self) -> Any:
+    def cache_dtype(self) -> np.dtype:
         """What a quantized checkpoint asks its cache to be; the activations' dtype where it does not."""
         quantization = self.config.quantization
         return self.dtype if quantization is None else jnp.dtype(quantization.cache or self.dtype)
@@ -340,7 +342,7 @@ def unstacked(model: SmolLM3) -> SmolLM3:
     return out
 
 
-def _in_dtype(weights: Block, dtype: Any) -> Block:
+def _in_dtype(weights: Block, dtype: DTypeLike) -> Block:
     """Weights that are not quantized, in the activations' dtype, which they have but where training leaves it to us."""
 
     def is_quantized(x: Any) -> bool:
@@ -406,7 +408,7 @@ def _embed(model: SmolLM3, tokens_BT: Array) -> Array:
 
 
 def _weight(
-    config: ModelConfig, name: str, axes: tuple[str, ...], rngs: nnx.Rngs, dtype: Any, contracted: int = 1
+    config: ModelConfig, name: str, axes: tuple[str, ...], rngs: nnx.Rngs, dtype: DTypeLike, contracted: int = 1
 ) -> Weight:
     shape = [config.axis_sizes[axis] for axis in axes]
     weight = nnx.Param(config.initializer_range * jax.random.normal(rngs.params(), shape, dtype), axes=axes)

@@ -21,6 +21,7 @@ import smollm3_jax as s3
 from smollm3_jax import compile_cache
 from smollm3_jax.compile_cache import Compilations, compilations, enable
 from smollm3_jax.generation.api import complete
+from smollm3_jax.generation.engine import Engine
 from smollm3_jax.generation.requests import Request
 
 ROOT = Path(__file__).parents[1]
@@ -446,20 +447,18 @@ def test_generate_compiles_nothing_after_the_first_time(model):
 
 @pytest.mark.slow
 def test_slots_compile_nothing_after_the_first_time(model):
-    """Sequences of every kind side by side, as they come and go."""
-    enable()
-
-    def run_all(*requests: Request) -> None:
-        complete(model, requests, max_slots=4, capacity=64)
-
-    first = s3.SamplingParams(max_new_tokens=1, n=2, prompt_logprobs=True)
-    # (A step after one in which a sequence ended gives its slot back.)
-    run_all(Request([5, 9], first), Request([5, 9], s3.SamplingParams(max_new_tokens=20, ignore_eos=True)))
+    """Sequences of every kind side by side, as they come and go, and begin alike."""
+    engine = Engine(model, slots=4, context=128, piece_sizes=(16, 64), prefix_tokens=256)
+    before = compilations()
+    engine.warm_up()
     warm = compilations()
-    for shift in range(2):
+    assert sum(warm) - sum(before) <= 12
+    for shift in (0, 0, 1):
         requests = [
-            Request(list(range(3, 4 + 2 * i + shift)), s3.SamplingParams(max_new_tokens=5 + 4 * i, **params))
+            Request([3] * shift + list(range(3, 4 + 12 * i)), s3.SamplingParams(max_new_tokens=20, **params))
             for i, params in enumerate(PARAMS)
         ]
-        run_all(*requests)
-    assert compilations() == warm
+        for request in requests:
+            engine.submit(request)
+        list(engine.drain())
+    assert engine.prefix_hits and compilations() == warm

@@ -9,6 +9,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from smollm3_jax.config import ModelConfig
+from smollm3_jax.tokenizer import Tokenizer, build_tokenizer
 from smollm3_jax.weights.key_map import hf_tensors
 
 BASE: dict[str, Any] = {
@@ -170,6 +171,33 @@ def tiny_checkpoint(folder: Path, name: str = "plain", seed: int = 0, dtype: str
 def random_tokens(raw: dict[str, Any], batch: int, length: int, seed: int = 0) -> np.ndarray:
     """int32 [batch, length], padding ids included."""
     return np.random.RandomState(seed).randint(0, raw["vocab_size"], (batch, length)).astype(np.int32)
+
+
+def letters() -> Tokenizer:
+    """A tokenizer of 103 tokens: what ASCII can print, a line break, an end, and SmolLM3's tags."""
+    import tokenizers
+    from tokenizers import decoders, models, pre_tokenizers
+
+    alphabet = [
+        *map(chr, range(33, 127)),
+        "\u0120",
+        "\u010a",
+    ]  # a space and a line break, as byte-level spelling has them
+    backend = tokenizers.Tokenizer(models.BPE(vocab={char: i for i, char in enumerate(alphabet)}, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens(["<|im_end|>"])
+    backend.add_tokens(["<think>", "</think>", "<tool_call>", "</tool_call>", "<code>", "</code>"])
+    return build_tokenizer({"tokenizer.json": backend.to_str().encode()}, "")
+
+
+def letters_checkpoint(folder: Path) -> Path:
+    """A model of one layer with that tokenizer, and its end."""
+    tokenizer = letters()
+    raw = raw_config("one_layer") | {"eos_token_id": tokenizer.backend.token_to_id("<|im_end|>")}
+    write_checkpoint(folder, raw, random_tensors(raw))
+    tokenizer.backend.save(str(folder / "tokenizer.json"))
+    return folder
 
 
 def talking_checkpoint(folder: Path, **more: Any) -> Path:

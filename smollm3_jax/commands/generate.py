@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import dataclasses
 import io
 import json
 import logging
@@ -40,12 +41,14 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--stats", action="store_true", help="speed (a terminal always has it), and which programs ran")
     lookup_help = "greedy only: draft N tokens at a time from the text so far, and verify them at once"
     parser.add_argument("--lookup", type=int, default=0, metavar="N", help=lookup_help)
+    schema_help = "the answer keeps to this JSON schema, after its thinking (needs the extra serve)"
+    parser.add_argument("--json-schema", metavar="FILE", help=schema_help)
     add_sampling(parser)
     many = parser.add_argument_group(
         "many prompts (--input)",
-        'A line of the input may have an "id" and any sampling option for itself, such as "max_new_tokens": 9. A line '
-        "that cannot be run is answered with an error, and the exit code is then 3. A run that was stopped goes on "
-        "when the same command is given again.",
+        'A line of the input may have an "id", a "json_schema" and any sampling option for itself, such as '
+        '"max_new_tokens": 9. A line that cannot be run is answered with an error, and the exit code is then 3. A run '
+        "that was stopped goes on when the same command is given again.",
     )
     many.add_argument("--output", metavar="FILE", help="gets a JSON line for each, as they finish")
     many.add_argument("--slots", type=int, metavar="N", help="sequences side by side, a power of two (default: 16)")
@@ -86,6 +89,7 @@ def _generate(
     else:
         prompt, ends = tokenizer.encode(text, context=context), ()
     request = fitted_request(checkpoint.config, prompt, params, ends, fit=free)
+    request = dataclasses.replace(request, grammar=_grammar(args.json_schema))
     params = request.params
     check_request(checkpoint.config, checkpoint.generation_config, request, tokenizer, lookup=args.lookup)
     model = load()
@@ -164,11 +168,28 @@ def _prompt(args: argparse.Namespace) -> str:
         raise OptionError(f"the prompt of {of} cannot be read: {why(error)}") from None
 
 
+def _grammar(file: str | None) -> str | None:
+    """Of a file with a JSON schema."""
+    from ..generation.grammar import json_schema
+    from ..reading import read_file, why
+    from ..text_files import decode
+
+    if file is None:
+        return None
+    try:
+        schema = json.loads(decode(read_file(file, MOST_BYTES)))
+    except (OSError, ValueError, RecursionError) as error:
+        raise OptionError(f"the JSON schema of {file} cannot be read: {why(error)}") from None
+    return json_schema(schema)
+
+
 def _check_options_for_many(args: argparse.Namespace) -> None:
     if args.output is None:
         raise OptionError("--input needs --output, the file that the answers go to")
     if given := [name for name in ("json", "lookup", "system") if getattr(args, name)]:
         raise OptionError(f"--{given[0]} is for one prompt: leave it out with --input")
+    if args.json_schema is not None:
+        raise OptionError('--json-schema is for one prompt: with --input each line may have its "json_schema"')
 
 
 def _generate_many(

@@ -15,6 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from sharding.strategies import Rules
+
 from ..config import SMOLLM3_3B, ModelConfig
 from ..errors import CheckpointFormatError, OptionError
 from ..generation.api import generate
@@ -43,7 +45,7 @@ def verify_goldens(
     goldens: Mapping[str, Any] | None = None,
     *,
     mesh: Mesh | None = None,
-    rules: str | Mapping[str, Any] | None = None,
+    rules: str | Rules | None = None,
 ) -> dict[str, Any]:
     """Compares a checkpoint with golden values.
 

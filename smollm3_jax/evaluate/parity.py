@@ -14,6 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from sharding.strategies import Rules
+
 from ..errors import CheckpointFormatError, OptionError, SupportError
 from ..generation.api import generate
 from ..generation.sampling import SamplingParams
@@ -95,7 +97,7 @@ def verify(
     prompt: str | None = None,
     *,
     mesh: Mesh | None = None,
-    rules: str | Mapping[str, Any] | None = None,
+    rules: str | Rules | None = None,
 ) -> dict[str, Any]:
     """Compares a checkpoint with transformers on the same files, or with another checkpoint.
 
@@ -169,7 +171,9 @@ def _check_same_architecture(a: Checkpoint, b: Checkpoint) -> None:
             raise CheckpointFormatError(f"the two models cannot be compared: {field} is {x} in one, {y} in the other")
 
 
-def _run_ours(checkpoint: Checkpoint, tokens: list[int], count: int, mesh: Mesh | None, rules: Any) -> _Results:
+def _run_ours(
+    checkpoint: Checkpoint, tokens: list[int], count: int, mesh: Mesh | None, rules: str | Rules | None
+) -> _Results:
     with jax.default_matmul_precision("highest"):
         model: SmolLM3 = load(checkpoint, "float32", mesh, rules)
         ids = jnp.array([tokens], jnp.int32)

@@ -163,6 +163,13 @@ def copy(cache: KVCache, source: Array, slot: Array, *, sharding: Sharding | Non
     return copy_row(cache, source, slot, sharding)
 
 
+@functools.partial(jax.jit, static_argnames="sharding", donate_argnames="slots")
+def forbid(slots: Slots, forbidden_BW: Array, *, sharding: Sharding | None = None) -> Slots:
+    """Says which tokens may not come next, of each slot; see `SamplingState.forbidden`."""
+    choice = dataclasses.replace(slots.choice, forbidden=forbidden_BW)
+    return as_they_came(dataclasses.replace(slots, choice=choice), sharding)
+
+
 @functools.partial(jax.jit, donate_argnames=("cache", "slots"), compiler_options=COMPILER_OPTIONS)
 def decode(model: SmolLM3, cache: KVCache, slots: Slots, steps: Array) -> tuple[KVCache, Slots, DecodedTokens]:
     """Up to `steps` (at most MAX_STEPS) tokens for each active slot; ends early when none is left."""

@@ -30,7 +30,18 @@ from ..kv_cache import KVCache, cache_specs
 from ..model import SmolLM3, where_it_lies
 from ..sizes import power_of_two_from
 from ..tokenizer import Tokenizer, tokenizer_of
-from .device_loop import MAX_STEPS, DecodedTokens, PromptLogprobs, Slots, copy, decode, insert, prefill, slot_specs
+from .device_loop import (
+    MAX_STEPS,
+    DecodedTokens,
+    PromptLogprobs,
+    Slots,
+    copy,
+    decode,
+    forbid,
+    insert,
+    prefill,
+    slot_specs,
+)
 from .hosts import broadcast, broken, in_step, leads, spans_hosts
 from .prompt_lookup import decode_lookup, remember
 from .prompts import Prefixes, keep, pieces, reuse
@@ -198,6 +209,27 @@ class Engine:
         with in_step(), self._memory():
             return self._step()
 
+    def warm_up(self) -> None:
+        """Makes every program that requests can need, before the first of them."""
+        assert self.is_idle and self._submitted == 0
+        if self._leads:
+            broadcast({"kind": "warm up"})
+        zero, sharding = np.int32(0), self.model.sharding
+        with in_step(), self._stats.timed(), self._memory():
+            for size in self.piece_sizes:
+                tokens, count = np.zeros((2, size), np.int32), np.int32(size)
+                for logprobs in (False, True):
+                    place = self.model, self._cache, zero, zero
+                    self._cache, _ = prefill(*place, tokens[:1], tokens[1], count, logprobs=logprobs)
+            self._cache = copy(self._cache, zero, zero, sharding=sharding)
+            if self._pages is not None:
+                self._pages = keep(self._cache, self._pages, zero, zero, zero, sharding=sharding)
+                self._cache = reuse(self._cache, self._pages, zero, zero, zero, sharding=sharding)
+            self._place(0, self._nothing, 0)
+            if self._history is not None:
+                self._history = remember(self._history, zero, np.full(self.capacity, -1, np.int32))
+            self._decode()
+
     def close(self) -> None:
         """The last call, on process 0: lets the other processes leave the engine. Nothing may be asked of it after."""
         if self._leads and not broken():
@@ -242,7 +274,8 @@ class Engine:
 
     def _decode(self) -> DecodedTokens:
         if self._history is None:
-            arguments = (self.model, self._cache, self._state, np.int32(self.steps))
+            steps = self._keep_to_grammars()
+            arguments = (self.model, self._cache, self._state, np.int32(steps))
             self._cache, self._state, decoded = decode(*arguments)
             return jax.device_get(decoded)
         arguments = (self.model, self._cache, self._state, self._history, np.int32(self.steps))
@@ -250,6 +283,16 @@ class Engine:
         tried, kept = jax.device_get(tally)
         self.drafted, self.accepted = self.drafted + int(tried), self.accepted + int(kept)
         return DecodedTokens(jax.device_get(tokens), None, None, None)
+
+    def _keep_to_grammars(self) -> int:
+        """Tells the device what each sequence may say next; how many tokens a call may have, which is then 1."""
+        rows = {slot: x.matcher.forbidden() for slot, x in self._running.items() if x.matcher is not None}
+        if rows:
+            forbidden = np.zeros(self._state.choice.forbidden.shape, np.int32)
+            for slot, row in rows.items():
+                forbidden[slot] = row
+            self._state = forbid(self._state, forbidden, sharding=self.model.sharding)
+        return 1 if rows else self.steps
 
     def _admit(self) -> None:
         """Puts prompts into free slots, piece by piece; while anything decodes, at most `prefill_tokens` and what the
@@ -363,5 +406,8 @@ def follow(model: SmolLM3, tokenizer: Tokenizer | None = None) -> None:
         elif said["kind"] == "step":
             assert engine is not None
             engine.follow(said["events"])
+        elif said["kind"] == "warm up":
+            assert engine is not None
+            engine.warm_up()
         else:
             engine = None

@@ -1,9 +1,9 @@
 """Many prompts from a file: one JSON object a line goes in, one a line comes out, and what is done stays done.
 
-An input line is {"prompt": "..."} or {"messages": [...]}, with an "id" of any kind if wanted, and any field of
-SamplingParams for this line alone. Its answer is written when it is finished, so answers come in any order; the
-"index", the number of the input line from 0, says which it is. A line that cannot be run is answered with an
-"error", and the others go on. Blank lines have no answer.
+An input line is {"prompt": "..."} or {"messages": [...]}, with an "id" of any kind if wanted, a "json_schema" that its
+answer keeps to, and any field of SamplingParams for this line alone. Its answer is written when it is finished, so
+answers come in any order; the "index", the number of the input line from 0, says which it is. A line that cannot be run
+is answered with an "error", and the others go on. Blank lines have no answer.
 
 Every answer carries a digest of its input line and of all settings that it depends on. So a run that was
 stopped, in whatever way, goes on where it was, and cannot go on with another input, model or options.
@@ -30,6 +30,7 @@ from ..nesting import check_depth
 from ..progress import busy, tally
 from ..tokenizer import Tokenizer
 from .api import stream
+from .grammar import json_schema
 from .requests import Completion, Request, chat_ends, check_request, fitted
 from .sampling import SamplingParams
 from .stats import Stats
@@ -242,13 +243,14 @@ class Batch:
         tokenizer: Tokenizer,
         context: int | None = None,
     ) -> Request:
-        given = {name: value for name, value in fields.items() if name not in ("id", "prompt", "messages")}
+        own = ("id", "prompt", "messages", "json_schema")
+        given = {name: value for name, value in fields.items() if name not in own}
         if unknown := [name for name in given if name not in SAMPLING_FIELDS]:
             close = difflib.get_close_matches(unknown[0], SAMPLING_FIELDS, n=1)
             meant = f"; did you mean {close[0]}?" if close else ""
             raise OptionError(
                 f"the field {unknown[0]!r} is unknown{meant}; a line has prompt or messages, and may have id, "
-                + ", ".join(SAMPLING_FIELDS)
+                + ", ".join(("json_schema", *SAMPLING_FIELDS))
             )
         if ("prompt" in fields) == ("messages" in fields):
             raise OptionError('a line needs one of "prompt" and "messages"')
@@ -266,7 +268,9 @@ class Batch:
             messages = [{"role": "user", "content": prompt}]
         ids, ends = self._encode(model.config, tokenizer, prompt, messages)
         fit = self.fit and "max_new_tokens" not in given
-        return fitted_request(model.config, ids, params, ends, fit=fit, context=context)
+        grammar = json_schema(fields["json_schema"]) if "json_schema" in fields else None
+        request = fitted_request(model.config, ids, params, ends, fit=fit, context=context)
+        return dataclasses.replace(request, grammar=grammar)
 
     def _encode(
         self, config: ModelConfig, tokenizer: Tokenizer, prompt: Any, messages: Any

@@ -10,6 +10,7 @@ import numpy as np
 from ..config import GenerationConfig, ModelConfig
 from ..errors import OptionError
 from ..tokenizer import Tokenizer
+from .grammar import check_grammar
 from .prompt_lookup import MAX_DRAFT, can_draft
 from .sampling import MAX_STOP_IDS, SamplingParams
 
@@ -19,15 +20,15 @@ class Request:
     """A prompt, as text or token ids, and how to continue it.
 
     ends: ids that end it beside the model's own, unless params.ignore_eos; see `chat_ends`.
-    grammar: None, or what the answer must be, after any thinking that it begins with; see `grammar`.
     cache_salt: beginnings of prompts are shared among requests of one salt; it changes no answer.
+    grammar: what the answer keeps to after its thinking, in the words of `grammar`; None is any text.
     """
 
     prompt: Sequence[int] | str
     params: SamplingParams = dataclasses.field(default_factory=SamplingParams)
     ends: Sequence[int] = ()
-    grammar: str | None = None
     cache_salt: str = ""
+    grammar: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,15 +155,19 @@ def check_request(
     params.check_ids(config.vocab_size)
     if not 0 <= lookup <= MAX_DRAFT:
         raise OptionError(f"lookup is {lookup}; it must be from 0 (off) to {MAX_DRAFT}")
-    if lookup and not can_draft(params):
+    if lookup and not (can_draft(params) and request.grammar is None):
         raise OptionError(
             "prompt lookup verifies greedy decoding: it needs temperature 0, and takes no penalties, logit_bias, "
-            "logprobs or max_thinking_tokens"
+            "logprobs, max_thinking_tokens or grammar"
         )
     if tokenizer is None and params.stop:
         raise OptionError("stop texts need a tokenizer; give one, or use stop_token_ids")
     if params.max_thinking_tokens is not None and -1 in think_ids(tokenizer):
         raise OptionError("max_thinking_tokens needs a tokenizer that has <think> and </think> as tokens")
+    if request.grammar is not None:
+        if not end_ids(config, generation_config, request):
+            raise OptionError("an answer that keeps to a grammar needs a token to end with; leave out ignore_eos")
+        check_grammar(request.grammar, tokenizer)
     if len(stop_ids(config, generation_config, request, tokenizer)) > MAX_STOP_IDS:
         raise OptionError(f"stop_token_ids: with the model's own, a sequence has at most {MAX_STOP_IDS}")
 
@@ -171,13 +176,17 @@ def stop_ids(
     config: ModelConfig, generation_config: GenerationConfig, request: Request, tokenizer: Tokenizer | None
 ) -> tuple[int, ...]:
     """All ids that end a request, each once: the model's own and the request's, and stop texts that are one token."""
-    params = request.params
-    ends = () if params.ignore_eos else (*generation_config.eos_token_id, *request.ends)
-    ends = [token for token in ends if token < config.vocab_size]  # what has no row is never chosen
+    params, ends = request.params, end_ids(config, generation_config, request)
     # A special token is not in the text, so that it would never be found there.
     special = [] if tokenizer is None else [tokenizer.special_id(stop) for stop in params.stop]
     found = [token for token in special if token is not None and token < config.vocab_size]
     return tuple(dict.fromkeys([*ends, *params.stop_token_ids, *found]))
+
+
+def end_ids(config: ModelConfig, generation_config: GenerationConfig, request: Request) -> tuple[int, ...]:
+    """Those of them that the model says by itself where its answer is over."""
+    ends = () if request.params.ignore_eos else (*generation_config.eos_token_id, *request.ends)
+    return tuple(token for token in ends if token < config.vocab_size)  # what has no row is never chosen
 
 
 def think_ids(tokenizer: Tokenizer | None) -> tuple[int, int]:
@@ -196,10 +205,11 @@ def begins_thinking(tokenizer: Tokenizer | None, prompt: Sequence[Any]) -> bool:
 def as_json(request: Request) -> dict[str, Any]:
     """A request whose prompt is ids, ready for JSON; `from_json` makes it again."""
     params = dataclasses.asdict(request.params) | {"logit_bias": list(request.params.logit_bias.items())}
-    rest = {"ends": list(request.ends), "cache_salt": request.cache_salt}
-    return {"prompt": list(request.prompt), "params": params} | rest
+    own = {"ends": list(request.ends), "cache_salt": request.cache_salt, "grammar": request.grammar}
+    return {"prompt": list(request.prompt), "params": params} | own
 
 
 def from_json(content: Mapping[str, Any]) -> Request:
     params = content["params"] | {"logit_bias": {token: value for token, value in content["params"]["logit_bias"]}}
-    return Request(content["prompt"], SamplingParams(**params), tuple(content["ends"]), content["cache_salt"])
+    rest = {"cache_salt": content["cache_salt"], "grammar": content["grammar"]}
+    return Request(content["prompt"], SamplingParams(**params), tuple(content["ends"]), **rest)

@@ -7,7 +7,8 @@ import numpy as np
 from ..model import SmolLM3
 from ..tokenizer import Tokenizer
 from .device_loop import PromptLogprobs, Slots
-from .requests import Delta, Logprob, Request, begins_thinking, stop_ids, think_ids
+from .grammar import Matcher
+from .requests import Delta, Logprob, Request, end_ids, stop_ids, think_ids
 from .sampling import MAX_STOP_IDS, SamplingState
 
 
@@ -20,6 +21,16 @@ class Sequence:
         self.prompt = request.prompt
         self.vocab_size = model.config.vocab_size
         self.stop_ids = stop_ids(model.config, model.generation_config, request, tokenizer)
+        self.think_ids = think_ids(tokenizer)
+        ends = end_ids(model.config, model.generation_config, request)
+        # A prompt may end inside the thinking that its template opened; what came up in earlier turns does not count.
+        begins = next((i + 1 for i in reversed(range(len(self.prompt))) if self.prompt[i] in ends), 0)
+        turn = self.prompt[begins:]
+        self.thinking = next((i for i in reversed(turn) if i in self.think_ids), None) == self.think_ids[0]
+        self.matcher: Matcher | None = None
+        if request.grammar is not None:
+            assert tokenizer is not None  # `check_request` was here
+            self.matcher = Matcher(request.grammar, tokenizer, self.vocab_size, ends, self.think_ids, turn)
         # Of a request's samples the first has them.
         self.wants_prompt = request.params.prompt_logprobs and sample == 0
         self.cached_tokens: int | None = 0
@@ -33,7 +44,6 @@ class Sequence:
     def slot(self) -> Slots:
         """Its state on the device, without the leading B."""
         params, prompt = self.request.params, self.prompt
-        opens, closes = think_ids(self.tokenizer)
         budget = params.max_thinking_tokens
         return Slots(
             token=np.int32(prompt[-1]),
@@ -41,8 +51,8 @@ class Sequence:
             generated=np.int32(0),
             limit=np.int32(params.max_new_tokens),
             stop_ids=np.array([*self.stop_ids, *[-1] * (MAX_STOP_IDS - len(self.stop_ids))], np.int32),
-            think_ids=np.array([opens, closes], np.int32),
-            thinking=np.bool_(begins_thinking(self.tokenizer, prompt)),
+            think_ids=np.array(self.think_ids, np.int32),
+            thinking=np.bool_(self.thinking),
             think_left=np.int32(-1 if budget is None else budget),
             choice=SamplingState.of(params, prompt, self.sample, self.vocab_size),
         )
@@ -69,8 +79,11 @@ class Sequence:
             stops = token in self.stop_ids
             self._decode(None if stops else token)
             if stops or self._meets_stop_text():
-                reason, count = "stop", i + 1
+                cut_short = self.matcher is not None and self.matcher.failed
+                reason, count = "length" if cut_short else "stop", i + 1
                 break
+            if self.matcher is not None:
+                self.matcher.take(token)
         if reason is None and len(self.tokens) >= self.request.params.max_new_tokens:
             reason = "length"
         if reason is not None:

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
-from jax.stages import Compiled
+from jax.stages import Compiled, Wrapped
 
 from sharding import hlo
 from sharding.hardware import CHIPS, CUDNN_VERSION, GIB, GPU_TARGETS, Chip, chip_of
@@ -101,7 +101,7 @@ def sharding_for(
 
 
 def compile_for(
-    function: Any,
+    function: Wrapped,
     *arguments: Any,
     sharding: Sharding,
     compiler_options: Mapping[str, Any] | None = None,

@@ -165,10 +165,12 @@ def _on_device(
     first = jax.lax.axis_index(vocab_axes) * words if vocab_axes else 0
     multiply = functools.partial(jax.lax.dot_general, preferred_element_type=jnp.float32)
 
-    def over_words(reduce: Any, x: Array) -> Array:
+    def over_words(reduce: Callable[[Array, tuple[str, ...]], Array], x: Array) -> Array:
         return reduce(x, vocab_axes) if vocab_axes else x
 
-    def logit_gradient(logits_tV: Array, first: Any, normalizer_t: Array, labels_t: Array, weights_t: Array) -> Array:
+    def logit_gradient(
+        logits_tV: Array, first: Array | int, normalizer_t: Array, labels_t: Array, weights_t: Array
+    ) -> Array:
         said_tV = jnp.arange(logits_tV.shape[1], dtype=jnp.int32)[None] == (labels_t - first)[:, None]
         share_tV = jnp.exp(logits_tV - normalizer_t[:, None]) * (1 + 2 * z_loss * normalizer_t)[:, None]
         return _weighted(share_tV - said_tV.astype(jnp.float32), weights_t[:, None]).astype(x_BTD.dtype)

@@ -9,7 +9,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import pytest
-from tiny import raw_config, talking_checkpoint
+from tiny import letters_checkpoint, raw_config, talking_checkpoint
 
 import smollm3_jax as s3
 from smollm3_jax.commands.main import main
@@ -134,6 +134,22 @@ def test_options_reach_the_sampler(talking, capsys):
     assert stopped["token_ids"] == plain[: plain.index(plain[3]) + 1] and stopped["finish_reason"] == "stop"
     stopped = answer(capsys, *common, "--stop", "never", "--stop", f" w{plain[2]}")
     assert stopped["text"] == f" w{plain[0]} w{plain[1]}" and stopped["finish_reason"] == "stop"
+
+
+def test_an_answer_keeps_to_a_schema(capsys, tmp_path):
+    model, schema = letters_checkpoint(tmp_path / "m"), tmp_path / "schema.json"
+    schema.write_text('{"enum": [[1], [2]]}')
+    common = ("--model", model, "--prompt", "ab", "--max-new-tokens", 60, "--json-schema", schema)
+    got = answer(capsys, *common, "--temperature", 0, "--max-thinking-tokens", 3)
+    assert json.loads(got["text"].split("</think>")[-1]) in ([1], [2]) and got["finish_reason"] == "stop"
+    schema.write_text('{"uniqueItems": true}')
+    assert main(["generate", *map(str, common)]) == 2
+    assert "uniqueItems cannot be kept by a grammar" in capsys.readouterr().err
+    schema.write_text("{")
+    assert main(["generate", *map(str, common)]) == 2
+    assert "schema.json cannot be read" in capsys.readouterr().err
+    assert main(["generate", str(model), "--input", "x", "--output", "y", "--json-schema", str(schema)]) == 2
+    assert "with --input each line" in capsys.readouterr().err
 
 
 def test_prompts_from_files(talking, capsys, tmp_path, monkeypatch):

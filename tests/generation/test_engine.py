@@ -1,23 +1,33 @@
 """The engine: what a request is answered is what it is answered alone, whatever else comes, waits and is cancelled."""
 
 import functools
+import json
 from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import random_tokens, raw_config, tiny_checkpoint
+from tiny import letters, random_tokens, raw_config, tiny_checkpoint
 
 import smollm3_jax as s3
 from smollm3_jax.config import GenerationConfig
 from smollm3_jax.errors import OptionError
 from smollm3_jax.generation import engine as module
+from smollm3_jax.generation.device_loop import decode
 from smollm3_jax.generation.engine import Engine
+from smollm3_jax.generation.grammar import json_schema
 from smollm3_jax.generation.requests import Completion, Delta, Request
 
 CONTEXT, SLOTS, PIECES = 100, 2, (16, 32)
 LENGTHS = (1, 3, 17, 40, 70)  # in pieces of 32: none, one, one, two, three
+LETTERS = letters()
+END, OPEN, CLOSE = (LETTERS.backend.token_to_id(tag) for tag in ("<|im_end|>", "<think>", "</think>"))
+GRAMMARS = [
+    json_schema({"enum": ["abcdefgh", 12, [None]]}),
+    json_schema({"type": "array", "items": {"type": "integer"}}),
+]
 
 
 @pytest.fixture(scope="module")
@@ -29,8 +39,9 @@ def model(tmp_path_factory) -> s3.SmolLM3:
 
 @functools.cache
 def request(kind: int) -> Request:
-    """Greedy ones and draws, of five lengths, some of several samples, some with log-probabilities."""
+    """Greedy ones and draws, of five lengths, some of several samples, with log-probabilities or grammars."""
     length = LENGTHS[kind % len(LENGTHS)]
+    grammar = GRAMMARS[kind % len(GRAMMARS)] if kind % 3 == 1 else None
     params = s3.SamplingParams(
         max_new_tokens=5 + 7 * (kind % 3),
         temperature=0.8 * (kind % 2),
@@ -39,12 +50,20 @@ def request(kind: int) -> Request:
         logprobs=1,
         prompt_logprobs=kind % 3 == 0,
     )
-    return Request(random_tokens(raw_config("one_layer"), 1, length, seed=kind)[0].tolist(), params)
+    tokens = random_tokens(raw_config("one_layer"), 1, length, seed=kind)[0].tolist()
+    return Request(tokens, params, ends=() if grammar is None else (END,), grammar=grammar)
 
 
 def engine(model: s3.SmolLM3, prefill_tokens: int | None = 1, **options) -> Engine:
     return Engine(
-        model, slots=SLOTS, context=CONTEXT, steps=4, prefill_tokens=prefill_tokens, piece_sizes=PIECES, **options
+        model,
+        tokenizer=LETTERS,
+        slots=SLOTS,
+        context=CONTEXT,
+        steps=4,
+        prefill_tokens=prefill_tokens,
+        piece_sizes=PIECES,
+        **options,
     )
 
 
@@ -173,3 +192,67 @@ def test_drafts_beside_a_prompt_that_goes_in(model):
         own.submit(one)
         (expected,) = collected(own.drain()).values()
         assert np.array_equal(found[number, 0].token_ids, expected.token_ids)
+
+
+def answered(model: s3.SmolLM3, prompt: str, schema: dict, **params: Any) -> Completion:
+    own = engine(model)
+    settings = s3.SamplingParams(**{"max_new_tokens": 40, **params})
+    own.submit(Request(LETTERS.encode(prompt), settings, ends=(END,), grammar=json_schema(schema)))
+    (found,) = collected(own.drain()).values()
+    return found
+
+
+@pytest.mark.parametrize("temperature", [0.0, 2.0])
+def test_an_answer_keeps_to_its_grammar_and_ends(model, temperature):
+    """With the model's own log-probabilities, of tokens that it would not have chosen."""
+    schema = {"enum": ["abc", "abd", [1, 2]]}
+    found = answered(model, "x</think>\n", schema, temperature=temperature, logprobs=1, max_new_tokens=90)
+    assert found.text in ('"abc"', '"abd"') or json.loads(found.text) == [1, 2]
+    assert found.finish_reason == "stop" and found.token_ids[-1] == END and found.logprobs is not None
+    assert (
+        all(one.logprob <= one.top[0][1] for one in found.logprobs)
+        and found.logprobs[0].token_id != found.logprobs[0].top[0][0]
+    )
+
+
+def test_what_does_not_fit_is_cut_off(model):
+    found = answered(model, "</think>\n", {"enum": ["a" * 60]}, max_new_tokens=9)
+    assert (found.text, found.finish_reason) == ('"aaaaaaaa', "length")
+
+
+@pytest.mark.parametrize("prompt", ["Hm<think>", "Hm"])
+def test_thinking_comes_before_the_grammar(model, prompt):
+    """Inside it no end is chosen, though it is likelier than all else; the budget closes it."""
+    bias = {END: 1000.0} | ({OPEN: 50.0} if prompt == "Hm" else {})  # which lets the answer open it by itself
+    found = answered(model, prompt, {"enum": [7]}, max_thinking_tokens=5, logit_bias=bias)
+    opened = [OPEN] * (prompt == "Hm")
+    thought = found.token_ids[len(opened) : len(opened) + 5]
+    assert found.token_ids[: len(opened)] == opened and END not in thought and CLOSE not in thought
+    rest = found.token_ids[len(opened) + 5 :]
+    assert rest[0] == CLOSE and LETTERS.decode(rest[1:]).lstrip("\n") == "7" and rest[-1] == END
+    assert found.finish_reason == "stop"
+
+
+def test_nothing_is_compiled_for_grammars_but_their_mask(model):
+    schema = {"enum": ["abc"]}
+    answered(model, "</think>", schema)
+    before = decode._cache_size()
+    shared = engine(model)
+    shared.submit(request(0))
+    shared.step()
+    shared.submit(request(4))
+    collected(shared.drain())
+    assert decode._cache_size() == before
+
+
+def test_grammars_that_cannot_be_kept_are_refused_at_once(model):
+    grammar, greedy = json_schema({}), s3.SamplingParams(max_new_tokens=5)
+    one = Request([5], greedy, ends=(END,), grammar=grammar)
+    with pytest.raises(OptionError, match=r"prompt lookup .* or grammar"):
+        engine(model, lookup=4).submit(one)
+    with pytest.raises(OptionError, match="needs a token to end with"):
+        engine(model).submit(Request([5], greedy, grammar=grammar))
+    with pytest.raises(OptionError, match="the grammar cannot be kept"):
+        engine(model).submit(Request([5], greedy, ends=(END,), grammar="start: nothing"))
+    with pytest.raises(OptionError, match="a grammar needs a tokenizer"):
+        Engine(model, slots=SLOTS, context=CONTEXT).submit(one)

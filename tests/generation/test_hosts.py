@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny import talking_checkpoint
+from tiny import letters_checkpoint, talking_checkpoint
 
 import smollm3_jax as s3
 from smollm3_jax.generation import hosts
@@ -41,10 +41,11 @@ def test_alone_there_is_nobody_to_tell():
 )
 def test_a_request_survives_the_way_to_another_process(prompt, bias, seed, temperature):
     params = s3.SamplingParams(logit_bias=bias, seed=seed, temperature=temperature, stop=["end"], stop_token_ids=[4])
-    request = Request(prompt, params, (7,))
+    request = Request(prompt, params, (7,), "start: /[a-z]/")
     there = from_json(json.loads(json.dumps(as_json(request))))
     assert json.dumps(as_json(there)) == json.dumps(as_json(request))  # lists and tuples are one there
     assert there.params.logit_bias == bias and there.prompt == prompt and there.ends == (7,)
+    assert there.grammar == request.grammar
 
 
 def free_port() -> int:
@@ -138,6 +139,26 @@ def test_many_prompts(model, tmp_path):
     assert [[code for code, *_ in one] for one in outcomes] == [[3], [3, 0]], outcomes
     one, two = (sorted((tmp_path / f"{n}.jsonl").read_text().splitlines()) for n in (1, 2))
     assert one == two and len(one) == len(LINES)
+
+
+@pytest.mark.slow
+def test_answers_that_keep_to_schemas(tmp_path):
+    """Each process finds for itself which token may come next."""
+    model, file = letters_checkpoint(tmp_path / "m"), tmp_path / "in.jsonl"
+    schemas = [{"enum": ["abc", "abd", 12]}, {"type": "string", "pattern": "^[xyz]{3,6}$"}]
+    lines = [
+        {"prompt": "ab", "json_schema": schema, "temperature": 1.5, "n": 2, "max_thinking_tokens": 5}
+        for schema in schemas
+    ]
+    file.write_text("".join(json.dumps(line) + "\n" for line in [*lines, {"prompt": "xyz", "max_new_tokens": 30}]))
+    words = ("generate", str(model), "--input", str(file), "--slots", "2", "--max-tokens", "40", "--output")
+    outcomes = [outcome(n, *words, str(tmp_path / f"{n}.jsonl")) for n in (1, 2)]
+    assert [[code for code, *_ in one] for one in outcomes] == [[0], [0, 0]], outcomes
+    one, two = (sorted((tmp_path / f"{n}.jsonl").read_text().splitlines()) for n in (1, 2))
+    assert one == two
+    texts = [[sample["text"].split("</think>")[-1] for sample in json.loads(line)["samples"]] for line in one[:2]]
+    assert all(json.loads(text) in ("abc", "abd", 12) for text in texts[0]), texts
+    assert all(set(json.loads(text)) <= {*"xyz"} for text in texts[1]), texts
 
 
 @pytest.mark.slow

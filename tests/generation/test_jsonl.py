@@ -134,6 +134,8 @@ BAD = {
     '{"prompt": "w5", "temperature": "1"}': "temperature is '1'; it must be a number",
     '{"prompt": "w5", "presence_penalty": 1e300}': "a number that float32 can hold",
     '{"prompt": "w5", "max_thinking_tokens": 3}': "max_thinking_tokens",
+    '{"prompt": "w5", "json_schema": {"not": {}}}': "the JSON schema: not cannot be kept by a grammar",
+    '{"prompt": "w5", "json_schema": {}}': "no grammar can be kept with this model's tokenizer",
     '{"messages": []}': "messages must be a list",
     '{"messages": [{"role": "king", "content": "w5"}]}': "messages[0].role",
     '{"prompt": "w5", "x": ' + "[" * 600 + "]" * 600 + "}": "nested deeper than 100 levels",

@@ -6,12 +6,14 @@ import numpy as np
 import pytest
 from flax import nnx
 from jax.sharding import Mesh
-from tiny import raw_config
+from tiny import letters, raw_config
 
 import smollm3_jax as s3
 from sharding.rules import Sharding
 from smollm3_jax.generation import prompts
 from smollm3_jax.generation.api import complete
+from smollm3_jax.generation.device_loop import decode
+from smollm3_jax.generation.grammar import json_schema
 from smollm3_jax.generation.requests import Request
 from smollm3_jax.kv_cache import empty_cache
 from smollm3_jax.model import with_sharding
@@ -20,9 +22,17 @@ SMALL = {"num_key_value_heads": 4, "num_hidden_layers": 2, "no_rope_layers": [1,
 CONFIG = s3.ModelConfig.from_hf(raw_config("untied") | SMALL)
 PROMPTS = np.random.RandomState(0).randint(3, 160, (2, 70))
 COMMON = {"max_new_tokens": 12, "logprobs": 0, "ignore_eos": True}
+LETTERS = letters()
+END = LETTERS.backend.token_to_id("<|im_end|>")
 REQUESTS = [
     Request(PROMPTS[0].tolist(), s3.SamplingParams(**COMMON, n=2, temperature=0.7, top_p=0.9, seed=7)),
     Request(PROMPTS[1][:33].tolist(), s3.SamplingParams(**COMMON, repetition_penalty=1.1)),
+    Request(
+        LETTERS.encode("Which?</think>\n"),
+        s3.SamplingParams(max_new_tokens=12, logprobs=0, temperature=1.0),
+        ends=(END,),
+        grammar=json_schema({"enum": ["abc", "xyz"]}),
+    ),
 ]
 
 
@@ -43,7 +53,9 @@ def build(sharding):
 def outcome(sharding, cache_dtype):
     """Tokens, their log-probabilities, and logits: in pieces with a cache, then of the whole."""
     model, tokens = build(sharding), jnp.asarray(PROMPTS[:, :24])
-    done = complete(model, REQUESTS, cache_dtype=cache_dtype)
+    programs = decode._cache_size()
+    done = complete(model, REQUESTS, tokenizer=LETTERS, cache_dtype=cache_dtype)
+    assert decode._cache_size() <= programs + 1 and done[-1].text in ('"abc"', '"xyz"')
     logits, cache = [], empty_cache(CONFIG, 2, 32, jnp.dtype("float32"), sharding)
     for start, end in ((0, 13), (13, 14), (14, 20)):
         some, cache = model(tokens[:, start:end], cache=cache)

@@ -147,6 +147,37 @@ def test_slots_with_all_kinds_of_parameters_do_not_touch_each_other():
     assert int(together[4]) == 1
 
 
+def forbidding(choice: SamplingState, *allowed: list[int] | None) -> SamplingState:
+    """The same with grammars that have these ids alone next; None is no grammar."""
+    rows = [np.zeros(VOCAB, bool) if ids is None else ~np.isin(np.arange(VOCAB), ids) for ids in allowed]
+    bits = np.packbits(np.pad(rows, ((0, 0), (0, -VOCAB % 32))), axis=1, bitorder="little")
+    return dataclasses.replace(choice, forbidden=jnp.asarray(bits.view(np.int32)))
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(0, 2**32 - 1), st.sets(st.integers(0, VOCAB - 1), min_size=1), st.booleans())
+def test_grammars_hold_back_what_they_do_not_have(seed, allowed, draws):
+    """The likeliest of the others is chosen, or it is drawn from them; whoever has no grammar does not notice."""
+    logits = np.random.RandomState(seed).standard_normal((2, VOCAB)).astype(np.float32) * 3
+    steps, ids = jnp.array([3, 4]), sorted(allowed)
+    params = SamplingParams(temperature=float(draws), top_p=0.7, seed=seed)
+    plain = choice_of((params, [2], [3]), (params, [2], [3]))
+    got = choose(logits, forbidding(plain, ids, None), steps)
+    assert int(got[1]) == int(choose(logits, plain, steps)[1])
+    logits[0, [token for token in range(VOCAB) if token not in allowed]] = -np.inf
+    assert int(got[0]) == int(choose(logits, plain, steps)[0]) and int(got[0]) in allowed
+
+
+def test_a_grammar_is_kept_by_a_token_that_is_suppressed():
+    """If it has no other."""
+    logits = jnp.asarray(np.random.RandomState(4).standard_normal((1, VOCAB)), jnp.float32)
+    for temperature in (0.0, 1.0):
+        params = SamplingParams(temperature=temperature, suppress_tokens=[7, 33])
+        choice = choice_of((params, [2], []))
+        assert int(choose(logits, forbidding(choice, [33]), jnp.zeros(1, jnp.int32))[0]) == 33
+        assert int(choose(logits, forbidding(choice, [9, 33]), jnp.zeros(1, jnp.int32))[0]) == 9
+
+
 def test_log_probabilities_are_the_definition():
     logits = jnp.asarray(np.random.RandomState(3).standard_normal((2, VOCAB)), jnp.float32)
     expected = np.asarray(jax.nn.log_softmax(logits, axis=-1))

@@ -2,14 +2,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import rounding
 
 from smollm3_jax.train import loss as loss_module
 from smollm3_jax.train.loss import cross_entropy, next_tokens
 
 ROWS, LENGTH, WIDTH, WORDS = 3, 37, 16, 50
-# Two float32 sums of as many terms, of one sign and each within a rounding, in any order: a logit's products, a row's
-# exponentials, all tokens. Terms of several signs are within the same share of the largest.
-ROUNDING = 2 * (WIDTH + WORDS + ROWS * LENGTH) * 2.0**-24
 
 
 @pytest.fixture
@@ -22,12 +20,8 @@ def arrays():
     return x, head, labels, mask
 
 
-def plain(x, head, labels, mask, z_loss):
-    """The definition, with all logits at once."""
-    logits = jnp.einsum("BTD,VD->BTV", x, head, precision="highest")
-    normalizer = jax.nn.logsumexp(logits, axis=-1)
-    nll = normalizer - jnp.take_along_axis(logits, labels[..., None], axis=-1)[..., 0]
-    return jnp.where(mask, nll + z_loss * normalizer**2, 0).sum(), jnp.where(mask, nll, 0).sum()
+def flat(x, head, labels, mask):
+    return x.reshape(-1, WIDTH), head, labels.reshape(-1), mask.reshape(-1)
 
 
 @pytest.mark.parametrize("z_loss", [0.0, 1e-2])
@@ -35,25 +29,31 @@ def plain(x, head, labels, mask, z_loss):
 @pytest.mark.parametrize("by_words", [False, True])
 def test_sums_and_gradients_are_those_of_the_definition(arrays, z_loss, tokens, by_words, monkeypatch):
     monkeypatch.setattr(loss_module, "CPU_LOGIT_BYTES", 4 * WORDS * tokens)
+    bounded = rounding.cross_entropy(*flat(*arrays), z_loss)
+
+    def off(x, head, labels, mask):
+        """By how much of what is allowed the sums and gradients are off."""
+
+        def chunked(x, head):
+            return cross_entropy(x, head, labels, mask, z_loss=z_loss, by_words=by_words)
+
+        sums, gradients = jax.value_and_grad(chunked, argnums=(0, 1), has_aux=True)(x, head)
+        return rounding.worst((*sums, gradients[0].reshape(-1, WIDTH), gradients[1]), bounded)
+
     x, head, labels, mask = arrays
-
-    def chunked(x, head):
-        return cross_entropy(x, head, labels, mask, z_loss=z_loss, by_words=by_words)
-
-    (total, nll), gradients = jax.value_and_grad(chunked, argnums=(0, 1), has_aux=True)(x, head)
-    (expected, expected_nll), wanted = jax.value_and_grad(
-        lambda x, head: plain(x, head, labels, mask, z_loss), argnums=(0, 1), has_aux=True
-    )(x, head)
-    np.testing.assert_allclose([total, nll], [expected, expected_nll], rtol=ROUNDING)
-    np.testing.assert_allclose(chunked(x, head), (total, nll), rtol=ROUNDING)
-    for got, want in zip(gradients, wanted, strict=True):
-        np.testing.assert_allclose(got, want, atol=ROUNDING * float(jnp.abs(want).max()), rtol=0)
+    assert max(off(x, head, labels, mask)) <= 1
+    without_gradients = cross_entropy(x, head, labels, mask, z_loss=z_loss, by_words=by_words)
+    assert max(rounding.worst(without_gradients, bounded[:2])) <= 1
+    # What is a little wrong is not: the label of one token of 111, a head of 14 bits.
+    assert mask[0, 1] and min(off(x, head, labels.at[0, 1].add(1), mask)) > 1
+    assert min(off(x, head * jnp.float32(1 + 2.0**-14), labels, mask)) > 1
 
 
 def test_gradients_scale_with_what_comes_from_above(arrays):
+    """Each is rounded once when it is multiplied by 3, on either side."""
     x, head, labels, mask = arrays
     one, three = (jax.grad(lambda x, k=k: k * cross_entropy(x, head, labels, mask)[0])(x) for k in (1, 3))
-    np.testing.assert_allclose(3 * one, three, atol=ROUNDING * float(jnp.abs(three).max()), rtol=0)
+    np.testing.assert_allclose(3 * one, three, rtol=2 * rounding.FLOAT32)
 
 
 @pytest.mark.parametrize("by_words", [False, True])

@@ -117,13 +117,14 @@ def test_a_micro_batch_that_is_not_finite_is_left_out(batch):
         )
         return leaves(state), metrics
 
+    # The same program, on the other micro-batch's rows and on padding, to which no gradient comes: the same bits.
     got, metrics = step(tokens.at[1, 3].set(7), batch.segment_ids, two)
-    want, alone = step(tokens[::2], batch.segment_ids[::2], FLOAT32)  # the rows of the other micro-batch
-    assert (metrics["bad"], alone["bad"]) == (1, 0)
-    # The mean over the other micro-batch's 2 rows of 24 tokens, which two programs may add in another order.
-    np.testing.assert_allclose(metrics["loss"], alone["loss"], rtol=2 * 48 * 2.0**-24)
-    for a, b in zip(got, want, strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+    want, alone = step(tokens, batch.segment_ids.at[1::2].set(0), two)
+    whole, _ = step(tokens, batch.segment_ids, two)
+    assert (metrics.pop("bad"), alone.pop("bad")) == (1, 0)
+    assert jax.device_get(metrics) == jax.device_get(alone)
+    jax.tree.map(np.testing.assert_array_equal, got, want)
+    assert not any(np.array_equal(a, b) for a, b in zip(got[:-1], whole[:-1], strict=True) if a.ndim)
     before = leaves(init_state(new_model(config), optimizer))
     for options, bad in ((FLOAT32, 1), (two, 2)):
         after, metrics = step(tokens.at[:, 3].set(7), batch.segment_ids, options)
@@ -154,8 +155,9 @@ def test_the_embedding_does_not_decay_and_all_else_does(config, batch):
     norm = np.asarray(model.norm[...])
     state, _ = train_step(init_state(model, optimizer), nothing, optimizer=optimizer, options=FLOAT32)
     np.testing.assert_array_equal(state.model.embed[...], before["embed"])
-    np.testing.assert_allclose(state.model.layers.down[...], 0.95 * before["down"], rtol=1e-6)
-    np.testing.assert_allclose(state.model.norm[...], 0.95 * norm, rtol=1e-6)
+    # A twentieth, of three roundings, is taken off, and the rest rounded; on the other side 0.95 and a product are.
+    np.testing.assert_allclose(state.model.layers.down[...], 0.95 * before["down"], rtol=4 * 2.0**-24)
+    np.testing.assert_allclose(state.model.norm[...], 0.95 * norm, rtol=4 * 2.0**-24)
 
 
 def test_the_old_state_is_donated(config, batch):

@@ -1,18 +1,18 @@
 """What turns a document into token ids."""
 
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 
 from ...config import ModelConfig
 from ...errors import DataError, OptionError, SmolLM3Error
-from .records import BadRecord
+from ...tokenizer import Tokenizer
+from .records import BadRecord, Document
 
-Encode = Callable[[Any], np.ndarray]
+Encode = Callable[[Document], np.ndarray]
 
 
-def encoder(tokenizer: Any, config: ModelConfig) -> Encode:
+def encoder(tokenizer: Tokenizer, config: ModelConfig) -> Encode:
     """What turns a document into token ids: texts through the tokenizer, tokens as they are, checked.
 
     Raises:
@@ -28,7 +28,7 @@ def encoder(tokenizer: Any, config: ModelConfig) -> Encode:
     appended = len(whole) > len(bare) and whole[-1] in (*ends, tokenizer.eos_token_id)
     end = [] if appended else [ends[0]]
 
-    def encode(document: Any) -> np.ndarray:
+    def encode(document: Document) -> np.ndarray:
         if isinstance(document, str):
             try:
                 return np.asarray([*tokenizer.encode(document), *end], np.int32)

@@ -5,12 +5,13 @@ same rows follow on any number of hosts.
 """
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from ...errors import DataError
+from .encode import Encode
 from .records import BadRecord
 
 log = logging.getLogger(__name__)
@@ -32,7 +33,7 @@ class Rows:
         self,
         name: str,
         documents: Any,
-        encode: Callable[[Any], np.ndarray],
+        encode: Encode,
         *,
         order: Sequence[int] | Any,
         epoch: int,

@@ -16,10 +16,12 @@ from ..state import Batch
 from .mixture import Batches
 from .packing import EndOfData
 
+Made = tuple[int, Batch, dict[str, Any]]
+
 
 def prefetch(
     batches: Batches, start: int, stop: int, timeout: float, asked: Callable[[], bool], depth: int = 2
-) -> Generator[tuple[int, Batch, dict[str, Any]] | None, None, None]:
+) -> Generator[Made | None, None, None]:
     """(step, batch, the state of `batches` after it) of each step, made by a thread while the device works.
 
     Where it has to wait and `asked()` is true, it yields None instead.
@@ -33,10 +35,10 @@ def prefetch(
     Raises:
       DataError: the thread failed, or a batch did not come within `timeout` seconds: the thread is then abandoned.
     """
-    made: queue.Queue[Any] = queue.Queue(depth)
+    made: queue.Queue[Made | BaseException | None] = queue.Queue(depth)
     left = threading.Event()
 
-    def put(item: Any) -> None:
+    def put(item: Made | BaseException | None) -> None:
         while not left.is_set():
             try:
                 return made.put(item, timeout=0.2)

@@ -10,6 +10,7 @@ import itertools
 import json
 import logging
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -24,8 +25,9 @@ from .files import OptionNames, digest, is_compressed, name_ending, some
 from .json_records import spans
 
 log = logging.getLogger(__name__)
-# How many records a file has, and what reads one by its number: its text, or its token ids (int32).
-Records = tuple[int, Callable[[int], Any]]
+# A document is its text, or its token ids (int32); of a file, how many it has, and what reads one by its number.
+Document = str | np.ndarray
+Records = tuple[int, Callable[[int], Document]]
 
 # One at least of the first LOOKED_AT records must have the field of the text.
 LOOKED_AT = 100
@@ -39,7 +41,7 @@ class NoField(BadRecord):
     """A record that does not have the field."""
 
 
-def grain() -> Any:
+def grain() -> ModuleType:
     """The package grain, imported at its first use: nothing but corpora needs it.
 
     Raises:
@@ -76,7 +78,7 @@ def _readable(file: epath.Path) -> epath.Path:
     return copy
 
 
-def lacking(count: int, read: Callable[[int], Any]) -> BadRecord | None:
+def lacking(count: int, read: Callable[[int], Document]) -> BadRecord | None:
     """What is wrong with the first records if none can be read; that they lack the field goes before other reasons."""
     reasons = []
     for index in range(min(count, LOOKED_AT)):

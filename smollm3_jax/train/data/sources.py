@@ -9,7 +9,7 @@ import functools
 import itertools
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from etils import epath
@@ -20,7 +20,7 @@ from ...paths import is_remote
 from ...support import how_to_install
 from ..settings import Source
 from .files import OptionNames, digest, find_files, format_of, name_ending, refuse_pointer, relative, some
-from .records import OPENERS, NoField, lacking, text_of
+from .records import OPENERS, Document, NoField, Records, lacking, text_of
 
 log = logging.getLogger(__name__)
 # A corpus of more than WHOLE bytes, or in an object store, is compared by pieces of its long files: their length, and
@@ -31,9 +31,7 @@ WHOLE = 2**35
 class Documents:
     """len(documents) of them; documents[i] is a str, or an int32 array of token ids, or raises BadRecord."""
 
-    def __init__(
-        self, parts: Sequence[tuple[int, Callable[[int], Any]]], names: Sequence[str], paths: Sequence[epath.Path | str]
-    ):
+    def __init__(self, parts: Sequence[Records], names: Sequence[str], paths: Sequence[epath.Path | str]):
         """
         Args:
           parts: of each file, how many documents it has, and what reads one by its number.
@@ -46,7 +44,7 @@ class Documents:
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0
 
-    def __getitem__(self, index: int) -> Any:
+    def __getitem__(self, index: int) -> Document:
         if not 0 <= index < len(self):
             raise IndexError(index)
         part = bisect.bisect_right(self._ends, index)

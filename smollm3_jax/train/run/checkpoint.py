@@ -6,13 +6,12 @@ element leaves it as it was.
 """
 
 import contextlib
-import functools
 import hashlib
 import json
 import logging
 import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -36,6 +35,11 @@ _MULTIPLIERS = (0x9E3779B1, 0x85EBCA77)  # odd, of xxHash
 _NO_DAMAGE = ("RESOURCE_EXHAUSTED", "PERMISSION_DENIED", "UNAUTHENTICATED", "UNAVAILABLE", "DEADLINE_EXCEEDED")
 
 
+# Orbax measures how long a save takes on the machine's clock, which may jump, and gives up what took too long: no jump
+# is as long as a century. Nor are folders made in the background: waiting for them has a time-out that no option sets.
+_PATIENT = ocp.options.AsyncOptions(timeout_secs=100 * 365 * 86_400, create_directories_asynchronously=False)
+
+
 class Damaged(SmolLM3Error):
     """A checkpoint that cannot be used. Its text is the reason."""
 
@@ -52,9 +56,9 @@ class Checkpoints:
         self.folder, self._keep, self._keep_every = folder, keep, keep_every
         self.damaged: set[int] = set()  # steps that restoring found to be so: retention does not count them
         handlers = {"state": ocp.StandardCheckpointHandler(), "about": ocp.JsonCheckpointHandler()}
-        self._writer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler(**handlers))
-        self._hook = sys.unraisablehook
-        sys.unraisablehook = functools.partial(_without_late_writes, self._hook)
+        options = ocp.CompositeOptions(async_options=_PATIENT)
+        handler = ocp.CompositeCheckpointHandler(composite_options=options, **handlers)
+        self._writer = ocp.AsyncCheckpointer(handler, async_options=_PATIENT)
 
     def save(self, step: int, state: Any, about: Mapping[str, Any]) -> None:
         """Begins to write; returns when the arrays are on the host.
@@ -109,15 +113,23 @@ class Checkpoints:
             self._writer.close()
         except Exception as error:
             raise _failed(error) from error
-        finally:
-            sys.unraisablehook = self._hook
 
 
-def _without_late_writes(hook: Callable[[Any], Any], unraisable: Any) -> None:
-    """What Python says of errors that nobody can catch, less one: after a write has failed, and has been reported, the
-    other writes of the same save end when Orbax has closed the event loop that waited for them."""
-    if str(unraisable.exc_value) != "Event loop is closed":
-        hook(unraisable)
+@contextlib.contextmanager
+def without_late_writes() -> Iterator[None]:
+    """Of errors that nobody can catch Python tells, but not of one kind: after a write has failed, and has been
+    reported, the other writes of the same save end when Orbax has closed the event loop that waited for them."""
+    before = sys.unraisablehook
+
+    def hook(unraisable: "sys.UnraisableHookArgs") -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":
+            before(unraisable)
+
+    sys.unraisablehook = hook
+    try:
+        yield
+    finally:
+        sys.unraisablehook = before
 
 
 def _failed(error: Exception) -> TrainingError:

@@ -3,13 +3,13 @@
 import dataclasses
 import functools
 from pathlib import Path
-from typing import Any
 
 import jax
 from etils import epath
 
 from ...config import GenerationConfig, ModelConfig
 from ...errors import OptionError, TrainingError
+from ...model import SmolLM3
 from ...weights.key_map import abstract_model
 from ...weights.save import cast, check_target, tensors_of, write_folder
 from . import checkpoint as checkpoints
@@ -76,12 +76,12 @@ def names_in(folder: epath.Path) -> list[str]:
 
 
 @functools.partial(jax.jit, donate_argnums=0)
-def _running_mean(mean: Any, model: Any, count: Any) -> Any:
+def _running_mean(mean: SmolLM3, model: SmolLM3, count: int) -> SmolLM3:
     """Of `count` models, float32; `mean` is that of those before."""
     return jax.tree.map(lambda old, new: old + (new - old) / count, mean, model)
 
 
-def _model(folder: epath.Path, step: int) -> Any:
+def _model(folder: epath.Path, step: int) -> SmolLM3:
     """The model of a checkpoint, in the host's memory unless JAX_PLATFORMS leaves out the CPU."""
     about = checkpoints.read_about(folder, step)
     config = ModelConfig.from_hf(about["config"])

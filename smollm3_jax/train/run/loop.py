@@ -7,6 +7,7 @@ import contextlib
 import logging
 import time
 from collections.abc import Callable
+from types import TracebackType
 from typing import Any
 
 import jax
@@ -62,7 +63,7 @@ def train(
       SmolLM3Error, ShardingError: what is wrong, and the way out.
     """
     compile_cache.enable()
-    agree("settings or versions", [as_table(settings), version("smollm3-jax"), version("jax")])
+    agree("settings or versions", [as_table(settings), trainable, version("smollm3-jax"), version("jax")])
     stop = Stop()
     with stop.listening(), contextlib.ExitStack() as stack:
         with raise_everywhere():
@@ -82,7 +83,7 @@ def _train(run: Run, stop: Stop, allow_restart: bool, allow_changes: bool) -> di
     settings, progress = run.settings, run.progress
     ended = "done"
 
-    def close(kind: Any, error: BaseException | None, trace: Any) -> None:
+    def close(kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         why = "" if error is None else str(error) or type(error).__name__
         run.monitor.close(f"ended by an error: {why}" if why else ended, progress.step)
 
@@ -91,6 +92,7 @@ def _train(run: Run, stop: Stop, allow_restart: bool, allow_changes: bool) -> di
 
     with contextlib.ExitStack() as ends:
         ends.push(close)
+        ends.enter_context(checkpoint.without_late_writes())
         ends.callback(run.checkpoints.close)
         resumed = resume()
         if not resumed:
@@ -200,6 +202,7 @@ def _save(run: Run) -> None:
         "data": progress.data,
         "retries": progress.retries,
         "tokenizer": run.tokenizer_digest,
+        "trainable": run.trainable,
         "config": progress.state.model.config.to_hf(),
         "generation_config": progress.state.model.generation_config.to_hf(),
     }

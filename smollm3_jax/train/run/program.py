@@ -4,6 +4,8 @@ import contextlib
 from collections.abc import Iterator
 from typing import Any
 
+from jax.stages import Compiled
+
 from sharding.hardware import GIB
 from sharding.mesh import device_bytes
 
@@ -15,7 +17,7 @@ from ..step import train_step
 from .setup import Run
 
 
-def program_for(run: Run, number: int, stage: Stage, batch: Batch) -> Any:
+def program_for(run: Run, number: int, stage: Stage, batch: Batch) -> Compiled:
     """The step of a stage for batches of this shape, compiled once. It takes the state and a batch."""
     key = (number, batch.tokens.shape)
     if key not in run.programs:

@@ -8,8 +8,10 @@ from typing import Any
 
 from ...errors import TrainingError
 from ...job import raise_everywhere
+from ...weights.key_map import parameters
 from ..settings import as_table, stage_at
 from ..settings_file import parse
+from ..state import split
 from . import checkpoint
 from .checkpoint import Damaged
 from .setup import Run, state_like
@@ -63,7 +65,14 @@ def restore(run: Run, *, allow_restart: bool = False, allow_changes: bool = Fals
 
 
 def _compare(run: Run, about: Mapping[str, Any], allow_changes: bool) -> None:
-    """Raises TrainingError where settings, architecture or tokenizer differ: what changes what a step computes."""
+    """Raises TrainingError where what is trained, settings, architecture or tokenizer differ: what changes what a step
+    computes."""
+    before, now = about.get("trainable", run.trainable), run.trainable  # folders of before do not say
+    if _trained(run, before) != _trained(run, now):
+        raise TrainingError(
+            f"trainable is {now!r}, and the checkpoint was made with {before!r}, which trains other parameters: "
+            f"train(..., trainable={before!r}) goes on, another run.dir begins anew"
+        )
     number, stage = stage_at(run.settings, max(0, about["step"] - 1))
     config = config_in(run.shapes.config, stage).to_hf()
     own = {**as_table(run.settings), "config.json": config, "tokenizer.json": run.tokenizer_digest}
@@ -86,6 +95,11 @@ def _compare(run: Run, about: Mapping[str, Any], allow_changes: bool) -> None:
             f"the checkpoint was made with other settings: {'; '.join(differ[:10])}; --allow-changes goes on anyway"
         )
     log.warning("going on with other settings: %s", "; ".join(differ))
+
+
+def _trained(run: Run, trainable: str | None) -> set[str]:
+    trained = parameters(split(run.shapes, trainable)[0])
+    return {name for name, parameter in trained.items() if parameter.get_value() is not None}
 
 
 def _is_free(key: str) -> bool:

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import optax
 from etils import epath
 from flax import nnx
+from jax.stages import Compiled
 
 from sharding.mesh import DEFAULT_AXES, make_mesh, parse_axes
 from sharding.rules import Sharding
@@ -76,7 +77,7 @@ class Run:
     monitor: Monitor
     progress: Progress
     optimizers: dict[int, tuple[optax.GradientTransformation, optax.Schedule]] = dataclasses.field(default_factory=dict)
-    programs: dict[Any, Any] = dataclasses.field(default_factory=dict)
+    programs: dict[tuple[int, tuple[int, ...]], Compiled] = dataclasses.field(default_factory=dict)
 
     def optimizer(self, stage: int) -> tuple[optax.GradientTransformation, optax.Schedule]:
         """(AdamW, its learning rate) of a stage: where one begins with fresh moments, its schedule begins too."""

@@ -5,7 +5,7 @@ import logging
 import os
 import signal
 from collections.abc import Iterator
-from typing import Any
+from types import FrameType
 
 from ...job import gathered
 
@@ -18,7 +18,7 @@ class Stop:
     def __init__(self) -> None:
         self.asked = False
 
-    def __call__(self, number: int, frame: Any) -> None:
+    def __call__(self, number: int, frame: FrameType | None) -> None:
         if self.asked:
             os._exit(128 + number)
         self.asked = True

@@ -1,11 +1,12 @@
 import json
+from typing import cast
 
 import pytest
 import tiny
 
 import smollm3_jax as s3
 from smollm3_jax.errors import TokenizerError
-from smollm3_jax.tokenizer import load_tokenizer
+from smollm3_jax.tokenizer import Tokenizer, load_tokenizer
 from smollm3_jax.train.data.encode import encoder
 from smollm3_jax.train.data.records import BadRecord
 
@@ -21,7 +22,7 @@ def test_what_cannot_be_tokenized_is_a_bad_record():
 
     config = s3.ModelConfig.from_hf(tiny.raw_config("plain"))
     with pytest.raises(BadRecord, match="cannot be tokenized"):
-        encoder(Fussy(), config)("abc")
+        encoder(cast(Tokenizer, Fussy()), config)("abc")
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ def rows_of(documents, count, **options):
     order = options.pop("order", range(10**9))
     if options.get("epochs", 0) != 1:
         order = [k % count for k in range(1000)]
-    return Rows("toy", documents, lambda x: x, order=order, epoch=count, **options)
+    return Rows("toy", documents, np.asarray, order=order, epoch=count, **options)
 
 
 @given(DOCUMENTS, st.integers(1, 7))

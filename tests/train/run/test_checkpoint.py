@@ -2,6 +2,9 @@
 
 import json
 import shutil
+import sys
+from types import SimpleNamespace
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -51,6 +54,21 @@ def saved(folder, step=3, **arrays):
     checkpoints.save(step, {name: jnp.asarray(array) for name, array in arrays.items()}, {"data": {}})
     checkpoints.close()
     return epath.Path(folder)
+
+
+def test_errors_that_nobody_can_catch_are_told_of_but_for_one_kind(tmp_path, monkeypatch):
+    """Only while a run is under way: what is set up, and may fail before that, changes nothing of Python's."""
+    told = []
+    monkeypatch.setattr(sys, "unraisablehook", told.append)
+    before = sys.unraisablehook
+    Checkpoints(epath.Path(tmp_path))
+    assert sys.unraisablehook is before
+    kinds: list[Any] = [SimpleNamespace(exc_value=RuntimeError(text)) for text in ("Event loop is closed", "another")]
+    with pytest.raises(KeyError), checkpoint.without_late_writes():
+        for kind in kinds:
+            sys.unraisablehook(kind)
+        raise KeyError
+    assert told == kinds[1:] and sys.unraisablehook is before
 
 
 def test_another_dtype_or_shape_is_refused(tmp_path):

@@ -62,16 +62,18 @@ def test_what_is_no_about_at_all_is_damage_too(whole, place):
     same_end(run, whole)
 
 
-def test_a_clock_that_jumps_changes_nothing(whole, place):
-    """T12: back by an hour at every look at it. Forth is in test_monitor.py: there, Orbax gives a save up."""
-    (place / "clock").mkdir()
+@pytest.mark.parametrize("seconds", [-3600, 3600])
+def test_a_clock_that_jumps_changes_nothing(whole, place, seconds):
+    """T12: back or forth by an hour at every look at it, so during every save too."""
+    clock, run = place / f"clock{seconds}", place / f"clocked{seconds}"
+    clock.mkdir()
     jump = "import itertools, time\nnow, jumps = time.time, itertools.count()\n"
-    (place / "clock" / "sitecustomize.py").write_text(jump + "time.time = lambda: now() - 3600 * next(jumps)\n")
+    (clock / "sitecustomize.py").write_text(jump + f"time.time = lambda: now() + {seconds} * next(jumps)\n")
     env = environment()
-    env["PYTHONPATH"] = f"{place / 'clock'}{os.pathsep}{env['PYTHONPATH']}"
-    done = subprocess.run(command(place, place / "clocked"), env=env, capture_output=True, text=True)
+    env["PYTHONPATH"] = f"{clock}{os.pathsep}{env['PYTHONPATH']}"
+    done = subprocess.run(command(place, run), env=env, capture_output=True, text=True)
     assert done.returncode == 0 and "the machine's clock jumped by" in done.stderr, done.stderr
-    same_end(place / "clocked", whole)
+    same_end(run, whole)
 
 
 def test_a_dataset_shorter_than_a_batch(place):

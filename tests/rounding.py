@@ -1,0 +1,120 @@
+"""Formulas in float64, and how far a computation in fewer bits may lie from them.
+
+Bounds are of the first order: a sum of n products, in any order, is within n u of the products' sizes added up
+(N. Higham, Accuracy and Stability of Numerical Algorithms, section 3.1), u being float32's unit roundoff, in which sums
+are held; casting to the operands' dtype adds that dtype's. XLA's exp and log are within 4 u.
+
+Shapes: B batch, T query length, S key length, H query heads, E head width, N tokens, D model width, V vocabulary.
+"""
+
+from typing import Any
+
+import jax
+import numpy as np
+
+FLOAT32 = 2.0**-24
+UNIT = {"float32": FLOAT32, "bfloat16": 2.0**-8, "float16": 2.0**-11}
+
+Bounded = tuple[np.ndarray, np.ndarray]  # what is exact, and how far from it a result may be
+
+
+def within(got: Any, bounded: Bounded) -> float:
+    """The largest error as a share of what is allowed; where nothing is allowed and something is wrong, infinity."""
+    exact, allowed = bounded
+    error = np.abs(np.asarray(got, np.float64) - exact)
+    return float(np.divide(error, allowed, out=np.where(error > 0, np.inf, 0.0), where=allowed > 0).max())
+
+
+def _exponentials(scores: np.ndarray, error: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(softmax over the last axis, the log of what the exponentials add up to, how far apart either may be: of a weight
+    relative, of the log absolute). error: of the largest score that counts.
+
+    Scores are within `error`, and with them their log-sum. Beside that, with b the largest score's size and n terms: a
+    score less the largest one is off by 2 b u, its exponential by 4 u, the sum by n u, the log by 4 log(n) u, and
+    adding the largest again by (b + log n) u; a score less that by (2 b + log n) u, and its exponential by 4 u.
+    """
+    count, seen = scores.shape[-1], np.isfinite(scores)
+    biggest = np.abs(np.where(seen, scores, 0)).max(axis=-1, keepdims=True)
+    most = np.where(seen.any(axis=-1, keepdims=True), scores.max(axis=-1, keepdims=True), 0)
+    powers = np.exp(scores - most)
+    total = np.maximum(powers.sum(axis=-1, keepdims=True), np.finfo(np.float64).tiny)
+    relative = 2 * error + (count + 9 + 5 * biggest + 6 * np.log(count)) * FLOAT32
+    return powers / total, most + np.log(total), relative
+
+
+def attention(q: Any, k: Any, v: Any, g: Any, seen: Any, dtype: str = "float32") -> tuple[Bounded, ...]:
+    """Attention and what comes back to q, k and v from a cotangent g, each with how far `dtype` may lie from it.
+
+    q, g: [B, T, H, E]; k, v: [B, S, H / group, E], values that `dtype` holds. seen: bool [B, T, S].
+    """
+    u, c = FLOAT32, UNIT[dtype]
+    q, k, v, g = (np.asarray(x, np.float64) for x in (q, k, v, g))
+    group = q.shape[2] // k.shape[2]
+    k, v = (np.repeat(x, group, axis=2) for x in (k, v))
+    width, keys, queries = q.shape[3], k.shape[1], q.shape[1] * group
+    scale, seen = width**-0.5, np.asarray(seen)[:, None]
+
+    def pairs(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+        return np.einsum("BTHE,BSHE->BHTS", a, b)
+
+    def of_queries(weights: np.ndarray, x: np.ndarray) -> np.ndarray:
+        return np.einsum("BHTS,BSHE->BTHE", weights, x)
+
+    def of_keys(weights: np.ndarray, x: np.ndarray) -> np.ndarray:
+        added = np.einsum("BHTS,BTHE->BSHE", weights, x)
+        return added.reshape(*added.shape[:2], -1, group, width).sum(axis=3)
+
+    # A score: its products, two roundings of the scale, and one of q where that is scaled first.
+    sizes = np.where(seen, pairs(abs(q), abs(k)) * scale, 0)
+    error = ((width + 2) * u + c) * sizes.max(axis=-1, keepdims=True)
+    weights, _, relative = _exponentials(np.where(seen, pairs(q, k) * scale, -np.inf), error)
+    out = of_queries(weights, v)
+    out_error = of_queries((relative + c + keys * u) * weights, abs(v)) + c * abs(out)
+    # What comes back to a weight, less its mean; kernels take the mean from the output, which is rounded twice.
+    back, back_sizes = pairs(g, v), pairs(abs(g), abs(v))
+    mean, mean_sizes = ((weights * x).sum(axis=-1, keepdims=True) for x in (back, back_sizes))
+    mean_error = (relative + 2 * c + (width + keys) * u) * mean_sizes
+    into = weights * (back - mean) * scale
+    into_error = (relative + c + 4 * u) * abs(into) + weights * scale * (width * u * back_sizes + mean_error)
+    dq, dk, dv = of_queries(into, k), of_keys(into, q), of_keys(weights, g)
+    dq_error = of_queries(into_error + (keys * u + c) * abs(into), abs(k)) + c * abs(dq)
+    dk_error = of_keys(into_error + (queries * u + c) * abs(into), abs(q)) + c * abs(dk)
+    dv_error = of_keys((relative + c + queries * u) * weights, abs(g)) + c * abs(dv)
+    return (out, out_error), (dq, dq_error), (dk, dk_error), (dv, dv_error)
+
+
+def cross_entropy(x: Any, head: Any, labels: Any, mask: Any, z_loss: float) -> tuple[Bounded, ...]:
+    """(both losses together, the cross-entropy alone, the first's gradients of x and of head), float32's.
+
+    x: [N, D]; head: [V, D]; labels: int [N]; mask: bool [N].
+    """
+    u = FLOAT32
+    x, head = (np.asarray(a, np.float64) for a in (x, head))
+    labels, mask = np.asarray(labels), np.asarray(mask)
+    (tokens, width), words = x.shape, len(head)
+    logits = x @ head.T
+    error = width * u * (abs(x) @ abs(head).T).max(axis=1, keepdims=True)
+    shares, normalizer, relative = _exponentials(logits, error)
+    said = np.arange(words) == labels[:, None]
+    nll = normalizer - logits[said][:, None]
+    loss = nll + z_loss * normalizer**2
+    # A normalizer is within `relative`, and is rounded once when a logit is taken from it.
+    nll_error = relative + error + u * abs(nll)
+    loss_error = nll_error + z_loss * (2 * abs(normalizer) * relative + 2 * u * normalizer**2) + u * abs(loss)
+    factor = 1 + 2 * z_loss * normalizer
+    into = mask[:, None] * (shares * factor - said)
+    factor_error = 2 * z_loss * (relative + u * abs(normalizer)) + 2 * u * abs(factor)
+    into_error = shares * (abs(factor) * (relative + u) + factor_error) * mask[:, None] + 2 * u * abs(into)
+
+    def added(each: np.ndarray, each_error: np.ndarray) -> Bounded:
+        each, each_error = each[mask], each_error[mask]
+        return each.sum(), each_error.sum() + tokens * u * abs(each).sum()
+
+    dx = into @ head, (into_error + words * u * abs(into)) @ abs(head)
+    dhead = into.T @ x, (into_error + tokens * u * abs(into)).T @ abs(x)
+    return added(loss, loss_error), added(nll, nll_error), dx, dhead
+
+
+def worst(got: Any, bounded: tuple[Bounded, ...]) -> list[float]:
+    """`within` of each of several results."""
+    return [within(jax.device_get(x), b) for x, b in zip(got, bounded, strict=True)]
