@@ -47,6 +47,12 @@ def ids_of(tokenizer: Tokenizer, text: str) -> list[int]:
     return tokenizer.encode(text, add_special_tokens=False)
 
 
+def prompt_text(server: Server, job: Job) -> str:
+    """What the model reads for the first request, control tokens included."""
+    ids: Any = job.requests[0].prompt
+    return server.tokenizer.decode(ids, skip_special_tokens=False)
+
+
 def answer(
     server: Server, job: Job, *texts: str | Sequence[int], cuts: Sequence[int] = ()
 ) -> tuple[list[Any], dict[str, Any]]:

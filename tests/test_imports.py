@@ -37,7 +37,6 @@ LONG_FILES = {
     "smollm3_jax/generation/jsonl.py": "a file answered line by line, which goes on where it stopped",
 }
 LONG_FUNCTIONS = {
-    "smollm3_jax/attention/dispatch.py attention": "a quarter of it says what its arguments are",
     "smollm3_jax/attention/paged_gpu.py _paged_attention": KERNEL,
     "smollm3_jax/attention/paged_gpu.py step": KERNEL,
     "smollm3_jax/generation/jsonl.py run": "one loop over lines, whose answers it writes in order",

@@ -518,3 +518,21 @@ def test_tokens_in_no_known_form_are_named(folder: Path, name: str, content: Any
     write(folder / name, content)
     with pytest.raises(TokenizerError, match=name.replace(".", r"\.")):
         load_tokenizer(folder, config(300))
+
+
+def test_the_bytes_of_tokens(full_release):
+    tokenizer = load_tokenizer(full_release)
+    text = "Hé 👋🏽 naïve\n\t<think>日本<|im_end|>"
+    ids = tokenizer.encode(text)
+    assert b"".join(map(tokenizer.token_bytes, ids)).decode() == text
+    assert {tokenizer.token_bytes(i)[0] for i in range(len(tokenizer.backend.get_vocab()))} >= {0, 32, 0x80, 0xF0}
+    special = [tokenizer.is_special(tokenizer.encode(text)[0]) for text in ("<|im_end|>", "<think>", "a")]
+    assert special == [True, False, False]
+    assert tokenizer.token_bytes(10**6) == b""
+
+
+def test_the_bytes_of_tokens_that_spell_bytes_out():
+    vocabulary = {"<unk>": 0, "\u2581Hi": 1, "<0xE2>": 2, "<0x82>": 3, "<0xAC>": 4}
+    model = tokenizers.models.BPE(vocabulary, [], byte_fallback=True, unk_token="<unk>")
+    tokenizer = Tokenizer(tokenizers.Tokenizer(model), None, {})
+    assert [tokenizer.token_bytes(i) for i in (1, 2, 3, 4)] == [b" Hi", b"\xe2", b"\x82", b"\xac"]

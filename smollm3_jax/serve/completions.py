@@ -166,7 +166,7 @@ class _Choice:
         """The prompt's log-probabilities, which its first token has none of."""
         offsets = Offsets(self._tokenizer, special=True)
         values = [None, *(delta.prompt_logprobs or ())]
-        tops = [(), *(getattr(delta, "prompt_top", None) or [()] * (len(values) - 1))]
+        tops = [(), *(delta.prompt_top or [()] * (len(values) - 1))]
         self._prompt = [
             Token(token, value, top, offsets.next(token))
             for token, value, top in zip(self._ids, values, tops, strict=True)

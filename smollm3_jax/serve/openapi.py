@@ -119,6 +119,7 @@ _TEMPLATE = _object(
     },
     closed=True,
 )
+_THINKING = {"chat_template_kwargs": _TEMPLATE, "max_thinking_tokens": COUNT}
 _STREAM = _object({}, {"include_usage": BOOL, "include_obfuscation": BOOL}, closed=True)
 
 
@@ -208,15 +209,35 @@ def _items() -> Schema:
 
 def _requests(server: Server) -> dict[str, Schema]:
     """What the bodies of requests may hold."""
-    shared, tokens = _shared(server), _within(1, server.context)
-    n, ids = {"n": _within(1, MAX_N)}, _list(_within(0, server.config.vocab_size - 1), least=1)
-    thinking = {"chat_template_kwargs": _TEMPLATE, "max_thinking_tokens": COUNT}
-    text = {"type": "string", "minLength": 1}
-    of_chat = {
-        **shared,
-        **n,
+    ids = _within(0, server.config.vocab_size - 1)
+    text, model = {"type": "string", "minLength": 1}, {"model": _one_of(server.name)}
+    prompts = _any_of(text, _list(ids, 1), _list(_any_of(text, _list(ids, 1)), 1, MAX_PROMPTS))
+    of_messages = {
+        **model,
         **_tool_fields(flat=False),
-        **thinking,
+        "chat_template_kwargs": _TEMPLATE,
+        "add_generation_prompt": BOOL,
+    }
+    return {
+        "ChatRequest": _object({"messages": _messages()}, _chat(server), closed=True),
+        "CompletionRequest": _object({"prompt": prompts}, _completion(server), closed=True),
+        "ResponsesRequest": _object({"input": _any_of(TEXT, _items())}, _response(server), closed=True),
+        "TokenizeRequest": _any_of(
+            _object({"prompt": TEXT}, {**model, "add_special_tokens": BOOL}, closed=True),
+            _object({"messages": _messages()}, of_messages, closed=True),
+        ),
+        "DetokenizeRequest": _object({"tokens": _list(ids)}, model, closed=True),
+    }
+
+
+def _chat(server: Server) -> dict[str, Schema]:
+    tokens = _within(1, server.context)
+    return {
+        **dict.fromkeys(chat.REFUSED, NOTHING),
+        **_shared(server),
+        **_tool_fields(flat=False),
+        **_THINKING,
+        "n": _within(1, MAX_N),
         "max_tokens": tokens,
         "max_completion_tokens": tokens,
         "logprobs": BOOL,
@@ -225,47 +246,33 @@ def _requests(server: Server) -> dict[str, Schema]:
         "response_format": _formats(flat=False),
         "modalities": {"const": ["text"]},
     }
-    of_completion = {
-        **shared,
-        **n,
+
+
+def _completion(server: Server) -> dict[str, Schema]:
+    return {
+        **dict.fromkeys(completions.REFUSED, NOTHING),
+        **_shared(server),
+        "n": _within(1, MAX_N),
         "max_tokens": _within(0, server.context),
         "logprobs": _within(0, MAX_LOGPROBS),
         "echo": BOOL,
         "response_format": _formats(flat=False),
     }
+
+
+def _response(server: Server) -> dict[str, Schema]:
     effort = {"effort": _one_of(*EFFORTS), **dict.fromkeys(("summary", "generate_summary"), NOTHING)}
-    of_responses = {
-        **shared,
+    return {
+        **dict.fromkeys(responses.REFUSED, NOTHING),
+        **_shared(server),
         **_tool_fields(flat=True),
-        **thinking,
+        **_THINKING,
         "instructions": TEXT,
-        "max_output_tokens": tokens,
-        "reasoning": _object({}, effort, True),
-        "text": _object({}, {"format": _formats(flat=True), "verbosity": NOTHING}, True),
+        "max_output_tokens": _within(1, server.context),
+        "reasoning": _object({}, effort, closed=True),
+        "text": _object({}, {"format": _formats(flat=True), "verbosity": NOTHING}, closed=True),
         "truncation": _one_of("disabled"),
         **dict.fromkeys(("prompt_cache_retention", "prompt_cache_options"), ANY),
-    }
-    prompts = _any_of(text, ids, _list(_any_of(text, ids), least=1, most=MAX_PROMPTS))
-    model = {"model": _one_of(server.name)}
-    of_messages = {
-        **model,
-        **_tool_fields(flat=False),
-        "chat_template_kwargs": _TEMPLATE,
-        "add_generation_prompt": BOOL,
-    }
-    return {
-        "ChatRequest": _object({"messages": _messages()}, dict.fromkeys(chat.REFUSED, NOTHING) | of_chat, True),
-        "CompletionRequest": _object(
-            {"prompt": prompts}, dict.fromkeys(completions.REFUSED, NOTHING) | of_completion, True
-        ),
-        "ResponsesRequest": _object(
-            {"input": _any_of(TEXT, _items())}, dict.fromkeys(responses.REFUSED, NOTHING) | of_responses, True
-        ),
-        "TokenizeRequest": _any_of(
-            _object({"prompt": TEXT}, {**model, "add_special_tokens": BOOL}, True),
-            _object({"messages": _messages()}, of_messages, True),
-        ),
-        "DetokenizeRequest": _object({"tokens": _list(_within(0, server.config.vocab_size - 1))}, model, True),
     }
 
 

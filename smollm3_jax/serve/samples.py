@@ -73,7 +73,7 @@ class Sample:
         Text that may begin a stop text is held back, and so are its tokens: those of a stop text never come, nor does
         the token that ends the answer.
         """
-        self.cached = max(self.cached, getattr(delta, "cached_tokens", None) or 0)
+        self.cached = max(self.cached, delta.cached_tokens or 0)
         self.generated += len(delta.token_ids)
         for token in delta.token_ids:
             before, self._thinking = self._thinking, (self._thinking or token == self._opens) and token != self._closes

@@ -12,7 +12,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from smollm3_jax.chat import parse as module
-from smollm3_jax.chat.parse import Event, Message, Parser, Text, Thinking, ToolCall, parse
+from smollm3_jax.chat.parse import Event, Message, Parser, Text, Thinking, ToolCall, parse, signature
 from smollm3_jax.chat.template import normalize
 
 WEATHER = '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Copenhagen"}}\n</tool_call>'
@@ -423,3 +423,31 @@ def test_time_is_proportional_to_length_beyond_the_limit(monkeypatch: pytest.Mon
     """Each of many calls that are too long looks for its end no further than the limit."""
     monkeypatch.setattr(module, "MAX_CALL", 100)
     assert is_linear(lambda n: tag * n, sys.maxsize, 20_000)
+
+
+@pytest.mark.parametrize("text", ["<code>f()</code>", "a\n<tool_call>\n{}\n</tool_call> ", "\n<tool_call>"])
+def test_tags_that_open_no_call_are_text(text):
+    for cut in range(len(text) + 1):
+        parser = Parser(calls=())
+        events = parser.feed(text[:cut]) + parser.feed(text[cut:]) + parser.finish()
+        assert "".join(event.text for event in events if isinstance(event, Text) and not event.reason) == text
+    [event] = Parser(calls=["<code>"]).feed("<code>f()</code>")
+    assert event == ToolCall("f", {})
+
+
+@pytest.mark.parametrize(
+    ("code", "found"),
+    [
+        ("def f(a, *, b=1) -> str:\n  'Doc.'", ("f", ["a", "b"])),
+        ("def f(x: int) -> int", ("f", ["x"])),
+        ("def f(x: int):", ("f", ["x"])),
+        ("  def f(): ...", ("f", [])),
+        ("f(x)", None),
+        ("def f(", None),
+        ("\0", None),
+        ("(" * 5000, None),
+        ("def f(x='\\d'): ...", ("f", ["x"])),
+    ],
+)
+def test_signatures_of_python_functions(code, found):
+    assert signature(code) == found

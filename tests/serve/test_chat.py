@@ -1,6 +1,7 @@
 """Bodies of /v1/chat/completions and their answers, with the released tokenizer and template."""
 
 import copy
+import dataclasses
 import json
 from typing import Any
 
@@ -8,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
-from said import answer, ids_of
+from said import answer, deltas, ids_of, prompt_text
 
 from smollm3_jax.chat.template import encode_chat
 from smollm3_jax.serve.conversation import BUDGETS
@@ -151,11 +152,12 @@ def test_messages_reach_the_template(server):
         {"role": "assistant", "reasoning": "It is noon.", "content": "Noon.", "refusal": None, "annotations": []},
         {"role": "user", "content": "And now?"},
     ]  # fmt: skip
-    [request] = chat(server, messages=messages, tools=[NOW]).requests
+    job = chat(server, messages=messages, tools=[NOW])
+    [request] = job.requests
     plain = copy.deepcopy(messages)
     del plain[4]["annotations"]
     assert request.prompt == encode_chat(server.tokenizer, plain, add_generation_prompt=True, tools=[NOW])
-    text = server.tokenizer.decode(request.prompt, skip_special_tokens=False)
+    text = prompt_text(server, job)
     for part in ("Be brief.", "<think>\nHm.\n</think>", EMPTY_CALL, "It is noon.", "12:00", '"name": "now"'):
         assert part.replace('"', "'") in text.replace('"', "'")
     # What the user wrote is no control token: as many turns end as the template has ended.
@@ -175,7 +177,7 @@ THINKING_OFF = [
 @pytest.mark.parametrize("fields", THINKING_OFF)
 def test_thinking_off_puts_nothing_into_the_reasoning_field(server, fields):
     job = chat(server, **fields)
-    assert server.tokenizer.decode(job.requests[0].prompt).endswith("<think>\n\n</think>\n")
+    assert prompt_text(server, job).endswith("<think>\n\n</think>\n")
     message = message_of(server, job, "Hello" + END)
     assert (message["content"], message["reasoning"], message["reasoning_content"]) == ("Hello", None, None)
 
@@ -189,8 +191,8 @@ def test_thinking_on(server):
     thought = len(ids_of(server.tokenizer, THOUGHT.removesuffix("\n")))
     assert body["usage"]["completion_tokens_details"] == {"reasoning_tokens": thought}
     # What a client sends back is what the model said.
-    again = chat(server, messages=[*HI, message, *HI]).requests[0].prompt
-    assert THOUGHT + "Hello" in server.tokenizer.decode(again)
+    again = chat(server, messages=[*HI, message, *HI])
+    assert THOUGHT + "Hello" in prompt_text(server, again)
 
 
 def test_a_prompt_that_ends_within_thinking(server):
@@ -200,7 +202,7 @@ def test_a_prompt_that_ends_within_thinking(server):
     )
     opened = Server(**{**vars(server), "tokenizer": replaced(server.tokenizer, template)})
     job = chat(opened)
-    assert opened.tokenizer.decode(job.requests[0].prompt).endswith("<think>\n")
+    assert prompt_text(opened, job).endswith("<think>\n")
     message = message_of(opened, job, "Hm.\n</think>\nHello" + END)
     assert (message["content"], message["reasoning"]) == ("Hello", "Hm.")
 
@@ -259,7 +261,7 @@ def test_calls_in_python(server):
         "python_tools": ["def get_weather(city: str, days: int = 1) -> str: ...", "def now():\n    '''The time.'''"]
     }
     job = chat(server, chat_template_kwargs=tools)
-    assert tools["python_tools"][0] in server.tokenizer.decode(job.requests[0].prompt)
+    assert tools["python_tools"][0] in prompt_text(server, job)
     text = "<code>\nget_weather('Århus', days=2)\nnow()\n</code>"
     calls = message_of(server, job, text + END)["tool_calls"]
     assert [call["function"] for call in calls] == [
@@ -276,7 +278,7 @@ def test_tools_through_the_templates_own_names(server):
 
 def test_custom_instructions(server):
     kwargs = {"custom_instructions": "Answer in verse."}
-    assert "Answer in verse." in server.tokenizer.decode(chat(server, chat_template_kwargs=kwargs).requests[0].prompt)
+    assert "Answer in verse." in prompt_text(server, chat(server, chat_template_kwargs=kwargs))
     system = [{"role": "system", "content": "Be brief."}, *HI]  # takes their place in the template
     error = refused(server, messages=system, chat_template_kwargs=kwargs)
     assert error.param == "chat_template_kwargs.custom_instructions"
@@ -310,8 +312,8 @@ def test_tools_that_the_template_does_not_know(server, grammars):
     other = Server(**{**vars(server), "tokenizer": replaced(server.tokenizer, plain)})
     error = refused(other, tools=[WEATHER])
     assert error.param == "tools" and "tools" in error.message
-    [request] = chat(other, tools=[WEATHER], tool_choice="required").requests
-    assert "get_weather" in other.tokenizer.decode(request.prompt) and request.grammar is not None
+    job = chat(other, tools=[WEATHER], tool_choice="required")
+    assert "get_weather" in prompt_text(other, job) and job.requests[0].grammar is not None
     # The released template drops tools under this system message.
     system = [{"role": "system", "content": "You are a pirate. /system_override"}, *HI]
     assert refused(server, messages=system, tools=[WEATHER]).param == "tools"
@@ -388,7 +390,15 @@ def test_several_samples(server):
     assert done == (None, "[DONE]") and last["choices"] == [] and last["usage"] == body["usage"]
     assert all(chunk["usage"] is None for _, chunk in events[:-2])
     assert body["usage"]["completion_tokens"] == 2 + 2 + len(ids_of(server.tokenizer, THOUGHT))
-    json.dumps(events), json.dumps(body)
+    json.dumps([events, body])
+
+
+def test_cached_tokens(server):
+    job = chat(server, n=2)
+    for sample in (0, 1):
+        [delta] = deltas(server, job.requests[0], ids_of(server.tokenizer, "One" + END), sample=sample)
+        job.reply.add(0, dataclasses.replace(delta, cached_tokens=16))
+    assert job.reply.body()["usage"]["prompt_tokens_details"] == {"cached_tokens": 16}
 
 
 def test_what_was_cut_off(server):

@@ -15,10 +15,26 @@ from smollm3_jax.serve.job import Server, parse
 from smollm3_jax.serve.models import detokenize, model_body, models_body, tokenize
 from smollm3_jax.serve.openapi import described
 
-TYPES = {"string": str, "boolean": bool, "integer": int, "number": int | float, "object": dict, "array": list}
+TYPES: dict[str, Any] = {
+    "string": str,
+    "boolean": bool,
+    "integer": int,
+    "number": int | float,
+    "object": dict,
+    "array": list,
+}
 KNOWN = {"$ref", "anyOf", "enum", "const", "type", "properties", "required", "additionalProperties", "propertyNames"}
 KNOWN |= {"maxProperties", "items", "minItems", "maxItems", "minimum", "maximum", "exclusiveMinimum", "pattern"}
 KNOWN |= {"minLength", "maxLength"}
+
+
+def is_a(value: object, kind: str) -> bool:
+    """Whether a value is of one of JSON Schema's types."""
+    if kind == "null":
+        return value is None
+    whole = kind == "integer" and isinstance(value, float) and value.is_integer()
+    number = kind in ("integer", "number")
+    return whole or (isinstance(value, TYPES[kind]) and not (number and isinstance(value, bool)))
 
 
 def problem(value: Any, schema: dict[str, Any], schemas: dict[str, Any], at: str = "") -> str | None:
@@ -33,11 +49,8 @@ def problem(value: Any, schema: dict[str, Any], schemas: dict[str, Any], at: str
         return f"{at} is {value!r:.50}, none of {schema['enum']}"
     if "const" in schema and value != schema["const"]:
         return f"{at} is {value!r:.50}, not {schema['const']}"
-    if kind := schema.get("type"):
-        whole = kind == "integer" and isinstance(value, float) and value.is_integer()
-        expected = type(None) if kind == "null" else TYPES[kind]
-        if not (whole or isinstance(value, expected)) or (kind in ("integer", "number") and isinstance(value, bool)):
-            return f"{at} is {value!r:.50}, no {kind}"
+    if (kind := schema.get("type")) and not is_a(value, kind):
+        return f"{at} is {value!r:.50}, no {kind}"
     limits = (
         ("minimum", lambda x, y: x >= y),
         ("maximum", lambda x, y: x <= y),
