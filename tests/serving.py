@@ -237,6 +237,12 @@ def tiny_engine(**options: Any) -> Engine:
     return Engine(tiny_model(), **(own | options))
 
 
+def warm_engine(**options: Any) -> Engine:
+    engine = tiny_engine(**({"piece_sizes": (16, 64), "prefix_tokens": 512} | options))
+    engine.warm_up()
+    return engine
+
+
 def tiny_server() -> Server:
     model = tiny_model()
     tokenizer = tokenizer_of(model)

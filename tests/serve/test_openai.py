@@ -6,8 +6,9 @@ import threading
 
 import openai
 import pytest
-from serving import HEAD, serving, tiny_engine, tiny_server
+from serving import HEAD, serving, tiny_server, warm_engine
 
+from smollm3_jax.compile_cache import compilations
 from smollm3_jax.serve import app
 from smollm3_jax.serve.errors import ApiError
 from smollm3_jax.serve.job import parse
@@ -17,8 +18,10 @@ ASKED = [{"role": "user", "content": "w5 w6 w7"}]
 
 @pytest.fixture(scope="module")
 def running():
-    with serving(tiny_engine, parse, server=tiny_server(), keys=["secret"], max_queue=64) as it:
+    with serving(warm_engine, parse, server=tiny_server(), keys=["secret"], max_queue=64) as it:
+        begin = compilations()
         yield it
+        assert compilations() == begin  # whatever the tests here have asked
 
 
 @pytest.fixture(scope="module")
