@@ -162,7 +162,7 @@ def serving(
         assert found.wait(20) and running, failures
         it = running[0]
         if wait:
-            it.until(lambda: bool(said) or bool(failures) or it.service.worker.failure is not None)
+            it.until(lambda: bool(said) or bool(failures) or it.service.worker.failure is not None, 200)
         yield it
     finally:
         for it in running:

@@ -115,6 +115,17 @@ def test_tokens_there_and_back(running):
     assert running.ask("POST", "/detokenize", {"tokens": [5, 6]}, **key)[1] == {"prompt": "w5 w6"}
 
 
+def test_all_that_is_described_is_there(running):
+    key = {"Authorization": "Bearer secret"}
+    status, described, _ = running.ask("GET", "/openapi.json", **key)
+    assert status == 200 and len(described["paths"]) >= 10
+    for path, methods in described["paths"].items():
+        for method in methods:
+            body = {} if method == "post" else None
+            status = running.ask(method.upper(), path.replace("{model}", "tiny"), body, **key)[0]
+            assert status == (400 if method == "post" else 200), path
+
+
 def test_texts_that_wait_to_be_tokenized_are_bounded(running, monkeypatch):
     key, hold = {"Authorization": "Bearer secret"}, threading.Event()
     monkeypatch.setattr(app, "tokenize", lambda body, server: hold.wait(20) and {})
