@@ -21,7 +21,7 @@ class Request:
 
     ends: ids that end it beside the model's own, unless params.ignore_eos; see `chat_ends`.
     cache_salt: beginnings of prompts are shared among requests of one salt; it changes no answer.
-    grammar: what the answer keeps to after its thinking, in the words of `grammar`; None is any text.
+    grammar: None, or what the answer must be, after any thinking that it begins with; see `grammar`.
     """
 
     prompt: Sequence[int] | str
@@ -195,10 +195,16 @@ def think_ids(tokenizer: Tokenizer | None) -> tuple[int, int]:
     return tuple(-1 if i is None else i for i in ids)  # pyright: ignore[reportReturnType]
 
 
-def begins_thinking(tokenizer: Tokenizer | None, prompt: Sequence[Any]) -> bool:
-    """Whether the answer to a prompt begins within thinking, which its template has opened."""
+def last_turn(prompt: Sequence[Any], ends: Sequence[int]) -> Sequence[Any]:
+    """What follows the last of `ends` in a prompt: the beginning of the answer, as a template writes it."""
+    begins = next((i + 1 for i in reversed(range(len(prompt))) if prompt[i] in ends), 0)
+    return prompt[begins:]
+
+
+def begins_thinking(tokenizer: Tokenizer | None, turn: Sequence[Any]) -> bool:
+    """Whether the answer begins within thinking, which its template has opened. turn: see `last_turn`."""
     opens, closes = think_ids(tokenizer)
-    last = next((token for token in reversed(prompt) if token in (opens, closes)), None)
+    last = next((token for token in reversed(turn) if token in (opens, closes)), None)
     return last is not None and last == opens
 
 

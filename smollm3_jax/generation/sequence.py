@@ -8,7 +8,7 @@ from ..model import SmolLM3
 from ..tokenizer import Tokenizer
 from .device_loop import PromptLogprobs, Slots
 from .grammar import Matcher
-from .requests import Delta, Logprob, Request, end_ids, stop_ids, think_ids
+from .requests import Delta, Logprob, Request, begins_thinking, end_ids, last_turn, stop_ids, think_ids
 from .sampling import MAX_STOP_IDS, SamplingState
 
 
@@ -23,10 +23,8 @@ class Sequence:
         self.stop_ids = stop_ids(model.config, model.generation_config, request, tokenizer)
         self.think_ids = think_ids(tokenizer)
         ends = end_ids(model.config, model.generation_config, request)
-        # A prompt may end inside the thinking that its template opened; what came up in earlier turns does not count.
-        begins = next((i + 1 for i in reversed(range(len(self.prompt))) if self.prompt[i] in ends), 0)
-        turn = self.prompt[begins:]
-        self.thinking = next((i for i in reversed(turn) if i in self.think_ids), None) == self.think_ids[0]
+        turn = last_turn(self.prompt, ends)
+        self.thinking = begins_thinking(tokenizer, turn)
         self.matcher: Matcher | None = None
         if request.grammar is not None:
             assert tokenizer is not None  # `check_request` was here

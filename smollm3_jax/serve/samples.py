@@ -5,7 +5,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-from ..generation.requests import Delta, Request, begins_thinking, stop_ids, think_ids
+from ..generation.requests import Delta, Request, begins_thinking, end_ids, last_turn, stop_ids, think_ids
 from ..tokenizer import Tokenizer
 from .contract import Server
 
@@ -60,7 +60,9 @@ class Sample:
         self._ends = stop_ids(server.config, server.generation_config, request, server.tokenizer)
         self._list_ends = ends
         self._opens, self._closes = think_ids(server.tokenizer)
-        self._thinking = begins_thinking(server.tokenizer, request.prompt)
+        turn = last_turn(request.prompt, end_ids(server.config, server.generation_config, request))
+        # The prompt says it: a flag may have been overridden in it.
+        self.begins_thinking = self._thinking = begins_thinking(server.tokenizer, turn)
         self._offsets = Offsets(server.tokenizer, start)
         self._waiting: list[Token] = []
         self.characters = start

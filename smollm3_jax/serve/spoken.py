@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 
 from ..chat.parse import Event, Parser, Text, Thinking, ToolCall
-from ..generation.requests import Delta, Request, begins_thinking
+from ..generation.requests import Delta, Request
 from .contract import Server
 from .conversation import Wishes
 from .samples import Sample, Token
@@ -15,8 +15,7 @@ class Spoken:
 
     def __init__(self, server: Server, request: Request, wishes: Wishes):
         self.sample = Sample(server, request)
-        # Whether the answer begins within thinking, the prompt says: a flag may have been overridden in it.
-        self._parser = Parser(begins_thinking(server.tokenizer, request.prompt), wishes.calls)
+        self._parser = Parser(self.sample.begins_thinking, wishes.calls)
         self._offered = parameters_of(wishes.offered)
         self._several = wishes.tools.parallel
         self.called = False

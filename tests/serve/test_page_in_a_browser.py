@@ -18,11 +18,13 @@ pytest.importorskip("playwright.sync_api", reason="needs playwright, which `make
 
 import uvicorn
 from playwright.sync_api import Browser, Page, expect, sync_playwright
+from serving import serving, tiny_engine, tiny_server
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
+from smollm3_jax.serve.job import parse
 from smollm3_jax.serve.page import page as page_and_headers
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium-headless-shell", "chromium", "google-chrome"))), None)
@@ -30,6 +32,7 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium: apt-get install chromium-headless-shell"),
 ]
+expect.set_options(timeout=60_000)  # a busy machine's compiler is in some
 MARKDOWN = """# Rivers
 
 A **bold** word, an *italic* one, `code`, ~~gone~~ and [a link](https://example.org/a_b(c)).
@@ -78,6 +81,7 @@ def call(name: str, arguments: str, number: int = 0) -> dict[str, Any]:
 
 # The last message -> the events of its answer, where a number is a pause in seconds; or what a 400 says.
 SCRIPT: dict[str, Any] = {
+    "busy": "The queue is full.",
     "too long": "The maximum context length is 8 tokens.",
     "think": [
         chunk(role="assistant", content=""),
@@ -147,7 +151,8 @@ class StandIn:
         text = body["messages"][-1]["content"]
         events = SCRIPT.get(text, [chunk(content=f"You said: {text}"), chunk("stop"), usage(4), "[DONE]"])
         if isinstance(events, str):
-            return JSONResponse({"error": {"message": events}}, 400)
+            busy = {"Retry-After": "2"} if text == "busy" else {}
+            return JSONResponse({"error": {"message": events}}, 429 if busy else 400, busy)
         return StreamingResponse(self.frames(events), media_type="text/event-stream")
 
     async def frames(self, events: list[Any]) -> AsyncIterator[bytes]:
@@ -195,6 +200,12 @@ def server() -> Iterator[StandIn]:
 
 @pytest.fixture
 def page(browser: Browser, server: StandIn) -> Iterator[Page]:
+    with opened(browser, server.url) as it:
+        yield it
+
+
+@contextlib.contextmanager
+def opened(browser: Browser, address: str) -> Iterator[Page]:
     """The page, which then must not have asked anyone else, nor have thrown anything."""
     context = browser.new_context(color_scheme="light", permissions=["clipboard-read", "clipboard-write"])
     it = context.new_page()
@@ -202,11 +213,11 @@ def page(browser: Browser, server: StandIn) -> Iterator[Page]:
     asked: list[str] = []
     it.on("pageerror", lambda error: thrown.append(str(error)))
     it.on("request", lambda request: asked.append(request.url))
-    it.goto(server.url)
+    it.goto(address)
     yield it
     context.close()
     assert not thrown
-    assert not [url for url in asked if not url.startswith((server.url, "data:", "blob:"))]
+    assert not [url for url in asked if not url.startswith((address, "data:", "blob:"))]
 
 
 def say(page: Page, text: str, wait: bool = True) -> None:
@@ -280,6 +291,28 @@ def test_nothing_of_an_answer_is_html(page):
     assert page.evaluate(blocked) == "TypeError"
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a **b " * 4000,
+        "_a " * 6000,
+        "[" * 20000,
+        "[a](" * 5000,
+        "".join("`" * (i % 300 + 1) + "a" for i in range(2000)),
+        "*" + "a**b**" * 5000,
+        ">" * 20000,
+        "\n".join("  " * i + "- x" for i in range(300)),
+        "|" + "-" * 20000 + "|x\n|" + "-" * 20000 + " x",
+        "* " * 10000 + "x",
+    ],
+    ids=range(10),
+)
+def test_no_text_takes_long(page, text):
+    """Each took less than a third of a second; a rule that backtracks takes minutes."""
+    taken = "text => { const start = performance.now(); render(document.createElement('div'), text);"
+    assert page.evaluate(taken + " return performance.now() - start; }", text) < 10_000
+
+
 def test_tool_calls_and_what_they_return(page, server):
     page.get_by_role("button", name="Settings").click()
     tools = [{"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}]
@@ -310,6 +343,7 @@ def test_tool_calls_and_what_they_return(page, server):
         ("break", "Half an ans", "The engine has failed."),
         ("cut", "Half an ans", "The connection ended before the answer did."),
         ("too long", "", "The maximum context length is 8 tokens."),
+        ("busy", "", "The queue is full. Try again after 2 s."),
     ],
 )
 def test_errors_stand_below_what_had_come(page, monkeypatch, text, answer, error):
@@ -458,3 +492,34 @@ def test_dark_and_light(page):
     assert page.evaluate(ground) == light
     toggle.click()
     assert page.evaluate(ground) == dark
+
+
+def test_against_the_server_itself(browser):
+    tiny = serving(tiny_engine, parse, server=tiny_server(), keys=["secret"])
+    with tiny as running, opened(browser, f"http://127.0.0.1:{running.port}/") as page:
+        page.get_by_label("API key").fill("secret")
+        for label, value in {"Max tokens": "12", "Seed": "7", "Temperature": "1"}.items():
+            page.get_by_label(label).fill(value)
+        page.keyboard.press("Enter")
+        expect(page.locator("#name")).to_have_text("tiny")
+        say(page, "w5 w6 w7")
+        expect(last(page, ".stats")).to_contain_text("12 tokens · ")
+        expect(last(page, ".stats")).to_contain_text("cut off at the limit of tokens")
+        asked = {"messages": [{"role": "user", "content": "w5 w6 w7"}], "max_tokens": 12, "seed": 7, "temperature": 1.0}
+        asked["chat_template_kwargs"] = {"enable_thinking": True}
+        status, body, _ = running.ask("POST", "/v1/chat/completions", asked, Authorization="Bearer secret")
+        said = page.evaluate("chat.messages[1]")
+        assert status == 200 and said["content"] == body["choices"][0]["message"]["content"]
+        assert said["usage"] == body["usage"]
+        # Stopped, it leaves nothing on the server; what the server refuses is shown.
+        page.get_by_role("button", name="Settings").click()
+        page.get_by_label("Max tokens").fill("400")
+        page.keyboard.press("Enter")
+        say(page, "w8", wait=False)
+        expect(last(page, ".answer")).to_contain_text("w")
+        page.keyboard.press("Escape")
+        expect(last(page, ".stats")).to_contain_text("stopped")
+        running.until(running.is_at_rest)
+        page.get_by_role("button", name="New chat").click()
+        say(page, "w5 " * 600)
+        expect(last(page, ".error")).to_contain_text("maximum context length")
