@@ -162,7 +162,7 @@ def serving(
         assert found.wait(20) and running, failures
         it = running[0]
         if wait:
-            it.until(lambda: bool(said) or bool(failures) or it.service.worker.failure is not None)
+            it.until(lambda: bool(said) or bool(failures) or it.service.worker.failure is not None, 200)
         yield it
     finally:
         for it in running:
@@ -235,6 +235,12 @@ def tiny_model() -> Any:
 def tiny_engine(**options: Any) -> Engine:
     own: dict[str, Any] = {"slots": 4, "context": 512}
     return Engine(tiny_model(), **(own | options))
+
+
+def warm_engine(**options: Any) -> Engine:
+    engine = tiny_engine(**({"piece_sizes": (16, 64), "prefix_tokens": 512} | options))
+    engine.warm_up()
+    return engine
 
 
 def tiny_server() -> Server:

@@ -3,8 +3,10 @@
 import argparse
 import importlib.util
 import ipaddress
+import logging
 import os
 import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,6 +18,8 @@ if TYPE_CHECKING:
     from ..model import SmolLM3
     from ..tokenizer import Tokenizer
     from ..weights.load import Checkpoint
+
+log = logging.getLogger(__name__)
 
 __all__ = ["add", "leave", "run"]
 
@@ -109,6 +113,7 @@ def _serve(
     tokenizer: "Tokenizer",
     load: "Callable[[], SmolLM3]",
 ) -> None:
+    from ..compile_cache import compilations
     from ..generation.engine import Engine
     from ..generation.prompts import SERVING_PIECES
     from ..serve.app import Service, Settings
@@ -128,8 +133,10 @@ def _serve(
         shape = {"slots": args.slots, "context": context, "cache_dtype": args.cache, "piece_sizes": SERVING_PIECES}
         kept = 0 if args.no_prefix_cache else args.slots * context // 2
         engine = Engine(load(), tokenizer=tokenizer, **shape, prefix_tokens=kept)
-        if hasattr(engine, "warm_up"):
-            engine.warm_up()
+        begin, before = time.monotonic(), compilations()
+        engine.warm_up()
+        made = [now - then for now, then in zip(compilations(), before, strict=True)]
+        log.info("%d programs compiled and %d loaded from the cache, in %.1f s", *made, time.monotonic() - begin)
         return engine
 
     def service() -> Service:

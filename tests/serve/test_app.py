@@ -1,9 +1,13 @@
 """The routes, on a real socket and with a tiny model."""
 
+import http.client
 import json
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
-from serving import serving, tiny_engine
+from serving import Puppet, plain_parse, serving, tiny_engine, token
 
 
 @pytest.fixture(scope="module")
@@ -31,3 +35,76 @@ def test_what_is_asked_of_the_server_itself(server):
     assert server.ask("GET", "/ready")[:2] == (200, {"status": "ready"})
     assert server.said == [f"ready http://127.0.0.1:{server.port}"]
     assert [model["id"] for model in server.ask("GET", "/v1/models")[1]["data"]] == ["tiny"]
+
+
+def test_slow_templates_hold_up_neither_health_nor_the_bound():
+    """Requests that are rendered and tokenized count as under way."""
+    hold = threading.Event()
+
+    def slow(kind, body, server):
+        assert hold.wait(20)
+        return plain_parse(kind, body, server)
+
+    engine = Puppet(lambda running: [token(number, "stop") for number in running])
+    with serving(lambda: engine, slow, slots=4, max_queue=8) as server:
+        clients = [server.open({"prompt": [5]}) for _ in range(12)]
+        server.until(lambda: server.service.worker.samples == 12)
+        assert server.ask("GET", "/health")[0] == 200
+        status, body, _ = server.ask("POST", "/v1/completions", {"prompt": [5]})
+        assert (status, body["error"]["code"]) == (429, "queue_full")
+        hold.set()
+        assert all(client.recv(100).startswith(b"HTTP/1.1 200 ") for client in clients)
+        server.until(server.is_at_rest)
+
+
+def test_a_mistake_of_our_own_is_a_500_and_no_more(caplog):
+    def wrong(kind, body, server):
+        return plain_parse(kind, body, server) if body["prompt"] != [13] else 1 / 0
+
+    engine = Puppet(lambda running: [token(number, "stop") for number in running])
+    with serving(lambda: engine, wrong) as server:
+        status, body, _ = server.ask("POST", "/v1/completions", {"prompt": [13]})
+        assert status == 500 and body["error"]["type"] == "server_error" and "zero" not in body["error"]["message"]
+        server.until(lambda: "ZeroDivisionError" in caplog.text)
+        assert server.ask("POST", "/v1/completions", {"prompt": [5]})[0] == 200
+        server.until(server.is_at_rest)
+
+
+def resident() -> float:
+    """MB of this process."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096 / 1e6
+
+
+def ask_many(server, count: int) -> float:
+    """Requests, some of which stream, are mistaken, or are left; what memory they leave."""
+
+    def some(start: int) -> None:
+        connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
+        for i in range(start, start + count // 4):
+            prompt = [5 + i % 100] * (1 + i % 60) if i % 10 else [999]
+            body = {"prompt": prompt, "max_tokens": 1 + i % 8, "stream": i % 2 == 0}
+            connection.request("POST", "/v1/completions", json.dumps(body), {"Content-Type": "application/json"})
+            if i % 7:
+                connection.getresponse().read()
+            else:
+                connection.close()
+        connection.close()
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda part: some(part * count // 4), range(4)))
+    server.until(server.is_at_rest)
+    return resident()
+
+
+@pytest.mark.slow
+def test_memory_is_flat(server):
+    before = ask_many(server, 500)
+    assert ask_many(server, 1500) - before < 20
+
+
+@pytest.mark.slow
+def test_memory_is_flat_whatever_comes_of_ten_thousand_requests():
+    engine = Puppet(lambda running: [token(number, "stop") for number in running])
+    with serving(lambda: engine) as server:
+        before = ask_many(server, 2000)
+        assert ask_many(server, 8000) - before < 10

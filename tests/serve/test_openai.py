@@ -6,8 +6,9 @@ import threading
 
 import openai
 import pytest
-from serving import HEAD, serving, tiny_engine, tiny_server
+from serving import HEAD, serving, tiny_server, warm_engine
 
+from smollm3_jax.compile_cache import compilations
 from smollm3_jax.serve import app
 from smollm3_jax.serve.errors import ApiError
 from smollm3_jax.serve.job import parse
@@ -17,8 +18,10 @@ ASKED = [{"role": "user", "content": "w5 w6 w7"}]
 
 @pytest.fixture(scope="module")
 def running():
-    with serving(tiny_engine, parse, server=tiny_server(), keys=["secret"], max_queue=64) as it:
+    with serving(warm_engine, parse, server=tiny_server(), keys=["secret"], max_queue=64) as it:
+        begin = compilations()
         yield it
+        assert compilations() == begin  # whatever the tests here have asked
 
 
 @pytest.fixture(scope="module")
@@ -110,6 +113,17 @@ def test_tokens_there_and_back(running):
     asked = {"messages": ASKED, "chat_template_kwargs": {"enable_thinking": False}}
     assert running.ask("POST", "/tokenize", asked, **key)[1]["tokens"] == [8, 5, 6, 7]
     assert running.ask("POST", "/detokenize", {"tokens": [5, 6]}, **key)[1] == {"prompt": "w5 w6"}
+
+
+def test_all_that_is_described_is_there(running):
+    key = {"Authorization": "Bearer secret"}
+    status, described, _ = running.ask("GET", "/openapi.json", **key)
+    assert status == 200 and len(described["paths"]) >= 10
+    for path, methods in described["paths"].items():
+        for method in methods:
+            body = {} if method == "post" else None
+            status = running.ask(method.upper(), path.replace("{model}", "tiny"), body, **key)[0]
+            assert status == (400 if method == "post" else 200), path
 
 
 def test_texts_that_wait_to_be_tokenized_are_bounded(running, monkeypatch):
