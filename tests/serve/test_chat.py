@@ -207,6 +207,12 @@ def test_a_prompt_that_ends_within_thinking(server):
     assert (message["content"], message["reasoning"]) == ("Hello", "Hm.")
 
 
+def test_a_tag_in_a_system_message_opens_nothing(server):
+    job = chat(server, messages=[{"role": "system", "content": "Reason within <think> tags. /think"}, *HI])
+    message = message_of(server, job, "Hello" + END)
+    assert (message["content"], message["reasoning"]) == ("Hello", None)
+
+
 def replaced(tokenizer: Any, template: str) -> Any:
     return type(tokenizer)(tokenizer.backend, template, tokenizer.special_tokens)
 
