@@ -19,7 +19,7 @@ from smollm3_jax.serve.models import detokenize, tokenize
 @pytest.mark.filterwarnings("ignore:Generating overly large repr")
 @settings(max_examples=400)
 @given(kind=st.sampled_from(["chat", "completions", "responses"]), body=BODY, whole=st.booleans())
-def test_a_body_makes_a_job_or_an_error(server, grammars_always, kind, body, whole):
+def test_a_body_makes_a_job_or_an_error(server, kind, body, whole):
     first = {"chat": "messages", "completions": "prompt", "responses": "input"}[kind]
     usual = {"messages": [{"role": "user", "content": "Hi"}], "prompt": "Hi", "input": "Hi"}[first]
     body = {first: usual} | body if whole else body

@@ -102,7 +102,7 @@ USUAL = {
 @pytest.mark.filterwarnings("ignore:Generating overly large repr")
 @settings(max_examples=300)
 @given(kind=st.sampled_from(sorted(REQUESTS)), body=BODY)
-def test_what_is_taken_is_described(server, description, grammars_always, kind, body):
+def test_what_is_taken_is_described(server, description, kind, body):
     body = USUAL[kind] | body
     try:
         parse(kind, body, server)
