@@ -461,4 +461,4 @@ def test_slots_compile_nothing_after_the_first_time(model):
         for request in requests:
             engine.submit(request)
         list(engine.drain())
-    assert engine.prefix_hits and compilations() == warm
+    assert engine.prefixes and engine.prefixes.hits and compilations() == warm

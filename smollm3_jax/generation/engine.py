@@ -44,7 +44,7 @@ from .device_loop import (
 )
 from .hosts import broadcast, broken, in_step, leads, spans_hosts
 from .prompt_lookup import decode_lookup, remember
-from .prompts import Prefixes, keep, pieces, reuse
+from .prompts import Prefixes, pieces
 from .prompts import piece_sizes as sizes_for
 from .requests import Delta, Request, as_json, check_request, from_json, with_ids
 from .sequence import Sequence
@@ -131,14 +131,12 @@ class Engine:
         with self._stats.timed(), everywhere, self._memory():
             made = jax.block_until_ready(_empty(model, self.slots, self.capacity, dtype, drafts=lookup > 0))
             self._cache, self._state, self._history = made
-            self._pages, self._prefixes = None, None
+            self.prefixes: Prefixes | None = None
             piece, rules = self.piece_sizes[-1], model.sharding
             if prefix_tokens >= piece and (rules is None or rules.parts("context") == 1):
                 pages = prefix_tokens // piece
                 pages -= pages % (1 if rules is None else rules.parts("batch"))
-                self._pages, *_ = _empty(model, pages, piece, dtype)
-                self._prefixes = Prefixes(pages, piece)
-        self.prefix_queries, self.prefix_hits = 0, 0  # tokens of prompts, and those of them that were kept
+                self.prefixes = Prefixes(_empty(model, pages, piece, dtype)[0], rules)
         # A heap, the lowest slot first: what runs beside each other is the same whatever ended before.
         self._free = list(range(self.slots))
         nobody = Sequence(model, 0, 0, Request([0]), None).slot()
@@ -222,9 +220,8 @@ class Engine:
                     place = self.model, self._cache, zero, zero
                     self._cache, _ = prefill(*place, tokens[:1], tokens[1], count, logprobs=logprobs)
             self._cache = copy(self._cache, zero, zero, sharding=sharding)
-            if self._pages is not None:
-                self._pages = keep(self._cache, self._pages, zero, zero, zero, sharding=sharding)
-                self._cache = reuse(self._cache, self._pages, zero, zero, zero, sharding=sharding)
+            if self.prefixes is not None:
+                self._cache = self.prefixes.warm_up(self._cache)
             self._place(0, self._nothing, 0)
             if self._history is not None:
                 self._history = remember(self._history, zero, np.full(self.capacity, -1, np.int32))
@@ -308,7 +305,10 @@ class Engine:
         """One piece of the prompt at hand, or of the next one: how many tokens the model computed for it."""
         if self._prefill is None:
             sequence, slot = self._waiting.popleft(), heapq.heappop(self._free)
-            start = self._reuse(sequence, slot)
+            if self.prefixes is not None and not sequence.wants_prompt:  # whose log-probabilities only the model has
+                of_prompt = sequence.request.cache_salt, sequence.prompt[:-1]
+                self._cache, sequence.cached_tokens = self.prefixes.reuse(self._cache, slot, *of_prompt)
+            start = sequence.cached_tokens or 0
             self._prefill = _Prefill(sequence, slot, pieces(len(sequence.prompt) - 1, self.piece_sizes, start))
         at, padded = self._prefill, 0
         piece = next(at.left, None)
@@ -322,8 +322,8 @@ class Engine:
             self._cache, values = prefill(*place, tokens[:1], tokens[1], np.int32(count), logprobs=wanted)
             if values is not None:
                 at.logprobs.append((values, count))
-            elif count == self.piece_sizes[-1]:
-                self._keep(at.sequence, at.slot, start)
+            elif self.prefixes is not None and count == self.prefixes.piece:
+                self.prefixes.keep(self._cache, at.slot, at.sequence.request.cache_salt, prompt[: start + count])
             self._stats.prompt_tokens += count
             self._stats.programs[f"prefill of {padded} tokens" + (" with log-probabilities" if wanted else "")] += 1
             if start + count < len(prompt) - 1:
@@ -331,28 +331,6 @@ class Engine:
         self._prefill = None
         self._start(at)
         return padded
-
-    def _reuse(self, sequence: Sequence, slot: int) -> int:
-        """Puts what is kept of a prompt's beginning into a slot: how many tokens."""
-        if self._prefixes is None or sequence.wants_prompt:  # whose log-probabilities only the model has
-            return 0
-        piece, prompt = self._prefixes.piece, sequence.prompt[:-1]
-        found = self._prefixes.find(sequence.request.cache_salt, prompt)
-        for i, page in enumerate(found):
-            places = np.int32(page), np.int32(slot), np.int32(i * piece)
-            self._cache = reuse(self._cache, self._pages, *places, sharding=self.model.sharding)
-        self.prefix_queries, self.prefix_hits = self.prefix_queries + len(prompt), self.prefix_hits + len(found) * piece
-        sequence.cached_tokens = len(found) * piece
-        return sequence.cached_tokens
-
-    def _keep(self, sequence: Sequence, slot: int, start: int) -> None:
-        """Keeps a whole piece that a slot has from `start` on."""
-        if self._prefixes is None:
-            return
-        page = self._prefixes.add(sequence.request.cache_salt, sequence.prompt[: start + self._prefixes.piece])
-        if page is not None:
-            places = np.int32(slot), np.int32(start), np.int32(page)
-            self._pages = keep(self._cache, self._pages, *places, sharding=self.model.sharding)
 
     def _start(self, done: _Prefill) -> None:
         """Lets a sequence decode whose prompt is in its slot, and copies of the slot the request's other samples."""

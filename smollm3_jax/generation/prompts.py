@@ -42,7 +42,7 @@ def pieces(length: int, sizes: Sequence[int], start: int = 0) -> Iterator[tuple[
         start += count
 
 
-class Prefixes:
+class Index:
     """Which whole pieces are kept, and in which page: those that were used last.
 
     Args:
@@ -100,12 +100,51 @@ class Prefixes:
         return chain
 
 
+class Prefixes:
+    """The beginnings of prompts that are kept beside the slots; a slot gets copies of them.
+
+    Args:
+      pages: a cache, every row of which holds a whole piece.
+    """
+
+    def __init__(self, pages: KVCache, sharding: Sharding | None):
+        self.piece, self.sharding = pages.capacity, sharding
+        self.index = Index(pages.length.shape[0], self.piece)
+        self._pages = pages
+        self.queries, self.hits = 0, 0  # tokens of prompts, and those of them that were kept
+
+    def reuse(self, cache: KVCache, slot: int, salt: str, tokens: Sequence[int]) -> tuple[KVCache, int]:
+        """The cache with what is kept of a prompt's beginning in a slot, and how many tokens that is."""
+        found = self.index.find(salt, tokens)
+        for i, page in enumerate(found):
+            cache = self._reuse(cache, page, slot, i * self.piece)
+        self.queries, self.hits = self.queries + len(tokens), self.hits + len(found) * self.piece
+        return cache, len(found) * self.piece
+
+    def keep(self, cache: KVCache, slot: int, salt: str, tokens: Sequence[int]) -> None:
+        """Keeps the last piece of what a slot holds of a prompt, `tokens`, which are whole pieces."""
+        page = self.index.add(salt, tokens)
+        if page is not None:
+            self._keep(cache, slot, len(tokens) - self.piece, page)
+
+    def warm_up(self, cache: KVCache) -> KVCache:
+        """Makes the two programs; slot 0 and page 0 are nobody's."""
+        self._keep(cache, 0, 0, 0)
+        return self._reuse(cache, 0, 0, 0)
+
+    def _keep(self, cache: KVCache, slot: int, start: int, page: int) -> None:
+        self._pages = _put(cache, self._pages, np.int32(slot), np.int32(start), np.int32(page), sharding=self.sharding)
+
+    def _reuse(self, cache: KVCache, page: int, slot: int, start: int) -> KVCache:
+        return _get(cache, self._pages, np.int32(page), np.int32(slot), np.int32(start), sharding=self.sharding)
+
+
 def _bytes(tokens: Sequence[int]) -> bytes:
     return np.asarray(tokens, np.int32).tobytes()
 
 
 @functools.partial(jax.jit, static_argnames="sharding", donate_argnames="pages")
-def keep(
+def _put(
     cache: KVCache, pages: KVCache, slot: Array, start: Array, page: Array, *, sharding: Sharding | None = None
 ) -> KVCache:
     """The pages with a piece that a slot holds from `start` on."""
@@ -113,7 +152,7 @@ def keep(
 
 
 @functools.partial(jax.jit, static_argnames="sharding", donate_argnames="cache")
-def reuse(
+def _get(
     cache: KVCache, pages: KVCache, page: Array, slot: Array, start: Array, *, sharding: Sharding | None = None
 ) -> KVCache:
     """The cache with a page in a slot from `start` on."""

@@ -69,11 +69,14 @@ class Service:
         self.answering = 0  # requests whose answer is not sent yet
         self._texts = 0
         waiting = lambda: len(worker.tickets) - self._running()  # noqa: E731
-        prefixes = [lambda name=name: getattr(worker.engine, name, 0) for name in ("prefix_queries", "prefix_hits")]
+        prefixes = [lambda name=name: getattr(self._prefixes(), name, 0) for name in ("queries", "hits")]
         self.metrics.watch(self._running, waiting, self._usage, *prefixes)
 
     def _running(self) -> int:
         return sum(ticket.state in ("prefilling", "decoding") for ticket in self.worker.tickets)
+
+    def _prefixes(self) -> object:
+        return None if self.worker.engine is None else self.worker.engine.prefixes
 
     def _usage(self) -> float:
         engine = self.worker.engine

@@ -3,7 +3,7 @@
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from smollm3_jax.generation.prompts import Prefixes, piece_sizes
+from smollm3_jax.generation.prompts import Index, piece_sizes
 
 PIECE = 2
 CALLS = st.lists(
@@ -15,7 +15,7 @@ CALLS = st.lists(
 @given(st.integers(0, 5), CALLS)
 def test_what_is_found_is_what_was_kept(pages, calls):
     """Pages say what was put into them last: a prompt finds its own pieces, in order, or fewer."""
-    kept, held = Prefixes(pages, PIECE), {}
+    kept, held = Index(pages, PIECE), {}
     for salt, tokens, asks in calls:
         whole = len(tokens) // PIECE * PIECE
         found = kept.find(salt, tokens)
@@ -31,7 +31,7 @@ def test_what_is_found_is_what_was_kept(pages, calls):
 
 
 def test_the_least_recently_used_is_dropped():
-    kept = Prefixes(2, PIECE)
+    kept = Index(2, PIECE)
     first, second = kept.add("", [1, 1]), kept.add("", [2, 2])
     assert kept.find("", [1, 1, 5]) == [first]
     third = kept.add("", [3, 3])
