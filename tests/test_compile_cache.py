@@ -10,18 +10,20 @@ import sys
 import warnings
 import zlib
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
 import pytest
 from jax.experimental.compilation_cache.compilation_cache import reset_cache
-from tiny import tiny_checkpoint
+from tiny import letters, tiny_checkpoint
 
 import smollm3_jax as s3
 from smollm3_jax import compile_cache
 from smollm3_jax.compile_cache import Compilations, compilations, enable
 from smollm3_jax.generation.api import complete
 from smollm3_jax.generation.engine import Engine
+from smollm3_jax.generation.grammar import json_schema
 from smollm3_jax.generation.requests import Request
 
 ROOT = Path(__file__).parents[1]
@@ -448,7 +450,10 @@ def test_generate_compiles_nothing_after_the_first_time(model):
 @pytest.mark.slow
 def test_slots_compile_nothing_after_the_first_time(model):
     """Sequences of every kind side by side, as they come and go, and begin alike."""
-    engine = Engine(model, slots=4, context=128, piece_sizes=(16, 64), prefix_tokens=256)
+    tokenizer = letters()
+    grammar = {"grammar": json_schema({"enum": ["abc", 12]}), "ends": (tokenizer.backend.token_to_id("<|im_end|>"),)}
+    shape: dict[str, Any] = {"slots": 4, "context": 128, "piece_sizes": (16, 64), "prefix_tokens": 256}
+    engine = Engine(model, tokenizer=tokenizer, **shape)
     before = compilations()
     engine.warm_up()
     warm = compilations()
@@ -458,7 +463,7 @@ def test_slots_compile_nothing_after_the_first_time(model):
             Request([3] * shift + list(range(3, 4 + 12 * i)), s3.SamplingParams(max_new_tokens=20, **params))
             for i, params in enumerate(PARAMS)
         ]
-        for request in requests:
+        for request in [*requests, Request([5, 9], s3.SamplingParams(max_new_tokens=9), **grammar)]:
             engine.submit(request)
         list(engine.drain())
     assert engine.prefixes and engine.prefixes.hits and compilations() == warm

@@ -164,8 +164,8 @@ def copy(cache: KVCache, source: Array, slot: Array, *, sharding: Sharding | Non
 
 
 @functools.partial(jax.jit, static_argnames="sharding", donate_argnames="slots")
-def forbid(slots: Slots, constrained_B: Array, forbidden_BW: Array, *, sharding: Sharding | None = None) -> Slots:
-    """Says which tokens may not come next, of each slot; see `SamplingState`.
+def hold(slots: Slots, constrained_B: Array, forbidden_BW: Array, *, sharding: Sharding | None = None) -> Slots:
+    """Holds back the tokens that may not come next, of each slot; see `SamplingState`.
 
     Args:
       forbidden_BW: int32 [B, V / 32], a bit for each token, the lowest first: an eighth of what would be sent else.

@@ -30,24 +30,15 @@ from ..kv_cache import KVCache, cache_specs
 from ..model import SmolLM3, where_it_lies
 from ..sizes import power_of_two_from
 from ..tokenizer import Tokenizer, tokenizer_of
-from .device_loop import (
-    MAX_STEPS,
-    DecodedTokens,
-    PromptLogprobs,
-    Slots,
-    copy,
-    decode,
-    forbid,
-    insert,
-    prefill,
-    slot_specs,
-)
+from .device_loop import MAX_STEPS, DecodedTokens, PromptLogprobs, Slots, copy, decode, hold, insert, prefill
+from .device_loop import slot_specs as specs_for
+from .grammar import prepare
 from .hosts import broadcast, broken, in_step, leads, spans_hosts
 from .prompt_lookup import decode_lookup, remember
 from .prompts import Prefixes, pieces
 from .prompts import piece_sizes as sizes_for
 from .requests import Delta, Request, as_json, check_request, from_json, with_ids
-from .sequence import Sequence
+from .sequence import Sequence, held_back
 from .stats import Stats, counted
 
 log = logging.getLogger(__name__)
@@ -225,7 +216,11 @@ class Engine:
             self._place(0, self._nothing, 0)
             if self._history is not None:
                 self._history = remember(self._history, zero, np.full(self.capacity, -1, np.int32))
+            else:
+                masks = np.zeros((self.slots, -(-self.model.config.vocab_size // 32)), np.int32)
+                self._state = hold(self._state, np.zeros(self.slots, bool), masks, sharding=sharding)
             self._decode()
+        prepare(self.tokenizer)
 
     def close(self) -> None:
         """The last call, on process 0: lets the other processes leave the engine. Nothing may be asked of it after."""
@@ -271,8 +266,10 @@ class Engine:
 
     def _decode(self) -> DecodedTokens:
         if self._history is None:
-            steps = self._keep_to_grammars()
-            arguments = (self.model, self._cache, self._state, np.int32(steps))
+            held = held_back(self._running, self.slots)
+            if held is not None:
+                self._state = hold(self._state, *held, sharding=self.model.sharding)
+            arguments = (self.model, self._cache, self._state, np.int32(self.steps if held is None else 1))
             self._cache, self._state, decoded = decode(*arguments)
             return jax.device_get(decoded)
         arguments = (self.model, self._cache, self._state, self._history, np.int32(self.steps))
@@ -280,16 +277,6 @@ class Engine:
         tried, kept = jax.device_get(tally)
         self.drafted, self.accepted = self.drafted + int(tried), self.accepted + int(kept)
         return DecodedTokens(jax.device_get(tokens), None, None, None)
-
-    def _keep_to_grammars(self) -> int:
-        """Tells the device what each sequence may say next; how many tokens a call may have, which is then 1."""
-        rows = {slot: x.matcher.forbidden() for slot, x in self._running.items() if x.matcher is not None}
-        if rows:
-            forbidden = np.zeros((self.slots, len(next(iter(rows.values())))), np.int32)
-            forbidden[list(rows)] = list(rows.values())
-            constrained = np.isin(np.arange(self.slots), list(rows))
-            self._state = forbid(self._state, constrained, forbidden, sharding=self.model.sharding)
-        return 1 if rows else self.steps
 
     def _admit(self) -> None:
         """Puts prompts into free slots, piece by piece; while anything decodes, at most `prefill_tokens` and what the
@@ -362,7 +349,7 @@ def _empty(
     """Cache, slots and (for drafts) history, where calls of `decode` leave them: else its second call compiles anew."""
     history = spec(jnp.int32, batch=slots, places=capacity) if drafts else None
     cache = cache_specs(model.config, slots, capacity, cache_dtype)
-    made = zeros((cache, slot_specs(slots, model.config.vocab_size), history), model.sharding)
+    made = zeros((cache, specs_for(slots, model.config.vocab_size), history), model.sharding)
     if model.sharding is not None:
         return made
     devices = list(model.norm[...].devices())

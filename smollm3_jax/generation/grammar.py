@@ -6,6 +6,7 @@ Every process that runs an engine finds the same from the same tokens.
 Shapes: W = ceil(V / 32) words of 32 bits, the lowest bit first, for a vocabulary of V tokens.
 """
 
+import contextlib
 import dataclasses
 import json
 import logging
@@ -165,6 +166,13 @@ def vocabulary_of(tokenizer: Tokenizer) -> Vocabulary:
         _vocabularies[id(tokenizer)] = _vocabulary(tokenizer)
         weakref.finalize(tokenizer, _vocabularies.pop, id(tokenizer), None)
     return _vocabularies[id(tokenizer)]
+
+
+def prepare(tokenizer: Tokenizer | None) -> None:
+    """Reads a tokenizer before the first grammar comes; where none can, whoever asks for one is told."""
+    if tokenizer is not None:
+        with contextlib.suppress(OptionError):
+            vocabulary_of(tokenizer)
 
 
 def _vocabulary(tokenizer: Tokenizer) -> Vocabulary:

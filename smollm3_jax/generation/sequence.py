@@ -1,5 +1,6 @@
 """One sample of a request on the host: its tokens, its text, and where it ends."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -140,3 +141,14 @@ class Sequence:
             )
             for i in range(count)
         )
+
+
+def held_back(running: Mapping[int, Sequence], slots: int) -> tuple[np.ndarray, np.ndarray] | None:
+    """What the grammars of running sequences, by slot, do not have next: bool [B], whether a slot has a grammar, and
+    bits int32 [B, V / 32]; None if none has one. A call may then say one token: the next bits depend on it."""
+    rows = {slot: one.matcher.forbidden() for slot, one in running.items() if one.matcher is not None}
+    if not rows:
+        return None
+    masks = np.zeros((slots, len(next(iter(rows.values())))), np.int32)
+    masks[list(rows)] = list(rows.values())
+    return np.isin(np.arange(slots), list(rows)), masks

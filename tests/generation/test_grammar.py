@@ -17,7 +17,7 @@ from tiny import letters, talking_checkpoint
 from smollm3_jax.chat.parse import ToolCall, parse
 from smollm3_jax.errors import OptionError
 from smollm3_jax.generation import grammar as module
-from smollm3_jax.generation.grammar import Matcher, check_grammar, json_object, json_schema, tool_calls
+from smollm3_jax.generation.grammar import Matcher, check_grammar, json_object, json_schema, prepare, tool_calls
 from smollm3_jax.tokenizer import Tokenizer, load_tokenizer
 
 FIXTURES = Path(__file__).parents[3] / "shared" / "fixtures" / "smollm3-3b"
@@ -348,6 +348,8 @@ def test_an_answer_that_cannot_go_on_ends(caplog):
 
 def test_a_grammar_needs_a_tokenizer_of_bytes(tmp_path):
     check_grammar(json_object(), LETTERS)
+    prepare(None)
+    prepare(load_tokenizer(talking_checkpoint(tmp_path / "words")))  # which is no mistake until somebody asks
     with pytest.raises(OptionError, match="give one"):
         check_grammar(json_object(), None)
     with pytest.raises(OptionError, match="no grammar can be kept with this model's tokenizer"):
