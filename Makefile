@@ -32,13 +32,14 @@ test: setup lint
 test-slow: setup
 	$(CPU) $(BIN)/python -m pytest $(TOGETHER) -m slow
 
-# What the TPU's compiler takes longest for: plans and decoding at SmolLM3's full depth, for pods too.
+# What compilers take longest for, plans, training and decoding at SmolLM3's full depth, for pods too, and more of what
+# is drawn at random. (Compiled for GPUs: FULL=1 make test-light MARKS=gpu, as .ci/run has it.)
 test-full: setup
-	FULL=1 $(CPU) $(BIN)/python -m pytest tests/plan tests/test_compiled_ahead.py
+	FULL=1 $(CPU) $(BIN)/python -m pytest $(TOGETHER) tests/plan tests/test_compiled_ahead.py tests/train/run
 
 # `make test` in an environment without torch and transformers: parity is that with the stored goldens.
 test-light: $(VENV)/dev.stamp
-	$(CPU) $(BIN)/python -m pytest $(TOGETHER) -m 'not torch and ($(MARKS))'
+	$(CPU) $(BIN)/python -m pytest $(TOGETHER) -m 'not torch and ($(MARKS))' $(LEFT_OUT:%=--ignore=tests/%)
 
 # Pages of docs/ in docs/_build; a warning is an error.
 docs: $(VENV)/docs.stamp

@@ -1,7 +1,8 @@
 """SmolLM3-3B compiled for NVIDIA GPUs that are not there: settings, programs, and what to look for in them.
 
-All at full depth, for an H100. Bytes and launches are those of `smollm3 plan`: kernels count as what they read at full
-capacity. Bounds are those that the design was made for; see the README's table of an H100.
+For an H100, with five layers, or with all of them where FULL is set. Bytes and launches are those of `smollm3 plan`:
+kernels count as what they read at full capacity. Bounds are those that the design was made for; see the README's table
+of an H100.
 """
 
 import dataclasses
@@ -12,6 +13,7 @@ import jax
 import numpy as np
 import pytest
 from jax.stages import Compiled
+from proxies import FULL
 
 from sharding import hlo
 from sharding.products import product
@@ -29,8 +31,11 @@ MARKS = [
     pytest.mark.skipif(jax.__version_info__ < (0, 11, 2), reason="kernels for GPUs need jax 0.11.2"),
 ]
 
+# A layer is compiled as often as there is one: all of them take minutes, and five the same kinds of programs. (Four of
+# a matrix of 2048 x 2048 are as many numbers as the scores of a row of 4,096.)
+DEEP = 36
+DEPTHS = [5, pytest.param(DEEP, marks=FULL)]
 GB, GIB, MIB = 1e9, 2**30, 2**20
-RELEASED = ModelConfig.from_hf(SMOLLM3_3B)
 CAPACITY = 8192
 
 
@@ -50,21 +55,20 @@ class Program:
 
 
 def cut(layers: int) -> ModelConfig:
-    """SmolLM3 with fewer layers, for what every layer has alike."""
+    """SmolLM3 with its first layers."""
     return ModelConfig.from_hf(
         {**SMOLLM3_3B, "num_hidden_layers": layers, "no_rope_layers": SMOLLM3_3B["no_rope_layers"][:layers]}
     )
 
 
-def decoding(batch: int, weights: str | None = None, **options) -> DecodeSetting:
-    config = RELEASED if weights is None else with_scheme(RELEASED, weights)
+def decoding(layers: int, batch: int, weights: str | None = None, **options) -> DecodeSetting:
+    config = cut(layers) if weights is None else with_scheme(cut(layers), weights)
     _, devices = topology("h100:1")
     return DecodeSetting(config, sharding_for(config, devices, "serve_tp", None), batch, CAPACITY, **options)
 
 
-def training(
-    name: str, rules: str, axes: dict[str, int] | None, batch: int, length: int, config: ModelConfig = RELEASED
-) -> Program:
+def training(layers: int, name: str, rules: str, axes: dict[str, int] | None, batch: int, length: int) -> Program:
+    config = cut(layers)
     chip, devices = topology(name)
     sharding = sharding_for(config, devices, rules, axes)
     setting = TrainSetting(config, chip, sharding, batch, length, StepOptions(remat="dots"))

@@ -6,7 +6,6 @@ Needs libtpu (`pip install smollm3-jax[tpu]`), of the very version that jaxlib w
 
 import importlib.util
 import json
-import os
 from collections import Counter
 
 import jax
@@ -14,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import Mesh
+from proxies import FULL
 
 from sharding import hlo
 from sharding.mesh import device_bytes
@@ -28,8 +28,7 @@ pytestmark = pytest.mark.slow
 
 MIB = 2**20
 HBM = {"v5e": 16 * 1024 * MIB, "v6e": 32 * 1024 * MIB}
-DEEP = 36
-FULL = pytest.mark.skipif(not os.environ.get("FULL"), reason="takes a minute: `make test-full`")
+DEPTHS = [4, pytest.param(36, marks=FULL)]
 
 
 @pytest.fixture(scope="module")
@@ -130,22 +129,21 @@ def test_looking_up_one_row_of_integers_would_copy_the_table(raw_config, monkeyp
     assert [op.bytes for op in hlo.moves(hlo.operations(setting.compile()), table)] == [table]
 
 
+@pytest.mark.parametrize("layers", DEPTHS)
 @pytest.mark.parametrize(("topology", "shape"), [pytest.param("v5e:2x2", (1, 4), marks=FULL), ("v5e:4x4", (4, 4))])
-def test_decode_step_at_full_depth(topology, shape, raw_config):
-    setting = decoding(raw_config, topology, shape, "serve_tp", DEEP, 64, 8192)
+def test_decode_step_of_groups_of_devices(topology, shape, layers, raw_config):
+    setting = decoding(raw_config, topology, shape, "serve_tp", layers, 64, 8192)
     gathered = 3 if shape[0] > 1 else 0
-    check_decode(setting, topology[:3], tensor_parallel(DEEP, shape[0]), kernels=DEEP, gathered=gathered)
+    check_decode(setting, topology[:3], tensor_parallel(layers, shape[0]), kernels=layers, gathered=gathered)
 
 
-# Of one long sequence, in each layer: its new query, key and value, and the largest score and the sums over the
-# context, to every device; then after attention and after the MLP. Besides: as above, of one sequence.
-LONG = Counter({"all-gather": 3 * DEEP, "all-reduce": 4 * DEEP + 1 + 2 + 2})
-
-
-def test_one_long_sequence_at_full_depth(raw_config):
+@pytest.mark.parametrize("layers", DEPTHS)
+def test_one_long_sequence(layers, raw_config):
     """131,072 tokens of context, in four parts: each device looks at its own, and parts of sums are put together."""
-    setting = decoding(raw_config, "v5e:2x2", (1, 4), "serve_tp_long", DEEP, 1, 131072)
-    check_decode(setting, "v5e", LONG, kernels=0)
+    setting = decoding(raw_config, "v5e:2x2", (1, 4), "serve_tp_long", layers, 1, 131072)
+    # In each layer: its new query, key and value, and the largest score and the sums over the context, to every device;
+    # then after attention and after the MLP. Besides: as above, of one sequence.
+    check_decode(setting, "v5e", Counter({"all-gather": 3 * layers, "all-reduce": 4 * layers + 1 + 2 + 2}), kernels=0)
 
 
 def test_a_kernel_beside_split_weights(raw_config, monkeypatch):

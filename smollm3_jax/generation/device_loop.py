@@ -164,9 +164,15 @@ def copy(cache: KVCache, source: Array, slot: Array, *, sharding: Sharding | Non
 
 
 @functools.partial(jax.jit, static_argnames="sharding", donate_argnames="slots")
-def forbid(slots: Slots, forbidden_BW: Array, *, sharding: Sharding | None = None) -> Slots:
-    """Says which tokens may not come next, of each slot; see `SamplingState.forbidden`."""
-    choice = dataclasses.replace(slots.choice, forbidden=forbidden_BW)
+def forbid(slots: Slots, constrained_B: Array, forbidden_BW: Array, *, sharding: Sharding | None = None) -> Slots:
+    """Says which tokens may not come next, of each slot; see `SamplingState`.
+
+    Args:
+      forbidden_BW: int32 [B, V / 32], a bit for each token, the lowest first: an eighth of what would be sent else.
+    """
+    bits_BW32 = (forbidden_BW[:, :, None] >> jnp.arange(32, dtype=jnp.int32)[None, None]) & 1
+    forbidden_BV = bits_BW32.reshape(len(constrained_B), -1)[:, : slots.choice.counts.shape[1]] == 1
+    choice = dataclasses.replace(slots.choice, constrained=constrained_B, forbidden=forbidden_BV)
     return as_they_came(dataclasses.replace(slots, choice=choice), sharding)
 
 

@@ -288,10 +288,10 @@ class Engine:
         """Tells the device what each sequence may say next; how many tokens a call may have, which is then 1."""
         rows = {slot: x.matcher.forbidden() for slot, x in self._running.items() if x.matcher is not None}
         if rows:
-            forbidden = np.zeros(self._state.choice.forbidden.shape, np.int32)
-            for slot, row in rows.items():
-                forbidden[slot] = row
-            self._state = forbid(self._state, forbidden, sharding=self.model.sharding)
+            forbidden = np.zeros((self.slots, len(next(iter(rows.values())))), np.int32)
+            forbidden[list(rows)] = list(rows.values())
+            constrained = np.isin(np.arange(self.slots), list(rows))
+            self._state = forbid(self._state, constrained, forbidden, sharding=self.model.sharding)
         return 1 if rows else self.steps
 
     def _admit(self) -> None:

@@ -217,8 +217,8 @@ class SamplingState:
 
     temperature, top_p, min_p, repetition, presence, frequency: float32 [B]; top_k, logprobs: int32 [B]
     (-1: no log-probabilities); seed: uint32 [B]; bias_ids: int32 [B, N]; biases: float32 [B, N];
-    in_prompt: bool [B, V]; counts: int32 [B, V], how often each token was generated; forbidden: int32 [B, V / 32],
-    a bit for each token that a grammar does not have next.
+    in_prompt: bool [B, V]; counts: int32 [B, V], how often each token was generated; constrained: bool [B];
+    forbidden: bool [B, V], if a slot is constrained the tokens that its grammar does not have next.
     """
 
     temperature: Any
@@ -234,6 +234,7 @@ class SamplingState:
     biases: Any
     in_prompt: Any
     counts: Any
+    constrained: Any
     forbidden: Any
 
     @classmethod
@@ -245,8 +246,8 @@ class SamplingState:
         fields |= {"top_k": index, "logprobs": index, "seed": spec(jnp.uint32, batch=batch)}
         fields |= {"bias_ids": spec(jnp.int32, batch=batch, biases=MAX_BIASES)}
         fields |= {"biases": spec(jnp.float32, batch=batch, biases=MAX_BIASES)}
-        fields |= {"in_prompt": spec(bool, batch=batch, vocab=vocab_size)}
-        fields |= {"forbidden": spec(jnp.int32, batch=batch, words=-(-vocab_size // 32))}
+        fields |= {name: spec(bool, batch=batch, vocab=vocab_size) for name in ("in_prompt", "forbidden")}
+        fields |= {"constrained": spec(bool, batch=batch)}
         return cls(**fields, counts=spec(jnp.int32, batch=batch, vocab=vocab_size))
 
     @classmethod
@@ -271,7 +272,8 @@ class SamplingState:
             biases=np.array([bias for _, bias in biases], f32),
             in_prompt=in_prompt,
             counts=np.zeros(vocab_size, np.int32),
-            forbidden=np.zeros(-(-vocab_size // 32), np.int32),
+            constrained=np.bool_(False),
+            forbidden=np.zeros(vocab_size, bool),
         )
 
 
@@ -287,8 +289,7 @@ def choose(logits_BV: Array, choice: SamplingState, step_B: Array) -> Array:
     """
     adjusts = (choice.repetition != 1) | (choice.presence != 0) | (choice.frequency != 0) | (choice.bias_ids[:, 0] >= 0)
     logits_BV = jax.lax.cond(adjusts.any(), lambda x: _adjust(x, choice), lambda x: x, logits_BV)
-    keeps_B = (choice.forbidden != 0).any(axis=1)
-    logits_BV = jax.lax.cond(keeps_B.any(), lambda x: _forbid(x, choice.forbidden, keeps_B), lambda x: x, logits_BV)
+    logits_BV = jax.lax.cond(choice.constrained.any(), lambda x: _forbid(x, choice), lambda x: x, logits_BV)
     greedy_B = jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
     draws_B = choice.temperature > 0
     return jax.lax.cond(
@@ -308,12 +309,10 @@ def _adjust(logits_BV: Array, choice: SamplingState) -> Array:
     return logits_BV.at[rows_B1, ids_BN].add(choice.biases, mode="drop")
 
 
-def _forbid(logits_BV: Array, forbidden_BW: Array, keeps_B: Array) -> Array:
+def _forbid(logits_BV: Array, choice: SamplingState) -> Array:
     # A token that is suppressed (-inf) is still better than one that the grammar does not have.
-    kept_BV = jnp.where(keeps_B[:, None], jnp.maximum(logits_BV, jnp.finfo(logits_BV.dtype).min), logits_BV)
-    bits_BW32 = (forbidden_BW[:, :, None] >> jnp.arange(32, dtype=jnp.int32)[None, None]) & 1
-    bits_BV = bits_BW32.reshape(logits_BV.shape[0], -1)[:, : logits_BV.shape[1]]
-    return jnp.where(bits_BV == 1, -jnp.inf, kept_BV)
+    held_BV = jnp.where(choice.forbidden, -jnp.inf, jnp.maximum(logits_BV, jnp.finfo(logits_BV.dtype).min))
+    return jnp.where(choice.constrained[:, None], held_BV, logits_BV)
 
 
 def _draw(logits_BV: Array, choice: SamplingState, step_B: Array) -> Array:

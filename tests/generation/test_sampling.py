@@ -150,8 +150,8 @@ def test_slots_with_all_kinds_of_parameters_do_not_touch_each_other():
 def forbidding(choice: SamplingState, *allowed: list[int] | None) -> SamplingState:
     """The same with grammars that have these ids alone next; None is no grammar."""
     rows = [np.zeros(VOCAB, bool) if ids is None else ~np.isin(np.arange(VOCAB), ids) for ids in allowed]
-    bits = np.packbits(np.pad(rows, ((0, 0), (0, -VOCAB % 32))), axis=1, bitorder="little")
-    return dataclasses.replace(choice, forbidden=jnp.asarray(bits.view(np.int32)))
+    constrained = jnp.array([ids is not None for ids in allowed])
+    return dataclasses.replace(choice, constrained=constrained, forbidden=jnp.asarray(rows))
 
 
 @settings(max_examples=20, deadline=None)

@@ -12,6 +12,7 @@ from openai.types.chat import ChatCompletion, ChatCompletionChunk
 from said import answer, deltas, ids_of, prompt_text
 
 from smollm3_jax.chat.template import encode_chat
+from smollm3_jax.generation import grammar
 from smollm3_jax.serve.conversation import BUDGETS
 from smollm3_jax.serve.errors import ApiError
 from smollm3_jax.serve.job import Job, Server, parse
@@ -207,6 +208,12 @@ def test_a_prompt_that_ends_within_thinking(server):
     assert (message["content"], message["reasoning"]) == ("Hello", "Hm.")
 
 
+def test_a_tag_in_a_system_message_opens_nothing(server):
+    job = chat(server, messages=[{"role": "system", "content": "Reason within <think> tags. /think"}, *HI])
+    message = message_of(server, job, "Hello" + END)
+    assert (message["content"], message["reasoning"]) == ("Hello", None)
+
+
 def replaced(tokenizer: Any, template: str) -> Any:
     return type(tokenizer)(tokenizer.backend, template, tokenizer.special_tokens)
 
@@ -284,30 +291,33 @@ def test_custom_instructions(server):
     assert error.param == "chat_template_kwargs.custom_instructions"
 
 
-def test_forced_calls_are_grammars(server, grammars):
+def test_forced_calls_are_grammars(server):
     job = chat(server, tools=[WEATHER, NOW], tool_choice="required")
-    assert job.requests[0].grammar == "calls of None, parallel True, of get_weather now"
+    given = [WEATHER, NOW]
+    assert job.requests[0].grammar == grammar.tool_calls(given, names=None, parallel=True, style="xml")
     body = answer(server, job, f"{THOUGHT}{CALL}{END}")[1]
     assert body["choices"][0]["finish_reason"] == "tool_calls"
     named = {"type": "function", "function": {"name": "now"}}
     job = chat(server, tools=[WEATHER, NOW], tool_choice=named)
-    assert job.requests[0].grammar == "calls of ['now'], parallel False, of get_weather now"
+    assert job.requests[0].grammar == grammar.tool_calls(given, names=["now"], parallel=False, style="xml")
 
 
-def test_formats_are_grammars(server, grammars):
+def test_formats_are_grammars(server):
     schema = {"type": "object"}
     form = {"type": "json_schema", "json_schema": {"name": "x", "strict": True, "schema": schema}}
-    assert chat(server, response_format=form).requests[0].grammar == f"schema {schema}"
-    assert chat(server, response_format={"type": "json_object"}).requests[0].grammar == "object"
+    assert chat(server, response_format=form).requests[0].grammar == grammar.json_schema(schema)
+    assert chat(server, response_format={"type": "json_object"}).requests[0].grammar == grammar.json_object()
     assert chat(server, response_format={"type": "text"}).requests[0].grammar is None
     form["json_schema"]["schema"] = {"type": "impossible"}
     assert refused(server, response_format=form).param == "response_format.json_schema.schema"
     assert refused(server, response_format={"type": "json_object"}, tools=[NOW]).param == "tools"
     forced = chat(server, response_format={"type": "json_object"}, tools=[NOW], tool_choice="required")
-    assert forced.requests[0].grammar.startswith("calls")
+    assert forced.requests[0].grammar == grammar.tool_calls([NOW], names=None, parallel=True, style="xml")
+    broken = {"type": "function", "function": {"name": "f", "parameters": {"type": "impossible"}}}
+    assert refused(server, tools=[broken], tool_choice="required").param == "tools"
 
 
-def test_tools_that_the_template_does_not_know(server, grammars):
+def test_tools_that_the_template_does_not_know(server):
     plain = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"
     other = Server(**{**vars(server), "tokenizer": replaced(server.tokenizer, plain)})
     error = refused(other, tools=[WEATHER])

@@ -5,9 +5,8 @@ import re
 from typing import Any
 
 import pytest
-from bodies import BODY
+from bodies import bodies
 from hypothesis import given, settings
-from hypothesis import strategies as st
 from said import answer
 
 from smollm3_jax.serve.errors import ApiError
@@ -101,9 +100,9 @@ USUAL = {
 
 @pytest.mark.filterwarnings("ignore:Generating overly large repr")
 @settings(max_examples=300)
-@given(kind=st.sampled_from(sorted(REQUESTS)), body=BODY)
-def test_what_is_taken_is_described(server, description, grammars_always, kind, body):
-    body = USUAL[kind] | body
+@given(asked=bodies())
+def test_what_is_taken_is_described(server, description, asked):
+    kind, body = asked
     try:
         parse(kind, body, server)
     except ApiError:

@@ -11,6 +11,7 @@ from pydantic import TypeAdapter
 from said import answer, ids_of, prompt_text
 
 from smollm3_jax.chat.template import encode_chat
+from smollm3_jax.generation import grammar
 from smollm3_jax.serve.errors import ApiError
 from smollm3_jax.serve.job import Job, Server, parse
 
@@ -145,16 +146,18 @@ def test_items(server):
     assert request.prompt == encode_chat(server.tokenizer, messages, add_generation_prompt=True)
 
 
-def test_effort_and_format(server, grammars):
+def test_effort_and_format(server):
     assert respond(server, reasoning={"effort": "low"}).requests[0].params.max_thinking_tokens == 512
     job = respond(server, reasoning={"effort": "none"})
     assert prompt_text(server, job).endswith("</think>\n")
     form = {"type": "json_schema", "name": "x", "schema": {"type": "object"}, "strict": True}
     job = respond(server, text={"format": form})
-    assert job.requests[0].grammar == "schema {'type': 'object'}" and job.reply.body()["text"] == {"format": form}
+    assert job.requests[0].grammar == grammar.json_schema(form["schema"]) and job.reply.body()["text"] == {
+        "format": form
+    }
     named = {"type": "function", "name": "now"}
     job = respond(server, tools=[NOW], tool_choice=named)
-    assert job.requests[0].grammar == "calls of ['now'], parallel False, of now"
+    assert job.requests[0].grammar == grammar.tool_calls([NOW], names=["now"], parallel=False, style="xml")
     assert job.reply.body()["tool_choice"] == named
     Response.model_validate(job.reply.body(), strict=True)
 

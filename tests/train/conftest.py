@@ -20,7 +20,7 @@ every = 2
 """
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def place(tmp_path_factory):
     """A model of 160 words, a corpus, and settings."""
     folder = tmp_path_factory.mktemp("train")
@@ -30,8 +30,8 @@ def place(tmp_path_factory):
     return folder
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def whole(place):
-    """A run that nothing disturbs."""
+    """A run that nothing disturbs. Several files of tests have it; each names its own runs in `place` otherwise."""
     train(place, place / "whole")
     return place / "whole"

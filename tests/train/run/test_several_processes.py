@@ -6,6 +6,7 @@ import subprocess
 
 import numpy as np
 import pytest
+from proxies import FULL
 from runs import checkpoint_digests, command, environment, losses, wait_for
 
 pytestmark = pytest.mark.slow
@@ -30,7 +31,7 @@ def start_job(place, run, count, *words, of_last=()):
     ]
 
 
-@pytest.mark.parametrize("count", [2, 4])
+@pytest.mark.parametrize("count", [2, pytest.param(4, marks=FULL)])
 def test_several_processes_train_as_one(whole, place, count):
     """T2."""
     run = place / f"job{count}"
