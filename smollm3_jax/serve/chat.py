@@ -38,7 +38,7 @@ def parse(body: dict[str, Any], server: Server) -> Job:
     fields.ignore(*WITHOUT_EFFECT)
     if fields.take("modalities", list, ["text"]) != ["text"]:
         raise fields.error("modalities", "['text'], which is all that this model writes")
-    stream, include_usage = stream_options(fields)
+    stream, told = stream_options(fields)
     given = sampling_fields(fields)
     given |= _logprobs(fields)
     limit, limit_name = _limit(fields)
@@ -51,7 +51,7 @@ def parse(body: dict[str, Any], server: Server) -> Job:
     messages = check_messages(fields.any("messages"))
     fields.finish(NAMES)
     request = conversation_request(server, messages, wishes, given, limit, limit_name, "messages")
-    return Job("chat", [request], stream, ChatReply(server, request, wishes, include_usage), salt)
+    return Job("chat", [request], stream, ChatReply(server, request, wishes, told), salt)
 
 
 def _logprobs(fields: Fields) -> dict[str, Any]:
@@ -72,10 +72,10 @@ def _limit(fields: Fields) -> tuple[int | None, str]:
 
 
 class ChatReply:
-    """See `contract.Reply`."""
+    """See `contract.Reply`; told: where a stream tells the usage, as `stream_options` says it."""
 
-    def __init__(self, server: Server, request: Request, wishes: Wishes, include_usage: bool):
-        self._server, self._request, self._include_usage = server, request, include_usage
+    def __init__(self, server: Server, request: Request, wishes: Wishes, told: str):
+        self._server, self._request, self._told = server, request, told
         self._head = {"id": f"chatcmpl-{secrets.token_hex(12)}", "created": int(time.time()), "model": server.name}
         self._head["seed"] = request.params.seed
         self._choices = [_Choice(server, request, wishes) for _ in range(request.params.n)]
@@ -96,7 +96,7 @@ class ChatReply:
 
     def end(self) -> list[Event]:
         last = self._head | {"object": "chat.completion.chunk", "choices": [], "usage": self._usage()}
-        return [(None, last), DONE] if self._include_usage else [DONE]
+        return [(None, last), DONE] if self._told else [DONE]
 
     def body(self) -> dict[str, Any]:
         choices = [choice.body(i) for i, choice in enumerate(self._choices)]
@@ -110,7 +110,8 @@ class ChatReply:
     ) -> Event:
         choice = {"index": sample, "delta": delta, "logprobs": logprobs, "finish_reason": finish_reason}
         chunk = self._head | {"object": "chat.completion.chunk", "choices": [choice]}
-        return None, chunk | ({"usage": None} if self._include_usage else {})
+        counted = {"usage": self._usage() if self._told == "each" else None} if self._told else {}
+        return None, chunk | counted
 
 
 class _Choice:

@@ -38,7 +38,7 @@ def parse(body: dict[str, Any], server: Server) -> Job:
     check_model(fields, server)
     fields.refuse(REFUSED)
     fields.ignore(*WITHOUT_EFFECT)
-    stream, include_usage = stream_options(fields)
+    stream, told = stream_options(fields)
     given = sampling_fields(fields)
     logprobs = fields.take("logprobs", int)
     if logprobs is not None and not 0 <= logprobs <= MAX_LOGPROBS:
@@ -60,7 +60,7 @@ def parse(body: dict[str, Any], server: Server) -> Job:
         for ids, _, name in prompts
     ]
     texts = [text for _, text, _ in prompts]
-    reply = CompletionsReply(server, requests, texts if echo else None, include_usage, nothing)
+    reply = CompletionsReply(server, requests, texts if echo else None, told, nothing)
     return Job("completions", requests, stream, reply, salt)
 
 
@@ -94,13 +94,12 @@ class CompletionsReply:
 
     Args:
       echo: the texts of the prompts, if answers begin with them.
+      told: where a stream tells the usage, as `stream_options` says it.
       nothing: of what is generated, nothing is shown.
     """
 
-    def __init__(
-        self, server: Server, requests: list[Request], echo: list[str] | None, include_usage: bool, nothing: bool
-    ):
-        self._requests, self._include_usage = requests, include_usage
+    def __init__(self, server: Server, requests: list[Request], echo: list[str] | None, told: str, nothing: bool):
+        self._requests, self._told = requests, told
         self._head = {"id": f"cmpl-{secrets.token_hex(12)}", "object": "text_completion", "created": int(time.time())}
         self._head |= {"model": server.name, "seed": requests[0].params.seed}
         texts = [""] * len(requests) if echo is None else echo
@@ -125,7 +124,7 @@ class CompletionsReply:
 
     def end(self) -> list[Event]:
         last = self._head | {"choices": [], "usage": self._usage()}
-        return [(None, last), DONE] if self._include_usage else [DONE]
+        return [(None, last), DONE] if self._told else [DONE]
 
     def body(self) -> dict[str, Any]:
         choices = [choice.body() for of_prompt in self._choices for choice in of_prompt]
@@ -140,7 +139,8 @@ class CompletionsReply:
 
     def _chunk(self, number: int, text: str, logprobs: Any, finish_reason: str | None) -> Event:
         choice = {"index": number, "text": text, "logprobs": logprobs, "finish_reason": finish_reason}
-        return None, self._head | {"choices": [choice]} | ({"usage": None} if self._include_usage else {})
+        counted = {"usage": self._usage() if self._told == "each" else None} if self._told else {}
+        return None, self._head | {"choices": [choice]} | counted
 
 
 class _Choice:

@@ -28,7 +28,8 @@ def messages_of(value: Any, instructions: str | None) -> list[dict[str, Any]]:
             raise fields.error("type", f"one of {', '.join(_READERS)}")
         message = _READERS[kind](fields)
         fields.finish()
-        _append(messages, message)
+        if message != {"role": "assistant", "reasoning_content": ""}:  # another's reasoning comes without its words
+            _append(messages, message)
     return messages
 
 

@@ -120,7 +120,8 @@ _TEMPLATE = _object(
     closed=True,
 )
 _THINKING = {"chat_template_kwargs": _TEMPLATE, "max_thinking_tokens": COUNT}
-_STREAM = _object({}, {"include_usage": BOOL, "include_obfuscation": BOOL}, closed=True)
+_STREAM_FIELDS = ("include_usage", "continuous_usage_stats", "include_obfuscation")
+_STREAM = _object({}, dict.fromkeys(_STREAM_FIELDS, BOOL), closed=True)
 
 
 def _function_tools(flat: bool) -> Schema:

@@ -93,18 +93,18 @@ def _logit_bias(fields: Fields) -> dict[int, float] | None:
     return {int(token): value for token, value in biases.items()}
 
 
-def stream_options(fields: Fields) -> tuple[bool, bool]:
-    """Whether to stream, and whether the stream ends with the usage."""
+def stream_options(fields: Fields) -> tuple[bool, str]:
+    """Whether to stream, and where a stream tells the usage: at the "end", with "each" chunk, or ""."""
     stream = fields.take("stream", bool, False)
     options = fields.object("stream_options")
     if options is None:
-        return stream, False
+        return stream, ""
     if not stream:
         raise bad("stream_options is there, but stream is not true: leave it out", "stream_options")
-    usage = options.take("include_usage", bool, False)
+    at_end, each = (options.take(name, bool, False) for name in ("include_usage", "continuous_usage_stats"))
     options.take("include_obfuscation", bool)  # of OpenAI's own connections
     options.finish()
-    return stream, usage
+    return stream, "" if not at_end else "each" if each else "end"
 
 
 def make_request(

@@ -403,6 +403,14 @@ def test_several_samples(server):
     json.dumps([events, body])
 
 
+def test_usage_with_each_chunk(server):
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    job = chat(server, stream=True, stream_options=options)
+    events, body = answer(server, job, "One two three" + END, cuts=[1, 2])
+    counts = [chunk["usage"]["completion_tokens"] for _, chunk in events[:-1]]
+    assert counts == [0, 1, 2, 4, 4, 4] and events[-2][1]["usage"] == body["usage"]
+
+
 def test_cached_tokens(server):
     job = chat(server, n=2)
     for sample in (0, 1):

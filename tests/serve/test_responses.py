@@ -122,6 +122,7 @@ def test_items(server):
             "content": [{"type": "input_text", "text": "Be "}, {"type": "input_text", "text": "kind."}],
         },
         {"type": "message", "role": "user", "content": "Hi"},
+        {"type": "reasoning", "id": "rs", "summary": []},
         {"type": "reasoning", "id": "rs", "summary": [{"type": "summary_text", "text": "Hm."}]},
         {"type": "function_call", "call_id": "a", "name": "now", "arguments": "{}"},
         {"type": "function_call", "call_id": "b", "name": "now", "arguments": '{"zone": "x"}'},
