@@ -108,6 +108,8 @@ class Engine:
         self.context, self.steps, self.lookup = context, steps, lookup
         self.slots, self.capacity = slots_for(model, slots), capacity_for(context, lookup)
         self._prefill_tokens, self._measured, self._stats = prefill_tokens, stats is not None, stats or Stats()
+        # Where programs are made as they are needed, a prompt that is one piece has a simpler one, made sooner.
+        self._lazy = piece_sizes is None
         self.piece_sizes = sizes_for(model.platform, self.capacity, piece_sizes)
         shape = {"slots": slots, "context": context, "steps": steps, "lookup": lookup, "prefill_tokens": prefill_tokens}
         shape |= {"piece_sizes": piece_sizes, "prefix_tokens": prefix_tokens}
@@ -305,7 +307,8 @@ class Engine:
             tokens[:, :count] = prompt[start : start + count], prompt[start + 1 : start + count + 1]
             # Of a request's samples the first has them, whichever prompts go in again for others.
             wanted = at.sequence.wants_prompt
-            place = (self.model, self._cache, np.int32(at.slot), np.int32(start))
+            whole = self._lazy and count == len(prompt) - 1
+            place = self.model, self._cache, np.int32(at.slot), None if whole else np.int32(start)
             self._cache, values = prefill(*place, tokens[:1], tokens[1], np.int32(count), logprobs=wanted)
             if values is not None:
                 at.logprobs.append((values, count))
