@@ -131,6 +131,7 @@ def serve(
             if stop.is_set():
                 end_now(128 + number)
             if not service.worker.ready:  # a thread that compiles cannot be interrupted
+                log.info("a signal ends it before it is ready")
                 end_now(0 if service.worker.failure is None else 3)
             log.info(
                 "draining: what is under way ends, for at most %.0f s; a second signal ends at once", drain_timeout
