@@ -185,7 +185,7 @@ def plain_server() -> Server:
 class Puppet:
     """An engine whose steps are the test's: `step_with` gets the numbers that run, and gives deltas or raises."""
 
-    slots, capacity, steps, prefilling = 4, 512, 4, None
+    slots, capacity, steps, prefilling, prefixes = 4, 512, 4, None, None
 
     def __init__(self, step_with: Callable[[list[int]], list[Delta]]):
         self.running: dict[int, Request] = {}

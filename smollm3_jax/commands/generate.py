@@ -48,7 +48,8 @@ def add(parser: argparse.ArgumentParser) -> None:
         "many prompts (--input)",
         'A line of the input may have an "id", a "json_schema" and any sampling option for itself, such as '
         '"max_new_tokens": 9. A line that cannot be run is answered with an error, and the exit code is then 3. A run '
-        "that was stopped goes on when the same command is given again.",
+        "that was stopped goes on when the same command is given again. With --slots and --context answers are those "
+        "of `smollm3 serve` with the same, to the bit.",
     )
     many.add_argument("--output", metavar="FILE", help="gets a JSON line for each, as they finish")
     many.add_argument("--slots", type=int, metavar="N", help="sequences side by side, a power of two (default: 16)")
@@ -196,7 +197,7 @@ def _generate_many(
     args: argparse.Namespace, checkpoint: "Checkpoint", tokenizer: "Tokenizer", load: "Callable[[], SmolLM3]"
 ) -> int:
     from ..chat.template import encode_for_answer
-    from ..generation.jsonl import SLOTS, Batch
+    from ..generation.jsonl import Batch
 
     params = sampling_params(args, checkpoint)
     # A folder under all of its names; a hub id stays one.
@@ -207,8 +208,7 @@ def _generate_many(
     options["encode_messages"] = encode_for_answer
     with Batch(args.input, args.output, params, settings=settings, **options) as batch:
         if batch.left:
-            slots = SLOTS if args.slots is None else args.slots
-            batch.run(load(), tokenizer, slots=slots, context=args.context, cache_dtype=args.cache)
+            batch.run(load(), tokenizer, slots=args.slots, context=args.context, cache_dtype=args.cache)
     speed = f"; {batch.stats.line()}" if batch.stats.tokens else ""
     failed = f", {batch.failed} of them errors" if batch.failed else ""
     if not args.quiet or batch.failed:

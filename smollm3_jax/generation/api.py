@@ -110,6 +110,7 @@ def stream(
     tokenizer: Tokenizer | None = None,
     max_slots: int = 64,
     capacity: int | None = None,
+    piece_sizes: tuple[int, ...] | None = None,
     cache_dtype: Any = None,
     steps: int = MAX_STEPS,
     lookup: int = 0,
@@ -125,6 +126,8 @@ def stream(
       tokenizer: for text, stop texts and thinking budgets; None is the one that came with the model.
       max_slots: the most sequences that run at a time.
       capacity: the most tokens that a sequence may have, its prompt included.
+      piece_sizes: as for `Engine`; with those of a server, its slots and its capacity an answer is the server's, to the
+        bit.
       cache_dtype: None is what the checkpoint says, or else the activations'; "int8" halves it.
       steps: how many tokens of each sequence come at a time, at most 16.
       lookup: how many tokens to draft from the text so far and verify at once (see `prompt_lookup`); 0 is off.
@@ -145,7 +148,13 @@ def stream(
         max_slots = min(max_slots, sum(r.params.n for r in queue))
     if not max_slots:
         return
-    given: dict[str, Any] = {"cache_dtype": cache_dtype, "steps": steps, "lookup": lookup, "stats": stats}
+    given: dict[str, Any] = {
+        "cache_dtype": cache_dtype,
+        "piece_sizes": piece_sizes,
+        "steps": steps,
+        "lookup": lookup,
+        "stats": stats,
+    }
     engine = Engine(model, tokenizer=tokenizer, slots=max_slots, context=capacity, prefill_tokens=None, **given)
     waiting = enumerate(queue)
     with contextlib.closing(engine):

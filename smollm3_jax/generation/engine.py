@@ -81,6 +81,10 @@ class Engine:
       prefill_tokens: how many tokens of prompts go in between two calls of decoding, in whole pieces: 1 is a piece, so
         that a long prompt keeps nobody waiting; None is every prompt that a slot is free for, which is faster where
         nobody watches.
+      piece_sizes: the lengths that pieces of prompts are padded to, ascending; the last is that of whole pieces. None
+        is powers of two (see `prompts`), and programs that are made as they are needed.
+      prefix_tokens: how many tokens of prompts are kept beside the slots, in whole pieces, for requests that begin
+        alike and have the same `cache_salt`; none where a slot's places lie on several devices.
       stats: gets what was done, how fast, and by which programs; to measure prompts, it waits for each of them.
 
     Raises:

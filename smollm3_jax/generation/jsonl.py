@@ -31,6 +31,7 @@ from ..progress import busy, tally
 from ..tokenizer import Tokenizer
 from .api import stream
 from .grammar import json_schema
+from .prompts import SERVING_PIECES
 from .requests import Completion, Request, chat_ends, check_request, fitted
 from .sampling import SamplingParams
 from .stats import Stats
@@ -141,14 +142,14 @@ class Batch:
         model: SmolLM3,
         tokenizer: Tokenizer,
         *,
-        slots: int = SLOTS,
+        slots: int | None = None,
         context: int | None = None,
         cache_dtype: Any = None,
     ) -> None:
-        """Answers the lines that are left.
+        """Answers the lines that are left; with slots and a context as a server with the same does, to the bit.
 
         Args:
-          slots: how many sequences at a time, rounded up to a power of two.
+          slots: how many sequences at a time, rounded up to a power of two; None is at most SLOTS.
           context: the most tokens that a sequence may have, its prompt included; None takes what the longest
             line needs, for which all lines are tokenized first.
           cache_dtype: as for `stream`.
@@ -161,6 +162,8 @@ class Batch:
           SaveError: an answer could not be written; those before it are.
           KeyboardInterrupt: with a message that says how to go on.
         """
+        as_served = slots is not None and context is not None
+        slots = SLOTS if slots is None else slots
         if slots < 1:
             raise OptionError(f"slots is {slots}; it must be at least 1")
         if context is not None and context < 2:
@@ -172,7 +175,7 @@ class Batch:
             if context is None:
                 with busy("counting tokens"):
                     context, sequences = self._needs(model, tokenizer)
-            slots = max(1, min(slots, sequences))
+            slots = slots if as_served else max(1, min(slots, sequences))
             context = min(context, model.config.max_position_embeddings)
             running: dict[int, _Line] = {}
             requests = self._requests(model, tokenizer, context, running)
@@ -183,6 +186,7 @@ class Batch:
                     tokenizer=tokenizer,
                     max_slots=slots,
                     capacity=context,
+                    piece_sizes=SERVING_PIECES if as_served else None,
                     cache_dtype=cache_dtype,
                     stats=self.stats,
                 ):

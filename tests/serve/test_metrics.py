@@ -83,6 +83,7 @@ def test_tokens_of_shared_prefixes_are_counted_by_key():
     """One key's prompts are found again by that key alone, and under one salt."""
     keys = [{"Authorization": f"Bearer {key}"} for key in ("one", "two")]
     with serving(lambda: tiny_engine(piece_sizes=(16, 32), prefix_tokens=256), keys=["one", "two"]) as server:
+        found: dict[str, float] = {}
         asked = ((0, 0, ""), (0, 64, ""), (1, 64, ""), (1, 128, ""), (1, 128, "a"), (1, 192, "a"), (1, 256, ""))
         for key, hits, salt in asked:
             body = {"prompt": [5] * 70, "cache_salt": salt}
