@@ -126,8 +126,7 @@ def stream(
       tokenizer: for text, stop texts and thinking budgets; None is the one that came with the model.
       max_slots: the most sequences that run at a time.
       capacity: the most tokens that a sequence may have, its prompt included.
-      piece_sizes: as for `Engine`; with those of a server, its slots and its capacity an answer is the server's, to the
-        bit.
+      piece_sizes: as for `Engine`.
       cache_dtype: None is what the checkpoint says, or else the activations'; "int8" halves it.
       steps: how many tokens of each sequence come at a time, at most 16.
       lookup: how many tokens to draft from the text so far and verify at once (see `prompt_lookup`); 0 is off.
