@@ -147,14 +147,9 @@ def stream(
         max_slots = min(max_slots, sum(r.params.n for r in queue))
     if not max_slots:
         return
-    given: dict[str, Any] = {
-        "cache_dtype": cache_dtype,
-        "piece_sizes": piece_sizes,
-        "steps": steps,
-        "lookup": lookup,
-        "stats": stats,
-    }
-    engine = Engine(model, tokenizer=tokenizer, slots=max_slots, context=capacity, prefill_tokens=None, **given)
+    shape: dict[str, Any] = {"slots": max_slots, "context": capacity, "piece_sizes": piece_sizes, "steps": steps}
+    given: dict[str, Any] = {"tokenizer": tokenizer, "cache_dtype": cache_dtype, "lookup": lookup, "stats": stats}
+    engine = Engine(model, prefill_tokens=None, **shape, **given)
     waiting = enumerate(queue)
     with contextlib.closing(engine):
         while True:
