@@ -123,15 +123,10 @@ def stream(
     Args:
       requests: read as slots become free if `capacity` is given, at once if it is not. A text is a request with the
         model's own settings, as for `generate`.
-      tokenizer: for text, stop texts and thinking budgets; None is the one that came with the model.
       max_slots: the most sequences that run at a time.
       capacity: the most tokens that a sequence may have, its prompt included.
-      piece_sizes: as for `Engine`.
-      cache_dtype: None is what the checkpoint says, or else the activations'; "int8" halves it.
-      steps: how many tokens of each sequence come at a time, at most 16.
-      lookup: how many tokens to draft from the text so far and verify at once (see `prompt_lookup`); 0 is off.
-        The share of them that was accepted is logged at the end.
-      stats: gets what was done, how fast, and by which programs; to measure prompts, it waits for each of them.
+      tokenizer, piece_sizes, cache_dtype, steps, lookup, stats: as for `Engine`. The share of drafted tokens that was
+        accepted is logged at the end.
 
     Raises:
       OptionError: a request that cannot be run, when its turn comes.
