@@ -116,6 +116,7 @@ def _serve(
     from ..compile_cache import compilations
     from ..generation.engine import Engine
     from ..generation.prompts import SERVING_PIECES
+    from ..progress import busy
     from ..serve.app import Service, Settings
     from ..serve.job import Server, parse
     from ..serve.metrics import Metrics
@@ -134,7 +135,8 @@ def _serve(
         kept = 0 if args.no_prefix_cache else args.slots * context // 2
         engine = Engine(load(), tokenizer=tokenizer, **shape, prefix_tokens=kept)
         begin, before = time.monotonic(), compilations()
-        engine.warm_up()
+        with busy("compiling"):
+            engine.warm_up()
         made = [now - then for now, then in zip(compilations(), before, strict=True)]
         log.info("%d programs compiled and %d loaded from the cache, in %.1f s", *made, time.monotonic() - begin)
         return engine
