@@ -105,9 +105,11 @@ def decoded(model: SmolLM3, tokens: Array, held: tuple[int, ...], capacity: int)
 
 def filled(model: SmolLM3, cache: KVCache, slot: int, tokens: Array, cut: Iterable[tuple[int, int, int]]) -> KVCache:
     """The cache after a prompt's tokens went into a slot, cut as `prompts.pieces` does."""
+    cut = list(cut)
     for start, count, padded in cut:
         piece = jnp.zeros((1, padded), jnp.int32).at[0, :count].set(tokens[start : start + count])
-        cache, _ = prefill(model, cache, jnp.int32(slot), jnp.int32(start), piece, piece[0], jnp.int32(count))
+        at = None if len(cut) == 1 else jnp.int32(start)  # a prompt that goes in whole has a program of its own
+        cache, _ = prefill(model, cache, jnp.int32(slot), at, piece, piece[0], jnp.int32(count))
     return cache
 
 

@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import Array
 from jax.stages import Compiled
 
 from sharding import hlo
@@ -48,10 +49,11 @@ def one(run: Run, case: str, model: SmolLM3, length: int, past: int) -> None:
     sizes = [size for size in piece_sizes("gpu", capacity) if size <= chunk]
     todo = [(past + start, count, padded) for start, count, padded in pieces(length, sizes)]
 
-    def arguments(start: int, count: int, padded: int) -> tuple:
+    def arguments(start: int, count: int, padded: int) -> tuple[Array | None, ...]:
         """What `prefill` takes after the cache."""
         piece = jnp.zeros((1, padded), jnp.int32).at[:, :count].set(tokens[:, start : start + count])
-        return jnp.int32(0), jnp.int32(start), piece, piece[0], jnp.int32(count)
+        at = None if count == past + length else jnp.int32(start)  # a whole prompt has a program of its own
+        return jnp.int32(0), at, piece, piece[0], jnp.int32(count)
 
     prepared = [arguments(*piece) for piece in todo]
 

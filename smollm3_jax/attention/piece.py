@@ -101,8 +101,9 @@ def _past_on_a_mesh(
 ) -> Part:
     """Every device looks at what it has of the slot: some heads' keys, or some of the places, or nothing."""
     row_axes, place_axes = sharding.mesh_axes("batch"), sharding.mesh_axes("context")
-    # A device that has some places of a row looks at them for all query heads; else it has query heads of its own.
-    axis = "cache_heads" if place_axes or together(sharding, "heads", "cache_heads") else "heads"
+    # A device looks at what it has of the cache for all query heads that this is for; where it has the keys of all
+    # heads, for its own query heads.
+    axis = "cache_heads" if place_axes or sharding.parts("cache_heads") > 1 else "heads"
     group = q_BTHE.shape[2] // layer.k.shape[0]
 
     def part(q_BTHE: Array, layer: LayerCache, slot: Array, length: Array, window: Array | None) -> Part:

@@ -24,7 +24,7 @@ import numpy as np
 from sharding.arrays import spec, zeros
 
 from ..compile_cache import enable
-from ..errors import OutOfMemoryError, memory_for
+from ..errors import OptionError, OutOfMemoryError, memory_for
 from ..job import raise_everywhere
 from ..kv_cache import KVCache, cache_specs
 from ..model import SmolLM3, where_it_lies
@@ -83,11 +83,12 @@ class Engine:
         nobody watches.
       piece_sizes: the lengths that pieces of prompts are padded to, ascending; the last is that of whole pieces. None
         is powers of two (see `prompts`), and programs that are made as they are needed.
-      prefix_tokens: how many tokens of prompts are kept beside the slots, in whole pieces, for requests that begin
-        alike and have the same `cache_salt`; none where a slot's places lie on several devices.
+      prefix_tokens: with piece_sizes, how many tokens of prompts are kept beside the slots, in whole pieces, for
+        requests that begin alike and have the same `cache_salt`; none where a slot's places lie on several devices.
       stats: gets what was done, how fast, and by which programs; to measure prompts, it waits for each of them.
 
     Raises:
+      OptionError: piece_sizes cannot be, or are not given where prefixes are to be kept.
       OutOfMemoryError: the slots do not fit into memory; also from `step`.
     """
 
@@ -114,6 +115,8 @@ class Engine:
         self._prefill_tokens, self._measured, self._stats = prefill_tokens, stats is not None, stats or Stats()
         # Where programs are made as they are needed, a prompt that is one piece has a simpler one, made sooner.
         self._lazy = piece_sizes is None
+        if prefix_tokens and self._lazy:
+            raise OptionError(f"prefix_tokens is {prefix_tokens}; it needs piece_sizes, such as SERVING_PIECES")
         self.piece_sizes = sizes_for(model.platform, self.capacity, piece_sizes)
         shape = {"slots": slots, "context": context, "steps": steps, "lookup": lookup, "prefill_tokens": prefill_tokens}
         shape |= {"piece_sizes": piece_sizes, "prefix_tokens": prefix_tokens}
@@ -130,9 +133,10 @@ class Engine:
             self._cache, self._state, self._history = made
             self.prefixes: Prefixes | None = None
             piece, rules = self.piece_sizes[-1], model.sharding
-            if prefix_tokens >= piece and (rules is None or rules.parts("context") == 1):
-                pages = prefix_tokens // piece
-                pages -= pages % (1 if rules is None else rules.parts("batch"))
+            pages = prefix_tokens // piece
+            pages -= pages % (1 if rules is None else rules.parts("batch"))
+            # A slot that a piece fills has no place for what follows it.
+            if pages and piece < self.capacity and (rules is None or rules.parts("context") == 1):
                 self.prefixes = Prefixes(_empty(model, pages, piece, dtype)[0], rules)
         # A heap, the lowest slot first: what runs beside each other is the same whatever ended before.
         self._free = list(range(self.slots))
@@ -205,8 +209,8 @@ class Engine:
             return self._step()
 
     def warm_up(self) -> None:
-        """Makes every program that requests can need, before the first of them."""
-        assert self.is_idle and self._submitted == 0
+        """Makes every program that requests can need, before the first of them; for engines with `piece_sizes`."""
+        assert self.is_idle and self._submitted == 0 and not self._lazy
         if self._leads:
             broadcast({"kind": "warm up"})
         zero, sharding = np.int32(0), self.model.sharding

@@ -14,6 +14,7 @@ from jax import Array
 
 from sharding.rules import Sharding
 
+from ..errors import OptionError
 from ..kv_cache import KVCache, copy_places
 
 # The most tokens of a prompt that go through the model at once: enough to keep it busy, and a bound on
@@ -27,10 +28,16 @@ SERVING_PIECES = (16, 64, 256)
 
 def piece_sizes(platform: str, capacity: int, sizes: Sequence[int] | None = None) -> tuple[int, ...]:
     """The lengths that pieces are padded to in slots of `capacity` tokens, by default powers of two; the last is that
-    of whole pieces."""
+    of whole pieces.
+
+    Raises:
+      OptionError: `sizes` do not ascend, or whole pieces do not divide a slot.
+    """
     if sizes is None:
         largest = CHUNK.get(platform, ACCELERATOR_CHUNK)
         sizes = [MIN_PIECE << i for i in range((largest // MIN_PIECE).bit_length())]
+    if not sizes or sorted({*sizes, 0})[1:] != list(sizes) or capacity % min(sizes[-1], capacity):
+        raise OptionError(f"piece_sizes is {tuple(sizes)}; they must ascend, and the last must divide {capacity}")
     return (*(size for size in sizes if size < capacity), *((capacity,) if sizes[-1] >= capacity else ()))
 
 

@@ -121,6 +121,12 @@ MESHES = {
     "slots and heads": ("serve_tp", (2, 2)),
     "heads": ("serve_tp", (1, 2)),
     "all key-value heads everywhere": ("serve_tp", (1, 4)),
+    "heads on two axes, the cache's on one": (
+        {"heads": ("data", "tensor"), "kv_heads": "tensor", "cache_heads": "tensor"},
+        (2, 2),
+    ),
+    "the cache's heads on another axis": ({"heads": "tensor", "cache_heads": "data"}, (2, 2)),
+    "the cache's heads alone": ({"cache_heads": "tensor"}, (2, 2)),
     "places": ("serve_tp_long", (2, 2)),
 }
 

@@ -1,8 +1,10 @@
 """Which beginnings of prompts are kept: found again by their tokens and salt, the least recently used dropped first."""
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from smollm3_jax.errors import OptionError
 from smollm3_jax.generation.prompts import Index, piece_sizes
 
 PIECE = 2
@@ -45,3 +47,6 @@ def test_sizes_fit_into_a_slot():
     assert piece_sizes("gpu", 8192) == (16, 32, 64, 128, 256, 512, 1024, 2048)
     assert piece_sizes("cpu", 128, (16, 64, 256)) == (16, 64, 128)
     assert piece_sizes("cpu", 1024, (16, 64, 256)) == (16, 64, 256)
+    for sizes in ((), (0, 16), (32, 16), (16, 16), (16, 48), (-1,)):  # the last piece would begin before its place
+        with pytest.raises(OptionError, match=r"piece_sizes is .*ascend"):
+            piece_sizes("cpu", 128, sizes)
