@@ -263,6 +263,40 @@ def test_a_call_of_a_function_that_nobody_has_is_text(server):
     assert message["content"] == CALL and "tool_calls" not in message
 
 
+@pytest.mark.parametrize("code", ["now()\nget_weather('Rome')", "get_weather('Rome')\nnow()"])
+def test_a_block_with_a_call_of_such_a_function_is_text_once(server, code):
+    job = chat(server, chat_template_kwargs={"python_tools": ["def now(): ..."]})
+    message = message_of(server, job, f"Look:\n<code>{code}</code>{END}")
+    assert message["content"] == f"Look:\n<code>{code}</code>" and "tool_calls" not in message
+
+
+def test_tags_in_a_formatted_answer_are_text(server):
+    const = "a <think> b <tool_call> <code>"
+    form = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"const": const}}}
+    for thought, before in (("", None), (THOUGHT, "The user says hi 👋🏽.")):
+        job = chat(server, response_format=form)
+        # The tags in letters, as a grammar has them in a string.
+        parts = json.dumps(const).replace("<", "|<|").split("|")
+        text = [token for part in parts for token in ids_of(server.tokenizer, part)]
+        [events, body] = answer(
+            server, job, [*ids_of(server.tokenizer, thought), *text, *ids_of(server.tokenizer, END)]
+        )
+        message = body["choices"][0]["message"]
+        assert (message["content"], message["reasoning"]) == (json.dumps(const), before)
+        assert without_nothing(joined(events)) == without_nothing(body)
+
+
+def test_a_model_without_think_tokens_writes_of_them(server):
+    content = json.loads(server.tokenizer.backend.to_str())
+    content["added_tokens"] = [one for one in content["added_tokens"] if "think" not in one["content"]]
+    backend = type(server.tokenizer.backend).from_str(json.dumps(content))
+    tokenizer = type(server.tokenizer)(backend, server.tokenizer.chat_template, server.tokenizer.special_tokens)
+    other = dataclasses.replace(server, tokenizer=tokenizer)
+    text = "Models write <think> first, then </think>."
+    message = message_of(other, chat(other), text + END)
+    assert (message["content"], message["reasoning"]) == (text, None)
+
+
 def test_calls_in_python(server):
     tools = {
         "python_tools": ["def get_weather(city: str, days: int = 1) -> str: ...", "def now():\n    '''The time.'''"]
