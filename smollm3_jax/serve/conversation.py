@@ -107,7 +107,8 @@ def conversation_request(
             raise bad(
                 "a format of the answer would rule out calls: leave out tools, or set tool_choice to none", "tools"
             )
-        options["grammar"] = grammar()
+        form = "response_format" if where == "messages" else "text.format"
+        options |= {"grammar": grammar(), "grammar_name": "tools" if wishes.tools.forced else form}
     prompt = encode_messages(server, messages, wishes, where)
     return make_request(server, prompt, given, limit, limit_name, where, **options)
 

@@ -10,12 +10,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 from said import answer, deltas, ids_of, prompt_text
+from tiny import talking_checkpoint
 
 from smollm3_jax.chat.template import encode_chat
 from smollm3_jax.generation import grammar
 from smollm3_jax.serve.conversation import BUDGETS
 from smollm3_jax.serve.errors import ApiError
 from smollm3_jax.serve.job import Job, Server, parse
+from smollm3_jax.tokenizer import load_tokenizer
 
 HI = [{"role": "user", "content": "Hi"}]
 WEATHER = {
@@ -349,6 +351,15 @@ def test_formats_are_grammars(server):
     assert forced.requests[0].grammar == grammar.tool_calls([NOW], names=None, parallel=True, style="xml")
     broken = {"type": "function", "function": {"name": "f", "parameters": {"type": "impossible"}}}
     assert refused(server, tools=[broken], tool_choice="required").param == "tools"
+
+
+def test_grammars_that_the_tokenizer_cannot_have_are_named(server, tmp_path):
+    other = dataclasses.replace(server, tokenizer=load_tokenizer(talking_checkpoint(tmp_path)))
+    error = refused(other, response_format={"type": "json_object"})
+    assert error.param == "response_format" and "with this model's tokenizer" in error.message
+    assert refused(other, tools=[NOW], tool_choice="required").param == "tools"
+    form = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"$ref": "#"}}}
+    assert refused(server, response_format=form).param == "response_format"  # which no answer satisfies
 
 
 def test_tools_that_the_template_does_not_know(server):

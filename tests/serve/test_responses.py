@@ -110,6 +110,12 @@ def test_an_answer_that_its_grammar_could_not_follow_has_failed(server):
     assert body["incomplete_details"] is None and body["usage"]["output_tokens"] == len(begun)
 
 
+def test_a_format_that_no_answer_has_is_named(server):
+    with pytest.raises(ApiError) as error:
+        respond(server, text={"format": {"type": "json_schema", "name": "x", "schema": {"$ref": "#"}}})
+    assert (error.value.status, error.value.param) == (400, "text.format")
+
+
 def test_a_call_and_its_result(server):
     job = respond(server, tools=[NOW])
     events, body = answer(server, job, f"{THOUGHT}Let me look.\n{CALL}{END}")
