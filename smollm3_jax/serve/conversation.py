@@ -18,7 +18,7 @@ from .tools import Tools
 BUDGETS = {"low": 512, "medium": 2048, "high": 8192}
 EFFORTS = ("none", *BUDGETS)
 # Fields of messages by role, and those that clients send back as they came, which may hold nothing.
-_FIELDS = {"assistant": ("tool_calls", *REASONING_FIELDS), "tool": ("tool_call_id", "name")}
+_FIELDS = {"assistant": ("tool_calls", *REASONING_FIELDS), "tool": ("tool_call_id",)}
 _EMPTY = {"assistant": ("refusal", "audio", "function_call", "annotations")}
 
 
@@ -183,6 +183,7 @@ def check_messages(messages: Any) -> list[dict[str, Any]]:
         role = fields.any("role")
         role = role if isinstance(role, str) else ""  # `normalize` refuses it
         fields.ignore("content", *_FIELDS.get(role, ()))
+        fields.take("name", str)
         fields.refuse(dict.fromkeys(_EMPTY.get(role, ()), "it would be lost"))
         fields.finish({"reasoning_text": "reasoning_content"})
         if role != "assistant" and not fields.has("content"):

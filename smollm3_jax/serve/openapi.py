@@ -178,12 +178,12 @@ def _messages() -> Schema:
     reasoning = {"reasoning_content": TEXT, "reasoning": TEXT, "thinking": TEXT}
     empty = dict.fromkeys(("refusal", "audio", "function_call", "annotations"), NOTHING)
     said = {"content": content, "tool_calls": _list(OBJECT), **reasoning}
-    given = {"content": content}
+    given, name = {"content": content}, {"name": TEXT}
     return _list(
         _any_of(
-            _object({"role": _one_of("system", "developer", "user"), **given}, {}, True),
-            _object({"role": _one_of("assistant")}, {**said, **empty}, True),
-            _object({"role": _one_of("tool"), **given}, {"tool_call_id": ANY, "name": ANY}, True),
+            _object({"role": _one_of("system", "developer", "user"), **given}, name, True),
+            _object({"role": _one_of("assistant")}, {**said, **empty, **name}, True),
+            _object({"role": _one_of("tool"), **given}, {"tool_call_id": ANY, **name}, True),
         ),
         least=1,
     )

@@ -168,6 +168,14 @@ def test_messages_reach_the_template(server):
     assert list(request.prompt).count(end) == len(messages)
 
 
+@pytest.mark.parametrize("role", ["system", "user", "assistant", "tool"])
+def test_a_name_is_taken_and_not_read(server, role):
+    message = {"role": role, "content": "Hi"} | ({"tool_call_id": "a"} if role == "tool" else {})
+    rest = [{"role": "user", "content": "Go on."}]
+    named = chat(server, messages=[message | {"name": "Bo"}, *rest])
+    assert named.requests[0].prompt == chat(server, messages=[message, *rest]).requests[0].prompt
+
+
 THINKING_OFF = [
     {"chat_template_kwargs": {"enable_thinking": False}},
     {"reasoning_effort": "none"},
@@ -483,7 +491,8 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
     ({"messages": [{"role": "user", "content": 5}]}, "messages[0].content", "a string or a list"),
     ({"messages": [{"role": "user", "content": None}]}, "messages[0].content", "missing"),
     ({"messages": [{"role": "user", "content": [IMAGE]}]}, "messages[0].content[0]", "image_url"),
-    ({"messages": [{"role": "user", "content": "Hi", "name": "Bo"}]}, "messages[0].name", "no argument name"),
+    ({"messages": [{"role": "user", "content": "Hi", "name": 5}]}, "messages[0].name", "a string"),
+    ({"messages": [{"role": "user", "content": "Hi", "nam": "Bo"}]}, "messages[0].nam", "no field nam; use name"),
     ({"messages": [*HI, {"role": "system", "content": "x"}]}, "messages[1]", "only messages[0]"),
     ({"messages": [{"role": "user", "content": "\ud800"}]}, "messages", "surrogate"),
     ({"temperature": -1}, "temperature", "0 (greedy) or more"),
@@ -511,7 +520,7 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
     ({"logprobs": True, "top_logprobs": 21}, "top_logprobs", "from 0 to 20"),
     ({"stream": "yes"}, "stream", "true or false"),
     ({"stream_options": {"include_usage": True}}, "stream_options", "stream is not true"),
-    ({"stream": True, "stream_options": {"x": 1}}, "stream_options.x", "no argument x"),
+    ({"stream": True, "stream_options": {"x": 1}}, "stream_options.x", "no field x"),
     ({"temprature": 1}, "temprature", "use temperature"),
     ({"max_new_tokens": 5}, "max_new_tokens", "use max_tokens"),
     ({"best_of": 3}, "best_of", "not supported"),

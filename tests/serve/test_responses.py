@@ -212,7 +212,7 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
     ({"input": [{"role": "user"}]}, "input[0].content", "missing"),
     ({"input": [{"role": "user", "content": 5}]}, "input[0].content", "a string"),
     ({"input": [{"role": "user", "content": [{"type": "input_image"}]}]}, "input[0].content[0]", "input_image"),
-    ({"input": [{"role": "user", "content": "x", "name": "Bo"}]}, "input[0].name", "no argument name"),
+    ({"input": [{"role": "user", "content": "x", "name": "Bo"}]}, "input[0].name", "no field name"),
     ({"input": [{"type": "function_call", "name": "a"}]}, "input[0].arguments", "missing"),
     ({"input": [{"type": "function_call", "name": "a", "arguments": "{"}]}, "input", "not a JSON object"),
     ({"input": [{"type": "function_call_output"}]}, "input[0].output", "missing"),
