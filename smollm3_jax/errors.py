@@ -31,16 +31,18 @@ class TextTooLong(OptionError):
     """A text that cannot fit into the context, however it is cut into tokens."""
 
 
-def unknown_name(where: str, name: str, known: Iterable[str], elsewhere: Mapping[str, str]) -> OptionError:
+def unknown_name(
+    where: str, name: str, known: Iterable[str], elsewhere: Mapping[str, str], kind: str = "argument"
+) -> OptionError:
     """The error about an argument that is not there, with the name that is meant.
 
     Args:
-      elsewhere: what other libraries call something -> what it is here.
+      elsewhere: what other libraries call something -> what it is here; kind: what it is where it is named.
     """
     near = difflib.get_close_matches(name, list(known), 1)
     meant = elsewhere.get(name) or (near[0] if near else None)
     return OptionError(
-        f"{where} has no argument {name}; " + (f"use {meant}" if meant else f"it has {', '.join(sorted(known))}")
+        f"{where} has no {kind} {name}; " + (f"use {meant}" if meant else f"it has {', '.join(sorted(known))}")
     )
 
 

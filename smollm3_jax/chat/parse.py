@@ -28,7 +28,7 @@ import json
 import re
 import threading
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -96,11 +96,24 @@ class Parser:
     Args:
       thinking: the prompt ended with <think>, so the answer begins within the block.
       calls: the tags that open a call; all else is text. Who offers no tools expects no calls.
+      names: of the functions that can be called, None for any; a block with a call of another one is text.
+      thinks: <think> opens a block; without it, as for a model that has no such token, it is text.
+      one_text: from its first letter on the answer is text, whatever tags are in it, as in a string of JSON.
     """
 
-    def __init__(self, thinking: bool = False, calls: Sequence[str] = CALLS):
+    def __init__(
+        self,
+        thinking: bool = False,
+        calls: Sequence[str] = CALLS,
+        *,
+        names: Container[str] | None = None,
+        thinks: bool = True,
+        one_text: bool = False,
+    ):
+        opening = ("<think>", *calls) if thinks else tuple(calls)
         # The block that is open, by its tag, "" for none -> the tags that matter within it.
-        self._tags = {"": ("<think>", *calls)} | {tag: (f"</{tag[1:]}",) for tag in ("<think>", *calls)}
+        self._tags = {"": opening} | {tag: (f"</{tag[1:]}",) for tag in ("<think>", *calls)}
+        self._names, self._one_text = names, one_text
         self._tail = ""  # of what came in: perhaps the beginning of a tag
         self._enter("<think>" if thinking else "", trim=thinking)
 
@@ -118,6 +131,9 @@ class Parser:
                 at += room
                 continue
             events += self._take(text[at:end])
+            if self._one_text and not (self._block or self._blank) and self._tags[""]:
+                self._tags[""], at = (), end
+                continue
             if not match:
                 self._tail = text[end:]
                 break
@@ -184,6 +200,8 @@ class Parser:
             return self._refuse(f"the call cannot be read: {error.msg}")
         except Exception as error:  # what a model writes can fail in every way there is
             return self._refuse(str(error) or type(error).__name__)
+        if self._names is not None and (unknown := [name for name, _ in calls if name not in self._names]):
+            return self._refuse(f"there is no function {unknown[0]!r:.60}")
         self._enter("")
         return [ToolCall(name, arguments, "" if i else markup) for i, (name, arguments) in enumerate(calls)]
 
@@ -204,7 +222,7 @@ class Parser:
 
 @functools.cache
 def _pattern(tags: tuple[str, ...]) -> re.Pattern[str]:
-    return re.compile("|".join(tags))
+    return re.compile("|".join(tags) or "(?!)")
 
 
 def _unfinished_tag(text: str, at: int, tags: Iterable[str]) -> int:

@@ -8,12 +8,13 @@ Shapes: W = ceil(V / 32) words of 32 bits, the lowest bit first, for a vocabular
 
 import contextlib
 import dataclasses
+import functools
 import json
 import logging
 import re
 import weakref
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NoReturn
 
 import numpy as np
 
@@ -29,6 +30,11 @@ _TAGS_AS_TEXT = 'open: "<tool_call>\\n"\nclose: "\\n</tool_call>"\n'
 _CLOSE = b"</tool_call>"
 # What says more of an object's properties than "properties" does.
 _MORE = {"additionalProperties", "patternProperties", "allOf", "anyOf", "oneOf", "$ref"}
+
+# Characters of a grammar: compiling as many takes at most about a second, wherever it is done.
+MAX_GRAMMAR = 64 << 10
+MAX_KEPT = 64  # compiled grammars of a tokenizer that are kept, for more samples and requests
+_TRIES = 16  # first tokens after which a grammar must be able to go on
 
 log = logging.getLogger(__name__)
 
@@ -108,10 +114,23 @@ def _schema(schema: Any, what: str) -> tuple[str, str]:
     return written, _checked(f'{{"grammars": [{{"json_schema": {written}}}]}}', what)
 
 
-def _checked(grammar: str, what: str, tokens: Any = None) -> str:
-    error = _library().LLMatcher.validate_grammar(grammar, tokens)
-    if not error or error.startswith("WARNING"):
-        return grammar
+def _checked(grammar: str, what: str) -> str:
+    _check_length(grammar, what)
+    error = _library().LLMatcher.validate_grammar(grammar, limits=_limits())
+    if error and not error.startswith("WARNING"):
+        _refuse(error, what)
+    return grammar
+
+
+def _check_length(grammar: str, what: str) -> None:
+    if len(grammar) > MAX_GRAMMAR:
+        raise OptionError(
+            f"{what}: a grammar of {len(grammar)} characters of JSON; it may have {MAX_GRAMMAR}. Shorten it, for "
+            "example by leaving out descriptions"
+        )
+
+
+def _refuse(error: str, what: str) -> NoReturn:
     if found := re.search(r"Unimplemented keys: (\[.*\])", error):
         keys = ", ".join(json.loads(found[1]))
         raise OptionError(f"{what}: {keys} cannot be kept by a grammar; leave it out, and check the answer yourself")
@@ -128,8 +147,57 @@ def check_grammar(grammar: str, tokenizer: Tokenizer | None) -> None:
     """
     if tokenizer is None:
         raise OptionError("a grammar needs a tokenizer; give one")
-    vocabulary = vocabulary_of(tokenizer)
-    _checked(vocabulary.fitted(grammar), "the grammar", vocabulary.tokens)
+    vocabulary_of(tokenizer).begin(grammar)
+
+
+def _compiled(tokens: Any, end: int, grammar: str) -> Any:
+    """A matcher at the beginning of a grammar that fits these tokens, for `deep_copy`.
+
+    Raises:
+      OptionError: there is no such grammar, or no answer keeps to it.
+    """
+    _check_length(grammar, "the grammar")
+    matcher = _library().LLMatcher(tokens, grammar, log_level=0, limits=_limits())
+    if matcher.is_error():
+        _refuse(matcher.get_error(), "the grammar")
+    first = _next(matcher, tokens, end)
+    if why := _dead(matcher, first):
+        raise OptionError(f"the grammar has no answer: {why}")
+    for token in _ids(first)[:_TRIES]:
+        tried = matcher.deep_copy()
+        tried.consume_token(token)
+        why = _dead(tried, _next(tried, tokens, end))
+        if not why:
+            break
+    if why:  # after every one of them
+        raise OptionError(f"the grammar is too large to be kept to, or has no answer: {why}")
+    return matcher
+
+
+def _next(matcher: Any, tokens: Any, end: int) -> np.ndarray:
+    """What may come next, as bits int32 [W of the tokenizer]."""
+    said = _library().numpy.allocate_token_bitmask(1, tokens.vocab_size)
+    if not matcher.is_stopped():
+        _library().numpy.fill_next_token_bitmask(matcher, said)
+        _set(said[0], end, False)
+    return said[0] if not (matcher.is_stopped() or matcher.is_error()) else np.zeros_like(said[0])
+
+
+def _ids(row: np.ndarray) -> list[int]:
+    """The tokens whose bits are 1."""
+    return np.flatnonzero(np.unpackbits(row.view(np.uint8), bitorder="little")).tolist()
+
+
+def _dead(matcher: Any, following: np.ndarray) -> str:
+    """Why an answer can neither go on nor end here; "" if it can."""
+    if not matcher.is_error() and (following.any() or matcher.is_accepting()):
+        return ""
+    return " ".join((matcher.get_error() or "no token continues it").split())[:500]
+
+
+def _limits() -> Any:
+    """Of what llguidance does for one grammar; verbose errors would have what users wrote in the log."""
+    return _library().LLParserLimits(verbose_errors=False, initial_lexer_fuel=300_000)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,7 +207,7 @@ class Vocabulary:
     tokens: llguidance's LLTokenizer; end: what it takes for the end of all answers, a token that there is not;
     has_tags: whether a call's tags are tokens; line_breaks: the tokens that are one or two of them; completing: for
     each number of bytes of </tool_call> that may have been said, the tokens that begin with all the others, as bits
-    int32 [W].
+    int32 [W]; compiled: fitted grammar -> a matcher at its beginning, the last MAX_KEPT kept, see `_compiled`.
     """
 
     tokens: Any
@@ -147,6 +215,15 @@ class Vocabulary:
     has_tags: bool
     line_breaks: tuple[int, ...]
     completing: Mapping[int, np.ndarray]
+    compiled: Callable[[str], Any]
+
+    def begin(self, grammar: str) -> Any:
+        """A matcher of an answer's own, cheap where the grammar was here before.
+
+        Raises:
+          OptionError: no answer in these tokens keeps to the grammar.
+        """
+        return self.compiled(self.fitted(grammar)).deep_copy()
 
     def fitted(self, grammar: str) -> str:
         """A grammar in these tokens."""
@@ -198,6 +275,7 @@ def _vocabulary(tokenizer: Tokenizer) -> Vocabulary:
         has_tags={"<tool_call>", "</tool_call>"} <= special,
         line_breaks=tuple(one[0] for one in ids if len(one) == 1),
         completing=_completing(tokens),
+        compiled=functools.lru_cache(MAX_KEPT)(functools.partial(_compiled, tokens, end)),
     )
 
 
@@ -234,9 +312,7 @@ class Matcher:
         turn: Sequence[int],
     ):
         self._vocabulary = vocabulary_of(tokenizer)
-        fitted, library = self._vocabulary.fitted(grammar), _library()
-        limits = library.LLParserLimits(verbose_errors=False)  # or what users wrote would be in the log
-        self._matcher = library.LLMatcher(self._vocabulary.tokens, fitted, log_level=0, limits=limits)
+        self._matcher = self._vocabulary.begin(grammar)
         self._words, self._ends = -(-vocab_size // 32), ends
         self._opens, self._closes = think_ids
         self._has_calls = _TAGS in grammar
@@ -262,21 +338,19 @@ class Matcher:
 
     def _restrict(self, allowed: np.ndarray) -> None:
         """To what the grammar has next."""
-        library, allowed[:] = _library(), 0
-        if self.failed or self._matcher.is_stopped():
+        allowed[:] = 0
+        if self.failed:
             return
-        said = library.numpy.allocate_token_bitmask(1, self._vocabulary.tokens.vocab_size)
-        library.numpy.fill_next_token_bitmask(self._matcher, said)
-        words = min(len(allowed), said.shape[1])
-        _set(said[0], self._vocabulary.end, False)
-        allowed[:words] = said[0, :words]
+        said = _next(self._matcher, self._vocabulary.tokens, self._vocabulary.end)
+        words = min(len(allowed), len(said))
+        allowed[:words] = said[:words]
         at = self._tail.rfind(b"<")
         if at >= 0 and _CLOSE.startswith(self._tail[at:]) and self._tail[at - 1 : at] != b"\n":
             completing = self._vocabulary.completing.get(len(self._tail) - at)
             if completing is not None:  # a string may not have it: whoever reads the call ends it there
                 allowed[:words] &= ~completing[:words]
-        if self._matcher.is_error() or not (allowed.any() or self._matcher.is_accepting()):
-            self._fail(self._matcher.get_error() or "no token continues it")
+        if why := _dead(self._matcher, allowed):
+            self._fail(why)
 
     def take(self, token: int) -> None:
         """The next token, which is no end of the answer."""

@@ -78,8 +78,8 @@ class Sequence:
             stops = token in self.stop_ids
             self._decode(None if stops else token)
             if stops or self._meets_stop_text():
-                cut_short = self.matcher is not None and self.matcher.failed
-                reason, count = "length" if cut_short else "stop", i + 1
+                failed = self.matcher is not None and self.matcher.failed
+                reason, count = "error" if failed else "stop", i + 1
                 break
             if self.matcher is not None:
                 self.matcher.take(token)

@@ -18,7 +18,7 @@ from .tools import Tools
 BUDGETS = {"low": 512, "medium": 2048, "high": 8192}
 EFFORTS = ("none", *BUDGETS)
 # Fields of messages by role, and those that clients send back as they came, which may hold nothing.
-_FIELDS = {"assistant": ("tool_calls", *REASONING_FIELDS), "tool": ("tool_call_id", "name")}
+_FIELDS = {"assistant": ("tool_calls", *REASONING_FIELDS), "tool": ("tool_call_id",)}
 _EMPTY = {"assistant": ("refusal", "audio", "function_call", "annotations")}
 
 
@@ -107,7 +107,8 @@ def conversation_request(
             raise bad(
                 "a format of the answer would rule out calls: leave out tools, or set tool_choice to none", "tools"
             )
-        options["grammar"] = grammar()
+        form = "response_format" if where == "messages" else "text.format"
+        options |= {"grammar": grammar(), "grammar_name": "tools" if wishes.tools.forced else form}
     prompt = encode_messages(server, messages, wishes, where)
     return make_request(server, prompt, given, limit, limit_name, where, **options)
 
@@ -182,6 +183,7 @@ def check_messages(messages: Any) -> list[dict[str, Any]]:
         role = fields.any("role")
         role = role if isinstance(role, str) else ""  # `normalize` refuses it
         fields.ignore("content", *_FIELDS.get(role, ()))
+        fields.take("name", str)
         fields.refuse(dict.fromkeys(_EMPTY.get(role, ()), "it would be lost"))
         fields.finish({"reasoning_text": "reasoning_content"})
         if role != "assistant" and not fields.has("content"):

@@ -123,7 +123,8 @@ class Fields:
         """
         for name in self._names:
             if name not in self._known:
-                error = unknown_name(self.where or "the body", name[:60], sorted(set(self._known)), elsewhere or {})
+                known = sorted(set(self._known))
+                error = unknown_name(self.where or "the body", name[:60], known, elsewhere or {}, "field")
                 raise bad(str(error), self.path(name), "unknown_parameter")
 
 

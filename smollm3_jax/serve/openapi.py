@@ -178,12 +178,12 @@ def _messages() -> Schema:
     reasoning = {"reasoning_content": TEXT, "reasoning": TEXT, "thinking": TEXT}
     empty = dict.fromkeys(("refusal", "audio", "function_call", "annotations"), NOTHING)
     said = {"content": content, "tool_calls": _list(OBJECT), **reasoning}
-    given = {"content": content}
+    given, name = {"content": content}, {"name": TEXT}
     return _list(
         _any_of(
-            _object({"role": _one_of("system", "developer", "user"), **given}, {}, True),
-            _object({"role": _one_of("assistant")}, {**said, **empty}, True),
-            _object({"role": _one_of("tool"), **given}, {"tool_call_id": ANY, "name": ANY}, True),
+            _object({"role": _one_of("system", "developer", "user"), **given}, name, True),
+            _object({"role": _one_of("assistant")}, {**said, **empty, **name}, True),
+            _object({"role": _one_of("tool"), **given}, {"tool_call_id": ANY, **name}, True),
         ),
         least=1,
     )
@@ -287,11 +287,11 @@ def _answers() -> dict[str, Schema]:
     )
     entry = _object({"token": TEXT, "logprob": NUMBER}, {"bytes": _list(_within(0, 255))})
     logprobs = _object({"content": _list(entry)}, {})
-    reasons = _one_of("stop", "length", "tool_calls")
+    reasons = _one_of("stop", "length", "tool_calls", "error")
     choice = _object({"index": COUNT, "message": message, "finish_reason": reasons}, {"logprobs": logprobs})
     lists = {"tokens": _list(TEXT), "token_logprobs": _list(_or_null(NUMBER)), "text_offset": _list(COUNT)}
     legacy = _object(lists, {"top_logprobs": _list(_or_null(OBJECT))})
-    completed = {"index": COUNT, "text": TEXT, "finish_reason": _one_of("stop", "length")}
+    completed = {"index": COUNT, "text": TEXT, "finish_reason": _one_of("stop", "length", "error")}
     head = {"id": TEXT, "created": COUNT, "model": TEXT, "seed": COUNT, "usage": usage}
     of_chat = {**head, "object": _one_of("chat.completion"), "choices": _list(choice)}
     of_completion = {

@@ -4,10 +4,12 @@ import secrets
 from typing import Any
 
 from ..config import ModelConfig
+from ..errors import OptionError
+from ..generation.grammar import check_grammar
 from ..generation.requests import Request, check_request
 from ..generation.sampling import ELSEWHERE, MAX_STOP_IDS, SamplingParams, with_defaults
 from .contract import Server
-from .errors import ApiError, bad, too_long
+from .errors import ApiError, bad, from_option, too_long
 from .fields import Fields, shown
 
 # The most that one body may ask for; what a slot can hold is in sampling.py.
@@ -114,6 +116,7 @@ def make_request(
     limit: int | None,
     limit_name: str,
     prompt_name: str,
+    grammar_name: str = "response_format",
     **options: Any,
 ) -> Request:
     """A request that the engine takes.
@@ -122,7 +125,7 @@ def make_request(
       prompt: token ids.
       given: arguments of SamplingParams but for max_new_tokens.
       limit: the most new tokens; None is all that fit into the context.
-      limit_name, prompt_name: the fields that the two came in, for errors.
+      limit_name, prompt_name, grammar_name: the fields that these came in, for errors.
       **options: of Request.
 
     Raises:
@@ -139,6 +142,11 @@ def make_request(
     if limit is not None and len(prompt) + limit > context:
         what = f"{prompt_name} has {len(prompt)} tokens, and {limit_name} asks for {shown(limit)} more: lower it"
         raise too_long(what, context, limit_name)
+    if "grammar" in options:
+        try:
+            check_grammar(options["grammar"], server.tokenizer)
+        except OptionError as error:
+            raise from_option(error, grammar_name) from None
     limit = context - len(prompt) if limit is None else limit
     own = server.config, server.generation_config
     params: SamplingParams = with_defaults(own[1], own[0].vocab_size, max_new_tokens=limit, **given)

@@ -33,6 +33,7 @@ REFUSED = {
 }
 _NAMES = NAMES | dict.fromkeys(("max_tokens", "max_completion_tokens", "max_new_tokens"), "max_output_tokens")
 _NAMES |= {"response_format": "text.format", "reasoning_effort": "reasoning.effort"}
+_NO_END = {"code": "server_error", "message": "the answer could not be held to its format any longer: simplify it"}
 
 
 def parse(body: dict[str, Any], server: Server) -> Job:
@@ -114,10 +115,11 @@ class ResponsesReply:
         found, _ = self._spoken.add(delta)
         events = [event for piece in found for event in self._say(piece)]
         if delta.finish_reason is not None:
-            cut = delta.finish_reason == "length"
-            events += self._close("incomplete" if cut else "completed")
+            done, cut = delta.finish_reason == "stop", delta.finish_reason == "length"
+            events += self._close("completed" if done else "incomplete")
             self._head |= {"incomplete_details": {"reason": "max_output_tokens"}} if cut else {}
-            self._head |= {} if cut else {"completed_at": int(time.time())}
+            self._head |= {"completed_at": int(time.time())} if done else {}
+            self._head |= {} if done or cut else {"error": _NO_END}
         return events
 
     def end(self) -> list[Event]:
@@ -125,9 +127,9 @@ class ResponsesReply:
         return [self._event(f"response.{body['status']}", response=body)]
 
     def body(self) -> dict[str, Any]:
-        done, cut = self._head["completed_at"] is not None, self._head["incomplete_details"] is not None
-        status = "completed" if done else "incomplete" if cut else "in_progress"
-        counted = self._usage() if done or cut else None
+        ends = {"completed": "completed_at", "incomplete": "incomplete_details", "failed": "error"}
+        status = next((status for status, field in ends.items() if self._head[field] is not None), "in_progress")
+        counted = None if status == "in_progress" else self._usage()
         return self._head | {"status": status, "output": list(self._output), "usage": counted}
 
     def _usage(self) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 
 from ..chat.parse import Event, Parser, Text, Thinking, ToolCall
-from ..generation.requests import Delta, Request
+from ..generation.requests import Delta, Request, think_ids
 from .contract import Server
 from .conversation import Wishes
 from .samples import Sample, Token
@@ -15,8 +15,15 @@ class Spoken:
 
     def __init__(self, server: Server, request: Request, wishes: Wishes):
         self.sample = Sample(server, request)
-        self._parser = Parser(self.sample.begins_thinking, wishes.calls)
         self._offered = parameters_of(wishes.offered)
+        formed = request.grammar is not None and not wishes.tools.forced
+        self._parser = Parser(
+            self.sample.begins_thinking,
+            () if formed else wishes.calls,
+            names=self._offered,
+            thinks=-1 not in think_ids(server.tokenizer),
+            one_text=formed,
+        )
         self._several = wishes.tools.parallel
         self.called = False
 
@@ -36,8 +43,6 @@ class Spoken:
     def _passed(self, event: Event) -> list[Event]:
         if not isinstance(event, ToolCall):
             return [event]
-        if self._offered is not None and event.name not in self._offered and event.markup:
-            return [Text(event.markup)]  # a function that nobody has: the client reads what the model wrote
         if self.called and not self._several:
             return []
         self.called = True

@@ -451,3 +451,31 @@ def test_tags_that_open_no_call_are_text(text):
 )
 def test_signatures_of_python_functions(code, found):
     assert signature(code) == found
+
+
+def pieced(text: str, size: int, **options) -> Message:
+    """A whole answer, in pieces of so many characters."""
+    parser = Parser(**options)
+    found = [event for i in range(0, len(text), size) for event in parser.feed(text[i : i + size])] + parser.finish()
+    said = {kind: "".join(event.text for event in found if isinstance(event, kind)) for kind in (Text, Thinking)}
+    return message(said[Text], said[Thinking], [event for event in found if isinstance(event, ToolCall)])
+
+
+@pytest.mark.parametrize("size", [1, 3, 1000])
+def test_what_tags_mean_depends_on_who_answers(size):
+    answer = f'"a <think> b{WEATHER}{CODE}</think>"'
+    assert pieced(answer, size, one_text=True) == message(answer)
+    assert pieced(f"\n<think>\nHm.\n</think>\n{answer}", size, one_text=True) == message(answer, "Hm.")
+    assert pieced(f"Hm.\n</think>\n{answer}", size, one_text=True, thinking=True) == message(answer, "Hm.")
+    assert pieced("a <think> b</think>", size, thinks=False) == message("a <think> b</think>")
+    assert pieced(f"<think>{WEATHER}", size, thinks=False) == message("<think>", calls=[CALL])
+
+
+@pytest.mark.parametrize("code", ["f(1)\ng(2)", "g(1)\nf(2)", "g()"])
+def test_a_block_with_an_unknown_function_is_text(code):
+    block = f"Look:\n<code>{code}</code>"
+    parser = Parser(names=["f", "get_weather"])
+    found = parser.feed(f"{block}\n{WEATHER}") + parser.finish()
+    assert found[-1] == CALL and found[-2] == Text(f"<code>{code}</code>", "there is no function 'g'")
+    assert "".join(event.text for event in found[:-1] if isinstance(event, Text)) == block
+    assert parser.feed("<code>f(1)\nf(2)</code>") == [ToolCall("f", {"0": 1}), ToolCall("f", {"0": 2})]

@@ -221,6 +221,14 @@ def test_what_does_not_fit_is_cut_off(model):
     assert (found.text, found.finish_reason) == ('"aaaaaaaa', "length")
 
 
+def test_a_grammar_that_grows_too_large_on_the_way_is_an_error(model):
+    many = {"type": "object", "properties": {f"field_{i}": {} for i in range(600)}}
+    schema = {"type": "object", "properties": {"a": many}, "required": ["a"], "additionalProperties": False}
+    bias = {token: 50.0 for token in LETTERS.encode('{"a":')}  # and no line break
+    found = answered(model, "</think>\n", schema, logit_bias=bias)
+    assert found.text.startswith('{"a":') and found.finish_reason == "error"
+
+
 @pytest.mark.parametrize("prompt", ["Hm<think>", "Hm"])
 def test_thinking_comes_before_the_grammar(model, prompt):
     """Inside it no end is chosen, though it is likelier than all else; the budget closes it."""

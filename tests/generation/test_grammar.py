@@ -208,6 +208,7 @@ def test_where_it_may_end_or_go_on_there_are_no_other_tokens():
         ({"$ref": "https://example.com/a"}, "example.com"),
         (functools.reduce(lambda inner, _: {"items": inner}, range(500), {}), "recursion limit"),
         ({"const": "\ud800"}, "hex escape"),
+        ({"description": "a" * (1 << 16)}, "65[0-9]{3} characters of JSON; it may have 65536"),
         (False, "no answer satisfies"),
         ([1], "must be an object"),
         ({"const": float("nan")}, "cannot be written as JSON"),
@@ -356,6 +357,33 @@ def test_a_grammar_needs_a_tokenizer_of_bytes(tmp_path):
         check_grammar(json_object(), load_tokenizer(talking_checkpoint(tmp_path / "m")))
     with pytest.raises(OptionError, match="the grammar cannot be kept"):
         check_grammar("start: nothing", LETTERS)
+
+
+@pytest.mark.parametrize(
+    ("schema", "said"),
+    [
+        ({"$ref": "#"}, "the grammar has no answer: NoExtensionBias"),
+        ({"type": "object", "properties": {f"field_{i}": {} for i in range(600)}}, "too large .* Current row has"),
+    ],
+)
+def test_what_no_answer_keeps_to_is_refused(schema, said):
+    with pytest.raises(OptionError, match=said):
+        check_grammar(json_schema(schema), LETTERS)
+
+
+def test_a_long_grammar_is_refused():
+    with pytest.raises(OptionError, match="it may have 65536"):
+        check_grammar("start: " + "a" * (1 << 16), LETTERS)
+
+
+def test_what_was_checked_is_not_compiled_again(monkeypatch):
+    grammar = json_schema({"const": "compiled once"})
+    check_grammar(grammar, LETTERS)
+    monkeypatch.setattr(module._library(), "LLMatcher", None)
+    one, other = matcher(grammar), matcher(grammar)
+    for token in LETTERS.encode('"co'):
+        one.take(token)  # which is nothing to the other one
+    assert allowed(one).tolist() == LETTERS.encode("m") and LETTERS.encode('"')[0] in allowed(other)
 
 
 def test_a_tokenizer_is_read_once_and_let_go(monkeypatch):

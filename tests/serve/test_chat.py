@@ -10,12 +10,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 from said import answer, deltas, ids_of, prompt_text
+from tiny import talking_checkpoint
 
 from smollm3_jax.chat.template import encode_chat
 from smollm3_jax.generation import grammar
 from smollm3_jax.serve.conversation import BUDGETS
 from smollm3_jax.serve.errors import ApiError
 from smollm3_jax.serve.job import Job, Server, parse
+from smollm3_jax.tokenizer import load_tokenizer
 
 HI = [{"role": "user", "content": "Hi"}]
 WEATHER = {
@@ -166,6 +168,14 @@ def test_messages_reach_the_template(server):
     assert list(request.prompt).count(end) == len(messages)
 
 
+@pytest.mark.parametrize("role", ["system", "user", "assistant", "tool"])
+def test_a_name_is_taken_and_not_read(server, role):
+    message = {"role": role, "content": "Hi"} | ({"tool_call_id": "a"} if role == "tool" else {})
+    rest = [{"role": "user", "content": "Go on."}]
+    named = chat(server, messages=[message | {"name": "Bo"}, *rest])
+    assert named.requests[0].prompt == chat(server, messages=[message, *rest]).requests[0].prompt
+
+
 THINKING_OFF = [
     {"chat_template_kwargs": {"enable_thinking": False}},
     {"reasoning_effort": "none"},
@@ -263,6 +273,40 @@ def test_a_call_of_a_function_that_nobody_has_is_text(server):
     assert message["content"] == CALL and "tool_calls" not in message
 
 
+@pytest.mark.parametrize("code", ["now()\nget_weather('Rome')", "get_weather('Rome')\nnow()"])
+def test_a_block_with_a_call_of_such_a_function_is_text_once(server, code):
+    job = chat(server, chat_template_kwargs={"python_tools": ["def now(): ..."]})
+    message = message_of(server, job, f"Look:\n<code>{code}</code>{END}")
+    assert message["content"] == f"Look:\n<code>{code}</code>" and "tool_calls" not in message
+
+
+def test_tags_in_a_formatted_answer_are_text(server):
+    const = "a <think> b <tool_call> <code>"
+    form = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"const": const}}}
+    for thought, before in (("", None), (THOUGHT, "The user says hi 👋🏽.")):
+        job = chat(server, response_format=form)
+        # The tags in letters, as a grammar has them in a string.
+        parts = json.dumps(const).replace("<", "|<|").split("|")
+        text = [token for part in parts for token in ids_of(server.tokenizer, part)]
+        [events, body] = answer(
+            server, job, [*ids_of(server.tokenizer, thought), *text, *ids_of(server.tokenizer, END)]
+        )
+        message = body["choices"][0]["message"]
+        assert (message["content"], message["reasoning"]) == (json.dumps(const), before)
+        assert without_nothing(joined(events)) == without_nothing(body)
+
+
+def test_a_model_without_think_tokens_writes_of_them(server):
+    content = json.loads(server.tokenizer.backend.to_str())
+    content["added_tokens"] = [one for one in content["added_tokens"] if "think" not in one["content"]]
+    backend = type(server.tokenizer.backend).from_str(json.dumps(content))
+    tokenizer = type(server.tokenizer)(backend, server.tokenizer.chat_template, server.tokenizer.special_tokens)
+    other = dataclasses.replace(server, tokenizer=tokenizer)
+    text = "Models write <think> first, then </think>."
+    message = message_of(other, chat(other), text + END)
+    assert (message["content"], message["reasoning"]) == (text, None)
+
+
 def test_calls_in_python(server):
     tools = {
         "python_tools": ["def get_weather(city: str, days: int = 1) -> str: ...", "def now():\n    '''The time.'''"]
@@ -315,6 +359,15 @@ def test_formats_are_grammars(server):
     assert forced.requests[0].grammar == grammar.tool_calls([NOW], names=None, parallel=True, style="xml")
     broken = {"type": "function", "function": {"name": "f", "parameters": {"type": "impossible"}}}
     assert refused(server, tools=[broken], tool_choice="required").param == "tools"
+
+
+def test_grammars_that_the_tokenizer_cannot_have_are_named(server, tmp_path):
+    other = dataclasses.replace(server, tokenizer=load_tokenizer(talking_checkpoint(tmp_path)))
+    error = refused(other, response_format={"type": "json_object"})
+    assert error.param == "response_format" and "with this model's tokenizer" in error.message
+    assert refused(other, tools=[NOW], tool_choice="required").param == "tools"
+    form = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"$ref": "#"}}}
+    assert refused(server, response_format=form).param == "response_format"  # which no answer satisfies
 
 
 def test_tools_that_the_template_does_not_know(server):
@@ -438,7 +491,8 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
     ({"messages": [{"role": "user", "content": 5}]}, "messages[0].content", "a string or a list"),
     ({"messages": [{"role": "user", "content": None}]}, "messages[0].content", "missing"),
     ({"messages": [{"role": "user", "content": [IMAGE]}]}, "messages[0].content[0]", "image_url"),
-    ({"messages": [{"role": "user", "content": "Hi", "name": "Bo"}]}, "messages[0].name", "no argument name"),
+    ({"messages": [{"role": "user", "content": "Hi", "name": 5}]}, "messages[0].name", "a string"),
+    ({"messages": [{"role": "user", "content": "Hi", "nam": "Bo"}]}, "messages[0].nam", "no field nam; use name"),
     ({"messages": [*HI, {"role": "system", "content": "x"}]}, "messages[1]", "only messages[0]"),
     ({"messages": [{"role": "user", "content": "\ud800"}]}, "messages", "surrogate"),
     ({"temperature": -1}, "temperature", "0 (greedy) or more"),
@@ -466,7 +520,7 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
     ({"logprobs": True, "top_logprobs": 21}, "top_logprobs", "from 0 to 20"),
     ({"stream": "yes"}, "stream", "true or false"),
     ({"stream_options": {"include_usage": True}}, "stream_options", "stream is not true"),
-    ({"stream": True, "stream_options": {"x": 1}}, "stream_options.x", "no argument x"),
+    ({"stream": True, "stream_options": {"x": 1}}, "stream_options.x", "no field x"),
     ({"temprature": 1}, "temprature", "use temperature"),
     ({"max_new_tokens": 5}, "max_new_tokens", "use max_tokens"),
     ({"best_of": 3}, "best_of", "not supported"),
