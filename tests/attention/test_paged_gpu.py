@@ -7,7 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import rounding
 from flax import nnx
+from test_attention import seen_in
 from tiny import random_tokens, raw_config
 
 from smollm3_jax import model as model_file
@@ -49,9 +51,11 @@ def by_xla(q, k, v, angles, lengths, cache):
 
 
 def values(cache):
-    """What a cache stands for, float32 [2, K, B, S, E]."""
+    """What a cache stands for, float64 [2, K, B, S, E]."""
     pairs = (cache.k, cache.k_scale), (cache.v, cache.v_scale)
-    return np.array([x.astype(jnp.float32) * (1 if scale is None else scale[..., None]) for x, scale in pairs])
+    return np.array(
+        [np.asarray(x, np.float64) * (1 if scale is None else np.asarray(scale)[..., None]) for x, scale in pairs]
+    )
 
 
 step = functools.partial(paged_gpu.step, interpret=True)
@@ -60,16 +64,36 @@ step = functools.partial(paged_gpu.step, interpret=True)
 @pytest.mark.parametrize("programs", [1, 2**16], ids=["whole", "split"])
 @pytest.mark.parametrize("quantized", [False, True], ids=["float32", "int8"])
 @pytest.mark.parametrize("group", [4, 3])
-def test_equals_xla(group, quantized, programs, monkeypatch):
+def test_equals_the_definition(group, quantized, programs, monkeypatch):
+    """On pairs that RoPE turns by a quarter or more of them, which is exact."""
     monkeypatch.setattr(paged_gpu, "PROGRAMS", programs)
-    arguments = case(quantized, group)
-    out, cache = step(*arguments)
-    expected, expected_cache = by_xla(*arguments)
-    np.testing.assert_allclose(out, expected, atol=1e-5)
-    # A scale that rounds otherwise may move a number by a step. Without one: x cos - y sin has two roundings of each
-    # product on either side, |x| + |y| is at most twice the largest number that was turned, and that comes out again.
-    allowed = 0.02 if quantized else 8 * 2.0**-24 * np.abs(values(expected_cache)).max()
-    np.testing.assert_allclose(values(cache), values(expected_cache), atol=allowed)
+    q, k, v, _, lengths, cache = case(quantized, group)
+    turns = np.random.RandomState(1).randint(0, 4, (len(q), q.shape[-1] // 2))
+    cos, sin = (jnp.asarray(np.array(x, np.float32)[turns]) for x in ([1, 0, -1, 0], [0, 1, 0, -1]))
+    out, cache = step(q, k, v, (cos, sin), lengths, cache)
+    q = rope.rotate(q[:, None], cos[:, None], sin[:, None], jnp.array(True))
+    held = values(cache).transpose(0, 2, 3, 1, 4)
+    # A full row looks at what it has. Two blocks of 64, and the new token.
+    for wrong in (0, 1):
+        seen = seen_in(CAPACITY, np.minimum(LENGTHS, CAPACITY - 1 - wrong), 1)
+        off = rounding.within(out[:, None], rounding.attended(q, *held, seen, parts=3))
+        assert off > 1 if wrong else off <= 1
+
+
+@pytest.mark.parametrize("quantized", [False, True], ids=["float32", "int8"])
+def test_writes_what_xla_writes(quantized):
+    q, k, v, angles, lengths, cache = case(quantized)
+    got = values(step(q, k, v, angles, lengths, cache)[1])
+    _, expected = by_xla(q, k, v, angles, lengths, cache)
+    _, without_rope = by_xla(q, k, v, (jnp.ones_like(angles[0]), jnp.zeros_like(angles[1])), lengths, cache)
+    # x cos - y sin has two roundings of each product on either side, |x| + |y| is at most twice the largest number that
+    # was turned, and that comes out again. So does a scale's relative error; and where a number lies near the middle
+    # of two whole ones, it may move by a step, which is the scale.
+    allowed = 8 * rounding.FLOAT32 * np.abs(values(expected)).max()
+    if quantized:
+        allowed = 4 * allowed + np.array([expected.k_scale, expected.v_scale])[..., None]
+    assert (np.abs(got - values(expected)) <= allowed).all()
+    assert (np.abs(got - values(without_rope)) > allowed).any()
 
 
 def test_writes_one_token_a_row_and_none_into_a_full_one():
@@ -80,7 +104,8 @@ def test_writes_one_token_a_row_and_none_into_a_full_one():
 
 def test_an_empty_row_sees_its_own_token_alone():
     q, k, v, angles, lengths, cache = case(lengths=np.array([0]))
-    np.testing.assert_allclose(step(q, k, v, angles, lengths, cache)[0], jnp.repeat(v, 4, axis=1), rtol=1e-6)
+    # Times a weight of exactly 1.
+    np.testing.assert_array_equal(step(q, k, v, angles, lengths, cache)[0], jnp.repeat(v, 4, axis=1))
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
@@ -182,17 +207,21 @@ def test_a_model_decodes_the_same(rows, as_on_gpu, monkeypatch):
     tokens = jnp.asarray(random_tokens(raw, rows, 6), jnp.int32)
     cache = empty_cache(model.config, rows, 32, jnp.dtype(jnp.float32))
 
-    def run(tokens, cache):
-        return jax.jit(lambda tokens, cache: model.hidden(tokens, cache=cache))(tokens, cache)
+    def run():
+        """As one program, of the platform that is chosen when it is traced."""
+        return jax.jit(lambda model, tokens, cache: model.hidden(tokens, cache=cache))
 
     with monkeypatch.context() as on_cpu:
         on_cpu.setattr(dispatch, "platform_of", lambda sharding: "cpu")
         on_cpu.setattr(model_file, "platform_of", lambda sharding: "cpu")
-        _, cache = run(tokens[:, :5], cache)
-        expected, expected_cache = run(tokens[:, 5:], cache)
-    out, cache = run(tokens[:, 5:], cache)
-    np.testing.assert_allclose(out, expected, atol=2e-5)
-    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-5), cache, expected_cache)
+        plain = run()
+        bounded = rounding.shaken(
+            lambda model: plain(model, tokens[:, 5:], plain(model, tokens[:, :5], cache)[1]), model
+        )
+        _, before = plain(model, tokens[:, :5], cache)
+    out, after = run()(model, tokens[:, 5:], before)
+    assert max(rounding.worst(jax.tree.leaves((out, after)), bounded)) <= 1
+    assert rounding.within(run()(model, tokens[:, :1], before)[0], bounded[0]) > 1  # another token
 
 
 @pytest.mark.parametrize("width", [64, 256])

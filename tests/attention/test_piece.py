@@ -7,53 +7,58 @@ import jax.numpy as jnp
 import no_gpu
 import numpy as np
 import pytest
+import rounding
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel
 from jax.sharding import Mesh
-from test_attention import by_hand, normal, scalar
+from test_attention import normal, scalar, stored
 
 from sharding.rules import Sharding
 from smollm3_jax import nvidia
 from smollm3_jax.attention import cudnn, piece, piece_attention, tpu
 from smollm3_jax.attention.parts import Part, merge
-from smollm3_jax.kv_cache import LayerCache, quantize_rows
+from smollm3_jax.kv_cache import LayerCache
 
 SLOTS, CAPACITY, HEADS, KV_HEADS = 2, 32, 4, 2
-# float32: a weight's relative error is twice its score's (see test_attention); bfloat16 and float16 keep 8 and 11 bits.
-ALLOWED = {"float32": 1e-5, "bfloat16": 0.02, "float16": 2e-3}
 # Jitted anew in each test: what computes a program is chosen when it is traced.
 
 
-def one(past, length, dtype="float32", width=8, window=None, quantized=False, capacity=CAPACITY, sharding=None):
-    """(what a piece got, what the definition says), of the second slot; what lies after the past may be anything."""
-    q = normal(0, 1, length, HEADS, width)
-    k, v = (normal(i, SLOTS, capacity, KV_HEADS, width) for i in (1, 2))
-    own_k, own_v = (normal(i, 1, length, KV_HEADS, width) for i in (3, 4))
-    q, k, v, own_k, own_v = (np.asarray(jnp.asarray(x, dtype), np.float64) for x in (q, k, v, own_k, own_v))
-    stored = [jnp.asarray(x, dtype).transpose(2, 0, 1, 3) for x in (k, v)]
-    layer = LayerCache(*stored)
-    if quantized:
-        (k8, k_scale), (v8, v_scale) = map(quantize_rows, stored)
-        layer = LayerCache(k8, v8, k_scale, v_scale)
-        k, v = (
-            (np.asarray(x) * np.asarray(scale)[..., None]).transpose(1, 2, 0, 3)
-            for x, scale in ((k8, k_scale), (v8, v_scale))
-        )
+def worst(
+    past, length, dtype="float32", width=8, window=None, quantized=False, capacity=CAPACITY, sharding=None, block=512
+):
+    """How far from the definition a piece's output is, 1 being allowed, of the second slot; what lies after the past
+    may be anything. block: how many keys of the past go by at a time.
+
+    From the definition without every other key, a query's own among them, it is further than that.
+    """
+    q, own_k, own_v = (
+        jnp.asarray(normal(i, 1, length, heads, width), dtype)
+        for i, heads in ((0, HEADS), (3, KV_HEADS), (4, KV_HEADS))
+    )
+    layer, k, v = stored(*(jnp.asarray(normal(i, SLOTS, capacity, KV_HEADS, width), dtype) for i in (1, 2)), quantized)
     after = (jnp.arange(capacity) >= past)[:, None]
     layer = jax.tree.map(lambda x: jnp.where(after if x.ndim == 4 else after[:, 0], 100, x).astype(x.dtype), layer)
-    keys, values = (np.concatenate([x[1:, :past], own], axis=1) for x, own in ((k, own_k), (v, own_v)))
-    ones = np.ones((1, past + length))
-    expected = by_hand(q, keys, values, ones[:, past:], ones, window)
+    keys, values = (
+        np.concatenate([x[1:, :past], np.asarray(own, np.float64)], axis=1) for x, own in ((k, own_k), (v, own_v))
+    )
     options = {"window": scalar(window), "sharding": sharding}
-    given = *(jnp.asarray(x, dtype) for x in (q, own_k, own_v)), layer
 
     def compute(arrays, slot, length):
         return piece_attention(*arrays, slot=slot, length=length, **options)
 
-    got = jax.jit(compute)(given, np.int32(1), np.int32(past))
+    got = jax.jit(compute)((q, own_k, own_v, layer), np.int32(1), np.int32(past))
     assert got.dtype == dtype
-    return np.asarray(got, np.float64), expected
+    ones = np.ones((1, past + length))
+    # The piece, blocks of the past, and what each device has.
+    parts = 1 + -(-past // block) + (sharding.mesh.size if sharding is not None else 0)
+
+    def off(seen):
+        return rounding.within(got, rounding.attended(q, keys, values, seen, dtype, parts=parts))
+
+    seen = rounding.seen_by(ones[:, past:], ones, window)
+    assert off(seen & ((np.arange(past, past + length)[:, None] - np.arange(past + length)) % 2 == 1)) > 1
+    return off(seen)
 
 
 @settings(max_examples=25, deadline=None)
@@ -64,8 +69,7 @@ def test_equals_the_definition(past, length, window, quantized, block):
     """Of no, some and all of the places, in any number of blocks."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(piece, "DENSE_BLOCK", block)
-        got, expected = one(past, length, window=window, quantized=quantized)
-    np.testing.assert_allclose(got, expected, atol=ALLOWED["float32"])
+        assert worst(past, length, window=window, quantized=quantized, block=block) <= 1
 
 
 def test_no_past_adds_nothing():
@@ -83,18 +87,23 @@ def test_cudnn_equals_the_definition(past, monkeypatch):
     calls = []
     monkeypatch.setattr(cudnn, "forward", lambda *arguments: calls.append(arguments) or no_gpu.forward(*arguments))
     monkeypatch.setattr(piece, "BLOCK", 8)
-    got, expected = one(past, 8, "float16")
+    assert worst(past, 8, "float16", block=8) <= 1
     assert len(calls) == 2  # a program has one call for the piece, and one for every block
-    np.testing.assert_allclose(got, expected, atol=ALLOWED["float16"])
 
 
 def test_merging_is_in_float32(monkeypatch):
-    """Large scores, whose normalizers bfloat16 rounds to whole numbers: a past of one key beside one new key."""
+    """Large scores, whose normalizers bfloat16 rounds to whole numbers: a past of one key beside one new key.
+
+    Their products and sums are exact, and no normalizer is off by more than a rounding of a score, of 182 at most, or
+    two: what is allowed beside the output's own rounding. bfloat16's would give a difference of 1 instead of 0.71.
+    """
     q, k = jnp.full((1, 1, 1, 8), 8.0, jnp.bfloat16), jnp.full((1, 1, 1, 8), 8.0, jnp.bfloat16)
-    scores = 8 * 64 / 8**0.5, 8 * 62 / 8**0.5
-    layer = LayerCache(jnp.full_like(k, 7.75), jnp.zeros_like(k))
+    scores = 8 * 64 / 8**0.5, 8 * 63.75 / 8**0.5
+    layer = LayerCache(jnp.full_like(k, 7.96875), jnp.zeros_like(k))
     out = piece_attention(q, k, jnp.ones_like(k), layer, slot=jnp.int32(0), length=jnp.int32(1))
-    np.testing.assert_allclose(np.asarray(out, np.float32), 1 / (1 + np.exp(scores[1] - scores[0])), rtol=4e-3)
+    expected, allowed = 1 / (1 + np.exp(scores[1] - scores[0])), 2.0**-8 + 8 * 182 * rounding.FLOAT32
+    np.testing.assert_allclose(np.asarray(out, np.float64), expected, rtol=allowed)
+    assert 1 / (1 + np.exp(-1)) > (1 + allowed) * expected
 
 
 @pytest.fixture
@@ -112,8 +121,7 @@ def as_on_tpu(monkeypatch):
 @pytest.mark.slow
 @pytest.mark.parametrize(("past", "dtype"), [(0, "float32"), (128, "float32"), (300, "bfloat16")])
 def test_splash_equals_the_definition(past, dtype, as_on_tpu):
-    got, expected = one(past, 48, dtype, width=64, capacity=384)
-    np.testing.assert_allclose(got, expected, atol=ALLOWED[dtype])
+    assert worst(past, 48, dtype, width=64, capacity=384, block=128) <= 1
 
 
 # Rules, and the mesh: slots on other devices, heads on others, too few key-value heads, a row's places on others.
@@ -137,8 +145,7 @@ def test_several_devices_equal_the_definition(name, past):
     rules, shape = MESHES[name]
     mesh = Mesh(np.array(jax.devices()[: shape[0] * shape[1]]).reshape(shape), ("data", "tensor"))
     sizes = {"kv_heads": KV_HEADS, "cache_heads": KV_HEADS}
-    got, expected = one(past, 8, sharding=Sharding.of(mesh, rules).fitted(sizes))
-    np.testing.assert_allclose(got, expected, atol=ALLOWED["float32"])
+    assert worst(past, 8, sharding=Sharding.of(mesh, rules).fitted(sizes)) <= 1
 
 
 @pytest.mark.slow
@@ -147,5 +154,4 @@ def test_kernels_on_several_devices(name, as_on_tpu):
     rules, shape = MESHES[name]
     mesh = Mesh(np.array(jax.devices()[: shape[0] * shape[1]]).reshape(shape), ("data", "tensor"))
     sharding = Sharding.of(mesh, rules).fitted({"kv_heads": KV_HEADS, "cache_heads": KV_HEADS})
-    got, expected = one(200, 16, width=64, capacity=512, sharding=sharding)
-    np.testing.assert_allclose(got, expected, atol=ALLOWED["float32"])
+    assert worst(200, 16, width=64, capacity=512, sharding=sharding, block=128) <= 1

@@ -15,6 +15,9 @@ from smollm3_jax.train.step import train_step
 from smollm3_jax.weights.save import tensors_of
 
 STEPS = 20
+# Both sides round float32 in their own order: errors against float64 are of one size, the largest of many within a few
+# times of each other.
+TIMES = 4
 
 
 @pytest.mark.slow
@@ -27,30 +30,44 @@ def test_twenty_steps_are_those_of_torch(tmp_path):
     tokens = np.random.RandomState(0).randint(3, 160, (STEPS, 4, 24))
     rate = schedule("cosine", 1e-3, STEPS, warmup_steps=4)
 
-    reference = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
-    embeds = [p for name, p in reference.named_parameters() if "embed" in name]
-    others = [p for name, p in reference.named_parameters() if "embed" not in name]
-    groups = [{"params": others, "weight_decay": 0.1}, {"params": embeds, "weight_decay": 0.0}]
-    torch_adamw = torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.95), eps=1e-8)
+    def theirs(dtype):
+        """The losses, and the parameters after the last step."""
+        reference = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="eager")
+        embeds = [p for name, p in reference.named_parameters() if "embed" in name]
+        others = [p for name, p in reference.named_parameters() if "embed" not in name]
+        groups = [{"params": others, "weight_decay": 0.1}, {"params": embeds, "weight_decay": 0.0}]
+        torch_adamw = torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.95), eps=1e-8)
+        losses = []
+        for step in range(STEPS):
+            ids = torch.tensor(tokens[step])
+            for group in torch_adamw.param_groups:
+                group["lr"] = float(np.asarray(rate(step)))
+            loss = reference(input_ids=ids, labels=ids).loss
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(reference.parameters(), 1.0)
+            torch_adamw.step()
+            torch_adamw.zero_grad()
+            losses.append(loss.item())
+        return np.array(losses), {name: x.detach().numpy() for name, x in reference.named_parameters()}
 
-    optimizer = adamw(rate)
-    state = init_state(s3.from_pretrained(folder, dtype="float32", stacked=True), optimizer)
-    for step in range(STEPS):
-        ids = torch.tensor(tokens[step])
-        for group in torch_adamw.param_groups:
-            group["lr"] = float(np.asarray(rate(step)))
-        wanted = reference(input_ids=ids, labels=ids).loss
-        wanted.backward()
-        torch.nn.utils.clip_grad_norm_(reference.parameters(), 1.0)
-        torch_adamw.step()
-        torch_adamw.zero_grad()
-        batch = Batch(jnp.asarray(tokens[step], jnp.int32), jnp.ones((4, 24), jnp.int32))
-        state, metrics = train_step(state, batch, optimizer=optimizer, options=StepOptions(dtype="float32"))
-        np.testing.assert_allclose(float(metrics["loss"]), float(wanted.detach()), atol=1e-5)
-    trained = {name: x.detach().numpy() for name, x in reference.named_parameters()}
-    for tensor in tensors_of(jax.device_get(state.model)):
-        want = trained[tensor.name]
-        assert np.abs(tensor.read() - want).max() <= 1e-4 * np.abs(want).max(), tensor.name
+    def ours():
+        optimizer = adamw(rate)
+        state = init_state(s3.from_pretrained(folder, dtype="float32", stacked=True), optimizer)
+        losses = []
+        for step in range(STEPS):
+            batch = Batch(jnp.asarray(tokens[step], jnp.int32), jnp.ones((4, 24), jnp.int32))
+            state, metrics = train_step(state, batch, optimizer=optimizer, options=StepOptions(dtype="float32"))
+            losses.append(float(metrics["loss"]))
+        return np.array(losses), {x.name: x.read() for x in tensors_of(jax.device_get(state.model))}
+
+    exact, exact_params = theirs(torch.float64)
+    single, single_params = theirs(torch.float32)
+    losses, params = ours()
+    assert np.abs(losses - exact).max() <= TIMES * np.abs(single - exact).max()
+    before = {x.name: x.read() for x in tensors_of(jax.device_get(s3.from_pretrained(folder, dtype="float32")))}
+    for name, want in exact_params.items():
+        allowed = TIMES * np.abs(single_params[name] - want).max()
+        assert np.abs(params[name] - want).max() <= allowed < 0.01 * np.abs(want - before[name]).max(), name
 
 
 @pytest.mark.slow

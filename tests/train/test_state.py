@@ -83,7 +83,9 @@ def test_what_is_trained_does_not_depend_on_what_is_frozen_having_moments(model,
     part, _ = train_step(init_state(model, optimizer, NORMS), batches[0], optimizer=optimizer, options=OPTIONS)
     wanted = arrays(split(whole.model, NORMS)[0])
     for name, x in arrays(split(part.model, NORMS)[0]).items():
-        np.testing.assert_allclose(x, wanted[name], rtol=1e-5, err_msg=name)
+        # A norm's 1 less 0.01 times the gradient's sign, which is within some fifty roundings: one and a half of the
+        # result's own on each side.
+        np.testing.assert_allclose(x, wanted[name], rtol=4 * 2.0**-24, err_msg=name)
 
 
 def test_a_checkpoint_holds_both_parts_and_is_gone_on_from_bit_for_bit(model, batches, tmp_path):

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+import rounding
 from jax.sharding import Mesh
 from refusal import refusal
 from tiny import LLAMA, random_tensors, random_tokens, raw_config, tiny_checkpoint, write_checkpoint
@@ -646,7 +647,11 @@ def test_on_a_mesh(biased, mesh, tmp_path):
         np.testing.assert_array_equal(one, array)
     assert split == 13  # all but the biases of q, k, v, gate and up
     tokens = jnp.asarray(random_tokens({"vocab_size": 160}, 2, 16))
-    np.testing.assert_allclose(jax.jit(type(model).__call__)(model, tokens), alone(tokens), rtol=0, atol=1e-5)
+    (bounded,) = rounding.shaken(lambda model: model(tokens), alone)
+    compute = jax.jit(type(model).__call__)
+    assert (
+        rounding.within(compute(model, tokens), bounded) <= 1 < rounding.within(compute(model, tokens[::-1]), bounded)
+    )
     smollm3_jax.save_pretrained(model, tmp_path / "out")
     saved, original = open_checkpoint(tmp_path / "out").tensors, open_checkpoint(biased).tensors
     assert {k: t.read().tobytes() for k, t in saved.items()} == {k: t.read().tobytes() for k, t in original.items()}

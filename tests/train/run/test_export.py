@@ -35,7 +35,10 @@ def run(tmp_path, model):
 def assert_times(folder, model, factor):
     found = load_file(folder / "model.safetensors")
     for tensor in tensors_of(model):
-        np.testing.assert_allclose(found[tensor.name], factor * tensor.read(), rtol=1e-6, err_msg=tensor.name)
+        # A checkpoint's number is rounded once, and on this side too; each checkpoint more in a mean takes three
+        # roundings of what is at most 1.5 times the result.
+        allowed = (2 + 2 * 3 * 1.5) * 2.0**-24
+        np.testing.assert_allclose(found[tensor.name], factor * tensor.read(), rtol=allowed, err_msg=tensor.name)
 
 
 @pytest.mark.parametrize(
