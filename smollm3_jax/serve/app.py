@@ -67,7 +67,7 @@ class Service:
         self.metrics, self.started, self.draining = worker.metrics, int(time.time()), False
         self.pool = ThreadPoolExecutor(THREADS, thread_name_prefix="texts")
         self.answering = 0  # requests whose answer is not sent yet
-        self._texts = 0
+        self._in_pool = 0  # calls that its threads have begun or have before them, with all that they hold
         waiting = lambda: len(worker.tickets) - self._running()  # noqa: E731
         prefixes = [lambda name=name: getattr(self._prefixes(), name, 0) for name in ("queries", "hits")]
         self.metrics.watch(self._running, waiting, self._usage, *prefixes)
@@ -122,23 +122,28 @@ class Service:
         ticket.tokens = tokens
 
     async def texts(self, function: Callable[[Any, Server], Any], body: Any) -> Any:
-        """What tokenizes without the model: as many wait for a thread as the queue has places.
+        """What tokenizes without the model; raises as `off_the_loop` and the function do."""
+        return await self.off_the_loop(function, body, self.server)
+
+    async def off_the_loop(self, function: Callable[..., Any], *args: Any) -> Any:
+        """Calls it in one of the few threads that render and tokenize. At most as many calls wait for one as requests may
+        be under way, those of clients that have left included.
 
         Raises:
           ApiError: 429, or what the function raises.
         """
-        if self._texts >= self.settings.slots + self.settings.max_queue:
-            raise _full(f"{self._texts} texts wait to be tokenized", "queue_full")
-        self._texts += 1
+        if self._in_pool >= self.settings.slots + self.settings.max_queue:
+            raise _full(f"{self._in_pool} texts wait to be tokenized", "queue_full")
+        self._in_pool += 1
         try:
-            return await self.off_the_loop(function, body, self.server)
+            return await asyncio.get_running_loop().run_in_executor(self.pool, functools.partial(function, *args))
         finally:
-            self._texts -= 1
+            self._in_pool -= 1
 
-    async def off_the_loop(self, function: Callable[..., Any], *args: Any, **options: Any) -> Any:
-        """Calls it in one of the few threads that render and tokenize."""
-        call = functools.partial(function, *args, **options)
-        return await asyncio.get_running_loop().run_in_executor(self.pool, call)
+
+def _unless_over(ticket: Ticket, function: Callable[..., Any], *args: Any) -> Any:
+    """Calls it, or gives None where nobody waits for it any more: its client has left before a thread was free."""
+    return None if ticket.over else function(*args)
 
 
 def _full(what: str, code: str) -> ApiError:
@@ -161,7 +166,9 @@ class Generate:
         service.answering += 1
         watch = asyncio.create_task(self._until_left(scope, receive, ticket))
         try:
-            job = await service.off_the_loop(service.parse, self.kind, body, service.server)
+            job = await service.off_the_loop(_unless_over, ticket, service.parse, self.kind, body, service.server)
+            if job is None:
+                return
             service.place(ticket, job, scope["state"].get("key", ""))
             worker.submit(ticket)
             await (self._stream if job.stream else self._whole)(ticket, job, send)

@@ -57,6 +57,30 @@ def test_slow_templates_hold_up_neither_health_nor_the_bound():
         server.until(server.is_at_rest)
 
 
+def test_clients_that_leave_do_not_fill_the_threads_that_read_bodies():
+    """What they have asked for is not read any more, and until a thread gets to it, it is in the way of others."""
+    hold, read = threading.Event(), []
+
+    def slow(kind, body, server):
+        read.append(body)
+        assert hold.wait(20)
+        return plain_parse(kind, body, server)
+
+    engine = Puppet(lambda running: [token(number, "stop") for number in running])
+    with serving(lambda: engine, slow, slots=4, max_queue=4) as server:
+        clients = [server.open({"prompt": [5]}) for _ in range(8)]
+        server.until(lambda: server.service.answering == 8 and len(read) == 2)
+        for client in clients:
+            client.close()
+        server.until(lambda: not server.service.worker.tickets)
+        status, body, _ = server.ask("POST", "/v1/completions", {"prompt": [5]})
+        assert (status, body["error"]["code"]) == (429, "queue_full")
+        hold.set()
+        server.until(server.is_at_rest)
+        assert len(read) == 2
+        assert server.ask("POST", "/v1/completions", {"prompt": [5]})[0] == 200
+
+
 def test_a_mistake_of_our_own_is_a_500_and_no_more(caplog):
     def wrong(kind, body, server):
         if body["prompt"] == [13]:
