@@ -34,7 +34,7 @@ _MORE = {"additionalProperties", "patternProperties", "allOf", "anyOf", "oneOf",
 # Characters of a grammar: compiling as many takes at most about a second, wherever it is done.
 MAX_GRAMMAR = 64 << 10
 MAX_KEPT = 64  # compiled grammars of a tokenizer that are kept, for more samples and requests
-_TRIES = 16  # first tokens after which a grammar must be able to go on
+_TRIES = 16  # first tokens after which a grammar is tried: it must be able to go on after each
 
 log = logging.getLogger(__name__)
 
@@ -166,11 +166,8 @@ def _compiled(tokens: Any, end: int, grammar: str) -> Any:
     for token in _ids(first)[:_TRIES]:
         tried = matcher.deep_copy()
         tried.consume_token(token)
-        why = _dead(tried, _next(tried, tokens, end))
-        if not why:
-            break
-    if why:  # after every one of them
-        raise OptionError(f"the grammar is too large to be kept to, or has no answer: {why}")
+        if why := _dead(tried, _next(tried, tokens, end)):
+            raise OptionError(f"the grammar is too large to be kept to: {why}")
     return matcher
 
 
