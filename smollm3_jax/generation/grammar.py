@@ -193,8 +193,11 @@ def _dead(matcher: Any, following: np.ndarray) -> str:
 
 
 def _limits() -> Any:
-    """Of what llguidance does for one grammar; verbose errors would have what users wrote in the log."""
-    return _library().LLParserLimits(verbose_errors=False, initial_lexer_fuel=300_000)
+    """Of what llguidance does for one grammar; verbose errors would have what users wrote in the log.
+
+    Its own limit of items for one token, a quarter of this, is too low for an object of 200 optional properties.
+    """
+    return _library().LLParserLimits(verbose_errors=False, initial_lexer_fuel=300_000, step_max_items=200_000)
 
 
 @dataclasses.dataclass(frozen=True)

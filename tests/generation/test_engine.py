@@ -232,7 +232,9 @@ def test_a_grammar_that_grows_too_large_on_the_way_is_an_error(model):
 @pytest.mark.parametrize("prompt", ["Hm<think>", "Hm"])
 def test_thinking_comes_before_the_grammar(model, prompt):
     """Inside it no end is chosen, though it is likelier than all else; the budget closes it."""
-    bias = {END: 1000.0, CLOSE: -1000.0} | ({OPEN: 50.0} if prompt == "Hm" else {})  # which lets the answer open it by itself
+    bias = {END: 1000.0, CLOSE: -1000.0} | (
+        {OPEN: 50.0} if prompt == "Hm" else {}
+    )  # which lets the answer open it by itself
     found = answered(model, prompt, {"enum": [7]}, max_thinking_tokens=5, logit_bias=bias)
     opened = [OPEN] * (prompt == "Hm")
     thought = found.token_ids[len(opened) : len(opened) + 5]
