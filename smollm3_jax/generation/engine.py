@@ -131,13 +131,7 @@ class Engine:
         with self._stats.timed(), everywhere, self._memory():
             made = jax.block_until_ready(_empty(model, self.slots, self.capacity, dtype, drafts=lookup > 0))
             self._cache, self._state, self._history = made
-            self.prefixes: Prefixes | None = None
-            piece, rules = self.piece_sizes[-1], model.sharding
-            pages = prefix_tokens // piece
-            pages -= pages % (1 if rules is None else rules.parts("batch"))
-            # A slot that a piece fills has no place for what follows it.
-            if pages and piece < self.capacity and (rules is None or rules.parts("context") == 1):
-                self.prefixes = Prefixes(_empty(model, pages, piece, dtype)[0], rules)
+            self.prefixes = self._pages(prefix_tokens, dtype)
         # A heap, the lowest slot first: what runs beside each other is the same whatever ended before.
         self._free = list(range(self.slots))
         nobody = Sequence(model, 0, 0, Request([0]), None).slot()
@@ -155,6 +149,16 @@ class Engine:
             "%d slots of %d tokens; prompts in pieces of %d to %d",
             *(self.slots, self.capacity, self.piece_sizes[0], self.piece_sizes[-1]),
         )
+
+    def _pages(self, tokens: int, dtype: Any) -> Prefixes | None:
+        """Where as many tokens of whole pieces are kept; None if there can be none."""
+        piece, rules = self.piece_sizes[-1], self.model.sharding
+        pages = tokens // piece
+        pages -= pages % (1 if rules is None else rules.parts("batch"))
+        # A slot that a piece fills has no place for what follows it.
+        if not pages or piece >= self.capacity or (rules is not None and rules.parts("context") > 1):
+            return None
+        return Prefixes(_empty(self.model, pages, piece, dtype)[0], rules)
 
     @property
     def has_room(self) -> bool:

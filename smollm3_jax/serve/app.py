@@ -126,8 +126,8 @@ class Service:
         return await self.off_the_loop(function, body, self.server)
 
     async def off_the_loop(self, function: Callable[..., Any], *args: Any) -> Any:
-        """Calls it in one of the few threads that render and tokenize. At most as many calls wait for one as requests may
-        be under way, those of clients that have left included.
+        """Calls it in one of the few threads that render and tokenize. At most as many calls wait for one as requests
+        may be under way, those of clients that have left included.
 
         Raises:
           ApiError: 429, or what the function raises.
