@@ -65,9 +65,10 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from ..generation.hosts import is_follower
+    from ..support import how_to_install
 
     if missing := [name for name in NEEDED if importlib.util.find_spec(name) is None]:
-        raise SupportError(f"{missing[0]} is not installed, which serving needs: pip install 'smollm3-jax[serve]'")
+        raise SupportError(f"{missing[0]} is not installed, which serving needs: {how_to_install('serve')}")
     keys = _keys(args)
     if args.max_queue is not None and args.max_queue < 0:
         raise OptionError(f"--max-queue is {args.max_queue}; it must be 0 (nothing waits) or more")

@@ -19,6 +19,7 @@ from typing import Any, NoReturn
 import numpy as np
 
 from ..errors import OptionError
+from ..support import how_to_install
 from ..tokenizer import Tokenizer
 
 # Between the parts of a JSON text: nothing, a space, or a line break and an indentation. A model that may write any
@@ -385,5 +386,5 @@ def _library() -> Any:
         import llguidance
         import llguidance.numpy
     except ImportError:
-        raise OptionError("grammars need llguidance: pip install 'smollm3-jax[serve]'") from None
+        raise OptionError(f"grammars need llguidance: {how_to_install('serve')}") from None
     return llguidance
