@@ -117,6 +117,11 @@ class Tokenizer:
 
     def token_bytes(self, token: int) -> bytes:
         """What a token stands for, in UTF-8, of which it may be a part; of a special one its name, of none nothing."""
+        if (found := self._bytes.get(token)) is None:
+            found = self._bytes[token] = self._find_bytes(token)
+        return found
+
+    def _find_bytes(self, token: int) -> bytes:
         spelling = self.backend.id_to_token(token)
         if spelling is None or token in self._added:
             return (spelling or "").encode()
@@ -179,6 +184,11 @@ class Tokenizer:
             if self.decode(prompt[start:], skip_special_tokens):
                 break
         return prompt[start:]
+
+    @functools.cached_property
+    def _bytes(self) -> dict[int, bytes]:
+        """Of the tokens that were asked for: log-probabilities ask for the same ones over and over."""
+        return {}
 
     @functools.cached_property
     def _added(self) -> Mapping[int, Any]:

@@ -173,6 +173,7 @@ def serving(
         if running:
             running[0].service.worker.stop(5)
             running[0].service.pool.shutdown()
+            running[0].service.answers.shutdown()
         own.close()
 
 

@@ -49,7 +49,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     drain_help = "after a signal to end, for what is under way (default: 30)"
     group.add_argument("--drain-timeout", type=float, default=30.0, metavar="SECONDS", help=drain_help)
     group.add_argument(
-        "--log-requests", action="store_true", help="a line for each on standard error, without its texts"
+        "--log-requests", action="store_true", help="a line for each that asks for an answer, without its texts"
     )
     engine = parser.add_argument_group("engine")
     engine.add_argument("--slots", type=count, default=SLOTS, metavar="N", help=f"answers side by side ({SLOTS})")
@@ -76,7 +76,8 @@ def run(args: argparse.Namespace) -> int:
         raise OptionError(f"--drain-timeout is {args.drain_timeout}; it must be a number of seconds, 0 or more")
     join_if_asked(args)
     if is_follower():  # process 0 drains, and then says that it is over
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        for number in (signal.SIGTERM, signal.SIGINT):  # Ctrl-C reaches all processes of a terminal
+            signal.signal(number, signal.SIG_IGN)
     with opened(args) as model:
         if model is not None:
             _serve(args, keys, *model)

@@ -21,21 +21,23 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from ..generation.requests import Delta
 from ..support import version
 from .errors import ApiError
 from .guards import Guard, read_json
-from .job import Job, Server
+from .job import Job, Reply, Server
 from .models import detokenize, model_body, models_body, tokenize
 from .openapi import described
 from .page import page
 from .ticket import Ticket
 from .worker import Worker
+from .write import Write, as_json, framed, in_pieces
 
 log = logging.getLogger(__name__)
 
 RETRY_AFTER = {"Retry-After": "2"}
 KEEP_ALIVE_SECONDS = 15.0
-THREADS = 2  # that render templates and tokenize
+THREADS = 2  # that render templates and tokenize, and as many that make answers
 EVENTS = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")]
 EVENTS += [(b"x-accel-buffering", b"no")]  # or nginx holds them back
 KINDS = {"/v1/chat/completions": "chat", "/v1/completions": "completions", "/v1/responses": "responses"}
@@ -66,11 +68,16 @@ class Service:
         self.worker, self.server, self.parse, self.settings = worker, server, parse, settings
         self.metrics, self.started, self.draining = worker.metrics, int(time.time()), False
         self.pool = ThreadPoolExecutor(THREADS, thread_name_prefix="texts")
+        self.answers = ThreadPoolExecutor(THREADS, thread_name_prefix="answers")  # which do not wait for prompts
         self.answering = 0  # requests whose answer is not sent yet
         self._in_pool = 0  # calls that its threads have begun or have before them, with all that they hold
         waiting = lambda: len(worker.tickets) - self._running()  # noqa: E731
         prefixes = [lambda name=name: getattr(self._prefixes(), name, 0) for name in ("queries", "hits")]
         self.metrics.watch(self._running, waiting, self._usage, *prefixes)
+
+    @property
+    def _places(self) -> int:
+        return self.settings.slots + self.settings.max_queue
 
     def _running(self) -> int:
         return sum(ticket.state in ("prefilling", "decoding") for ticket in self.worker.tickets)
@@ -93,25 +100,33 @@ class Service:
         """Refuses what there is no place for.
 
         Raises:
-          ApiError: 400, 429 or 503.
+          ApiError: 429 or 503.
         """
         if self.status != "ready":
             message = f"the server takes no requests: it is {self.status}"
             raise ApiError(503, message, code=self.status, headers=RETRY_AFTER)
-        places = self.settings.slots + self.settings.max_queue
-        if samples > places:
-            raise ApiError(400, f"{samples} answers are asked for, and this server takes at most {places} at a time")
-        if self.worker.samples + samples > places:
+        if self.worker.samples + samples > self._places:
             raise _full(f"{self.worker.samples} answers are under way or wait", "queue_full")
         waiting = self.worker.waiting_tokens
         if waiting and waiting + tokens > self.settings.max_queue_tokens:
             raise _full(f"prompts of {waiting:,} tokens wait", "queue_tokens")
 
     def place(self, ticket: Ticket, job: Job, key: str) -> None:
-        """Gives a ticket what its body asks for, if there is a place for all of it; key: whose prefixes it shares."""
+        """Gives a ticket what its body asks for, if there is a place for all of it; key: whose prefixes it shares.
+
+        Raises:
+          ApiError: 400, 429 or 503.
+        """
         if ticket.over:
             return
         samples, tokens = sum(x.params.n for x in job.requests), sum(len(x.prompt) for x in job.requests)
+        if samples > self._places:
+            own = f"{self.settings.slots} slots and {self.settings.max_queue} places to wait"
+            message = (
+                f"{samples} answers are asked for, and this server takes at most {self._places} at a time: it has {own}"
+            )
+            several = "prompt" if len(job.requests) > 1 else "n"
+            raise ApiError(400, f"{message}; ask for fewer, or start it with a larger --max-queue", param=several)
         ticket.samples = 0  # its own place is not in its way
         try:
             self.admit(samples, tokens)
@@ -121,9 +136,9 @@ class Service:
         ticket.requests = [dataclasses.replace(request, cache_salt=salt) for request in job.requests]
         ticket.tokens = tokens
 
-    async def texts(self, function: Callable[[Any, Server], Any], body: Any) -> Any:
-        """What tokenizes without the model; raises as `off_the_loop` and the function do."""
-        return await self.off_the_loop(function, body, self.server)
+    async def texts(self, function: Callable[[Any, Server], Any], body: Any) -> bytes:
+        """The JSON of what tokenizes without the model; raises as `off_the_loop` and the function do."""
+        return await self.off_the_loop(lambda: in_pieces(function(body, self.server)))
 
     async def off_the_loop(self, function: Callable[..., Any], *args: Any) -> Any:
         """Calls it in one of the few threads that render and tokenize. At most as many calls wait for one as requests
@@ -132,13 +147,20 @@ class Service:
         Raises:
           ApiError: 429, or what the function raises.
         """
-        if self._in_pool >= self.settings.slots + self.settings.max_queue:
+        if self._in_pool >= self._places:
             raise _full(f"{self._in_pool} texts wait to be tokenized", "queue_full")
         self._in_pool += 1
         try:
             return await asyncio.get_running_loop().run_in_executor(self.pool, functools.partial(function, *args))
         finally:
             self._in_pool -= 1
+
+    async def answer(self, job: Job, function: Callable[..., bytes], *args: Any) -> bytes:
+        """Calls what makes a part of a job's answer, with what writes JSON: in a thread where log-probabilities are
+        listed, as it may take seconds; else it takes less than going there does."""
+        if all(x.params.logprobs is None and not x.params.prompt_logprobs for x in job.requests):
+            return function(as_json, *args)
+        return await asyncio.get_running_loop().run_in_executor(self.answers, function, in_pieces, *args)
 
 
 def _unless_over(ticket: Ticket, function: Callable[..., Any], *args: Any) -> Any:
@@ -160,7 +182,7 @@ class Generate:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         service, worker = self.service, self.service.worker
         service.admit()
-        body = await read_json(Request(scope, receive))
+        body = await read_json(Request(scope, receive), service.off_the_loop)
         service.admit()
         ticket = worker.receive()
         service.answering += 1
@@ -189,12 +211,11 @@ class Generate:
 
     async def _whole(self, ticket: Ticket, job: Job, send: Send) -> None:
         while news := await ticket.take():
-            for index, delta in news:
-                job.reply.add(index, delta)
+            await self.service.answer(job, _added, job.reply, news)
         if ticket.error is not None:
             raise ticket.error
         if ticket.state == "finished":
-            await respond(job.reply.body(), send)
+            await respond(await self.service.answer(job, lambda write: write(job.reply.body())), send)
 
     async def _stream(self, ticket: Ticket, job: Job, send: Send) -> None:
         started = False
@@ -205,39 +226,34 @@ class Generate:
                 raise ticket.error
             if ticket.state == "cancelled" and ticket.error is None:  # nobody is there
                 return
-            events = [] if started else job.reply.begin()
-            for index, delta in news:
-                events += job.reply.add(index, delta)
             last = not news and ticket.over
-            if last:
-                events += job.reply.end() if ticket.error is None else [(None, ticket.error.body())]
+            try:
+                content = b"" if started else framed(job.reply.begin())
+                content += await self.service.answer(job, _added, job.reply, news)
+                if last:
+                    content += framed(job.reply.end() if ticket.error is None else [(None, ticket.error.body())])
+            except Exception:
+                if not started:
+                    raise
+                log.exception("a stream has failed")
+                self.service.worker.fail(ticket, own_mistake())
+                content, last = framed([(None, own_mistake().body())]), True
             if not started:
                 await send({"type": "http.response.start", "status": 200, "headers": EVENTS})
                 started = True
-            content = b"".join(frame(*event) for event in events) or b": keep-alive\n\n"
+            content = content or b": keep-alive\n\n"
             await send({"type": "http.response.body", "body": content, "more_body": not last})
             if last:
                 return
 
 
-def frame(name: str | None, data: dict[str, Any] | str) -> bytes:
-    """A server-sent event."""
-    event = b"" if name is None else f"event: {name}\n".encode()
-    return event + b"data: " + (data.encode() if isinstance(data, str) else as_json(data)) + b"\n\n"
+def _added(write: Write, reply: Reply, news: Iterable[tuple[int, Delta]]) -> bytes:
+    return b"".join(framed(reply.add(index, delta), write) for index, delta in news)
 
 
-def as_json(content: Any) -> bytes:
-    compact = {"allow_nan": False, "separators": (",", ":")}
-    try:
-        return json.dumps(content, ensure_ascii=False, **compact).encode()
-    except UnicodeEncodeError:  # half a surrogate pair, which the client has sent
-        return json.dumps(content, **compact).encode()
-
-
-async def respond(content: Any, send: Send, status: int = 200) -> None:
-    body = as_json(content)
+async def respond(body: bytes, send: Send) -> None:
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
-    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.start", "status": 200, "headers": headers})
     await send({"type": "http.response.body", "body": body})
 
 
@@ -252,7 +268,8 @@ def _log(scope: Scope, ticket: Ticket) -> None:
 
 
 def _json(content: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:
-    return Response(as_json(content), status, headers, "application/json")
+    body = content if isinstance(content, bytes) else as_json(content)
+    return Response(body, status, headers, "application/json")
 
 
 def _routes(service: Service) -> Iterable[Route]:
@@ -273,15 +290,17 @@ def _routes(service: Service) -> Iterable[Route]:
         return _json(models_body(service.server, service.started))
 
     async def model(request: Request) -> Response:
-        if (name := request.path_params["name"]) != service.server.name:
+        if not (name := request.path_params["name"]):
+            return await models(request)
+        if name != service.server.name:
             raise ApiError(404, f"there is no model {name[:100]!r} here", param="model", code="model_not_found")
         return _json(model_body(service.server, service.started))
 
     async def tokens(request: Request) -> Response:
-        return _json(await service.texts(tokenize, await read_json(request)))
+        return _json(await service.texts(tokenize, await read_json(request, service.off_the_loop)))
 
     async def text(request: Request) -> Response:
-        return _json(await service.texts(detokenize, await read_json(request)))
+        return _json(await service.texts(detokenize, await read_json(request, service.off_the_loop)))
 
     async def openapi(request: Request) -> Response:
         return _json(described(version("smollm3-jax") or "0", service.server))
@@ -304,7 +323,7 @@ def make_app(service: Service) -> ASGIApp:
                 error.status_code, f"{request.method} {request.url.path[:100]}: {error.detail}", headers=error.headers
             )
         elif not isinstance(error, ApiError):
-            error = ApiError(500, "the server has failed to answer; its log says why", type="server_error")
+            error = own_mistake()
         service.metrics.rejected.labels(reason(error)).inc()
         return _json(error.body(), error.status, error.headers)
 
@@ -318,6 +337,10 @@ def make_app(service: Service) -> ASGIApp:
         middleware.insert(0, Middleware(CORSMiddleware, allow_origins=settings.origins, **own))
     handlers: dict[Any, Any] = {ApiError: refuse, HTTPException: refuse, ClientDisconnect: nobody, Exception: refuse}
     return Starlette(routes=list(_routes(service)), middleware=middleware, exception_handlers=handlers)
+
+
+def own_mistake() -> ApiError:
+    return ApiError(500, "the server has failed to answer; its log says why", type="server_error")
 
 
 def reason(error: ApiError) -> str:

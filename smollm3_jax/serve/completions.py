@@ -60,7 +60,7 @@ def parse(body: dict[str, Any], server: Server) -> Job:
         for ids, _, name in prompts
     ]
     texts = [text for _, text, _ in prompts]
-    reply = CompletionsReply(server, requests, texts if echo else None, told, nothing)
+    reply = CompletionsReply(server, requests, texts if echo else None, told, nothing, stream)
     return Job("completions", requests, stream, reply, salt)
 
 
@@ -96,16 +96,26 @@ class CompletionsReply:
       echo: the texts of the prompts, if answers begin with them.
       told: where a stream tells the usage, as `stream_options` says it.
       nothing: of what is generated, nothing is shown.
+      streams: `add` makes events; else it makes none, which would list all log-probabilities a second time.
     """
 
-    def __init__(self, server: Server, requests: list[Request], echo: list[str] | None, told: str, nothing: bool):
-        self._requests, self._told = requests, told
+    def __init__(
+        self,
+        server: Server,
+        requests: list[Request],
+        echo: list[str] | None,
+        told: str,
+        nothing: bool,
+        streams: bool,
+    ):
+        self._requests, self._told, self._streams = requests, told, streams
         self._head = {"id": f"cmpl-{secrets.token_hex(12)}", "object": "text_completion", "created": int(time.time())}
         self._head |= {"model": server.name, "seed": requests[0].params.seed}
         texts = [""] * len(requests) if echo is None else echo
+        self._prompts = [_Prompt(server, request) for request in requests]
         self._choices = [
-            [_Choice(server, request, text, echo is not None, nothing) for _ in range(request.params.n)]
-            for request, text in zip(requests, texts, strict=True)
+            [_Choice(server, prompt, text, echo is not None, nothing) for _ in range(prompt.request.params.n)]
+            for prompt, text in zip(self._prompts, texts, strict=True)
         ]
 
     def begin(self) -> list[Event]:
@@ -114,9 +124,11 @@ class CompletionsReply:
     def add(self, index: int, delta: Delta) -> list[Event]:
         choices = self._choices[index]
         if delta.prompt_logprobs is not None:  # it comes with the first sample alone
-            for choice in choices:
-                choice.set_prompt(delta)
-        text, logprobs = choices[delta.sample].add(delta)
+            self._prompts[index].set(delta)
+        text, tokens, begins = choices[delta.sample].add(delta)
+        if not self._streams:
+            return []
+        logprobs = choices[delta.sample].listed(tokens, begins)
         if not text and not logprobs and delta.finish_reason is None:
             return []
         number = index * len(choices) + delta.sample
@@ -143,56 +155,28 @@ class CompletionsReply:
         return None, self._head | {"choices": [choice]} | counted
 
 
-class _Choice:
-    """One sample of one prompt.
+class _Prompt:
+    """One prompt, and its log-probabilities as all its samples list them."""
 
-    An end token is listed only after an echoed prompt: those who ask for that (lm-eval does) take the last token off.
-    """
+    def __init__(self, server: Server, request: Request):
+        self.request, self._tokenizer = request, server.tokenizer
+        self.logprobs: dict[str, Any] | None = None
 
-    def __init__(self, server: Server, request: Request, echo: str, echoes: bool, nothing: bool):
-        self._tokenizer, self._request, self._nothing = server.tokenizer, request, nothing
-        self.sample = Sample(server, request, len(echo), ends=echoes)
-        self._echo, self._echoes, self._wanted = echo, echoes, request.params.logprobs is not None
-        self._ids: list[Any] = list(request.prompt)
-        self._prompt: list[Token] = []
-        self._text: list[str] = []
-        self._tokens: list[Token] = []
-
-    @property
-    def finish_reason(self) -> str | None:
-        return "length" if self._nothing and self.sample.finish_reason else self.sample.finish_reason
-
-    def set_prompt(self, delta: Delta) -> None:
+    def set(self, delta: Delta) -> None:
         """The prompt's log-probabilities, which its first token has none of."""
+        ids: list[Any] = list(self.request.prompt)
         offsets = Offsets(self._tokenizer, special=True)
         values = [None, *(delta.prompt_logprobs or ())]
         tops = [(), *(delta.prompt_top or [()] * (len(values) - 1))]
-        self._prompt = [
-            Token(token, value, top, offsets.next(token))
-            for token, value, top in zip(self._ids, values, tops, strict=True)
-        ]
+        self.logprobs = self.listed(
+            [Token(token, value, top, offsets.next(token)) for token, value, top in zip(ids, values, tops, strict=True)]
+        )
 
-    def add(self, delta: Delta) -> tuple[str, dict[str, Any] | None]:
-        """New text, and log-probabilities of its tokens."""
-        tokens = self.sample.add(delta)
-        text = delta.text
-        if self._nothing:
-            text, tokens, self.sample.generated = "", [], 0
-        if not self._text:  # the first
-            text, tokens = self._echo + text, self._prompt + tokens
-        self._text.append(text)
-        self._tokens += tokens
-        return text, self._listed(tokens) if tokens and self._wanted else None
-
-    def body(self) -> dict[str, Any]:
-        logprobs = self._listed(self._tokens) if self._wanted else None
-        return {"text": "".join(self._text), "logprobs": logprobs, "finish_reason": self.finish_reason}
-
-    def _listed(self, tokens: list[Token]) -> dict[str, Any]:
+    def listed(self, tokens: list[Token]) -> dict[str, Any]:
         return {
             "tokens": [token_text(self._tokenizer, token.token_id) for token in tokens],
             "token_logprobs": [None if token.logprob is None else finite(token.logprob) for token in tokens],
-            "top_logprobs": [self._top(token) for token in tokens] if self._request.params.logprobs else None,
+            "top_logprobs": [self._top(token) for token in tokens] if self.request.params.logprobs else None,
             "text_offset": [token.offset for token in tokens],
         }
 
@@ -205,3 +189,45 @@ class _Choice:
             text = token_text(self._tokenizer, other)
             found[text] = max(finite(logprob), found.get(text, finite(logprob)))
         return found
+
+
+class _Choice:
+    """One sample of one prompt.
+
+    An end token is listed only after an echoed prompt: those who ask for that (lm-eval does) take the last token off.
+    """
+
+    def __init__(self, server: Server, prompt: _Prompt, echo: str, echoes: bool, nothing: bool):
+        self._prompt, self._nothing = prompt, nothing
+        self.sample = Sample(server, prompt.request, len(echo), ends=echoes)
+        self._echo, self._wanted = echo, prompt.request.params.logprobs is not None
+        self._text: list[str] = []
+        self._tokens: list[Token] = []
+
+    @property
+    def finish_reason(self) -> str | None:
+        return "length" if self._nothing and self.sample.finish_reason else self.sample.finish_reason
+
+    def add(self, delta: Delta) -> tuple[str, list[Token], bool]:
+        """New text, its tokens, and whether the answer begins with it."""
+        tokens = self.sample.add(delta)
+        text, begins = delta.text, not self._text
+        if self._nothing:
+            text, tokens, self.sample.generated = "", [], 0
+        if begins:
+            text = self._echo + text
+        self._text.append(text)
+        self._tokens += tokens
+        return text, tokens, begins
+
+    def body(self) -> dict[str, Any]:
+        logprobs = (self.listed(self._tokens, True) or self._prompt.listed([])) if self._wanted else None
+        return {"text": "".join(self._text), "logprobs": logprobs, "finish_reason": self.finish_reason}
+
+    def listed(self, tokens: list[Token], begins: bool) -> dict[str, Any] | None:
+        """Log-probabilities of tokens; begins: after those of the prompt, where it has any."""
+        before = self._prompt.logprobs if begins else None
+        if not self._wanted or not (tokens or before):
+            return None
+        own = self._prompt.listed(tokens)
+        return own if before is None else {key: value and value + own[key] for key, value in before.items()}

@@ -19,7 +19,8 @@ class Connection(HttpToolsProtocol):
         super().__init__(*args, **options)
         self._arriving: asyncio.TimerHandle | None = None
         self._writing: asyncio.TimerHandle | None = None
-        self._head: int | None = 0  # bytes of it so far; None while a body comes
+        self._head: int | None = 0  # bytes of it so far, as they arrive; None while a body comes
+        self._fields = 0  # bytes of its address and fields, which may all be there at once
         self._requests = 0
 
     def connection_made(self, transport: Any) -> None:
@@ -38,11 +39,35 @@ class Connection(HttpToolsProtocol):
         if in_head and self._head is not None and self._requests == requests:
             self._head += len(data)
             if self._head > MAX_HEAD and not self.transport.is_closing():
-                self.transport.write(HEAD_TOO_LARGE)
-                self.transport.close()
+                self._refuse_head()
+
+    def _refuse_head(self) -> None:
+        self.transport.write(HEAD_TOO_LARGE)
+        self.transport.close()
+
+    def send_400_response(self, msg: str) -> None:
+        if self._fields > MAX_HEAD:
+            self._refuse_head()
+        else:
+            super().send_400_response(msg)
+
+    def on_url(self, url: bytes) -> None:
+        self._count(len(url))
+        super().on_url(url)
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        self._count(len(name) + len(value) + len(": \r\n"))
+        super().on_header(name, value)
+
+    def _count(self, size: int) -> None:
+        """Raises ValueError, which ends the parser: the head is too large."""
+        self._fields += size
+        if self._fields > MAX_HEAD:
+            raise ValueError(f"a head of more than {MAX_HEAD} bytes")
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
+        self._fields = 0
         self.scope.setdefault("state", {})["cut"] = False
         self._expect_request()
 

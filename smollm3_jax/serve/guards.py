@@ -23,6 +23,7 @@ from .errors import ApiError
 OPEN = ("/", "/health", "/ready")
 Refuse = Callable[[Request, Exception], Awaitable[Response]]
 MAX_BODY = 4 << 20  # bytes
+LARGE = 64 << 10
 BODY_SECONDS = 60.0
 
 
@@ -70,7 +71,11 @@ class Guard:
         origin = headers.get("origin")
         if origin is None or "*" in self.origins or origin in self.origins:
             return
-        if urlsplit(origin).netloc.lower() != headers["host"].lower():
+        try:
+            site = urlsplit(origin).netloc.lower()
+        except ValueError:
+            site = ""
+        if not site or site != headers.get("host", "").lower():
             raise ApiError(
                 403,
                 f"pages of {origin[:100]!r} may not ask this server: start it with --allow-origin {origin[:100]}",
@@ -111,17 +116,23 @@ def _is_address(name: str) -> bool:
     return True
 
 
-async def read_json(request: Request, limit: int = MAX_BODY, seconds: float = BODY_SECONDS) -> Any:
-    """What JSON a request's body is.
+async def read_json(
+    request: Request,
+    off_the_loop: Callable[..., Awaitable[Any]],
+    limit: int = MAX_BODY,
+    seconds: float = BODY_SECONDS,
+) -> Any:
+    """What JSON a request's body is; `off_the_loop` calls in a thread what takes a large one.
 
     Raises:
-      ApiError: 400, 408 or 413; starlette's ClientDisconnect: the client has left.
+      ApiError: 400, 408 or 413, or what `off_the_loop` raises; starlette's ClientDisconnect: the client has left.
     """
     # A browser sends other kinds to other sites without asking them first.
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json":
         raise ApiError(400, f"the content type is {kind[:100]!r}; it must be application/json")
-    return _parse(await _read(request, limit, seconds))
+    body = await _read(request, limit, seconds)
+    return _parse(body) if len(body) <= LARGE else await off_the_loop(_parse, body)
 
 
 async def _read(request: Request, limit: int, seconds: float) -> bytes:

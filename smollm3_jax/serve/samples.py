@@ -120,7 +120,8 @@ def listed(tokenizer: Tokenizer, tokens: Sequence[Token]) -> list[dict[str, Any]
 
 
 def finite(logprob: float | None) -> float:
-    return LOWEST if logprob is None else max(logprob, LOWEST)
+    """What JSON can hold of a log-probability; NaN is the lowest value, too."""
+    return logprob if logprob is not None and logprob > LOWEST else LOWEST
 
 
 def usage(prompt_tokens: int, samples: Sequence[Sample]) -> dict[str, Any]:

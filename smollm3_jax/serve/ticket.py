@@ -15,13 +15,15 @@ OVER = ("finished", "cancelled", "failed")
 class Ticket:
     """A client's request on its way: what it asks of the engine, how far it is, and what nobody has taken of it yet.
 
-    samples: how many sequences it makes, counted before its body was read as one; tokens: of its prompts, which wait;
-    left: samples that have not ended; held: tokens in slots, of samples that decode.
+    samples: how many sequences it makes, counted before its body was read as one; tokens: of its prompts;
+    going_in: which of `requests` have begun, of one after another; left: samples that have not ended; held: tokens in
+    slots, of samples that decode.
     """
 
     samples: int = 1
     tokens: int = 0
     requests: list[Request] = dataclasses.field(default_factory=list)
+    going_in: set[int] = dataclasses.field(default_factory=set)
     state: str = "received"
     error: ApiError | None = None
     left: int = 0
@@ -36,6 +38,11 @@ class Ticket:
     @property
     def over(self) -> bool:
         return self.state in OVER
+
+    @property
+    def waiting_tokens(self) -> int:
+        """Of prompts that have not begun to go into a slot."""
+        return sum(len(request.prompt) for i, request in enumerate(self.requests) if i not in self.going_in)
 
     async def take(self, timeout: float | None = None) -> list[tuple[int, Delta]]:
         """What came since the last time, waiting for something; nothing after `timeout` seconds, or at the end."""

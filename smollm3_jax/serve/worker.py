@@ -39,10 +39,10 @@ LOOK_EVERY = 1.0
 
 @dataclasses.dataclass(frozen=True)
 class _Step:
-    """What the engine's thread says of a step: deltas with whose they are; begun: whose prompt is going in."""
+    """What the engine's thread says of a step: deltas with whose they are; begun: whose prompt goes in, and which."""
 
     deltas: list[tuple[Ticket, int, Delta]]
-    begun: Ticket | None
+    begun: tuple[Ticket, int] | None
     began: float
     ended: float
 
@@ -89,8 +89,8 @@ class Worker:
 
     @property
     def waiting_tokens(self) -> int:
-        """Tokens of prompts that are not in a slot yet."""
-        return sum(ticket.tokens for ticket in self.tickets if ticket.state in ("received", "queued"))
+        """Tokens of prompts that are not in a slot yet, nor on their way into one."""
+        return sum(ticket.waiting_tokens for ticket in self.tickets)
 
     def receive(self) -> Ticket:
         """A ticket for a request that has arrived, which holds a place from now on."""
@@ -144,14 +144,18 @@ class Worker:
     def _deliver(self, step: _Step) -> None:
         fresh = any((index, delta.sample) not in ticket.latest for ticket, index, delta in step.deltas)
         self.metrics.step(step.ended - step.began, fresh or step.begun is not None, bool(step.deltas))
-        if step.begun is not None and step.begun.state == "queued":
-            self._touch()
-            step.begun.state, step.begun.began = "prefilling", step.began
+        if step.begun is not None and not step.begun[0].over:
+            ticket, index = step.begun
+            ticket.going_in.add(index)
+            if ticket.state == "queued":
+                self._touch()
+                ticket.state, ticket.began = "prefilling", step.began
         for ticket, index, delta in step.deltas:
             if ticket.over:
                 continue
             self._touch()
             ticket.state, ticket.began = "decoding", ticket.began or step.began
+            ticket.going_in.add(index)
             self._count(ticket, index, delta, step.ended)
             ticket.deltas.append((index, delta))
             ticket.news.set()
@@ -242,7 +246,7 @@ class Worker:
                 engine.steps = FEW_STEPS if engine.has_room else MAX_STEPS
             began = time.monotonic()
             deltas = engine.step()
-            going_in = None if engine.prefilling is None else tickets[engine.prefilling][0]
+            going_in = None if engine.prefilling is None else tickets[engine.prefilling][:2]
             told = [(*tickets[delta.request][:2], delta) for delta in deltas]
             for delta in deltas:
                 ticket, _, left = tickets[delta.request]

@@ -17,6 +17,7 @@ from tiny import talking_checkpoint
 
 from smollm3_jax.commands import serve
 from smollm3_jax.commands.main import main
+from smollm3_jax.generation import hosts
 from smollm3_jax.serve.run import listen
 
 
@@ -126,6 +127,27 @@ def test_the_extra_that_is_missing_is_named(tiny, capsys, monkeypatch):
     assert main(["serve", str(tiny)]) == 3
     assert "no_such_module is not installed" in (told := capsys.readouterr().err)
     assert "pip install 'starlette" in told
+
+
+def test_processes_that_follow_leave_signals_to_the_first(tiny, monkeypatch):
+    """A service manager ends all of a job's processes, as Ctrl-C does; the first one drains, and ends the others."""
+    met = []
+
+    @contextlib.contextmanager
+    def opened(args):
+        met.extend(signal.getsignal(number) for number in numbers)
+        yield None
+
+    monkeypatch.setattr(hosts, "is_follower", lambda: True)
+    monkeypatch.setattr(serve, "opened", opened)
+    numbers = (signal.SIGTERM, signal.SIGINT)
+    before = [signal.getsignal(number) for number in numbers]
+    try:
+        assert main(["serve", str(tiny)]) == 0
+    finally:
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
+    assert met == [signal.SIG_IGN] * 2
 
 
 @pytest.mark.slow

@@ -1,13 +1,18 @@
 """The routes, on a real socket and with a tiny model."""
 
+import dataclasses
 import http.client
 import json
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from serving import Puppet, plain_parse, serving, tiny_engine, token
+from serving import PlainReply, Puppet, plain_parse, serving, tiny_engine, tiny_server, token
+
+from smollm3_jax.generation.sampling import SamplingParams
+from smollm3_jax.serve import app, guards
 
 
 @pytest.fixture(scope="module")
@@ -28,6 +33,54 @@ def test_an_answer_and_a_stream_say_the_same(server):
     for event in map(json.loads, frames[1:-1]):
         streamed[event["sample"]] += event["ids"]
     assert streamed == whole["ids"]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_answers_that_take_long_to_make_hold_up_nobody(stream):
+    """Log-probabilities are listed, and large bodies read, while others are answered."""
+    hold, where = threading.Event(), []
+
+    class Slow(PlainReply):
+        def add(self, index, delta):
+            where.append(threading.current_thread().name)
+            assert hold.wait(20)
+            return super().add(index, delta)
+
+        def body(self):
+            where.append(threading.current_thread().name)
+            return super().body()
+
+    def parse(kind, body, server):
+        job = plain_parse(kind, body, server)
+        if "logprobs" in body:
+            job.requests[0] = dataclasses.replace(job.requests[0], params=SamplingParams(logprobs=1))
+            job.reply = Slow(1)
+        return job
+
+    engine = Puppet(lambda running: [token(number, "stop") for number in running])
+    with serving(lambda: engine, parse) as server:
+        client = server.open({"prompt": [5], "stream": stream, "logprobs": 1})
+        server.until(lambda: bool(where))
+        assert server.ask("GET", "/health")[0] == server.ask("POST", "/v1/completions", {"prompt": [5]})[0] == 200
+        hold.set()
+        content = b""
+        while b"ids" not in content:
+            content += client.recv(4096)
+        assert {name.rpartition("_")[0] for name in where} == {"answers"}
+
+
+def test_large_bodies_and_lists_of_tokens_are_read_and_written_in_threads(monkeypatch):
+    where = []
+
+    def watched(function):
+        return lambda *args: where.append(threading.current_thread().name) or function(*args)
+
+    monkeypatch.setattr(guards, "_parse", watched(guards._parse))
+    monkeypatch.setattr(app, "in_pieces", watched(app.in_pieces))
+    with serving(lambda: Puppet(lambda running: []), server=tiny_server()) as server:
+        for path, body in (("/tokenize", {"prompt": " w5" * 30_000}), ("/detokenize", {"tokens": [5] * 30_000})):
+            assert server.ask("POST", path, body)[0] == 200
+        assert len(where) == 4 and all(name.startswith("texts") for name in where)
 
 
 def test_what_is_asked_of_the_server_itself(server):
@@ -94,6 +147,33 @@ def test_a_mistake_of_our_own_is_a_500_and_no_more(caplog):
         server.until(lambda: "ZeroDivisionError" in caplog.text)
         assert server.ask("POST", "/v1/completions", {"prompt": [5]})[0] == 200
         server.until(server.is_at_rest)
+
+
+def test_a_stream_that_cannot_go_on_says_so(caplog):
+    """Its last event is an error, and the server goes on."""
+
+    class Broken(PlainReply):
+        def add(self, index, delta):
+            if self.ids[0]:
+                raise ZeroDivisionError("by zero")
+            return super().add(index, delta)
+
+    def parse(kind, body, server):
+        job = plain_parse(kind, body, server)
+        job.reply = Broken(1)
+        return job
+
+    def step(running):
+        time.sleep(0.02)
+        return [token(number) for number in running]
+
+    with serving(lambda: Puppet(step), parse) as server:
+        status, text, _ = server.ask("POST", "/v1/completions", {"prompt": [5], "stream": True, "max_tokens": 400})
+        *_, last = [line.removeprefix("data: ") for line in text.split("\n\n") if line]
+        error = json.loads(last)["error"]
+        assert status == 200 and error["type"] == "server_error" and "zero" not in last and "[DONE]" not in text
+        server.until(server.is_at_rest)
+        assert "ZeroDivisionError" in caplog.text and server.metric("smollm3_requests_failed_total") == 1
 
 
 def resident() -> float:

@@ -10,15 +10,17 @@ from hypothesis import strategies as st
 from openai.types import Completion
 from said import answer, deltas, ids_of
 
+from smollm3_jax.serve import completions
 from smollm3_jax.serve.errors import ApiError
 from smollm3_jax.serve.job import Job, Server, parse
+from smollm3_jax.serve.samples import LOWEST, finite
 
 END = "<|im_end|>"
 TEXT = "Once 👋🏽 upon"
 
 
 def complete(server: Server, prompt: Any = TEXT, **fields: Any) -> Job:
-    return parse("completions", {"prompt": prompt, **fields}, server)
+    return parse("completions", {"prompt": prompt, "stream": True, **fields}, server)
 
 
 def joined(events: list[Any]) -> list[dict[str, Any]]:
@@ -93,6 +95,28 @@ def test_echo_with_logprobs(server, prompt):
     for token, offset in zip(logprobs["tokens"], logprobs["text_offset"], strict=True):
         assert token.startswith("bytes:") or choice["text"].startswith(token, offset)
     assert any(token.startswith("bytes:") for token in logprobs["tokens"][:count])
+
+
+def test_a_prompt_is_listed_once_for_all_its_samples(server, monkeypatch):
+    """And what only a stream hands out is not listed for an answer that comes whole."""
+    asked, text_of = [], completions.token_text
+    monkeypatch.setattr(
+        completions, "token_text", lambda tokenizer, token: asked.append(token) or text_of(tokenizer, token)
+    )
+    n, ids = 4, ids_of(server.tokenizer, TEXT)
+    job = complete(server, echo=True, logprobs=0, n=n, max_tokens=1, stream=False)
+    [first] = deltas(server, job.requests[0], ids_of(server.tokenizer, " a"))
+    first = dataclasses.replace(first, prompt_logprobs=(-1.0,) * (len(ids) - 1), prompt_top=((),) * (len(ids) - 1))
+    for sample in range(n):
+        assert job.reply.add(0, dataclasses.replace(first, sample=sample)) == []
+        first = dataclasses.replace(first, prompt_logprobs=None, prompt_top=None)
+    body = job.reply.body()
+    assert [len(choice["logprobs"]["tokens"]) for choice in body["choices"]] == [len(ids) + 1] * n
+    assert len(asked) == len(ids) + n
+
+
+def test_log_probabilities_that_are_no_numbers_are_the_lowest():
+    assert [finite(x) for x in (float("nan"), float("-inf"), None, -2.5)] == [LOWEST] * 3 + [-2.5]
 
 
 def test_what_lm_eval_reads(server):

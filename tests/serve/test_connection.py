@@ -1,14 +1,17 @@
 """Heads that do not end, requests that do not arrive, readers that take nothing."""
 
+import asyncio
 import contextlib
 import socket
 import time
 
 import pytest
 from serving import Puppet, serving
+from uvicorn.server import ServerState
 
 from smollm3_jax.generation.requests import Delta
-from smollm3_jax.serve.connection import MAX_HEAD, Connection
+from smollm3_jax.serve import run
+from smollm3_jax.serve.connection import HEAD_TOO_LARGE, MAX_HEAD, Connection
 
 ids = tuple(range(2000))
 
@@ -48,6 +51,34 @@ def test_a_head_is_bounded(server):
     assert rest(client).startswith(b"HTTP/1.1 431 ")
     client = server.connect(b"GET /health HTTP/1.1\r\nHost: localhost\r\nX: " + b"x" * (MAX_HEAD // 2) + b"\r\n\r\n")
     assert client.recv(100).startswith(b"HTTP/1.1 200 ")
+
+
+@pytest.mark.parametrize("path, fields", [(b"/health", b"X: x\r\n" * 20_000), (b"/" + b"x" * 100_000, b"")])
+def test_a_head_that_is_there_at_once_is_bounded(path, fields):
+    """Whatever the reads are cut into: all of it may be in one."""
+
+    class Transport(asyncio.Transport):
+        written, closed = b"", False
+
+        def write(self, data):
+            self.written += data
+
+        def close(self):
+            self.closed = True
+
+        def is_closing(self):
+            return self.closed
+
+    async def answer() -> tuple[bytes, bool]:
+        config = run.config_of(lambda scope, receive, send: asyncio.sleep(0))
+        config.load()
+        connection, transport = Connection(config, ServerState(), {}), Transport()
+        connection.connection_made(transport)
+        connection.data_received(b"GET " + path + b" HTTP/1.1\r\nHost: localhost\r\n" + fields + b"\r\n")
+        connection.connection_lost(None)
+        return transport.written, transport.closed
+
+    assert asyncio.run(answer()) == (HEAD_TOO_LARGE, True)
 
 
 @pytest.mark.parametrize("sent", [b"", b"GET /health HT", b"GET /health HTTP/1.1\r\nHost: loc"])

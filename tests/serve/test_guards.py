@@ -74,7 +74,7 @@ def test_a_host_that_is_allowed_and_none_at_all(server, locked):
 
 
 def test_pages_of_other_sites_are_not_answered(server, locked):
-    for origin in ("https://evil.example", "null", "http://localhost:1"):
+    for origin in ("https://evil.example", "null", "http://localhost:1", "http://[", ""):
         status, body, headers = server.ask("POST", "/v1/completions", PROMPT, Origin=origin)
         assert (status, body["error"]["code"]) == (403, "origin_not_allowed")
         assert "access-control-allow-origin" not in headers
@@ -88,6 +88,14 @@ def test_pages_of_other_sites_are_not_answered(server, locked):
     key = {"Origin": "https://page.example", "Authorization": "Bearer secret"}
     status, _, headers = locked.ask("POST", "/v1/completions", PROMPT, **key)
     assert status == 200 and headers["access-control-allow-origin"] == "https://page.example"
+
+
+def test_an_origin_is_nobodys_where_no_host_is_named():
+    with serving(engine, hosts=["*"]) as server:
+        for origin in (b"http://page.example", b"http://[", b"null", b""):
+            client = server.connect(b"GET /health HTTP/1.0\r\nOrigin: " + origin + b"\r\n\r\n")
+            assert client.recv(1000).startswith(b"HTTP/1.1 403 ")
+        assert server.connect(b"GET /health HTTP/1.0\r\n\r\n").recv(1000).startswith(b"HTTP/1.1 200 ")
 
 
 @pytest.mark.parametrize(
@@ -119,8 +127,8 @@ def test_a_large_body_is_refused_by_what_it_says_and_by_what_it_is(server):
 
 
 def test_a_body_that_does_not_come_is_not_awaited_for_ever(server, monkeypatch):
-    def sooner(request):
-        return guards.read_json(request, seconds=0.1)
+    def sooner(request, off_the_loop):
+        return guards.read_json(request, off_the_loop, seconds=0.1)
 
     monkeypatch.setattr(app, "read_json", sooner)
     client = server.connect()
@@ -137,3 +145,4 @@ def test_paths_and_methods_that_are_not_there(server):
     status, body, _ = server.ask("GET", "/v1/models/gpt-4")
     assert (status, body["error"]["code"]) == (404, "model_not_found")
     assert server.ask("GET", "/v1/models/tiny")[1]["id"] == "tiny"
+    assert server.ask("GET", "/v1/models/")[1] == server.ask("GET", "/v1/models")[1]

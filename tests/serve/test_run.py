@@ -147,6 +147,14 @@ def test_an_address_that_cannot_be_had(monkeypatch):
         run.listen("127.0.0.1", 80)
 
 
+def test_a_name_with_two_kinds_of_addresses_is_ipv4(monkeypatch):
+    four, six = (socket.AF_INET, ("127.0.0.1", 0)), (socket.AF_INET6, ("::1", 0, 0, 0))
+    found = [(family, socket.SOCK_STREAM, 6, "", address) for family, address in (six, four)]
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *args, **options: found)
+    with run.listen("localhost", 0) as own:
+        assert run.url_of(own).startswith("http://127.0.0.1:")
+
+
 def test_the_url_of_an_address_of_six():
     try:
         own = run.listen("::1", 0)

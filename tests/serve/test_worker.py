@@ -1,5 +1,6 @@
 """What becomes of a request whose client leaves, whose engine fails or stalls, and of the places that it held."""
 
+import dataclasses
 import itertools
 import json
 import socket
@@ -7,7 +8,7 @@ import threading
 import time
 
 import pytest
-from serving import HEAD, Puppet, serving, tiny_engine, token
+from serving import HEAD, Puppet, plain_parse, serving, tiny_engine, token
 
 BODY = {"prompt": [5, 6, 7], "max_tokens": 400}
 
@@ -103,7 +104,8 @@ def test_a_full_queue_is_told_at_once(server):
         client.close()
     server.until(server.is_at_rest)
     status, body, _ = server.ask("POST", "/v1/completions", BODY | {"n": 9})
-    assert status == 400 and "at most 8" in body["error"]["message"]
+    message, param = body["error"]["message"], body["error"]["param"]
+    assert (status, param) == (400, "n") and "at most 8" in message and "--max-queue" in message
 
 
 def test_prompts_that_wait_are_bounded_by_their_tokens():
@@ -120,6 +122,33 @@ def test_prompts_that_wait_are_bounded_by_their_tokens():
         server.until(server.is_at_rest)
         for client in clients:
             client.close()
+
+
+def test_prompts_of_a_list_wait_until_each_has_begun():
+    """The first one's way into a slot makes no room for as many as the rest."""
+
+    def parse(kind, body, server):
+        job = plain_parse(kind, {**body, "prompt": body["prompt"][0]}, server)
+        job.requests = [dataclasses.replace(job.requests[0], prompt=prompt) for prompt in body["prompt"]]
+        return job
+
+    ends = threading.Event()
+
+    def step(running):  # prompts begin one by one, and the first has tokens
+        time.sleep(0.005)
+        return [token(number, "stop" if ends.is_set() else None) for number in running[: 99 if ends.is_set() else 1]]
+
+    with serving(lambda: Puppet(step), parse, max_queue_tokens=100) as server:
+        server.open({"prompt": [[1] * 20, [2] * 80], "stream": True})
+        server.until(lambda: server.metric("smollm3_num_requests_running") == 1)
+        assert server.service.worker.waiting_tokens == 80
+        status, body, _ = server.ask("POST", "/v1/completions", {"prompt": [[1] * 30]})
+        assert status == 429 and body["error"]["code"] == "queue_tokens"
+        server.service.worker.engine.prefilling = 2  # the second of them
+        server.until(lambda: server.service.worker.waiting_tokens == 0)
+        server.service.worker.engine.prefilling = None
+        ends.set()
+        server.until(server.is_at_rest)
 
 
 def test_an_engine_that_fails_fails_all_requests():
