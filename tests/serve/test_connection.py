@@ -101,7 +101,7 @@ def test_a_connection_that_trickles_ends(server, monkeypatch):
 
 
 def test_a_reader_that_takes_nothing_is_cut_off_alone(server, monkeypatch):
-    monkeypatch.setattr(Connection, "slow_reader_seconds", 0.5)
+    monkeypatch.setattr(Connection, "slow_reader_seconds", 2.0)
     idle = server.open({"prompt": [5], "stream": True}, receive_buffer=4096)
     reader = server.open({"prompt": [5], "stream": True})
     begin, taken = time.monotonic(), 0

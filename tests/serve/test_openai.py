@@ -132,7 +132,7 @@ def test_texts_that_wait_to_be_tokenized_are_bounded(running, monkeypatch):
     content = json.dumps({"prompt": "w5"}).encode()
     head = HEAD.replace(b"/v1/completions", b"/tokenize") + b"Authorization: Bearer secret\r\n"
     clients = [running.connect(head + f"Content-Length: {len(content)}\r\n\r\n".encode() + content) for _ in range(68)]
-    running.until(lambda: running.service._texts == 68)
+    running.until(lambda: running.service._in_pool == 68)
     status, body, headers = running.ask("POST", "/tokenize", {"prompt": "w5"}, **key)
     assert (status, body["error"]["code"]) == (429, "queue_full") and "retry-after" in headers
     assert running.ask("GET", "/health")[0] == 200
