@@ -30,8 +30,8 @@ HUGE = 1e30
 
 
 class Past(NamedTuple):
-    """Keys and values [B, S, K, E] that lie before those of a call, and which queries see which of them: without
-    `q_first` the first of each row, else one range a row."""
+    """Keys and values [B, S, K, E] that lie before those of a call, and which queries see which of them: one
+    range a row, and then as many empty ones."""
 
     k: Array
     v: Array
@@ -193,9 +193,7 @@ def _backward(kept: tuple, gradient_BTHE: Array) -> tuple:
         gradients = _documents_backward(q_BTHE, k_BTKE, v_BTKE, number_X, *of_call)
     if past is None:
         return *gradients, None, None
-    normalizer = normalizer_BHT
-    if past.ranges.q_first is not None:  # one range of each row, and then as many empty ones
-        normalizer = jnp.concatenate([normalizer, jnp.full_like(normalizer, HUGE)])
+    normalizer = jnp.concatenate([normalizer_BHT, jnp.full_like(normalizer_BHT, HUGE)])
     q_past, k_past, v_past = cudnn.backward(q_BTHE, past.k, past.v, False, past.ranges, normalizer, *of_call[1:])
     q_past = jnp.where(_looks(q_BTHE, past)[:, :, None, None], q_past.astype(jnp.float32), 0)
     q_gradient = (gradients[0].astype(jnp.float32) + q_past).astype(q_BTHE.dtype)
@@ -216,9 +214,8 @@ def _looks(q_BTHE: Array, past: Past) -> Array:
 def _is_looked_at(past: Past) -> Array:
     """bool [B, S]: the keys of the past that some query sees."""
     batch, keys = past.k.shape[:2]
-    first_B = jnp.zeros(batch, jnp.int32)
-    if past.ranges.kv_first is not None:
-        first_B = past.ranges.kv_first[:batch] - jnp.arange(batch) * keys
+    assert past.ranges.kv_first is not None
+    first_B = past.ranges.kv_first[:batch] - jnp.arange(batch) * keys
     index_BS = jnp.arange(keys)[None] - first_B[:, None]
     return (index_BS >= 0) & (index_BS < past.ranges.kv_length[:batch, None])
 

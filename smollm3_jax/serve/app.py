@@ -1,4 +1,4 @@
-"""The routes: bodies become requests of the engine, and what comes of them goes back, whole or as it comes."""
+"""The routes of the server: bodies become requests of the engine, and their answers go back, whole or streamed."""
 
 import asyncio
 import dataclasses
@@ -173,8 +173,8 @@ def _full(what: str, code: str) -> ApiError:
 
 
 class Generate:
-    """A route that runs the model. It is no function for starlette, as it reads what comes of the client to its end: a
-    client that leaves ends its request, which streams or not."""
+    """A route that runs the model. It is an ASGI application of its own, not a function that starlette calls, because
+    it goes on listening to the client: one that leaves cancels its request, streamed or not."""
 
     def __init__(self, service: Service, kind: str):
         self.service, self.kind = service, kind

@@ -1,6 +1,7 @@
 """The thread that owns the engine, and what the event loop knows of each request.
 
-The engine's thread takes from an inbox and hands over what came of a step, all of it with one call into the event loop.
+The engine's thread takes requests and cancellations from an inbox. What a step decodes it hands to the event loop, all
+of it in one call.
 Every state of a request changes in the event loop's thread alone:
 
     received -> queued -> prefilling -> decoding -> finished | cancelled | failed

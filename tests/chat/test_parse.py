@@ -454,7 +454,7 @@ def test_signatures_of_python_functions(code, found):
 
 
 def pieced(text: str, size: int, **options) -> Message:
-    """A whole answer, in pieces of so many characters."""
+    """A whole answer, in pieces of `size` characters."""
     parser = Parser(**options)
     found = [event for i in range(0, len(text), size) for event in parser.feed(text[i : i + size])] + parser.finish()
     said = {kind: "".join(event.text for event in found if isinstance(event, kind)) for kind in (Text, Thinking)}
