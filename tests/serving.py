@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from said import deltas, ids_of
 from tiny import BASE, talking_checkpoint
 
 import smollm3_jax as s3
@@ -213,7 +214,7 @@ class Puppet:
         deltas = self.step_with(list(self.running))
         for delta in deltas:
             if delta.finish_reason:
-                del self.running[delta.request]
+                self.running.pop(delta.request, None)  # of several samples the first
         return deltas
 
     def close(self) -> None:
@@ -249,3 +250,27 @@ def tiny_server() -> Server:
     tokenizer = tokenizer_of(model)
     assert tokenizer is not None
     return Server("tiny", tokenizer, model.config, model.generation_config, 512)
+
+
+class Speaker(Puppet):
+    """An engine that answers each request with a text, as tokens of the model's, with log-probabilities where asked.
+
+    Args:
+      says: the text that answers a request's sample.
+    """
+
+    def __init__(self, server: Server, says: Callable[[Request, int], str]):
+        super().__init__(self._step)
+        self._server, self._says = server, says
+
+    def _step(self, running: list[int]) -> list[Delta]:
+        return [delta for number in running for delta in self._answer(number, self.running[number])]
+
+    def _answer(self, number: int, request: Request) -> Iterator[Delta]:
+        for sample in range(request.params.n):
+            ids = ids_of(self._server.tokenizer, self._says(request, sample))
+            told = (-1.0,) * (len(request.prompt) - 1), ((),) * (len(request.prompt) - 1)
+            for delta in deltas(self._server, request, ids, range(1, len(ids)), sample):
+                first = request.params.prompt_logprobs and sample == 0
+                given = dict(zip(("prompt_logprobs", "prompt_top"), told, strict=True)) if first else {}
+                yield dataclasses.replace(delta, request=number, **given)

@@ -62,7 +62,7 @@ _FAILED = {"description": "It cannot be answered.", "content": _json(_ref("Error
 
 
 def _post(request: str, answer: str, summary: str, streams: bool = False) -> dict[str, Any]:
-    content = _json(_ref(answer)) | ({"text/event-stream": {"schema": TEXT}} if streams else {})
+    content = _json(_ref(answer)) | ({"text/event-stream": {}} if streams else {})
     responses = {"200": {"description": summary, "content": content}, "default": _FAILED}
     body = {"required": True, "content": _json(_ref(request))}
     return {"post": {"summary": summary, "requestBody": body, "responses": responses}}
