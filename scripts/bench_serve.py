@@ -61,10 +61,10 @@ class BenchError(Exception):
 
 
 class Planned(NamedTuple):
-    """A request: seconds after the level's begin at a rate of 1/s, the prompt, and the tokens asked for."""
+    """A request: seconds after the level's begin at a rate of 1/s, the prompt (a text or ids), the tokens asked for."""
 
     at: float
-    prompt: str
+    prompt: str | list[int]
     new: int
 
 
