@@ -214,7 +214,7 @@ class Puppet:
         deltas = self.step_with(list(self.running))
         for delta in deltas:
             if delta.finish_reason:
-                self.running.pop(delta.request, None)  # of several samples the first
+                del self.running[delta.request]
         return deltas
 
     def close(self) -> None:
@@ -253,24 +253,37 @@ def tiny_server() -> Server:
 
 
 class Speaker(Puppet):
-    """An engine that answers each request with a text, as tokens of the model's, with log-probabilities where asked.
+    """An engine that answers each request with a text, a token a step, with log-probabilities where asked.
 
     Args:
-      says: the text that answers a request's sample.
+      says: the text that a request's sample is answered with; where it has no end, "length" is its finish.
+      pace: seconds a step.
     """
 
-    def __init__(self, server: Server, says: Callable[[Request, int], str]):
-        super().__init__(self._step)
-        self._server, self._says = server, says
+    def __init__(self, server: Server, says: Callable[[Request, int], str], pace: float = 0.0):
+        super().__init__(lambda running: [])
+        self._server, self._says, self._pace = server, says, pace
+        self._left: dict[int, list[list[Delta]]] = {}  # by the request, of each sample
 
-    def _step(self, running: list[int]) -> list[Delta]:
-        return [delta for number in running for delta in self._answer(number, self.running[number])]
+    def submit(self, request: Request) -> int:
+        number = super().submit(request)
+        self._left[number] = [self._answer(number, request, sample) for sample in range(request.params.n)]
+        return number
 
-    def _answer(self, number: int, request: Request) -> Iterator[Delta]:
-        for sample in range(request.params.n):
-            ids = ids_of(self._server.tokenizer, self._says(request, sample))
-            told = (-1.0,) * (len(request.prompt) - 1), ((),) * (len(request.prompt) - 1)
-            for delta in deltas(self._server, request, ids, range(1, len(ids)), sample):
-                first = request.params.prompt_logprobs and sample == 0
-                given = dict(zip(("prompt_logprobs", "prompt_top"), told, strict=True)) if first else {}
-                yield dataclasses.replace(delta, request=number, **given)
+    def step(self) -> list[Delta]:
+        time.sleep(self._pace)
+        found = [sample.pop(0) for number in self.running for sample in self._left[number] if sample]
+        for number in [number for number in self.running if not any(self._left[number])]:
+            self.cancel(number)
+        return found
+
+    def _answer(self, number: int, request: Request, sample: int) -> list[Delta]:
+        ids = ids_of(self._server.tokenizer, self._says(request, sample))
+        found = deltas(self._server, request, ids, range(1, len(ids)), sample)
+        found = [dataclasses.replace(delta, request=number) for delta in found]
+        found[-1] = dataclasses.replace(found[-1], finish_reason=found[-1].finish_reason or "length")
+        if request.params.prompt_logprobs and sample == 0:
+            rest = len(request.prompt) - 1
+            told = {"prompt_logprobs": (-1.0,) * rest, "prompt_top": ((),) * rest}
+            found[0] = dataclasses.replace(found[0], **told)
+        return found

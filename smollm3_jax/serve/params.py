@@ -1,6 +1,7 @@
 """How to sample, and how much, from the fields that OpenAI's APIs share; what others call them is understood."""
 
 import secrets
+from collections.abc import Mapping
 from typing import Any
 
 from ..config import ModelConfig
@@ -32,6 +33,25 @@ def check_model(fields: Fields, server: Server) -> None:
     if name != server.name:
         message = f"the model {name!r:.100} does not exist; this server has {server.name!r}"
         raise ApiError(404, message, param="model", code="model_not_found")
+
+
+def shared_fields(
+    body: dict[str, Any], server: Server, refused: Mapping[str, str]
+) -> tuple[Fields, bool, str, dict[str, Any]]:
+    """What every body that asks for an answer begins with: its fields, of which these are read now, `stream_options`,
+    and `sampling_fields`.
+
+    Args:
+      refused: fields that are not done here, and why.
+
+    Raises:
+      ApiError: one of them cannot be kept.
+    """
+    fields = Fields(body)
+    check_model(fields, server)
+    fields.refuse(refused)
+    fields.ignore(*WITHOUT_EFFECT)
+    return fields, *stream_options(fields), sampling_fields(fields)
 
 
 def sampling_fields(fields: Fields) -> dict[str, Any]:
