@@ -26,6 +26,11 @@ MIN_PIECE = 16
 SERVING_PIECES = (16, 64, 256)
 
 
+def kept_tokens(slots: int, context: int) -> int:
+    """How many tokens of prompts a server keeps for those that begin alike: half of what its answers may have."""
+    return slots * context // 2
+
+
 def piece_sizes(platform: str, capacity: int, sizes: Sequence[int] | None = None) -> tuple[int, ...]:
     """The lengths that pieces are padded to in slots of `capacity` tokens, by default powers of two; the last is that
     of whole pieces.
