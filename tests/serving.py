@@ -190,7 +190,7 @@ def plain_server() -> Server:
 class Puppet:
     """An engine whose steps are the test's: `step_with` gets the numbers that run, and gives deltas or raises."""
 
-    slots, capacity, steps, prefilling, prefixes = 4, 512, 4, None, None
+    slots, capacity, steps, prefilling, prefixes, is_filling = 4, 512, 4, None, None, False
 
     def __init__(self, step_with: Callable[[list[int]], list[Delta]]):
         self.running: dict[int, Request] = {}

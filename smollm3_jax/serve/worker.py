@@ -250,7 +250,7 @@ class Worker:
             if engine.is_idle:
                 continue
             if not leads():  # the other processes decode as many steps a call as the engine was made with
-                engine.steps = FEW_STEPS if engine.has_room else MAX_STEPS
+                engine.steps = _steps(engine)
             began = time.monotonic()
             deltas = engine.step()
             going_in = None if engine.prefilling is None else tickets[engine.prefilling][:2]
@@ -291,3 +291,9 @@ class Worker:
             if told.status == 500:
                 log.exception("a request could not be given to the engine")
             self._say(lambda told: self.fail(ticket, told), told)
+
+
+def _steps(engine: Engine) -> int:
+    """How many tokens the next call brings: few while a slot is free, and one while samples wait for their prompts'
+    turn: until then their slots are empty."""
+    return 1 if engine.is_filling else FEW_STEPS if engine.has_room else MAX_STEPS

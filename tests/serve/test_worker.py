@@ -10,6 +10,11 @@ import time
 import pytest
 from serving import HEAD, Puppet, plain_parse, serving, tiny_engine, token
 
+import smollm3_jax as s3
+from smollm3_jax.generation.device_loop import MAX_STEPS
+from smollm3_jax.generation.requests import Request
+from smollm3_jax.serve import worker
+
 BODY = {"prompt": [5, 6, 7], "max_tokens": 400}
 
 
@@ -292,3 +297,19 @@ def test_a_long_wait_has_signs_of_life():
             content += client.recv(4096)
         assert json.loads(content.split(b"data: ")[-2].split(b"\n")[0])["ids"] == [7]
         client.close()
+
+
+def test_slots_are_filled_before_many_tokens_come_at_a_time():
+    """Five answers in four slots: a call brings one token while prompts wait for free slots, with all slots taken most,
+    and else few."""
+    engine = tiny_engine(slots=4)
+    assert worker._steps(engine) == worker.FEW_STEPS
+    for first in range(5):
+        engine.submit(Request([5 + first, 6], s3.SamplingParams(max_new_tokens=40, ignore_eos=True)))
+    steps = []
+    while not engine.is_idle:
+        steps.append(worker._steps(engine))
+        engine.steps = steps[-1]
+        engine.step()
+    assert steps[:5] == [1, 1, 1, 1, MAX_STEPS]
+    assert steps[-1] == worker.FEW_STEPS and steps.count(1) == 5
