@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sharding.arrays import spec, zeros
+from sharding.rules import Sharding
 
 from ..compile_cache import enable
 from ..errors import OptionError, OutOfMemoryError, memory_for
@@ -51,6 +52,16 @@ def slots_for(model: SmolLM3, wanted: int) -> int:
     slots = power_of_two_from(wanted)
     # As many as the mesh divides, though some of them stay empty.
     return slots if model.sharding is None else math.lcm(slots, model.sharding.parts("batch"))
+
+
+def prefix_pages(tokens: int, piece: int, capacity: int, sharding: Sharding | None) -> int:
+    """In how many pages of `piece` tokens an engine keeps beginnings of prompts that is asked to keep `tokens` of them;
+    0 where it can keep none."""
+    # A slot that a piece fills has no place for what follows it.
+    if piece >= capacity or (sharding is not None and sharding.parts("context") > 1):
+        return 0
+    pages = tokens // piece
+    return pages - pages % (1 if sharding is None else sharding.parts("batch"))
 
 
 def capacity_for(context: int, lookup: int = 0) -> int:
@@ -153,17 +164,18 @@ class Engine:
     def _pages(self, tokens: int, dtype: Any) -> Prefixes | None:
         """Where as many tokens of whole pieces are kept; None if there can be none."""
         piece, rules = self.piece_sizes[-1], self.model.sharding
-        pages = tokens // piece
-        pages -= pages % (1 if rules is None else rules.parts("batch"))
-        # A slot that a piece fills has no place for what follows it.
-        if not pages or piece >= self.capacity or (rules is not None and rules.parts("context") > 1):
-            return None
-        return Prefixes(_empty(self.model, pages, piece, dtype)[0], rules)
+        pages = prefix_pages(tokens, piece, self.capacity, rules)
+        return Prefixes(_empty(self.model, pages, piece, dtype)[0], rules) if pages else None
 
     @property
     def has_room(self) -> bool:
         """Whether a sample that is submitted now begins with the next step."""
         return len(self._free) > len(self._waiting)
+
+    @property
+    def is_filling(self) -> bool:
+        """Whether samples wait though slots are free: prompts go in one after the other."""
+        return bool(self._waiting and self._free)
 
     @property
     def is_idle(self) -> bool:
