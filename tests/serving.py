@@ -224,6 +224,11 @@ class Puppet:
         self.closed = True
 
 
+def resident() -> float:
+    """MB of this process."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096 / 1e6
+
+
 def token(number: int, finish: str | None = None) -> Delta:
     return Delta(number, 0, (7,), "w7", None, None, finish)
 

@@ -218,7 +218,6 @@ def test_an_answer_keeps_to_its_grammar_and_ends(model, temperature):
 
 
 def test_what_does_not_fit_is_cut_off(model):
-    """S15."""
     found = answered(model, "</think>\n", {"enum": ["a" * 60]}, max_new_tokens=9)
     assert (found.text, found.finish_reason) == ('"aaaaaaaa', "length")
 
