@@ -15,7 +15,8 @@ from .options import REMAT
 
 SCHEDULES = ("constant", "wsd", "cosine", "linear")
 POLICIES = ("stop", "rollback", "ignore")
-KINDS = ("pretrain", "sft")
+KINDS = ("pretrain", "sft", "preference")
+LOSSES = ("apo_zero", "apo_down", "sigmoid")
 TRAIN_ON = ("assistant", "all")
 OVERFLOWS = ("drop", "truncate", "split")
 POSITIONS = ("row", "document")
@@ -96,8 +97,13 @@ class DataSettings:
 class ObjectiveSettings:
     """What is minimised."""
 
-    kind: str = _setting("pretrain", f"one of {', '.join(KINDS)}; sft: of conversations, packed whole")
+    kind: str = _setting(
+        "pretrain", f"one of {', '.join(KINDS)}; sft: of conversations, packed whole; preference: of pairs of them"
+    )
     train_on: str = _setting("assistant", "of sft: the assistant's turns and completions alone, or all tokens")
+    loss: str = _setting("apo_zero", f"of preference: one of {', '.join(LOSSES)} (DPO's)")
+    beta: float = _setting(0.1, "of preference: how closely to stay at the reference; the higher, the closer")
+    reference: str = _setting("", "of preference: the model to compare with, as model.path; empty: the start")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -259,6 +265,8 @@ def check(settings: Settings) -> None:
     need(not (s.data.eval_path and nth), "data: give either data.eval_path or data.eval_every_nth")
     one_of("objective.kind", s.objective.kind, KINDS)
     one_of("objective.train_on", s.objective.train_on, TRAIN_ON)
+    one_of("objective.loss", s.objective.loss, LOSSES)
+    need(s.objective.beta > 0, f"objective.beta is {s.objective.beta}; it must be more than 0")
     one_of("data.overflow", s.data.overflow, OVERFLOWS)
     one_of("data.positions", s.data.positions, POSITIONS)
     need(re.fullmatch(r"\d{4}-\d\d-\d\d", s.data.date) is not None, f"data.date is {s.data.date!r}; give YYYY-MM-DD")
@@ -284,6 +292,12 @@ def check(settings: Settings) -> None:
         need(source.field != "", f"data.sources.{name}.field is empty; name the field of the text")
         share = source.fraction
         need(0 < share <= 1, f"data.sources.{name}.fraction is {share}; it must be more than 0 and at most 1")
+    if s.objective.kind == "preference":
+        lengths = sorted({s.data.length, *(stage.length for stage in s.stages if stage.length)})
+        need(len(lengths) == 1, f"stages.length: preferences have rows of one length, and these are of {lengths}")
+        need(s.data.overflow != "split", "data.overflow=split: a completion is compared whole; choose drop or truncate")
+        need(not s.step.z_loss, f"step.z_loss is {s.step.z_loss}; the losses of preferences have none: step.z_loss=0")
+        need(not s.eval.every, "eval.every: held-out preferences have no sums of the reference: eval.every=0")
     for stage in s.stages:
         for name in stage.weights:
             need(name in s.data.sources, f"stages.weights names {name!r}, and data.sources has no source of that name")
