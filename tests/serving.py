@@ -6,13 +6,16 @@ import dataclasses
 import functools
 import http.client
 import json
+import os
 import socket
+import subprocess
+import sys
 import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from said import deltas, ids_of
 from tiny import BASE, talking_checkpoint
@@ -287,3 +290,26 @@ class Speaker(Puppet):
             told = {"prompt_logprobs": (-1.0,) * rest, "prompt_top": ((),) * rest}
             found[0] = dataclasses.replace(found[0], **told)
         return found
+
+
+# --- the command ------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def started(model: object, *options: str, **variables: str) -> Iterator[tuple[subprocess.Popen[str], int]]:
+    """The command, and its port, when it is ready."""
+    command = [sys.executable, "-m", "smollm3_jax", "serve", str(model), "--port", "0", *options]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, env=os.environ | variables, **pipes) as process:
+        try:
+            line = next_line(process.stdout)
+            assert line.startswith("ready http://127.0.0.1:"), (line, process.stderr and process.stderr.read())
+            yield process, int(line.rpartition(":")[2])
+        finally:
+            process.kill()
+
+
+def next_line(file: IO[str] | None, word: str = "") -> str:
+    """The next line, or the next one that holds a word."""
+    assert file is not None
+    return next((line for line in file if word in line), "")

@@ -22,7 +22,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from sharding.arrays import spec, zeros
-from sharding.rules import Sharding
 
 from ..compile_cache import enable
 from ..errors import OptionError, OutOfMemoryError, memory_for
@@ -36,7 +35,7 @@ from .device_loop import slot_specs as specs_for
 from .grammar import prepare
 from .hosts import broadcast, broken, in_step, leads, spans_hosts
 from .prompt_lookup import decode_lookup, remember
-from .prompts import Prefixes, pieces
+from .prompts import Prefixes, pieces, prefix_pages
 from .prompts import piece_sizes as sizes_for
 from .requests import Delta, Request, as_json, check_request, from_json, with_ids
 from .sequence import Sequence, held_back
@@ -52,16 +51,6 @@ def slots_for(model: SmolLM3, wanted: int) -> int:
     slots = power_of_two_from(wanted)
     # As many as the mesh divides, though some of them stay empty.
     return slots if model.sharding is None else math.lcm(slots, model.sharding.parts("batch"))
-
-
-def prefix_pages(tokens: int, piece: int, capacity: int, sharding: Sharding | None) -> int:
-    """In how many pages of `piece` tokens an engine keeps beginnings of prompts that is asked to keep `tokens` of them;
-    0 where it can keep none."""
-    # A slot that a piece fills has no place for what follows it.
-    if piece >= capacity or (sharding is not None and sharding.parts("context") > 1):
-        return 0
-    pages = tokens // piece
-    return pages - pages % (1 if sharding is None else sharding.parts("batch"))
 
 
 def capacity_for(context: int, lookup: int = 0) -> int:

@@ -177,7 +177,7 @@ def _messages() -> Schema:
     content = _any_of(TEXT, parts)
     reasoning = {"reasoning_content": TEXT, "reasoning": TEXT, "thinking": TEXT}
     empty = dict.fromkeys(("refusal", "audio", "function_call", "annotations"), NOTHING)
-    said = {"content": content, "tool_calls": _list(OBJECT), **reasoning}
+    said = {"content": content, "tool_calls": _list(OBJECT), "parsed": ANY, **reasoning}
     given, name = {"content": content}, {"name": TEXT}
     return _list(
         _any_of(

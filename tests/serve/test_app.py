@@ -111,7 +111,7 @@ def test_what_is_asked_of_the_server_itself(server):
 
 
 def test_slow_templates_hold_up_neither_health_nor_the_bound():
-    """Requests that are rendered and tokenized count as under way."""
+    """C2: Requests that are rendered and tokenized count as under way."""
     hold = threading.Event()
 
     def slow(kind, body, server):

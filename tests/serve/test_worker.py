@@ -76,6 +76,7 @@ def tasks(server) -> int:
 
 
 def test_connections_that_are_cut_leave_nothing(server):
+    """S12."""
     cut(server, 40)
     is_as_it_was(server)
 
@@ -88,6 +89,7 @@ def test_a_thousand_connections_that_are_cut_leave_nothing(server):
 
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_client_that_leaves_frees_its_slot_for_others(server, stream):
+    """S12, C4."""
     name = 'smollm3_requests_cancelled_total{cause="disconnect"}'
     before, tokens = server.metric(name), server.metric("smollm3_generation_tokens_total")
     clients = [server.open(BODY | {"stream": stream}) for _ in range(2)]
@@ -100,6 +102,7 @@ def test_a_client_that_leaves_frees_its_slot_for_others(server, stream):
 
 
 def test_a_full_queue_is_told_at_once(server):
+    """S14, C3."""
     clients = [server.open(BODY | {"n": 4}) for _ in range(2)]  # 2 slots and 6 places
     server.until(lambda: server.service.worker.samples == 8)
     before = server.metric('smollm3_requests_rejected_total{reason="queue_full"}')
@@ -158,6 +161,7 @@ def test_prompts_of_a_list_wait_until_each_has_begun():
 
 
 def test_an_engine_that_fails_fails_all_requests():
+    """S16, C1."""
     begun = threading.Event()
 
     def step(running):
@@ -184,7 +188,7 @@ def test_an_engine_that_fails_fails_all_requests():
 
 @pytest.mark.parametrize("how", ["stuck", "empty", "undelivered"])
 def test_a_stalled_engine_is_seen_by_what_it_delivers(how, caplog):
-    """A thread that hangs, one that steps without a token, and one whose tokens do not arrive."""
+    """C1: A thread that hangs, one that steps without a token, and one whose tokens do not arrive."""
     hold, steps = threading.Event(), itertools.count()
 
     def step(running):
@@ -233,7 +237,7 @@ def test_each_prompt_of_a_list_has_time_to_go_in():
 
 @pytest.mark.parametrize("n", [1, 2])
 def test_an_answer_that_the_engine_gives_up_fails_alone(n):
-    """Whole it is an error with a status of its own; of a stream the error is the last event. Others go on."""
+    """S16: Whole it is an error with a status of its own; of a stream the error is the last event. Others go on."""
 
     def step(running):
         time.sleep(0.005)
