@@ -155,6 +155,8 @@ class Worker:
             if ticket.over:
                 continue
             self._touch()
+            if not delta.token_ids and delta.finish_reason is None:
+                continue  # it says again what it had said when others needed its part of the cache
             ticket.state, ticket.began = "decoding", ticket.began or step.began
             ticket.going_in.add(index)
             self._count(ticket, index, delta, step.ended)
