@@ -151,6 +151,9 @@ def write(
             new_scale = _put(scale, new_scale_BTK.transpose(2, 0, 1), length_B, slot, sharding, table_BN)
         return _put(values, new_BTKE.transpose(2, 0, 1, 3), length_B, slot, sharding, table_BN), new_scale
 
+    # Whoever has the row next looks past what a sequence has left there, but no weight times NaN is NaN. Keys may be
+    # anything: scores that do not count are replaced.
+    v_BTKE = jnp.where(jnp.isfinite(v_BTKE), v_BTKE, jnp.zeros((), v_BTKE.dtype))
     k, k_scale = put(layer.k, layer.k_scale, k_BTKE)
     v, v_scale = put(layer.v, layer.v_scale, v_BTKE)
     return LayerCache(k, v, k_scale, v_scale)

@@ -123,7 +123,7 @@ def _serve(
     from ..compile_cache import compilations
     from ..generation.engine import Engine
     from ..generation.places import pool_tokens
-    from ..generation.prompts import SERVING_PIECES
+    from ..generation.prompts import SERVING_PIECES, kept_tokens
     from ..progress import busy
     from ..serve.app import Service, Settings
     from ..serve.job import Server, parse
@@ -143,7 +143,7 @@ def _serve(
         model = load()
         tokens = pool_tokens(model, args.slots, context) if args.cache_tokens is None else args.cache_tokens
         # Pages that nobody wants keep them for nothing; beside rows they take memory.
-        kept = 0 if args.no_prefix_cache else tokens or args.slots * context // 2
+        kept = 0 if args.no_prefix_cache else tokens or kept_tokens(args.slots, context)
         engine = Engine(model, tokenizer=tokenizer, **shape, prefix_tokens=kept, cache_tokens=tokens)
         begin, before = time.monotonic(), compilations()
         with busy("compiling"):

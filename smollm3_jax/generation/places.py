@@ -22,7 +22,7 @@ from ..kv_cache import KVCache, cache_specs
 from ..model import SmolLM3
 from ..sizes import power_of_two_from
 from .device_loop import Slots, copy, slot_specs
-from .prompts import Index, Prefixes
+from .prompts import Index, Prefixes, prefix_pages
 
 MIN_CAPACITY = 128
 
@@ -300,13 +300,10 @@ def places_for(
 
     Args:
       pool: pages, and the tokens of each; None is rows.
-      kept: how many whole pieces of prompts are kept at most; beside rows, where there can be any.
+      kept: how many tokens of prompts are kept at most, in whole pieces; beside rows, where there can be any.
     """
     rules = model.sharding
     if pool is not None:
-        return Pages(*pool, slots, capacity // piece, min(kept, pool[0]), rules)
-    kept -= kept % (1 if rules is None else rules.parts("batch"))
-    # A slot that a piece fills has no place for what follows it.
-    if not kept or piece >= capacity or (rules is not None and rules.parts("context") > 1):
-        return Rows(None, rules)
-    return Rows(Prefixes(empty(model, kept, piece, cache_dtype)[0], rules), rules)
+        return Pages(*pool, slots, capacity // piece, min(kept // piece, pool[0]), rules)
+    count = prefix_pages(kept, piece, capacity, rules)
+    return Rows(Prefixes(empty(model, count, piece, cache_dtype)[0], rules) if count else None, rules)

@@ -1,6 +1,7 @@
 """One sample of a request on the host: its tokens, its text, and where it ends."""
 
 import dataclasses
+import logging
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -12,6 +13,8 @@ from .device_loop import PromptLogprobs, Slots
 from .grammar import Matcher
 from .requests import Delta, Logprob, Request, begins_thinking, end_ids, last_turn, stop_ids, think_ids
 from .sampling import MAX_STOP_IDS, SamplingState
+
+log = logging.getLogger(__name__)
 
 
 class Sequence:
@@ -98,6 +101,9 @@ class Sequence:
             for token in new[:again]:
                 self.matcher.take(token)
         reason = None
+        if chosen.logprobs is not None and (wrong := np.isnan(chosen.logprobs[slot, : len(new)])).any():
+            log.warning("an answer ends where the model's numbers are no numbers any more")
+            new, reason = new[: int(wrong.argmax())], "error"
         count = len(new)
         for i, token in enumerate(new[again:], again):
             self.tokens.append(token)
