@@ -190,8 +190,8 @@ def plain_server() -> Server:
 class Puppet:
     """An engine whose steps are the test's: `step_with` gets the numbers that run, and gives deltas or raises."""
 
-    slots, capacity, steps, prefilling, prefixes, usage, preemptions = 4, 512, 4, None, None, None, 0
-    is_filling = False
+    slots, capacity, steps, prefilling, prefixes, is_filling = 4, 512, 4, None, None, False
+    usage, preemptions = None, 0
 
     def __init__(self, step_with: Callable[[list[int]], list[Delta]]):
         self.running: dict[int, Request] = {}

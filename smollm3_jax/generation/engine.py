@@ -109,8 +109,8 @@ class Engine:
         with self._stats.timed(), everywhere, self._memory():
             made = jax.block_until_ready(empty(model, self.slots, self.capacity, dtype, pool, drafts=lookup > 0))
             self._cache, self._state, self._history = made
-            size, kept = (self.slots, self.capacity), prefix_tokens // self.piece_sizes[-1]
-            self._places = places_for(model, *size, dtype, pool, kept, self.piece_sizes[-1])
+            size = self.slots, self.capacity
+            self._places = places_for(model, *size, dtype, pool, prefix_tokens, self.piece_sizes[-1])
         # A heap, the lowest slot first: what runs beside each other is the same whatever ended before.
         self._free = list(range(self.slots))
         nobody = Sequence(model, 0, 0, Request([0]), None).slot()
@@ -118,8 +118,7 @@ class Engine:
         self._running: dict[int, Sequence] = {}  # by slot
         self._waiting: collections.deque[Sequence] = collections.deque()
         self._prefill: Prefill | None = None
-        self._lacks_places = False  # the first that waits has none yet
-        self._submitted = 0
+        self._submitted, self._short = 0, False  # short: the first that waits does so for pages
         self._ended: list[int] = []  # slots of sequences that are over, on the host
         self._events: list[Any] = []  # since the last step, for the other processes
         self.drafted, self.accepted, self.preemptions = 0, 0, 0
@@ -140,12 +139,12 @@ class Engine:
     @property
     def has_room(self) -> bool:
         """Whether a sample that is submitted now begins with the next step, if it is short."""
-        return len(self._free) > len(self._waiting) and (self.usage or 0) < 1
+        return len(self._free) > len(self._waiting) and not self._short
 
     @property
     def is_filling(self) -> bool:
-        """Whether samples wait though there is room for one: prompts go in one after the other."""
-        return bool(self._waiting and self._free) and not self._lacks_places
+        """Whether samples wait though slots and pages are free: prompts go in one after the other."""
+        return bool(self._waiting and self._free) and not self._short
 
     @property
     def is_idle(self) -> bool:
@@ -296,12 +295,12 @@ class Engine:
     def _admit(self) -> None:
         """Puts prompts into free slots, piece by piece; while anything decodes, at most `prefill_tokens` and what the
         last piece has beyond them."""
-        done = 0
+        done, self._short = 0, False
         while self._prefill is not None or (self._waiting and self._free):
             if self._running and self._prefill_tokens is not None and done >= self._prefill_tokens:
                 return
-            self._lacks_places = self._prefill is None and not self._begin()
-            if self._lacks_places:
+            if self._prefill is None and not self._begin():
+                self._short = True
                 return
             with self._stats.timed("prompt_seconds"):
                 done += self._piece()

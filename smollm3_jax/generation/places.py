@@ -300,10 +300,10 @@ def places_for(
 
     Args:
       pool: pages, and the tokens of each; None is rows.
-      kept: how many whole pieces of prompts are kept at most; beside rows, where there can be any.
+      kept: how many tokens of prompts are kept at most, in whole pieces; beside rows, where there can be any.
     """
     rules = model.sharding
     if pool is not None:
-        return Pages(*pool, slots, capacity // piece, min(kept, pool[0]), rules)
-    kept = prefix_pages(kept, piece, capacity, rules)
-    return Rows(Prefixes(empty(model, kept, piece, cache_dtype)[0], rules) if kept else None, rules)
+        return Pages(*pool, slots, capacity // piece, min(kept // piece, pool[0]), rules)
+    count = prefix_pages(kept, piece, capacity, rules)
+    return Rows(Prefixes(empty(model, count, piece, cache_dtype)[0], rules) if count else None, rules)

@@ -31,11 +31,13 @@ def kept_tokens(slots: int, context: int) -> int:
     return slots * context // 2
 
 
-def prefix_pages(pages: int, piece: int, capacity: int, sharding: Sharding | None) -> int:
-    """How many of `pages` whole pieces of prompts can be kept beside the slots, if each has a row."""
+def prefix_pages(tokens: int, piece: int, capacity: int, sharding: Sharding | None) -> int:
+    """In how many pages of `piece` tokens an engine keeps beginnings of prompts that is asked to keep `tokens` of them;
+    0 where it can keep none."""
     # A slot that a piece fills has no place for what follows it.
     if piece >= capacity or (sharding is not None and sharding.parts("context") > 1):
         return 0
+    pages = tokens // piece
     return pages - pages % (1 if sharding is None else sharding.parts("batch"))
 
 

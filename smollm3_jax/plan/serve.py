@@ -72,8 +72,8 @@ class ServeSetting:
         """How many tokens of prompts are kept beside the slots, over all devices; those in a pool take none of its."""
         if self.decode.pool is not None:
             return 0
-        pages = kept_tokens(self.decode.batch, self.context) // self.piece
-        return self.piece * prefix_pages(pages, self.piece, self.decode.context, self.decode.sharding)
+        tokens = kept_tokens(self.decode.batch, self.context)
+        return self.piece * prefix_pages(tokens, self.piece, self.decode.context, self.decode.sharding)
 
     @property
     def token_bytes(self) -> float:

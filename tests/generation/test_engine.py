@@ -93,7 +93,7 @@ OTHER = st.tuples(st.sampled_from(["step", "cancel"]), st.integers(0, 5))
 EVENTS = st.lists(SUBMIT | OTHER, min_size=1, max_size=14)
 
 
-@settings(max_examples=15)
+@settings(max_examples=20)
 @given(
     events=EVENTS,
     prefill_tokens=st.sampled_from([1, 40, None]),
@@ -101,8 +101,8 @@ EVENTS = st.lists(SUBMIT | OTHER, min_size=1, max_size=14)
     cache_tokens=st.sampled_from([None, 128, 160, 256]),
 )
 def test_an_answer_is_the_one_given_alone(model, alone, events, prefill_tokens, prefix_tokens, cache_tokens):
-    """S22, S23: bit for bit, log-probabilities too; beginnings of prompts are kept, dropped and used again, in rows or
-    in pages, of which there may be no more than one sequence takes."""
+    """S15, S22, S23: bit for bit, log-probabilities too; beginnings of prompts are kept, dropped and used again, in
+    rows or in pages, of which there may be no more than one sequence takes."""
     shared = engine(model, prefill_tokens, prefix_tokens=prefix_tokens, cache_tokens=cache_tokens)
     kinds, cancelled, found = {}, set(), {}
     for event, value in events:
@@ -157,8 +157,15 @@ def test_the_oldest_is_never_preempted(model):
     """So that something always gets on; and nothing that is younger begins before one that had to give way."""
     shared = engine(model, cache_tokens=128)
     numbers = [shared.submit(Request([7, kind], s3.SamplingParams(max_new_tokens=90))) for kind in range(4)]
-    ends = [delta.request for delta in shared.drain() if delta.finish_reason]
-    assert ends == numbers and shared.preemptions >= 3
+    ends, patient = [], 0
+    while not shared.is_idle:
+        ended = [delta.request for delta in shared.step() if delta.finish_reason]
+        # Who waits for pages is not about to begin: calls of decoding need not be short for it.
+        patient += bool(
+            shared._waiting and shared._free and not ended and not shared.is_filling and not shared.has_room
+        )
+        ends += ended
+    assert ends == numbers and shared.preemptions >= 3 and patient > 3
 
 
 def test_a_long_prompt_keeps_nobody_waiting(model, monkeypatch):
