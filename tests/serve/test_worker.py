@@ -91,9 +91,6 @@ def test_a_thousand_connections_that_are_cut_leave_nothing(server):
     before, said = resident(), server.ask("POST", "/v1/completions", asked)[1]
     cut(server, 400)  # of one to four connections each
     is_as_it_was(server)
-    index = server.service.worker.engine.prefixes.index
-    pages = [*index._free, *(page for _, page in index._kept.values())]
-    assert sorted(pages) == list(range(8))
     hits = server.metric("smollm3_prefix_cache_hits_total")
     assert [server.ask("POST", "/v1/completions", asked)[1] for _ in range(2)] == [said, said]
     assert server.metric("smollm3_prefix_cache_hits_total") > hits and resident() - before < 20
