@@ -20,6 +20,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import datetime
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -367,12 +368,14 @@ def _worker() -> subprocess.Popen[bytes]:
     if _running and _running[0][0] == os.getpid() and _running[0][1].poll() is None:
         return _running[0][1]
     _end()
+    # Isolated: beside a user's script may stand a types.py. Jinja it finds where this process does.
+    found = [find_spec(name) for name in ("jinja2", "markupsafe")]
+    folders = [os.path.abspath(Path(one.origin).parents[1]) for one in found if one is not None and one.origin]
     worker = subprocess.Popen(
-        [sys.executable, "-P", str(Path(__file__).with_name("template_process.py"))],
+        [sys.executable, "-I", str(Path(__file__).with_name("template_process.py")), *folders],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "PYTHONUTF8": "1"},
         start_new_session=True,  # Ctrl-C in a terminal is not for it
     )
     _running.append((os.getpid(), worker))

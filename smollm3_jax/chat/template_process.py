@@ -1,9 +1,10 @@
 """The process in which chat templates run, so that one that never ends, or fills the memory, can be ended.
 
-`template.render` starts this file as a script; nothing of the package is imported, so that it is there in a tenth of a
-second. On standard input comes, again and again, a byte (the seconds that it may take), a length of 8 bytes and the
-pickle of (template, variables, time); on standard output goes b"+" or b"-", such a length, and in UTF-8 what is wrong,
-or the spans (JSON, a line) and the text after them. Where the time is up, the alarm ends the process without an answer.
+`template.render` starts this file as a script, with the folders that Jinja is in as arguments; nothing of the package
+is imported, so that it is there in a tenth of a second. On standard input comes, again and again, a byte (the seconds
+that it may take), a length of 8 bytes and the pickle of (template, variables, time); on standard output goes b"+" or
+b"-", such a length, and in UTF-8 what is wrong, or the spans (JSON, a line) and the text after them. Where the time is
+up, the alarm ends the process without an answer.
 """
 
 import functools
@@ -154,4 +155,5 @@ def compiled(template: str) -> "jinja2.Template":
 
 
 if __name__ == "__main__":
+    sys.path += sys.argv[1:]  # after Python's own modules, whatever else is in those folders
     serve()
