@@ -4,6 +4,7 @@ Files of text may be compressed, and in UTF-16 or UTF-32 if they begin with a by
 """
 
 import bisect
+import codecs
 import functools
 import importlib
 import itertools
@@ -123,7 +124,7 @@ def _open_jsonl(file: epath.Path, field: str, max_bytes: int, options: OptionNam
             raise _too_long(where, end - start, max_bytes, options)
         with file.open("rb") as stream:
             stream.seek(start)
-            line = stream.read(end - start).strip()
+            line = stream.read(end - start).strip().removeprefix(codecs.BOM_UTF8)  # of files that were joined
         try:
             record = json.loads(line.decode())
         except (ValueError, RecursionError) as error:

@@ -172,6 +172,12 @@ def test_long_documents_name_the_limit(tmp_path):
         open_documents("s", Source(path=str(tmp_path)), 1000, words)[0]
 
 
+def test_marks_within_a_file_that_others_were_joined_to(tmp_path):
+    one = b'\xef\xbb\xbf{"text": "a"}\n'
+    (tmp_path / "a.jsonl").write_bytes(one + one + b'{"text": "b"}\n' + one)
+    assert read(tmp_path) == ["a", "a", "b", "a"]
+
+
 def test_columns_of_bytes(tmp_path):
     pyarrow = pytest.importorskip("pyarrow")
     for kind in (pyarrow.binary(), pyarrow.large_binary()):
