@@ -51,7 +51,11 @@ def copy_of(folder: str, into: Path, endings: tuple[str, ...]) -> Path:
 
 def _copy(store: Any, files: Mapping[str, Any], local: Path, folder: str) -> None:
     note = local / COPIED
-    copied = json.loads(note.read_text()) if note.exists() else {}
+    try:
+        copied = json.loads(note.read_bytes())
+        copied = copied if isinstance(copied, dict) else {}
+    except (OSError, ValueError, RecursionError):  # then all is copied again
+        copied = {}
     keys = {name: store.ukey(x["name"]) for name, x in files.items()}
     wanted = [name for name, key in keys.items() if copied.get(name) != key or not (local / name).exists()]
     for name in {*copied, *wanted}:  # none of them is whole, until the note says so
