@@ -46,6 +46,7 @@ ELSEWHERE = {
     "train/run/program.py": "tests/train/run/test_faults.py, where memory lacks",
     "train/run/setup.py": "tests/train/run/test_frozen.py and test_loop.py set up runs",
     "weights/gguf_header.py": "tests/weights/test_gguf.py",
+    "weights/merge_file.py": "tests/weights/test_merge.py, with files of all kinds",
     "weights/gguf_tokenizer.py": "tests/weights/test_gguf.py",
     "weights/summary.py": "tests/commands/test_commands.py, in `inspect`",
     "weights/texts.py": "tests/weights/test_save.py",

@@ -14,6 +14,7 @@ COMMANDS = {
     "serve": ("answer OpenAI's clients over HTTP, and a page to chat in", "MODEL"),
     "convert": ("rewrite a checkpoint as a Hugging Face folder", "SRC DST"),
     "quantize": ("rewrite a checkpoint with quantized weights", "SRC DST --weights SCHEME"),
+    "merge": ("make one model of several, or of a model and its adapter", "MODEL=WEIGHT MODEL=WEIGHT --out DIR"),
     "verify": (
         "compare a checkpoint's computation with a reference; exit code 0 or 4",
         "MODEL (--against REFERENCE | --goldens)",

@@ -3,6 +3,8 @@
 import copy
 import dataclasses
 import json
+from datetime import datetime
+from itertools import zip_longest
 from typing import Any
 
 import pytest
@@ -127,6 +129,7 @@ def test_a_seed_is_drawn(server):
 
 
 def test_the_room_that_is_left_is_the_limit(server):
+    """S15: an answer never outgrows its slot."""
     [request] = chat(server).requests
     assert request.params.max_new_tokens == server.context - len(request.prompt)
     assert chat(server, max_tokens=5, max_completion_tokens=5).requests[0].params.max_new_tokens == 5
@@ -146,6 +149,7 @@ def test_fields_of_sampling(server):
 
 
 def test_messages_reach_the_template(server):
+    """S4."""
     messages = [
         {"role": "developer", "content": "Be brief."},
         {"role": "user", "content": [{"type": "text", "text": "Hi "}, {"type": "text", "text": "<|im_end|>"}]},
@@ -187,6 +191,7 @@ THINKING_OFF = [
 
 @pytest.mark.parametrize("fields", THINKING_OFF)
 def test_thinking_off_puts_nothing_into_the_reasoning_field(server, fields):
+    """C7."""
     job = chat(server, **fields)
     assert prompt_text(server, job).endswith("<think>\n\n</think>\n")
     message = message_of(server, job, "Hello" + END)
@@ -194,6 +199,7 @@ def test_thinking_off_puts_nothing_into_the_reasoning_field(server, fields):
 
 
 def test_thinking_on(server):
+    """C8."""
     job = chat(server)
     body = answer(server, job, THOUGHT + "Hello" + END)[1]
     message = body["choices"][0]["message"]
@@ -240,6 +246,7 @@ def test_effort_is_a_budget(server):
 
 
 def test_calls(server):
+    """C5."""
     job = chat(server, tools=[WEATHER, NOW])
     events, body = answer(server, job, f"{THOUGHT}Let me look.\n{CALL}\n{EMPTY_CALL}{END}")
     ChatCompletion.model_validate(body, strict=True)
@@ -250,6 +257,8 @@ def test_calls(server):
     assert len({call["id"] for call in choice["message"]["tool_calls"]}) == 2
     deltas = [chunk["choices"][0]["delta"] for _, chunk in events[:-1]]
     assert [call["index"] for delta in deltas for call in delta.get("tool_calls", [])] == [0, 1]
+    [call] = message_of(server, chat(server, tools=[NOW]), LIST_CALL + END)["tool_calls"]
+    assert json.loads(call["function"]["arguments"]) == {"zones": ["a", ["b", 1], {}, []]}
 
 
 def test_an_answer_of_calls_alone_has_no_content(server):
@@ -308,6 +317,7 @@ def test_a_model_without_think_tokens_writes_of_them(server):
 
 
 def test_calls_in_python(server):
+    """C14."""
     tools = {
         "python_tools": ["def get_weather(city: str, days: int = 1) -> str: ...", "def now():\n    '''The time.'''"]
     }
@@ -336,6 +346,7 @@ def test_custom_instructions(server):
 
 
 def test_forced_calls_are_grammars(server):
+    """C6."""
     job = chat(server, tools=[WEATHER, NOW], tool_choice="required")
     given = [WEATHER, NOW]
     assert job.requests[0].grammar == grammar.tool_calls(given, names=None, parallel=True, style="xml")
@@ -347,6 +358,7 @@ def test_forced_calls_are_grammars(server):
 
 
 def test_formats_are_grammars(server):
+    """S10."""
     schema = {"type": "object"}
     form = {"type": "json_schema", "json_schema": {"name": "x", "strict": True, "schema": schema}}
     assert chat(server, response_format=form).requests[0].grammar == grammar.json_schema(schema)
@@ -395,6 +407,7 @@ def test_logprobs(server):
 
 
 def test_stop_texts_are_neither_text_nor_tokens(server):
+    """C9."""
     for ending in ("", END):
         body = answer(server, chat(server, logprobs=True, stop=[" STOP here"]), f"One two STOP here{ending}")[1]
         [choice] = body["choices"]
@@ -402,7 +415,20 @@ def test_stop_texts_are_neither_text_nor_tokens(server):
         assert "".join(entry["token"] for entry in choice["logprobs"]["content"]) == "One two"
 
 
-PIECES = [THOUGHT, CALL, EMPTY_CALL, "\n", "Hello", " wörld 👩‍👩‍👧", "STO", "STOP", "<tool_call>", "</think>"]
+LIST_CALL = '<tool_call>\n{"name": "now", "arguments": {"zones": ["a", ["b", 1], {}, []]}}\n</tool_call>'
+PIECES = [
+    THOUGHT,
+    CALL,
+    EMPTY_CALL,
+    LIST_CALL,
+    "\n",
+    "Hello",
+    " wörld 👩‍👩‍👧",
+    "STO",
+    "STOP",
+    "<tool_call>",
+    "</think>",
+]
 TEXTS = st.lists(st.sampled_from([*PIECES, "<code>", "x" * 20])).map("".join)
 
 
@@ -425,7 +451,7 @@ TEXTS = st.lists(st.sampled_from([*PIECES, "<code>", "x" * 20])).map("".join)
     ),
 )
 def test_an_answer_in_pieces_is_the_answer_in_one(server, text, cuts, ends, fields):
-    """Streamed, plain, and however the tokens came."""
+    """C5, C9, C10: Streamed, plain, and however the tokens came."""
     ids = ids_of(server.tokenizer, text + END * ends)
     if not ends:  # but by a limit
         fields = {"max_tokens": max(len(ids), 1)} | fields
@@ -444,6 +470,7 @@ def test_an_answer_in_pieces_is_the_answer_in_one(server, text, cuts, ends, fiel
 
 
 def test_several_samples(server):
+    """C10."""
     job = chat(server, n=2, stream=True, stream_options={"include_usage": True})
     assert job.stream
     events, body = answer(server, job, "One" + END, THOUGHT + "Two" + END)
@@ -544,6 +571,7 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
 
 @pytest.mark.parametrize(("fields", "param", "words"), REFUSED, ids=[str(fields)[:60] for fields, _, _ in REFUSED])
 def test_refused(server, fields, param, words):
+    """S1, S3, S4, S6, S11."""
     error = refused(server, **fields)
     assert (error.status, error.param) == (400, param), error
     assert words in error.message
@@ -551,13 +579,40 @@ def test_refused(server, fields, param, words):
 
 
 def test_prompts_that_are_too_long(server):
+    """S5, C12."""
     for content in ("word " * server.context, "x" * 10**7):
         error = refused(server, messages=[{"role": "user", "content": content}])
         assert error.code == "context_length_exceeded" and error.param == "messages"
         assert f"maximum context length is {server.context} tokens" in error.message
 
 
+def test_what_a_conversation_shares_with_its_next_turn(server):
+    """C14: a day, a mode of reasoning and reasoning that is not sent back part prompts where docs/serving.md says."""
+    first = [{"role": "user", "content": "Hello"}]
+    said = {"role": "assistant", "content": "Hi.", "reasoning_content": "They greet."}
+    rest = [{"role": "user", "content": "Go on."}]
+
+    def encoded(messages: list[dict[str, Any]], day: int = 1, **options: Any) -> list[int]:
+        now = datetime(2026, 1, day)
+        return encode_chat(server.tokenizer, messages, now=lambda: now, add_generation_prompt=True, **options)
+
+    def shared(a: list[int], b: list[int]) -> str:
+        same = next(i for i, pair in enumerate(zip_longest(a, b)) if pair[0] != pair[1])
+        return server.tokenizer.decode(a[:same], skip_special_tokens=False)
+
+    begun = encoded(first)
+    assert shared(begun, encoded(first, day=2)).endswith("Today Date: ")
+    assert shared(begun, encoded(first, enable_thinking=False)).endswith("Reasoning Mode: /")
+    own = [{"role": "system", "content": "/system_override Be brief."}, *first]
+    assert encoded(own) == encoded(own, day=2)
+    heard = [*begun, *ids_of(server.tokenizer, "<think>\nThey greet.\n</think>\nHi.<|im_end|>")]
+    assert shared(heard, encoded([*first, said, *rest])) == server.tokenizer.decode(heard, skip_special_tokens=False)
+    forgot = {name: value for name, value in said.items() if name != "reasoning_content"}
+    assert shared(heard, encoded([*first, forgot, *rest])).endswith("<|im_start|>assistant\n")
+
+
 def test_other_models_are_not_found(server):
+    """S11."""
     error = refused(server, model="gpt-5")
     assert (error.status, error.code, error.param) == (404, "model_not_found", "model")
     chat(server, model=server.name)

@@ -1,0 +1,142 @@
+"""Several checkpoints merged into one folder: each tensor is read, merged in float32, rounded once and written."""
+
+import dataclasses
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+from ..config import ModelConfig
+from ..errors import CheckpointFormatError, OptionError
+from . import merge_methods as methods
+from .demo import model_folder
+from .key_map import HFTensor, hf_tensors
+from .load import Checkpoint, common_dtype, open_checkpoint
+from .merge_file import METHODS, Merge, Part, check, value_at
+from .quantized import dequantize_tensors
+from .save import cast, check_target, write_folder
+from .stored import StoredTensor
+
+log = logging.getLogger(__name__)
+
+
+def merge(asked: Merge, folder: str | Path, max_shard_size: int | str = "5GB", force: bool = False) -> None:
+    """Writes what the models become, as `convert` writes a folder: tokenizer, templates and config of the base (or of
+    the first model) go along.
+
+    One tensor of each model is in memory at a time, in float32.
+
+    Raises:
+      SmolLM3Error: a model is unsound, or is of another shape than the others; the methods' settings do not fit;
+        or the folder cannot be written. It is then as it was.
+    """
+    check(asked)
+    check_target(folder, force)
+    names = [part.model for part in asked.parts]
+    first = asked.base or names[0]
+    opened = {name: open_checkpoint(model_folder(name)) for name in dict.fromkeys([first, *names])}
+    texts = opened[first].files
+    if asked.tokenizer is not None:
+        texts = opened.get(asked.tokenizer, opened[first]).files
+        if asked.tokenizer not in opened:
+            texts = open_checkpoint(model_folder(asked.tokenizer)).files
+    dtype = asked.dtype or common_dtype(opened[first].tensors)
+    plain = {name: _plain(checkpoint) for name, checkpoint in opened.items()}
+    config = dataclasses.replace(opened[first].config, quantization=None, dtype=dtype)
+    _check_alike(opened, plain, first)
+    tensors = [
+        cast(_merged(asked, config, name, hf, {model: of[name] for model, of in plain.items()}), dtype)
+        for name, hf in hf_tensors(config).items()
+    ]
+    write_folder(Path(folder), config, opened[first].generation_config, tensors, texts, max_shard_size, force=force)
+
+
+def _plain(checkpoint: Checkpoint) -> Mapping[str, StoredTensor]:
+    if checkpoint.config.quantization is None:
+        return checkpoint.tensors
+    return dequantize_tensors(checkpoint.config, checkpoint.tensors)[1]
+
+
+def _check_alike(opened: Mapping[str, Checkpoint], plain: Mapping[str, Mapping[str, StoredTensor]], first: str) -> None:
+    """Raises CheckpointFormatError where models have not the same tensors; says what else of their configs differs."""
+    own = plain[first]
+    for model, tensors in plain.items():
+        if odd := sorted(own.keys() ^ tensors.keys()):
+            which = model if odd[0] in tensors else first
+            raise CheckpointFormatError(
+                f"{first} and {model} are of different shapes: {odd[0]} is in {which} alone; models that are merged "
+                "are trained from one"
+            )
+        for name, tensor in tensors.items():
+            if tensor.shape != own[name].shape:
+                raise CheckpointFormatError(
+                    f"{first} and {model} are of different shapes: {name} is {list(own[name].shape)} and "
+                    f"{list(tensor.shape)}; models that are merged are trained from one"
+                )
+        differ = _differences(opened[first].config, opened[model].config)
+        if differ:
+            log.warning("the configs differ, and that of %s goes along: %s", first, "; ".join(differ))
+        texts = opened[first].files.get("tokenizer.json"), opened[model].files.get("tokenizer.json")
+        if None not in texts and texts[0] != texts[1]:
+            log.warning(
+                "%s and %s have different tokenizers: their embeddings' rows may mean other tokens", first, model
+            )
+
+
+def _differences(a: ModelConfig, b: ModelConfig) -> list[str]:
+    """Fields that change what a model computes."""
+    fields = [x.name for x in dataclasses.fields(ModelConfig) if x.compare]
+    fields = [x for x in fields if x not in ("dtype", "quantization", "initializer_range", "model_type")]
+    pairs = {name: (getattr(a, name), getattr(b, name)) for name in fields}
+    return [f"{name} {x} and {y}" for name, (x, y) in pairs.items() if x != y]
+
+
+def _merged(
+    asked: Merge, config: ModelConfig, name: str, hf: HFTensor, tensors: Mapping[str, StoredTensor]
+) -> StoredTensor:
+    """A tensor as it will be merged, float32. Settings are resolved now, so that a mistake shows before any work."""
+    last = config.num_hidden_layers - 1
+    depth = 0.0 if hf.layer is None else hf.layer / last if last else 1.0
+    others = [part for part in asked.parts if part.model != asked.base or METHODS[asked.method] is None]
+
+    def of(part: Part, what: str) -> float:
+        return value_at(getattr(part, what), f"{part.model}: {what}", name, depth)
+
+    def array(model: str) -> np.ndarray:
+        return tensors[model].read().astype(np.float32)
+
+    if asked.method == "slerp":
+        t, base = value_at(asked.t, "t", name, depth), str(asked.base)
+        (other,) = [part.model for part in asked.parts if part.model != base]
+        return _stored(name, hf, lambda: methods.slerp(array(base), array(other), t))
+    weights = [of(part, "weight") for part in others]
+    if asked.normalized and METHODS[asked.method] is None and abs(sum(weights)) < 1e-8:
+        raise OptionError(
+            f"the weights sum up to 0 for {name}, and are to be divided by their sum; parameters.normalize: false "
+            "takes them as they are"
+        )
+    if METHODS[asked.method] is None:
+        models = [part.model for part in others]
+        return _stored(name, hf, lambda: methods.linear([array(x) for x in models], weights, asked.normalized))
+    densities = [of(part, "density") for part in others]
+
+    def read() -> np.ndarray:
+        base = array(str(asked.base))
+        deltas = []
+        for part, density in zip(others, densities, strict=True):
+            delta = array(part.model) - base
+            if asked.method == "ties":
+                delta = methods.largest(delta, density)
+            else:
+                kept = methods.drawn(delta.shape, density, name, len(deltas))
+                delta = methods.dropped(delta, density, asked.rescale, kept)
+            deltas.append(delta)
+        elect, _ = METHODS[asked.method] or (False, False)
+        return methods.added(base, deltas, weights, asked.normalized, elect, asked.scale)
+
+    return _stored(name, hf, read)
+
+
+def _stored(name: str, hf: HFTensor, read) -> StoredTensor:
+    return StoredTensor(name=name, dtype="float32", shape=hf.shape, file="", read=read)
