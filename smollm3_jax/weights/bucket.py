@@ -34,7 +34,7 @@ def copy_of(folder: str, into: Path, endings: tuple[str, ...]) -> Path:
         files = {name: x for name, x in files.items() if name.endswith(endings)}
         if "config.json" not in files:
             raise HubError(f"{folder} holds no config.json: give the folder of a model")
-        local.mkdir(parents=True, exist_ok=True)
+        local.mkdir(mode=0o700, parents=True, exist_ok=True)
         lock = locked(local / ".lock", wait=True)  # of several processes one copies
         try:
             _copy(store, files, local, folder)

@@ -10,6 +10,7 @@ import importlib
 import itertools
 import json
 import logging
+import os
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
@@ -70,6 +71,7 @@ def _readable(file: epath.Path) -> epath.Path:
         try:
             copy.parent.mkdir(parents=True, exist_ok=True)
             with new_file(copy) as out:
+                os.fchmod(out.fileno(), 0o600)  # the corpus may be for nobody else to read
                 for block in blocks(stream, file):
                     out.write(block)
         except OSError as error:
