@@ -240,6 +240,9 @@ BESIDE: dict[str, dict[str, Any]] = {
         "special_tokens_map.json": {"extra_special_tokens": ["<img>", "<x>"]},
     },
     "a token that the model names": {"tokenizer_config.json": FAST | {"image_token": "<img>"}},
+    "tokens that the model names, as transformers writes them": {
+        "tokenizer_config.json": FAST | {"model_specific_special_tokens": {"image_token": "<img>"}}
+    },
     "padding that nobody trained": {"tokenizer_config.json": FAST | {"pad_token": "[PAD]"}},
     "added_tokens_decoder": {"tokenizer_config.json": added(X, IMG)},
     "added_tokens_decoder with a gap": {
@@ -429,6 +432,12 @@ def test_a_folder_in_place_of_the_file_is_named(tmp_path: Path):
         ("tokenizer_config.json", b'{"chat_template": [{"name": "default"}]}'),
         ("tokenizer_config.json", b'{"chat_template": [{"name": "default", "template": 3}]}'),
         ("chat_template.jinja", b"\xff"),
+        ("tokenizer_config.json", b'{"eos_token": "\\ud800"}'),
+        ("tokenizer_config.json", b'{"extra_special_tokens": ["\\ud800"]}'),
+        ("tokenizer_config.json", b'{"model_specific_special_tokens": {"image_token": "\\ud800"}}'),
+        ("tokenizer_config.json", b'{"added_tokens_decoder": {"300": {"content": "\\ud800"}}}'),
+        ("special_tokens_map.json", b'{"bos_token": {"content": "\\udfff"}}'),
+        ("added_tokens.json", b'{"\\ud800": 300}'),
     ],
 )
 def test_garbled_files_beside_the_tokenizer_are_named(folder: Path, name: str, content: bytes):

@@ -117,7 +117,7 @@ class SamplingParams:
     def __post_init__(self):
         def check(ok: bool, field: str, must: str) -> None:
             if not ok:
-                raise OptionError(f"{field} is {getattr(self, field)!r}; it must be {must}")
+                raise OptionError(f"{field} is {getattr(self, field)!r:.200}; it must be {must}")
 
         def number(field: str, ok: Any, must: str) -> None:
             value = getattr(self, field)
