@@ -87,7 +87,9 @@ def test_heads_of_pages_lie_on_several_devices():
         )
         engine.warm_up()
         warm = compilations()
-        for request in [*REQUESTS, *REQUESTS[:2]]:
+        engine.steps = 4  # so that the long ones begin before one of them has to grow
+        long = [Request(PROMPTS[1][:33].tolist(), s3.SamplingParams(max_new_tokens=60, seed=seed)) for seed in range(2)]
+        for request in [*long, *REQUESTS, REQUESTS[1]]:
             engine.submit(request)
         answers: dict[tuple[int, int], Completion] = {}
         for delta in engine.drain():
