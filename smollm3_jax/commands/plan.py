@@ -106,7 +106,7 @@ def _stopped_by_ctrl_c(work: Callable[[], int]) -> int:
 def _plan_config(args: argparse.Namespace) -> ModelConfig:
     from ..weights.load import text_folder
 
-    return ModelConfig.from_hf(text_folder(folder(args.model)) if args.model else SMOLLM3_3B)
+    return ModelConfig.from_hf(text_folder(folder(args.model)) if args.model is not None else SMOLLM3_3B)
 
 
 def _plan_train(args: argparse.Namespace) -> int:
