@@ -190,55 +190,58 @@ def plan_serve(
 
 def _fit(setting: ServeSetting) -> dict[str, Any]:
     """What fits; if this does not, what to change."""
-    decode, room, largest = setting.decode, setting.room, _largest_context(setting)
+    decode, (largest, room) = setting.decode, _largest_context(setting)
     cache, kept = device_bytes(decode.cache), int(setting.kept * setting.token_bytes)
     sizes = {"cache": cache} | ({} if decode.pool else {"kept": kept})
     if isinstance(refusal := setting.programs, DoesNotFit):
         limit, total = refusal.limit, refusal.needed
         sizes["weights"] = device_bytes(decode.model)
     else:
-        limit, sizes = decode.chip.hbm, sizes | setting.beside
+        limit, room, sizes = decode.chip.hbm, setting.room, sizes | setting.beside
         total = sum(sizes.values())
     held = {"pool": setting.tokens} if decode.pool else {"slots": setting.tokens, "kept": setting.kept}
     return {
         "fits": setting.fits,
-        **({} if setting.fits else {"change": _change(setting, largest)}),
+        **({} if setting.fits else {"change": _change(setting, largest, room)}),
         "hbm": {"limit": limit, "total": total, **sizes},
         "tokens": {"fit": room, "pages": room // setting.piece, **held},
         "largest_context": largest,
     }
 
 
-def _change(setting: ServeSetting, largest: int) -> str:
+def _change(setting: ServeSetting, largest: int, room: int) -> str:
     if not largest:
         return "fewer --slots, --cache int8, --weights int8, or more devices"
     if setting.decode.pool is None:
-        alone = "--no-prefix-cache of `smollm3 serve`, or " if setting.tokens <= setting.room else ""
+        alone = "--no-prefix-cache of `smollm3 serve`, or " if setting.tokens <= room else ""
         return f"{alone}--context {largest}"
     shorter = f"--context {largest} " if largest < setting.context else ""
-    return f"{shorter}--cache-tokens {setting.room // setting.piece * setting.piece}"
+    return f"{shorter}--cache-tokens {room // setting.piece * setting.piece}"
 
 
-def _largest_context(setting: ServeSetting) -> int:
-    """The largest context with as many slots; 0 if there is none. It is compiled: with a pool of all that fits, which
-    one sequence may have alone, or with rows, and half as much kept beside them."""
+def _largest_context(setting: ServeSetting) -> tuple[int, int]:
+    """The largest context with as many slots, and the tokens of cache that fit then; 0 if there is none.
+
+    It is compiled: with a pool of all that fits, which one sequence may have alone, or with rows, and half as much kept
+    beside them.
+    """
     decode, most, room = setting.decode, setting.decode.config.max_position_embeddings, setting.room
     if decode.pool is not None:
         for _ in range(3):
             room = room // setting.piece * setting.piece
             if (context := min(most, room)) < MIN_CAPACITY:
-                return 0
+                break
             tried = ServeSetting.of(decode, context, room)
             if tried.fits:
-                return context
+                return context, room
             room = min(tried.room, room - setting.piece)
-        return 0
+        return 0, 0
     contexts = {most, max(setting.context, MIN_CAPACITY), *(1 << i for i in range(most.bit_length()))}
     for context in sorted((n for n in contexts if n >= MIN_CAPACITY), reverse=True):
         tried = ServeSetting.of(decode, context)
         if tried.tokens + tried.kept <= room and (tried.decode == decode or tried.fits):
-            return context
-    return 0
+            return context, room
+    return 0, room
 
 
 def _speed(setting: ServeSetting) -> dict[str, Any]:

@@ -1,13 +1,19 @@
 """Plans for servers: what their cache holds, what bounds a gap between tokens, and the largest context."""
 
+import types
+
 import pytest
 from proxies import SHORT, needs_cuda, needs_libtpu, proxy
 
 from sharding.arrays import total_bytes
 from sharding.hardware import CHIPS
+from sharding.mesh import device_bytes
 from smollm3_jax.errors import OptionError
 from smollm3_jax.generation.device_loop import MAX_STEPS
 from smollm3_jax.kv_cache import cache_specs
+from smollm3_jax.plan import serve
+from smollm3_jax.plan.decode import DecodeSetting
+from smollm3_jax.plan.devices import DoesNotFit
 from smollm3_jax.plan.serve import plan_serve
 
 # A cache of half of the device's memory, beside two layers, which compile soon.
@@ -83,6 +89,84 @@ def test_rows_that_fit_alone_want_no_prefixes_kept():
     assert tokens["slots"] <= tokens["fit"] < tokens["slots"] + tokens["kept"]
     assert not report["fits"] and report["largest_context"] == CONTEXT // 2
     assert report["change"] == f"--no-prefix-cache of `smollm3 serve`, or --context {CONTEXT // 2}"
+
+
+TEMPORARIES, CODE = 1 << 30, 1 << 20
+
+
+def needing(decode):
+    """What a program of a setting takes, as if it were compiled."""
+    own = sum(map(device_bytes, (decode.model, decode.slots, decode.cache)))
+    return own + TEMPORARIES + CODE
+
+
+@pytest.fixture
+def uncompiled(monkeypatch):
+    """Programs that are not compiled: a GiB of temporaries, and refused where the device has no room for one."""
+
+    def compiled(decode, *_, **__):
+        if (needed := needing(decode)) > CHIP.hbm:
+            raise DoesNotFit(needed, CHIP.hbm)
+        sizes = dict.fromkeys((f"{x}_size_in_bytes" for x in ("argument", "output", "alias")), 0)
+        sizes |= {"temp_size_in_bytes": TEMPORARIES, "generated_code_size_in_bytes": CODE}
+        return types.SimpleNamespace(memory_analysis=lambda: types.SimpleNamespace(**sizes))
+
+    monkeypatch.setattr(DecodeSetting, "compile", compiled)
+    monkeypatch.setattr(DecodeSetting, "compile_prefill", compiled)
+    monkeypatch.setattr(serve, "_speed", lambda setting: {})
+    return lambda slots, context, where="v5e:1x1", data=1, **options: plan_serve(
+        proxy(2, **SHORT), where, slots=slots, context=context, axes={"data": data}, **options
+    )
+
+
+@needs_libtpu
+def test_a_pool_is_as_large_as_its_options_say_and_no_larger_than_fits(uncompiled):
+    report = uncompiled(SLOTS, CONTEXT)
+    fit, hbm = report["tokens"]["fit"], report["hbm"]
+    assert report["fits"] and "change" not in report
+    assert report["tokens"] == {"fit": fit, "pages": fit // 256, "pool": SLOTS * CONTEXT}
+    assert hbm["total"] == sum(hbm[name] for name in ("cache", "weights", "slots", "temporaries", "code"))
+    assert (hbm["temporaries"], hbm["code"]) == (TEMPORARIES, 7 * CODE)  # of decoding, and of six of pieces
+    a_token = 2 * 2 * 4 * 128 * 2
+    assert fit == pytest.approx((CHIP.hbm - (hbm["total"] - hbm["cache"])) / a_token, rel=1e-3)
+    assert report["largest_context"] == 65536
+    # All of it, and a page more: whether or not a program alone is refused.
+    assert uncompiled(SLOTS, CONTEXT, cache_tokens=fit)["fits"]
+    for more in (256, fit // 50):
+        report = uncompiled(SLOTS, CONTEXT, cache_tokens=fit + more)
+        assert not report["fits"] and report["largest_context"] == 65536
+        change, tokens = report["change"].split()
+        assert change == "--cache-tokens" and 0.999 * fit < int(tokens) <= 1.01 * fit
+
+
+@needs_libtpu
+def test_a_sequence_that_does_not_fit_alone_is_told_so(uncompiled, monkeypatch):
+    # So much that half of its tokens are left.
+    hbm = uncompiled(1, 65536)["hbm"]
+    all_but_half = CHIP.hbm - hbm["weights"] - hbm["slots"] - hbm["code"] - hbm["cache"] // 2
+    monkeypatch.setitem(uncompiled.__globals__, "TEMPORARIES", all_but_half)
+    report = uncompiled(1, 65536)
+    largest = report["largest_context"]
+    assert not report["fits"] and 0 < largest < 65536 and largest % 256 == 0
+    assert report["change"] == f"--context {largest} --cache-tokens {largest}"
+    assert uncompiled(1, largest, cache_tokens=largest)["fits"]
+    monkeypatch.setitem(uncompiled.__globals__, "TEMPORARIES", 2 * CHIP.hbm)
+    report = uncompiled(1, 65536)
+    assert report["largest_context"] == 0 and report["change"].startswith("fewer --slots")
+
+
+@needs_libtpu
+def test_rows_hold_every_context_and_what_is_kept_beside_them(uncompiled):
+    on_four = {"where": "v5e:2x2", "data": 4}
+    report = uncompiled(4 * SLOTS, CONTEXT, **on_four)
+    assert report["fits"] and report["largest_context"] == CONTEXT
+    tokens = report["tokens"]
+    assert (tokens["slots"], tokens["kept"]) == (4 * SLOTS * CONTEXT, 2 * SLOTS * CONTEXT)
+    assert tokens["slots"] + tokens["kept"] <= tokens["fit"] < 2 * (tokens["slots"] + tokens["kept"])
+    report = uncompiled(4 * SLOTS, 2 * CONTEXT, **on_four)
+    assert not report["fits"] and report["change"] == f"--context {CONTEXT}" and report["largest_context"] == CONTEXT
+    with pytest.raises(OptionError, match="split slots"):
+        uncompiled(4 * SLOTS, CONTEXT, cache_tokens=1 << 20, **on_four)
 
 
 @needs_libtpu
