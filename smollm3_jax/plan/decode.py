@@ -45,6 +45,8 @@ class DecodeSetting:
     cache_dtype: str = "bfloat16"
     # One array a layer, as inference has them, XLA reads in place; out of stacked ones it copies some in every step.
     stacked: bool = False
+    # Pages that the rows share, and the tokens of each; None is rows of their own.
+    pool: tuple[int, int] | None = None
 
     @property
     def chip(self) -> Chip:
@@ -59,7 +61,8 @@ class DecodeSetting:
 
     @functools.cached_property
     def cache(self) -> KVCache:
-        return shapes(cache_specs(self.config, self.batch, self.context, self.cache_dtype), self.sharding)
+        specs = cache_specs(self.config, self.batch, self.context, self.cache_dtype, self.pool)
+        return shapes(specs, self.sharding)
 
     @functools.cached_property
     def slots(self) -> Slots:
@@ -93,8 +96,8 @@ class DecodeSetting:
             return None
         heads, width = self.config.num_attention_heads // self.sharding.parts("heads"), self.config.head_dim
         if "paged_attention" in op.name + op.op_name:
-            rows = self.batch // self.sharding.parts("batch")
-            return KernelCost(4 * rows * heads * self.context * width, device_bytes(self.cache.layers[0]))
+            pages, length = self.pool or (self.batch // self.sharding.parts("batch"), self.context)
+            return KernelCost(4 * heads * pages * length * width, device_bytes(self.cache.layers[0]))
         if "splash_mha_fwd" in op.name + op.op_name:
             length = max(math.prod(shape.dims) for shape in op.shapes) // (heads * width)
             # In a loop it goes through a piece's past, all of which its queries see.

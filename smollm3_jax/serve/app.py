@@ -73,7 +73,8 @@ class Service:
         self._in_pool = 0  # calls that its threads have begun or have before them, with all that they hold
         waiting = lambda: len(worker.tickets) - self._running()  # noqa: E731
         prefixes = [lambda name=name: getattr(self._prefixes(), name, 0) for name in ("queries", "hits")]
-        self.metrics.watch(self._running, waiting, self._usage, *prefixes)
+        preemptions = lambda: getattr(worker.engine, "preemptions", 0)  # noqa: E731
+        self.metrics.watch(self._running, waiting, self._usage, preemptions, *prefixes)
 
     @property
     def _places(self) -> int:
@@ -87,8 +88,11 @@ class Service:
 
     def _usage(self) -> float:
         engine = self.worker.engine
-        held = sum(ticket.held.total() for ticket in self.worker.tickets)
-        return 0.0 if engine is None else held / (engine.slots * engine.capacity)
+        if engine is None:
+            return 0.0
+        if (pages := engine.usage) is not None:
+            return pages
+        return sum(ticket.held.total() for ticket in self.worker.tickets) / (engine.slots * engine.capacity)
 
     @property
     def status(self) -> str:
@@ -222,10 +226,10 @@ class Generate:
             await respond(await self.service.in_thread(lambda: in_pieces(job.reply.body())), send)
 
     async def _stream(self, ticket: Ticket, job: Job, send: Send) -> None:
-        started = False
+        started, said, keep_alive = False, time.monotonic(), self.service.settings.keep_alive
         while True:
             # Nothing is said before there is something to say: until then, an error has a status of its own.
-            news = await ticket.take(self.service.settings.keep_alive)
+            news = await ticket.take(keep_alive)
             if ticket.error is not None and not started:
                 raise ticket.error
             if ticket.state == "cancelled" and ticket.error is None:  # nobody is there
@@ -242,10 +246,13 @@ class Generate:
                 log.exception("a stream has failed")
                 self.service.worker.fail(ticket, own_mistake())
                 content, last = framed([(None, own_mistake().body())]), True
+            # What came may be held back, as it may be the beginning of a call.
+            if not content and not last and news and time.monotonic() - said < keep_alive:
+                continue
             if not started:
                 await send({"type": "http.response.start", "status": 200, "headers": EVENTS})
                 started = True
-            content = content or b": keep-alive\n\n"
+            content, said = content or b": keep-alive\n\n", time.monotonic()
             await send({"type": "http.response.body", "body": content, "more_body": not last})
             if last:
                 return

@@ -34,18 +34,19 @@ _DIGEST = hashlib.sha256().digest_size
 class Sums:
     """The sums of a reference by key, and the folder that keeps them."""
 
-    def __init__(self, folder: epath.Path, about: Mapping[str, Any]):
+    def __init__(self, folder: epath.Path, about: Mapping[str, Any], writes: bool = True):
         """
         Args:
           folder: it need not be there.
           about: what the sums are of, ready for JSON, but for the "model", which `belong_to` adds or compares.
+          writes: whether this process of a job is the one that writes.
 
         Raises:
           TrainingError: the folder has sums of something else.
         """
         self.folder, self.known = folder, dict[int, np.float32]()
         self._about = {"format": FORMAT, **about}
-        self._pieces = 0
+        self._pieces, self._writes = 0, writes
         if (folder / "about.json").exists():
             kept = _json(folder / "about.json")
             self._compare(kept, self._about)
@@ -58,13 +59,14 @@ class Sums:
             self._compare(self._about, {"model": dict(model)})
             return
         self._about["model"] = dict(model)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        write(self.folder / "about.json", json.dumps(self._about, indent=1))
+        if self._writes:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write(self.folder / "about.json", json.dumps(self._about, indent=1))
 
-    def add(self, keys: np.ndarray, sums: np.ndarray, keep: bool = True) -> None:
-        """A piece: int64 and float32 [n]. keep: whether this process is the one that writes it."""
+    def add(self, keys: np.ndarray, sums: np.ndarray) -> None:
+        """A piece: int64 and float32 [n]."""
         self.known.update(zip(keys.tolist(), sums.astype(np.float32), strict=True))
-        if keep:
+        if self._writes:
             payload = keys.astype("<i8").tobytes() + sums.astype("<f4").tobytes()
             write(self.folder / f"{self._pieces:08d}.sums", self._seal(payload) + payload)
         self._pieces += 1
@@ -75,7 +77,9 @@ class Sums:
         return done.exists() and _json(done) == {"of": json.loads(json.dumps(needed)), "count": len(self.known)}
 
     def done(self, needed: Any) -> None:
-        write(self.folder / "done.json", json.dumps({"of": needed, "count": len(self.known)}))
+        """A pass over this data has ended."""
+        if self._writes:
+            write(self.folder / "done.json", json.dumps({"of": needed, "count": len(self.known)}))
 
     def digest(self) -> str:
         """Of all keys and sums."""
@@ -101,11 +105,15 @@ class Sums:
 
     def _read(self) -> None:
         for path in sorted(self.folder.glob("*.sums")):
-            content = path.read_bytes()
+            try:
+                content = path.read_bytes()
+            except FileNotFoundError:  # another process of the job found it damaged
+                continue
             seal, payload = content[:_DIGEST], content[_DIGEST:]
             if seal != self._seal(payload):
                 log.warning("%s is damaged, and is computed again", path)
-                remove(path)
+                if self._writes:
+                    remove(path)
                 continue
             count = len(payload) // 12
             keys, sums = np.frombuffer(payload[: 8 * count], "<i8"), np.frombuffer(payload[8 * count :], "<f4")

@@ -122,6 +122,7 @@ def test_texts_that_are_none(tokenizer, tmp_path):
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
 def test_files_as_people_have_them(tokenizer, tmp_path, encoding):
     lines = [json.dumps({"text": f"w{i} w7"}) for i in (5, 6)]
+    lines[1] = "\ufeff" * (encoding != "utf-8") + lines[1]  # as joined files have it
     for name, pack in (("a.jsonl", bytes), ("a.jsonl.gz", gzip.compress)):
         (tmp_path / name).write_bytes(pack("\r\n\r\n \r\n".join(["", *lines, ""]).encode(encoding)))
         assert read_documents(tmp_path / name, tokenizer, 100, 10) == {"": [[5, 7], [6, 7]]}

@@ -13,11 +13,13 @@ from tiny import letters, raw_config
 
 import smollm3_jax as s3
 from sharding.rules import Sharding
+from smollm3_jax.compile_cache import compilations
 from smollm3_jax.generation import prompts
 from smollm3_jax.generation.api import complete
 from smollm3_jax.generation.device_loop import decode
+from smollm3_jax.generation.engine import Engine
 from smollm3_jax.generation.grammar import json_schema
-from smollm3_jax.generation.requests import Request
+from smollm3_jax.generation.requests import Completion, Request
 from smollm3_jax.kv_cache import empty_cache
 from smollm3_jax.model import with_sharding
 
@@ -66,6 +68,34 @@ def outcome(model, cache_dtype):
         logits.append(some)
     said = [token for completion in done for token in completion.token_ids]
     return np.array(said), np.array([x.logprob for c in done for x in c.logprobs or ()]), *logits, model(tokens)
+
+
+@pytest.mark.slow
+def test_heads_of_pages_lie_on_several_devices():
+    """As rows have it, preempted or not; nothing is compiled after the engine is warm."""
+    mesh = Mesh(np.array(jax.devices()[:2]).reshape(1, 2), ("data", "tensor"))
+    model, found = on_mesh(new_model(), Sharding.of(mesh, "serve_tp")), []
+    for cache_tokens in (None, 128):
+        engine = Engine(
+            model,
+            tokenizer=LETTERS,
+            slots=4,
+            context=100,
+            piece_sizes=(16, 32),
+            prefix_tokens=64,
+            cache_tokens=cache_tokens,
+        )
+        engine.warm_up()
+        warm = compilations()
+        for request in [*REQUESTS, *REQUESTS[:2]]:
+            engine.submit(request)
+        answers: dict[tuple[int, int], Completion] = {}
+        for delta in engine.drain():
+            answers.setdefault((delta.request, delta.sample), Completion.empty()).add(delta)
+        assert compilations() == warm and engine.prefixes is not None and engine.prefixes.hits
+        assert (engine.preemptions > 0) == (cache_tokens is not None)
+        found.append(answers)
+    assert found[0] == found[1] and len(found[0]) == 7
 
 
 @pytest.mark.slow

@@ -70,15 +70,14 @@ def reference_sums(run: Run, stop: Stop) -> Sums | None:
             "positions": s.data.positions,
             "dtype": s.model.dtype,
         }
-        sums = Sums(run.folder / "reference", about)
+        sums = Sums(run.folder / "reference", about, writes=jax.process_index() == 0)
         needed = {"files": run.batches.state()["files"], "rows": _rows_needed(run)}
         done = sums.is_done(needed)
     if not done:
         with run.monitor.busy("the reference's sums"):
             if not _compute(run, stop, sums):
                 return None
-        if jax.process_index() == 0:
-            sums.done(needed)
+        sums.done(needed)
     agree("sums of the reference", sums.digest())
     return sums
 
@@ -102,7 +101,7 @@ def _compute(run: Run, stop: Stop, sums: Sums) -> bool:
 
     def keep() -> None:
         if keys:
-            sums.add(np.concatenate(keys), np.concatenate(values), keep=jax.process_index() == 0)
+            sums.add(np.concatenate(keys), np.concatenate(values))
             log.info("the reference's sums of %d completions", len(sums.known))
 
     for host in _batches(run, stage.rows // stage.micro_batches):
