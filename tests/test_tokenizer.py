@@ -3,6 +3,8 @@
 import json
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -116,6 +118,22 @@ def test_decoding_undoes_encoding(released, text):
     ids = released.encode(text)
     assert released.decode(ids, skip_special_tokens=False) == text
     assert all(0 <= i < 128256 for i in ids)
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_other_threads_run_while_a_long_text_is_tokenized(released: Tokenizer, there: bool):
+    """C2: a server's event loop is one of them. What comes is what comes of the text's parts, and the text again."""
+    text = "The quick brown fox, 123 times: é 👋🏽.\n" * 10_000
+    ids = released.encode("The quick brown fox, 123 times: é 👋🏽.\n") * 10_000
+    found: list[Any] = []
+    call = (lambda: released.encode(text)) if there else (lambda: released.decode(ids))
+    thread = threading.Thread(target=lambda: found.append(call()))
+    thread.start()
+    turns = 0
+    while thread.is_alive():
+        time.sleep(0.001)
+        turns += 1
+    assert found == [ids if there else text] and turns > 10
 
 
 def test_lone_surrogates_are_refused_by_position(folder: Path):

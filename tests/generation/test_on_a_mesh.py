@@ -74,7 +74,7 @@ def outcome(model, cache_dtype):
 def test_heads_of_pages_lie_on_several_devices():
     """As rows have it, preempted or not; nothing is compiled after the engine is warm."""
     mesh = Mesh(np.array(jax.devices()[:2]).reshape(1, 2), ("data", "tensor"))
-    model, found = build(Sharding.of(mesh, "serve_tp")), []
+    model, found = on_mesh(new_model(), Sharding.of(mesh, "serve_tp")), []
     for cache_tokens in (None, 128):
         engine = Engine(
             model,

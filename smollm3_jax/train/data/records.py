@@ -189,10 +189,12 @@ def _open_parquet(file: epath.Path, field: str, max_bytes: int, options: OptionN
             if isinstance(error, OSError) and (is_remote(file) or not file.exists()):
                 raise  # of the network, or gone: that says nothing of a record
             raise BadRecord(f"{file.name}, row {index}: {str(error).splitlines()[0]}") from None
+        if not field:
+            return value
         where = f"{file.name}, row {index}"
         if isinstance(value, str | bytes) and len(value) > max_bytes:
             raise _too_long(where, len(value), max_bytes, options)
-        return text_of(value, where) if field else value
+        return text_of(value, where)
 
     return ends[-1] if ends else 0, read
 
