@@ -4,11 +4,13 @@ Shapes: B rows, T tokens of a row, D model width.
 """
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
+from ...lora import in_dtype
 from ...model import SmolLM3
 from ..loss import cross_entropy, next_tokens
 from ..options import REMAT, StepOptions
@@ -25,7 +27,7 @@ class Pretrain:
         """(cross-entropy and z-loss, {"loss": cross-entropy alone in nats, "tokens": labels, or the sum of their
         weights}), all of them sums over the batch, float32."""
         sharding = model.sharding
-        cast = jax.tree.map(lambda x: x.astype(options.dtype), model)
+        cast: Any = in_dtype(model, options.dtype)
         if model.platform == "cpu":
             # Each layer casts its own: XLA:CPU writes gradients into a stack of bfloat16 by way of all of it in
             # float32.
