@@ -2,6 +2,7 @@
 
 import json
 import re
+from typing import Any
 
 import jax.numpy as jnp
 import ml_dtypes
@@ -19,7 +20,7 @@ from smollm3_jax.weights.key_map import PROJECTIONS, hf_tensors
 from smollm3_jax.weights.load import load, open_checkpoint, with_adapters
 
 RAW = raw_config("plain")
-KINDS = {"lora": {}, "rslora": {"use_rslora": True}, "dora": {"use_dora": True}}
+KINDS: dict[str, Any] = {"lora": {}, "rslora": {"use_rslora": True}, "dora": {"use_dora": True}}
 
 
 def random_parts(raw, rank=4, seed=0, dora=False, targets=tuple(PROJECTIONS)):
@@ -95,7 +96,7 @@ def test_one_made_by_peft_answers_the_same_here(base, tmp_path, kind):
     from peft import LoraConfig, get_peft_model
 
     targets = ["q_proj", "v_proj", "o_proj", "down_proj"]
-    patterns = {"rank_pattern": {"v_proj": 2}, "alpha_pattern": {r"layers\.1\.self_attn\.q_proj": 3}}
+    patterns: Any = {"rank_pattern": {"v_proj": 2}, "alpha_pattern": {r"layers\.1\.self_attn\.q_proj": 3}}
     own = LoraConfig(r=4, lora_alpha=8, target_modules=targets, task_type="CAUSAL_LM", **KINDS[kind], **patterns)
     torch.manual_seed(0)
     model = get_peft_model(parity.reference_model(base), own)
@@ -192,7 +193,7 @@ def test_an_adapter_of_another_model(base, tmp_path):
     ):
         with_adapters(open_checkpoint(tmp_path / "wide"), [(peft.read_adapter(folder), 1.0)])
     change(folder, base_model_name_or_path=str(tmp_path / "nowhere.gguf"))
-    with pytest.raises(HubError, match="is an adapter of .*nowhere.*MODEL --adapter DIR names another"):
+    with pytest.raises(HubError, match=r"is an adapter of .*nowhere.*MODEL --adapter DIR names another"):
         open_checkpoint(folder)
     change(folder, base_model_name_or_path=None)
     with pytest.raises(CheckpointFormatError, match="does not say what model it is of"):
