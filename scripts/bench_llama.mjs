@@ -68,7 +68,7 @@ async function measure({do: what, prompts, new: count = 0}) {
         let next = await evaluate(context, prompts, 0);
         if (what === "prefill") return {seconds: (performance.now() - started) / 1000};
         const tokens = next.map(token => [token]);
-        started = performance.now();
+        if (what !== "generate") started = performance.now(); // whose seconds are those of prefill, too
         for (let step = 0; step < count; step++) {
             next = await evaluate(context, next.map(token => [token]), prompts[0].length + step);
             next.forEach((token, row) => tokens[row].push(token));

@@ -14,6 +14,11 @@ is not counted. Two runs with one --seed send the same requests: a server that k
 - tokens/s: tokens that came, by the time from the first request sent to the last chunk.
 - good: requests per second that met both --first-limit and --token-limit; what failed or was refused is not good.
 
+With --health the server's /health is asked for all the while, fifty times a second; with --long N one prompt of N words
+goes in beside --concurrency streams that decode, and the longest gap between their chunks stands beside the engine's
+steps (of `smollm3 serve`, by its /metrics): those with a piece of a prompt and a call of decoding, and calls alone.
+Give --new enough for the streams to last.
+
 Prompts are made of common words, each about one token; the servers' own counts are in the result. Requests ask for
 --new tokens and, with "ignore_eos" (of vLLM, llama.cpp and smollm3), get them: `--body '{}'` for a server that does
 not know it. The client takes a share of the processor: on a small machine, compare servers under the same client.
@@ -22,12 +27,12 @@ The chart needs matplotlib, which is in the extra `bench`.
 
 import argparse
 import asyncio
+import contextlib
 import importlib.util
 import json
 import os
 import sys
 import time
-from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -35,15 +40,13 @@ from typing import Any, NamedTuple
 import httpx2
 import numpy as np
 from bench_report import machine
-from rich.box import SIMPLE_HEAD
+from bench_serve_figures import Level, draw, summarize, table, told
+from bench_watch import Health, beside_a_long_prompt, spread
 from rich.console import Console
-from rich.table import Column, Table
 
-from smollm3_jax.files import new_file, write
+from smollm3_jax.files import write
 from smollm3_jax.support import how_to_install
 
-PERCENTILES = (50, 90, 99)
-TIMES = {"first": "first token", "per_token": "per token", "gap": "gap"}  # key -> name; all in seconds
 TEXT = (
     "time year people way day man thing woman life child world school state family student group country problem hand "
     "part place case week company system program question work government number night point home water room mother "
@@ -57,21 +60,11 @@ class BenchError(Exception):
     """What a user can mend; its text is all that is shown."""
 
 
-class Level(NamedTuple):
-    """One load: `rate` requests a second, or else `concurrency` of them at a time."""
-
-    rate: float | None = None
-    concurrency: int | None = None
-
-    def __str__(self) -> str:
-        return f"{self.rate:g} a second" if self.rate else f"{self.concurrency} at a time"
-
-
 class Planned(NamedTuple):
-    """A request: seconds after the level's begin at a rate of 1/s, the prompt, and the tokens asked for."""
+    """A request: seconds after the level's begin at a rate of 1/s, the prompt (a text or ids), the tokens asked for."""
 
     at: float
-    prompt: str
+    prompt: str | list[int]
     new: int
 
 
@@ -111,8 +104,10 @@ def has_token(choice: dict[str, Any]) -> bool:
     return bool(choice.get("text") or any(delta.get(name) for name in said))
 
 
-async def ask(server: Server, planned: Planned, clock: Callable[[], float]) -> dict[str, Any]:
-    """Sends one request and reads its answer.
+async def ask(
+    server: Server, planned: Planned, clock: Callable[[], float], on_token: Callable[[], None] = lambda: None
+) -> dict[str, Any]:
+    """Sends one request and reads its answer; calls `on_token` at each chunk with a token.
 
     Returns:
       Times in seconds of `clock`: "sent", "chunks" (of all chunks with tokens); "prompt_tokens", "tokens" as the server
@@ -137,6 +132,7 @@ async def ask(server: Server, planned: Planned, clock: Callable[[], float]) -> d
                     return result | {"error": _message(data)}
                 if any(map(has_token, event.get("choices", ()))):
                     result["chunks"].append(clock())
+                    on_token()
                 if usage := event.get("usage"):
                     result |= {"prompt_tokens": usage["prompt_tokens"], "tokens": usage["completion_tokens"]}
     except (httpx2.HTTPError, ValueError) as error:
@@ -184,80 +180,6 @@ async def load(server: Server, requests: Sequence[Planned], level: Level) -> lis
     return [results[number] for number in range(len(requests))]
 
 
-def times(result: dict[str, Any]) -> dict[str, list[float]]:
-    """A request's own figures, by the keys of TIMES."""
-    chunks = result["chunks"]
-    spread = [(chunks[-1] - chunks[0]) / (result["tokens"] - 1)] if result["tokens"] > 1 else []
-    return {"first": [chunks[0] - result["sent"]], "per_token": spread, "gap": np.diff(chunks).tolist()}
-
-
-def summarize(results: Sequence[dict[str, Any]], first_limit: float, token_limit: float) -> dict[str, Any]:
-    """A level's figures: counts, rates per second, and percentiles of seconds."""
-    answered = [result for result in results if "error" not in result]
-    own = [times(result) for result in answered]
-    end = max((chunk for result in results for chunk in result["chunks"]), default=0.0)
-    seconds = max(0.0, end - min(result["sent"] for result in results))
-    good = [x for x in own if x["first"][0] <= first_limit and all(y <= token_limit for y in x["per_token"])]
-    summary: dict[str, Any] = {
-        "requests": len(results),
-        "answered": len(answered),
-        "errors": dict(Counter(result["error"] for result in results if "error" in result)),
-        "seconds": seconds,
-        "late": max(result["late"] for result in results),
-        "prompt_tokens": sum(result["prompt_tokens"] or 0 for result in answered),
-        "tokens": sum(result["tokens"] for result in answered),
-        "answered_per_second": len(answered) / seconds if answered else 0.0,
-        "tokens_per_second": sum(result["tokens"] for result in answered) / seconds if answered else 0.0,
-        "good_per_second": len(good) / seconds if good else 0.0,
-        "good_share": len(good) / len(results),
-    }
-    for key in TIMES:
-        values = [value for x in own for value in x[key]]
-        summary[key] = {f"p{p}": float(np.percentile(values, p)) for p in PERCENTILES} if values else {}
-    return summary
-
-
-def table(levels: Sequence[tuple[Level, dict[str, Any]]]) -> Table:
-    low, high = PERCENTILES[0], PERCENTILES[-1]
-    load = Column("load", no_wrap=True)
-    names = [f"{name}, ms" for name in TIMES.values()]
-    result = Table(load, "answered", "tokens/s", "good/s", *names, box=SIMPLE_HEAD, caption=f"ms: p{low}/p{high}")
-    for level, summary in levels:
-        own = [[summary[key].get(f"p{p}") for p in (low, high)] for key in TIMES]
-        cells = ["-" if None in pair else "/".join(f"{1000 * value:.0f}" for value in pair) for pair in own]
-        rates = (f"{summary[key]:.3g}" for key in ("tokens_per_second", "good_per_second"))
-        result.add_row(str(level), f"{summary['answered']}/{summary['requests']}", *rates, *cells)
-    return result
-
-
-def draw(levels: Sequence[tuple[Level, dict[str, Any]]], title: str, path: Path) -> None:
-    """Six panels over the levels: three latencies with their percentiles, answers, goodput, throughput."""
-    from matplotlib.figure import Figure  # pyright: ignore[reportMissingImports]
-
-    figure = Figure(figsize=(13, 7), layout="constrained")
-    figure.suptitle(title)
-    panels = list(figure.subplots(2, 3).flat)
-    offered = [level.rate or level.concurrency for level, _ in levels]
-    unit = "requests/s sent" if levels[0][0].rate else "requests at a time"
-    for axis, (key, name) in zip(panels, TIMES.items(), strict=False):
-        for p in PERCENTILES:
-            values = [1000 * summary[key].get(f"p{p}", np.nan) for _, summary in levels]
-            axis.plot(offered, values, marker="o", label=f"p{p}")
-        axis.set_title(f"{name}, ms")
-        axis.set_ylim(bottom=0)
-        axis.legend()
-    others = {"tokens_per_second": "tokens/s", "answered_per_second": "answers/s", "good_per_second": "good answers/s"}
-    for axis, (key, name) in zip(panels[3:], others.items(), strict=True):
-        axis.plot(offered, [summary[key] for _, summary in levels], marker="o")
-        axis.set_title(name)
-        axis.set_ylim(bottom=0)
-    for axis in figure.axes:
-        axis.set_xlabel(unit)
-        axis.spines[["top", "right"]].set_visible(False)
-    with new_file(path) as file:
-        figure.savefig(file, dpi=150, format="png")
-
-
 async def measure(args: argparse.Namespace, say: Callable[[str], None]) -> dict[str, Any]:
     """All levels against one server; see `save` for the result."""
     headers = {"Authorization": f"Bearer {args.key}"} if args.key else {}
@@ -272,9 +194,34 @@ async def measure(args: argparse.Namespace, say: Callable[[str], None]) -> dict[
             if "error" in warm:
                 raise BenchError(f"{base}: {warm['error']}")
             say(f"{level}: {args.requests} requests")
-            results = await load(server, requests, level)
-            levels.append((level, summarize(results, args.first_limit, args.token_limit), results))
+            long: dict[str, Any] = {}
+            with Health(base.removesuffix("/v1/")) if args.health else contextlib.nullcontext() as health:
+                if args.long:
+                    results, long = await load_with_long(server, requests, level, args)
+                else:
+                    results = await load(server, requests, level)
+            summary = summarize(results, args.first_limit, args.token_limit) | ({"long": long} if long else {})
+            levels.append((level, summary | ({"health": spread(health.seconds)} if health else {}), results))
     return {"model": server.model, "levels": levels}
+
+
+async def load_with_long(
+    server: Server, requests: Sequence[Planned], level: Level, args: argparse.Namespace
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """As `beside_a_long_prompt`: as many streams as the level says, and a prompt of --long words."""
+    begin = time.perf_counter()
+
+    def asking(planned: Planned) -> Callable[[Callable[[], None]], Any]:
+        return lambda on_token: ask(server, planned, lambda: time.perf_counter() - begin, on_token)
+
+    async def metrics() -> str:
+        response = await server.client.get(str(server.client.base_url).removesuffix("/v1/") + "/metrics")
+        return response.text if response.status_code == 200 else ""
+
+    words = np.random.default_rng([args.seed, level.concurrency or 1]).choice(WORDS, size=args.long)
+    streams = [asking(planned) for planned in requests[: level.concurrency]]
+    results, found = await beside_a_long_prompt(streams, asking(Planned(0.0, " ".join(words), 4)), metrics)
+    return [result | {"late": 0.0} for result in results], found
 
 
 async def first_model(client: httpx2.AsyncClient) -> str:
@@ -309,6 +256,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--prompt", type=span, default=(256, 256), metavar="N[-M]", help="words (default: 256)")
     parser.add_argument("--shared", type=int, default=0, metavar="N", help="words with which all prompts begin")
     parser.add_argument("--new", type=span, default=(64, 64), metavar="N[-M]", help="tokens asked for (default: 64)")
+    long_help = "words of one prompt more, sent when all of --concurrency have tokens: how long do they wait for it?"
+    parser.add_argument("--long", type=int, metavar="N", help=long_help)
+    parser.add_argument("--health", action="store_true", help="ask for /health meanwhile: how soon is it answered?")
     parser.add_argument("--chat", action="store_true", help="chat completions; completions else")
     parser.add_argument("--body", default='{"ignore_eos": true}', metavar="JSON", help="fields of every request")
     parser.add_argument("--seed", type=int, default=0, help="of arrivals, lengths and prompts")
@@ -322,6 +272,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     args.levels = [Level(rate=x) for x in args.rate or ()] + [Level(concurrency=x) for x in args.concurrency or ()]
     if args.requests < 1 or any((level.rate or level.concurrency or 0) <= 0 for level in args.levels):
         parser.error("--requests, --rate and --concurrency are above 0")
+    if args.long is not None and (args.rate or args.long < 1 or args.requests < max(args.concurrency)):
+        parser.error("--long is above 0 and goes with --concurrency, and --requests is no less than that")
     if args.out and (args.out.suffix != ".json" or not args.out.absolute().parent.is_dir()):
         parser.error(f"--out is {args.out}; it must end in .json, in a folder that exists")
     try:
@@ -366,6 +318,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     for level, summary, _ in result["levels"]:
         for message, count in summary["errors"].items():
             say(f"{level}: {count} failed: {message}")
+        for line in told(summary):
+            say(f"{level}: {line}")
         if summary["late"] > 0.05:
             say(f"{level}: a request was sent {summary['late']:.2f} s late: this client cannot keep up")
     if args.out:

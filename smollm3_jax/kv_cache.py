@@ -4,7 +4,10 @@ One array a layer, never a stack of layers: a stacked cache that passes through 
 Heads come first, so that a row's keys of one head lie together and the whole is, without a copy, a
 page table's [K, pages, page, E] in which every row owns its pages in order.
 
-Shapes: B rows (slots), S capacity, T new tokens, K key-value heads, E head width.
+So the cache is either dense rows [K, B, S, E], which nothing gathers, or a pool of pages [K, P, page, E] with a table
+that says which of them are whose. Two rows may share pages that neither writes into.
+
+Shapes: B rows (slots), S capacity, T new tokens, K key-value heads, E head width, P pages of the pool, N of a row.
 """
 
 import dataclasses
@@ -28,7 +31,8 @@ AXES = ("cache_heads", "batch", "context", "head")
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class LayerCache:
-    """One layer's keys and values [K, B, S, E]; in an int8 cache with float32 scales [K, B, S], else None."""
+    """One layer's keys and values [K, B, S, E]; in an int8 cache with float32 scales [K, B, S], else None. In a pool
+    [K, P, page, E] and [K, P, page]."""
 
     k: Array
     v: Array
@@ -39,15 +43,25 @@ class LayerCache:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class KVCache:
-    """Every layer's cache, and how many tokens each row holds (int32 [B]): where its next one goes."""
+    """Every layer's cache, and how many tokens each row holds (int32 [B]): where its next one goes.
+
+    table: int32 [B, N], the pages of each row in their order; P stands for none: what a row writes there is lost, and
+      what it reads there is some other page. None is the identity: row b is page b.
+    """
 
     layers: tuple[LayerCache, ...]
     length: Array
+    table: Array | None = None
 
     @property
     def capacity(self) -> int:
         """S: how many tokens a row has room for."""
-        return self.layers[0].k.shape[2]
+        return capacity_of(self.layers[0], self.table)
+
+
+def capacity_of(layer: LayerCache, table_BN: Array | None) -> int:
+    """S: how many tokens a row has room for."""
+    return layer.k.shape[2] * (1 if table_BN is None else table_BN.shape[1])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,39 +73,50 @@ class CacheView:
     slot: the cache's row that the call's one row continues; None: row i of the call continues row i.
     past: for many new tokens, a piece of a prompt: whether (static) the slot may hold tokens before them. None is for a
       few new tokens.
+    table_BN: as in the cache. A piece of a prompt then lies in one page: no piece is longer, and none goes across.
     """
 
     length_B: Array
     segments_BT: Array | None = None
     slot: Array | None = None
     past: bool | None = None
+    table_BN: Array | None = None
 
     @classmethod
     def of(cls, cache: KVCache, segments_BT: Array | None, slot: Array | None, past: bool | None) -> "CacheView":
         """Of a call that continues the rows of `cache`."""
-        return cls(cache.length if slot is None else cache.length[slot][None], segments_BT, slot, past)
+        length_B = cache.length if slot is None else cache.length[slot][None]
+        return cls(length_B, segments_BT, slot, past, cache.table)
 
     def with_tokens(self, cache: KVCache, layers: tuple[LayerCache, ...], shape: tuple[int, ...]) -> KVCache:
         """The cache with its layers replaced and the lengths after `shape` [B, T] new tokens."""
         segments_BT = jnp.ones(shape, jnp.int32) if self.segments_BT is None else self.segments_BT
         length_B = advance(self.length_B, segments_BT)
-        return KVCache(layers, length_B if self.slot is None else cache.length.at[self.slot].set(length_B[0]))
+        length_B = length_B if self.slot is None else cache.length.at[self.slot].set(length_B[0])
+        return KVCache(layers, length_B, cache.table)
 
 
-def cache_specs(config: ModelConfig, batch: int, capacity: int, dtype: Any) -> Any:
-    """A KVCache of ArraySpecs: `capacity` tokens in each of `batch` rows; dtype int8 stores it quantized."""
-    lengths = {"cache_heads": config.num_key_value_heads, "batch": batch, "context": capacity}
+def cache_specs(config: ModelConfig, batch: int, capacity: int, dtype: Any, pool: tuple[int, int] | None = None) -> Any:
+    """A KVCache of ArraySpecs: `capacity` tokens in each of `batch` rows; dtype int8 stores it quantized.
+
+    Args:
+      pool: how many pages the rows share, and the tokens of each, which divide the capacity; None is dense rows. Only
+        heads may be split over devices then.
+    """
+    rows, length = pool or (batch, capacity)
+    lengths = {"cache_heads": config.num_key_value_heads, "batch": rows, "context": length}
     values, scales = spec(dtype, **lengths, head=config.head_dim), None
     if jnp.dtype(dtype) == jnp.int8:
         scales = spec(jnp.float32, **lengths)
     layer = LayerCache(values, values, scales, scales)  # pyright: ignore[reportArgumentType]
-    return KVCache((layer,) * config.num_hidden_layers, spec(jnp.int32, batch=batch))  # pyright: ignore[reportArgumentType]
+    table = None if pool is None else spec(jnp.int32, batch=batch, pages=capacity // length)
+    return KVCache((layer,) * config.num_hidden_layers, spec(jnp.int32, batch=batch), table)  # pyright: ignore[reportArgumentType]
 
 
 def empty_cache(
     config: ModelConfig, batch: int, capacity: int, dtype: Any, sharding: Sharding | None = None
 ) -> KVCache:
-    """A cache of `cache_specs` without a token.
+    """A cache of dense rows without a token.
 
     Writing past the capacity is the caller's mistake: XLA cannot raise.
     """
@@ -105,21 +130,30 @@ def write(
     length_B: Array,
     slot: Array | None,
     sharding: Sharding | None = None,
+    table_BN: Array | None = None,
 ) -> LayerCache:
     """The layer with new tokens after what each row holds.
 
     Args:
       length_B: where each row's first new token goes; [1] with a slot.
-      slot: the row of the cache that the one row of new tokens belongs to; None if rows are rows.
+      slot: the row of the cache that the one row of new tokens belongs to; None if rows are rows. With a table its new
+        tokens lie in one page.
     """
+    if table_BN is not None and slot is not None:
+        page = layer.k.shape[2]
+        assert k_BTKE.shape[1] <= page, "a piece of a prompt lies in one page"
+        slot, length_B, table_BN = table_BN[slot, length_B[0] // page], length_B % page, None
 
     def put(values: Array, scale: Array | None, new_BTKE: Array) -> tuple[Array, Array | None]:
         new_scale = None
         if scale is not None:
             new_BTKE, new_scale_BTK = quantize_rows(new_BTKE)
-            new_scale = _put(scale, new_scale_BTK.transpose(2, 0, 1), length_B, slot, sharding)
-        return _put(values, new_BTKE.transpose(2, 0, 1, 3), length_B, slot, sharding), new_scale
+            new_scale = _put(scale, new_scale_BTK.transpose(2, 0, 1), length_B, slot, sharding, table_BN)
+        return _put(values, new_BTKE.transpose(2, 0, 1, 3), length_B, slot, sharding, table_BN), new_scale
 
+    # Whoever has the row next looks past what a sequence has left there, but no weight times NaN is NaN. Keys may be
+    # anything: scores that do not count are replaced.
+    v_BTKE = jnp.where(jnp.isfinite(v_BTKE), v_BTKE, jnp.zeros((), v_BTKE.dtype))
     k, k_scale = put(layer.k, layer.k_scale, k_BTKE)
     v, v_scale = put(layer.v, layer.v_scale, v_BTKE)
     return LayerCache(k, v, k_scale, v_scale)
@@ -133,13 +167,23 @@ def quantize_rows(x: Array) -> tuple[Array, Array]:
     return jnp.round(x / jnp.where(scale == 0, 1, scale)[..., None]).astype(jnp.int8), scale
 
 
-def _put(old_KBSx: Array, new_KBTx: Array, length_B: Array, slot: Array | None, sharding: Sharding | None) -> Array:
+def _put(
+    old_KBSx: Array,
+    new_KBTx: Array,
+    length_B: Array,
+    slot: Array | None,
+    sharding: Sharding | None,
+    table_BN: Array | None,
+) -> Array:
     """old with new written row by row from index length on; the trailing dimension, if any, is free."""
     new_KBTx = new_KBTx.astype(old_KBSx.dtype)
     if platform_of(sharding) == "cpu" and old_KBSx.dtype in (jnp.bfloat16, jnp.float16):
         # Written as bits: to write into an array of bfloat16 XLA:CPU goes through the whole of it in float32.
         old_bits, new_bits = (jax.lax.bitcast_convert_type(x, jnp.uint16) for x in (old_KBSx, new_KBTx))
-        return jax.lax.bitcast_convert_type(_put(old_bits, new_bits, length_B, slot, sharding), old_KBSx.dtype)
+        put = _put(old_bits, new_bits, length_B, slot, sharding, table_BN)
+        return jax.lax.bitcast_convert_type(put, old_KBSx.dtype)
+    if table_BN is not None:
+        return _put_rows(old_KBSx, new_KBTx, length_B, table_BN)
     one_row = slot is not None or new_KBTx.shape[1] == old_KBSx.shape[1] == 1
     if sharding is None or sharding.parts("batch") * sharding.parts("context") == 1:
         if one_row:
@@ -176,18 +220,24 @@ def first_of(mesh_axes: tuple[str, ...], length: int) -> Array | int:
     return jax.lax.axis_index(mesh_axes) * length if mesh_axes else 0
 
 
-def _put_rows(old_KBSx: Array, new_KBTx: Array, start_B: Array) -> Array:
+def _put_rows(old_KBSx: Array, new_KBTx: Array, start_B: Array, table_BN: Array | None = None) -> Array:
     """Every row's new tokens from its start on, which may lie before or after this part of the context."""
-    (heads, rows, steps), capacity = new_KBTx.shape[:3], old_KBSx.shape[2]
+    (heads, rows, steps), (pages, capacity) = new_KBTx.shape[:3], old_KBSx.shape[1:3]
     step_1T = jnp.arange(steps, dtype=jnp.int32)[None]
     index_BT = start_B[:, None] + step_1T
-    # Negative indices would count from the end.
-    index_BT = jnp.where(index_BT < 0, capacity + step_1T, index_BT)
     # Heads are named one by one: for a write to all at once XLA for TPU would want them together in memory,
     # and copy the whole cache for it.
     head_K11 = jnp.arange(heads, dtype=jnp.int32)[:, None, None]
-    row_1B1 = jnp.arange(rows, dtype=jnp.int32)[None, :, None]
     # A row that is full writes nothing: its padding has nowhere to go.
+    if table_BN is None:
+        row_1B1 = jnp.arange(rows, dtype=jnp.int32)[None, :, None]
+        # Negative indices would count from the end.
+        index_BT = jnp.where(index_BT < 0, capacity + step_1T, index_BT)
+    else:
+        of_row_BT = jnp.minimum(index_BT // capacity, table_BN.shape[1] - 1)
+        page_BT = jnp.take_along_axis(table_BN, of_row_BT, axis=1)
+        row_1B1 = jnp.where(index_BT < capacity * table_BN.shape[1], page_BT, pages)[None]
+        index_BT = index_BT % capacity
     return old_KBSx.at[head_K11, row_1B1, index_BT[None]].set(new_KBTx, mode="drop", unique_indices=True)
 
 
@@ -213,22 +263,47 @@ def _put_part(old_KBSx: Array, new_K1Tx: Array, row: Array | int, start: Array) 
     return with_layout_constraint(new_KBSx, Layout(major_to_minor=tuple(range(new_KBSx.ndim))))
 
 
-def read(layer: LayerCache, row: Array, start: Array, length: int, dtype: jnp.dtype) -> tuple[Array, Array]:
-    """Keys and values [1, length, K, E] of a row's places from `start` on; inside of shard_map of the device's part."""
+def read(
+    layer: LayerCache, row: Array, start: Array, length: int, dtype: jnp.dtype, table_BN: Array | None = None
+) -> tuple[Array, Array]:
+    """Keys and values [1, length, K, E] of a row's places from `start` on; inside of shard_map of the device's part.
+
+    With a table `start` is a multiple of the length, and one of length and page is a multiple of the other.
+    """
+    page = layer.k.shape[2]
+
+    def found(x: Array) -> Array:
+        if table_BN is None:
+            out = _row(x, row, length, start)
+        else:  # page by page: nothing but these slices is near the pool
+            first, size = start // page, min(length, page)
+            parts = [_row(x, table_BN[row, first + i], size, start % page) for i in range(length // size)]
+            out = parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=2)
+        # Left to itself XLA for GPU copies the whole cache into the order that the row is wanted in.
+        return with_layout_constraint(out, Layout(major_to_minor=tuple(range(out.ndim)))) if out.ndim == 4 else out
 
     def part(values: Array, scale: Array | None) -> Array:
-        out = _row(values, row, length, start)
-        # Left to itself XLA for GPU copies the whole cache into the order that the row is wanted in.
-        out = with_layout_constraint(out, Layout(major_to_minor=tuple(range(out.ndim))))
-        out = out if scale is None else out.astype(scale.dtype) * _row(scale, row, length, start)[..., None]
+        out = found(values)
+        out = out if scale is None else out.astype(scale.dtype) * found(scale)[..., None]
         return out.transpose(1, 2, 0, 3).astype(dtype)
 
     return part(layer.k, layer.k_scale), part(layer.v, layer.v_scale)
 
 
-def rows(layer: LayerCache, slot: Array | None, sharding: Sharding | None = None) -> LayerCache:
-    """The one row that a slot names as a cache of its own; everything without one."""
+def rows(
+    layer: LayerCache, slot: Array | None, sharding: Sharding | None = None, table_BN: Array | None = None
+) -> LayerCache:
+    """The one row that a slot names as a cache of its own; everything without one. With a table it is gathered."""
+    if table_BN is not None:
+        of_rows = table_BN if slot is None else table_BN[slot][None]
+        return jax.tree.map(lambda x: _gathered(x, of_rows), layer)
     return layer if slot is None else jax.tree.map(lambda x: _whole_row(x, slot, sharding), layer)
+
+
+def _gathered(x_KPSx: Array, table_BN: Array) -> Array:
+    """Dense rows [K, B, N page, ...]."""
+    x_KBNSx = jnp.take(x_KPSx, table_BN, axis=1, mode="clip")
+    return x_KBNSx.reshape(*x_KBNSx.shape[:2], -1, *x_KBNSx.shape[4:])
 
 
 def _whole_row(x_KBSx: Array, slot: Array, sharding: Sharding | None) -> Array:
@@ -257,9 +332,12 @@ def _row_of_all(x_KBSx: Array, slot: Array, length: int, mesh_axes: tuple[str, .
 
 
 def copy_row(cache: KVCache, source: Array, target: Array, sharding: Sharding | None = None) -> KVCache:
-    """Row `target` becomes what row `source` is: several samples from one prefill."""
-    none = np.int32(0)
-    cache = copy_places(cache, cache, (source, none), (target, none), cache.capacity, sharding)
+    """Row `target` becomes what row `source` is: several samples from one prefill. With a table they are two pages, and
+    no length changes."""
+    none, length = np.int32(0), cache.layers[0].k.shape[2]
+    cache = copy_places(cache, cache, (source, none), (target, none), length, sharding)
+    if cache.table is not None:
+        return cache
     return dataclasses.replace(cache, length=cache.length.at[target].set(cache.length[source]))
 
 

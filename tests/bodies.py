@@ -23,7 +23,13 @@ CALLS = st.lists(st.fixed_dictionaries({"type": st.just("function"), "function":
 USER = st.fixed_dictionaries({"role": st.just("user"), "content": CONTENT})
 ASSISTANT = st.fixed_dictionaries(
     {"role": st.just("assistant"), "content": CONTENT | st.none()},
-    optional={"tool_calls": CALLS, "reasoning": WORDS, "reasoning_content": WORDS, "refusal": st.none()},
+    optional={
+        "tool_calls": CALLS,
+        "reasoning": WORDS,
+        "reasoning_content": WORDS,
+        "refusal": st.none(),
+        "parsed": VALUE,
+    },
 )
 TOOL_RESULT = st.fixed_dictionaries({"role": st.just("tool"), "content": CONTENT}, optional={"tool_call_id": WORDS})
 SYSTEM = st.fixed_dictionaries({"role": st.sampled_from(["system", "developer"]), "content": CONTENT})

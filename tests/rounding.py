@@ -144,6 +144,25 @@ def cross_entropy(x: Any, head: Any, labels: Any, mask: Any, z_loss: float) -> t
     return added(loss, loss_error), added(nll, nll_error), dx, dhead
 
 
+def token_logps(x: Any, head: Any, labels: Any, g: Any) -> tuple[Bounded, ...]:
+    """(the log-probability of each label [N], what comes back to x and to head from a cotangent g [N]), float32's."""
+    u = FLOAT32
+    x, head, g = (np.asarray(a, np.float64) for a in (x, head, g))
+    (tokens, width), words = x.shape, len(head)
+    logits = x @ head.T
+    error = width * u * (abs(x) @ abs(head).T).max(axis=1, keepdims=True)
+    shares, normalizer, relative = _exponentials(logits, error)
+    said = np.arange(words) == np.asarray(labels)[:, None]
+    logps = logits[said][:, None] - normalizer
+    logps_error = relative + error + u * abs(logps)
+    # A share and the difference from it are rounded, and so is its product with g.
+    into = g[:, None] * (said - shares)
+    into_error = abs(g)[:, None] * shares * (relative + u) + 2 * u * abs(into)
+    dx = into @ head, (into_error + words * u * abs(into)) @ abs(head)
+    dhead = into.T @ x, (into_error + tokens * u * abs(into)).T @ abs(x)
+    return (logps[:, 0], logps_error[:, 0]), dx, dhead
+
+
 def log_softmax(logits: Any) -> Bounded:
     """Of float32 logits [N, V], over the last axis."""
     logits = np.asarray(logits, np.float64)

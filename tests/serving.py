@@ -6,14 +6,18 @@ import dataclasses
 import functools
 import http.client
 import json
+import os
 import socket
+import subprocess
+import sys
 import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
+from said import deltas, ids_of
 from tiny import BASE, talking_checkpoint
 
 import smollm3_jax as s3
@@ -186,7 +190,7 @@ def plain_server() -> Server:
 class Puppet:
     """An engine whose steps are the test's: `step_with` gets the numbers that run, and gives deltas or raises."""
 
-    slots, capacity, steps, prefilling, prefixes = 4, 512, 4, None, None
+    slots, capacity, steps, prefilling, prefixes, is_filling = 4, 512, 4, None, None, False
 
     def __init__(self, step_with: Callable[[list[int]], list[Delta]]):
         self.running: dict[int, Request] = {}
@@ -249,3 +253,63 @@ def tiny_server() -> Server:
     tokenizer = tokenizer_of(model)
     assert tokenizer is not None
     return Server("tiny", tokenizer, model.config, model.generation_config, 512)
+
+
+class Speaker(Puppet):
+    """An engine that answers each request with a text, a token a step, with log-probabilities where asked.
+
+    Args:
+      says: the text that a request's sample is answered with; where it has no end, "length" is its finish.
+      pace: seconds a step.
+    """
+
+    def __init__(self, server: Server, says: Callable[[Request, int], str], pace: float = 0.0):
+        super().__init__(lambda running: [])
+        self._server, self._says, self._pace = server, says, pace
+        self._left: dict[int, list[list[Delta]]] = {}  # by the request, of each sample
+
+    def submit(self, request: Request) -> int:
+        number = super().submit(request)
+        self._left[number] = [self._answer(number, request, sample) for sample in range(request.params.n)]
+        return number
+
+    def step(self) -> list[Delta]:
+        time.sleep(self._pace)
+        found = [sample.pop(0) for number in self.running for sample in self._left[number] if sample]
+        for number in [number for number in self.running if not any(self._left[number])]:
+            self.cancel(number)
+        return found
+
+    def _answer(self, number: int, request: Request, sample: int) -> list[Delta]:
+        ids = ids_of(self._server.tokenizer, self._says(request, sample))
+        found = deltas(self._server, request, ids, range(1, len(ids)), sample)
+        found = [dataclasses.replace(delta, request=number) for delta in found]
+        found[-1] = dataclasses.replace(found[-1], finish_reason=found[-1].finish_reason or "length")
+        if request.params.prompt_logprobs and sample == 0:
+            rest = len(request.prompt) - 1
+            told = {"prompt_logprobs": (-1.0,) * rest, "prompt_top": ((),) * rest}
+            found[0] = dataclasses.replace(found[0], **told)
+        return found
+
+
+# --- the command ------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def started(model: object, *options: str, **variables: str) -> Iterator[tuple[subprocess.Popen[str], int]]:
+    """The command, and its port, when it is ready."""
+    command = [sys.executable, "-m", "smollm3_jax", "serve", str(model), "--port", "0", *options]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, env=os.environ | variables, **pipes) as process:
+        try:
+            line = next_line(process.stdout)
+            assert line.startswith("ready http://127.0.0.1:"), (line, process.stderr and process.stderr.read())
+            yield process, int(line.rpartition(":")[2])
+        finally:
+            process.kill()
+
+
+def next_line(file: IO[str] | None, word: str = "") -> str:
+    """The next line, or the next one that holds a word."""
+    assert file is not None
+    return next((line for line in file if word in line), "")

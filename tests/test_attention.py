@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from jax.experimental.pallas import tpu as pltpu
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel
 from jax.sharding import Mesh
+from test_kv_cache import in_pages
 
 from sharding.mesh import make_mesh
 from sharding.rules import Sharding
@@ -149,6 +150,17 @@ def test_decoding_equals_the_definition(steps, window, quantized):
     assert off(lengths + np.array([0, 1, 0]), window) > 1 and off(lengths, (window or 9) - 1) > 1
 
 
+@pytest.mark.parametrize("quantized", [False, True])
+@pytest.mark.parametrize("steps", [1, 3])
+def test_decoding_against_pages_is_decoding_against_rows(steps, quantized):
+    q, k, v = f32(normal(0, 3, steps, 4, 6), normal(1, 3, 12, 2, 6), normal(2, 3, 12, 2, 6))
+    cache, *_ = stored(k, v, quantized)
+    pool, table = in_pages(cache, 4)
+    where = {"length_B": jnp.array([0, 5, 12 - steps])}
+    got, expected = decode_attention(q, pool, table_BN=table, **where), decode_attention(q, cache, **where)
+    np.testing.assert_array_equal(got, expected)
+
+
 @pytest.fixture
 def as_on_tpu(monkeypatch):
     """Kernels are chosen as on TPU, and interpreted on the CPU."""
@@ -202,14 +214,20 @@ def test_splash_has_the_gradients_of_the_definition(as_on_tpu):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("quantized", [False, True])
-@pytest.mark.parametrize("group", [4, 8])
-def test_the_paged_kernels_equal_the_definition(group, quantized, as_on_tpu):
+@pytest.mark.parametrize(("group", "page"), [(4, None), (8, None), (4, 128)])
+def test_the_paged_kernels_equal_the_definition(group, page, quantized, as_on_tpu):
     capacity, lengths = 256, np.array([0, 100, 127, 128, 255, 256])
     rows = len(lengths)
     q = jnp.asarray(normal(0, rows, 1, 2 * group, 128), jnp.bfloat16)
     cache, k, v = stored(*(jnp.asarray(normal(i, rows, capacity, 2, 128), jnp.bfloat16) for i in (1, 2)), quantized)
+    table = None
+    if page is not None:
+        cache, table = in_pages(cache, page)
+        table = table.at[0].set(cache.k.shape[1])  # an empty row has none
     with pltpu.force_tpu_interpret_mode():
-        got = decode_attention(q, cache, length_B=jnp.asarray(lengths, jnp.int32))
+        got = decode_attention(q, cache, length_B=jnp.asarray(lengths, jnp.int32), table_BN=table)
+    if page is not None:  # what an empty row sees is its new token, and that is lost with it
+        got, q, k, v, lengths = (x[1:] for x in (got, q, k, v, lengths))
     # A full row had no room for the new token: it looks at what it has. Keys go by in blocks of 128 or more.
     for wrong in (0, 1):
         seen = seen_in(capacity, np.minimum(lengths, capacity - 1 - wrong), 1)

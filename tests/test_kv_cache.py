@@ -63,6 +63,19 @@ def whole(layer, length=S, dtype="float32"):
     return tuple(jnp.concatenate(x) for x in zip(*found, strict=True))
 
 
+def in_pages(layer, page, spare=2, seed=0):
+    """The same rows in a pool [K, P, page, ...], and its table: in any order, among pages that are nobody's."""
+    rows, capacity = layer.k.shape[1:3]
+    used = rows * capacity // page
+    table = np.random.RandomState(seed).permutation(used + spare)[:used].reshape(rows, -1)
+
+    def scattered(x):
+        pool = jnp.full((x.shape[0], used + spare, page, *x.shape[3:]), 99, x.dtype)
+        return pool.at[:, table.reshape(-1)].set(x.reshape(x.shape[0], used, page, *x.shape[3:]))
+
+    return jax.tree.map(scattered, layer), jnp.asarray(table, jnp.int32)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_an_empty_cache_holds_zeros(dtype):
     cache = empty_cache(CONFIG, B, S, jnp.dtype(dtype))
@@ -151,6 +164,56 @@ def test_rows_of_several_devices_are_copied_alike(rules):
             copied(x, jnp.array(source), jnp.array(target), y) for x, y in ((spread, sharding), (alone, None))
         )
         jax.tree.map(np.testing.assert_array_equal, jax.device_get(got), jax.device_get(expected))
+
+
+def of_pages(layer, table):
+    return rows(layer, None, None, table)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_pages_hold_what_rows_hold(dtype):
+    """New tokens of all rows, of which one is full, and one has a part of the places; a piece; what is read."""
+    dense, page = filled(dtype).layers[0], 4
+    pool, table = in_pages(dense, page)
+    same = functools.partial(jax.tree.map, np.testing.assert_array_equal)
+    same(of_pages(pool, table), dense)
+    for steps in (1, 3):
+        new = normal(1, B, steps, K, E), normal(2, B, steps, K, E), jnp.asarray([3, S - 1, S], jnp.int32), None
+        same(of_pages(write(pool, *new, None, table), table), write(dense, *new))
+    new = normal(1, 1, 3, K, E), normal(2, 1, 3, K, E), jnp.asarray([page], jnp.int32), jnp.asarray(1)
+    same(of_pages(write(pool, *new, None, table), table), write(dense, *new))
+    for start, length in ((0, 12), (4, 4), (8, 4), (10, 2)):  # of several pages, one, and a part of one
+        place = jnp.asarray(2), jnp.asarray(start), length, jnp.dtype("float32")
+        same(read(pool, *place, table), read(dense, *place))
+    same(rows(pool, jnp.asarray(1), None, table), rows(dense, jnp.asarray(1)))
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
+def test_nothing_is_written_where_there_is_no_page(dtype):
+    pool, table = in_pages(filled(dtype).layers[0], 4)
+    nobodys = pool.k.shape[1]
+    new = normal(1, B, 1, K, E), normal(2, B, 1, K, E), jnp.asarray([1, 5, 9], jnp.int32), None
+    written = write(pool, *new, None, table.at[0, 0].set(nobodys).at[2, 2].set(nobodys))
+    changed = np.asarray(written.k != pool.k).any(axis=(0, 3))
+    assert np.argwhere(changed).tolist() == [[int(table[1, 1]), 1]]
+
+
+def test_a_page_is_copied_and_no_length_changes():
+    pool, table = in_pages(filled("int8").layers[0], 4)
+    length = jnp.asarray([4, 0, 9], jnp.int32)
+    copied = copy_row(KVCache((pool,), length, table), jnp.asarray(3), jnp.asarray(5))
+    order = np.arange(pool.k.shape[1])
+    order[5] = 3
+    np.testing.assert_array_equal(copied.length, length)
+    for before, after in zip(jax.tree.leaves(pool), jax.tree.leaves(copied.layers), strict=True):
+        np.testing.assert_array_equal(after, before[:, order])
+
+
+def test_a_pool_is_described_as_it_is():
+    specs = cache_specs(CONFIG, 3, 32, "int8", (5, 8))
+    assert specs.layers[0].k.shape == (K, 5, 8, E) and specs.layers[0].k_scale.shape == (K, 5, 8)
+    assert specs.table.shape == (3, 4) and specs.length.shape == (3,) and specs.capacity == 32
+    assert cache_specs(CONFIG, 3, 32, "int8").table is None
 
 
 def test_heads_are_rounded_by_their_largest_magnitude():

@@ -212,3 +212,18 @@ def talking_checkpoint(folder: Path, **more: Any) -> Path:
     tokenizer.save(str(folder / "tokenizer.json"))
     (folder / "chat_template.jinja").write_text("{{ 'w9' if enable_thinking else 'w8' }} {{ messages[0].content }}")
     return folder
+
+
+def chat_checkpoint(folder: Path, template: Path, **more: Any) -> Path:
+    """A model with `letters`, the tags of chats, and a chat template; as SmolLM3's its tokenizer pads with the end of a
+    turn. more: fields of the config."""
+    tokenizer = letters().backend
+    tokenizer.add_special_tokens(["<|im_start|>"])
+    end = tokenizer.token_to_id("<|im_end|>")
+    raw = raw_config("plain") | {"eos_token_id": end, "pad_token_id": end, "bos_token_id": None} | more
+    write_checkpoint(folder, without_nulls(raw), random_tensors(raw))
+    tokenizer.save(str(folder / "tokenizer.json"))
+    names = {"eos_token": "<|im_end|>", "pad_token": "<|im_end|>", "tokenizer_class": "PreTrainedTokenizerFast"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(names))
+    (folder / "chat_template.jinja").write_bytes(template.read_bytes())
+    return folder

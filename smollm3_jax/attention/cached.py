@@ -36,20 +36,23 @@ def cached_attention(
     Returns:
       [B, T, H, E] in q's dtype, and the cache with the new tokens.
     """
-    length_B, slot, past = view.length_B, view.slot, view.past
+    length_B, slot, past, table_BN = view.length_B, view.slot, view.past, view.table_BN
+    of_rows = {"length_B": length_B, "table_BN": table_BN}
+    where = {"window": window, "sharding": sharding}
     if past is None and slot is None:
-        of_layer, where = rope.of_layer(*angles, use_rope), {"length_B": length_B, "window": window}
-        done = decode_step(q_BTHE, k_BTKE, v_BTKE, of_layer, layer, **where, sharding=sharding)
+        of_layer = rope.of_layer(*angles, use_rope)
+        done = decode_step(q_BTHE, k_BTKE, v_BTKE, of_layer, layer, **of_rows, **where)
         if done is not None:
             return done
     q, k = rope.rotate(q_BTHE, *angles, use_rope), rope.rotate(k_BTKE, *angles, use_rope)
-    stored = write(layer, k, v_BTKE, length_B, slot, sharding)
+    stored = write(layer, k, v_BTKE, length_B, slot, sharding, table_BN)
     if past is None:
-        of_rows = rows(stored, slot, sharding)
-        return decode_attention(q, of_rows, length_B=length_B, window=window, sharding=sharding), stored
+        if slot is None:
+            return decode_attention(q, stored, **of_rows, **where), stored
+        return decode_attention(q, rows(stored, slot, sharding, table_BN), length_B=length_B, **where), stored
     if not past:
-        return attention(q, k, v_BTKE, window=window, sharding=sharding), stored
+        return attention(q, k, v_BTKE, **where), stored
     # The cache that the piece was written into: the update stays in place.
     assert slot is not None
-    place = {"slot": slot, "length": length_B[0]}
-    return piece_attention(q, k, v_BTKE, stored, **place, window=window, sharding=sharding), stored
+    place = {"slot": slot, "length": length_B[0], "table_BN": table_BN}
+    return piece_attention(q, k, v_BTKE, stored, **place, **where), stored

@@ -15,11 +15,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.sharding import PartitionSpec
 
 from sharding.rules import Sharding, platform_of
 
 from .. import nvidia, xla_cpu
-from ..kv_cache import AXES, LayerCache
+from ..kv_cache import AXES, LayerCache, rows
 from ..logs import say_once
 from . import gpu
 from .decode import cache_mix, cache_scores, decode_over_context
@@ -153,6 +154,7 @@ def decode_attention(
     cache: LayerCache,
     *,
     length_B: Array,
+    table_BN: Array | None = None,
     window: Array | None = None,
     sharding: Sharding | None = None,
 ) -> Array:
@@ -160,13 +162,14 @@ def decode_attention(
 
     Args:
       length_B: how many keys each row held before; query t sees keys up to index length + t.
+      table_BN: as for `KVCache`.
       window, sharding: as for `attention`.
 
     Returns:
       [B, T, H, E] in q's dtype.
     """
     batch, length, heads, _ = q_BTHE.shape
-    capacity, width = cache.k.shape[2:]
+    page, width = cache.k.shape[2:]
     if sharding is not None and sharding.parts("context") > 1:
         return decode_over_context(q_BTHE, cache, length_B, window, sharding)
     if platform_of(sharding) == "tpu" and takes(
@@ -176,16 +179,17 @@ def decode_attention(
             "several tokens at a time": length > 1,
             f"a cache of {cache.k.dtype}": cache.k.dtype not in (jnp.bfloat16, jnp.int8),
             f"heads of width {width}": width % LANES != 0,
-            f"a capacity of {capacity}": capacity % PAGES[-1] != 0,
+            f"{'a capacity' if table_BN is None else 'pages'} of {page}": page % PAGES[-1] != 0,
             "heads and the cache's on different axes of the mesh": not together(sharding, "heads", "cache_heads"),
         },
     ):
         if sharding is None:
-            return paged(q_BTHE, cache, length_B)
-        rows = sharding.fitting("batch", batch)
-        q_spec = sharding.spec(rows, None, "heads", None)
-        specs = (q_spec, _cache_specs(cache, rows, sharding), sharding.spec(rows))
-        return sharding.shard_map(paged, specs, q_spec)(q_BTHE, cache, length_B)
+            return paged(q_BTHE, cache, length_B, table_BN)
+        axis = sharding.fitting("batch", batch)
+        q_spec, table_spec = sharding.spec(axis, None, "heads", None), _table_spec(table_BN, axis, sharding)
+        specs = (q_spec, _cache_specs(cache, axis, sharding), sharding.spec(axis), table_spec)
+        return sharding.shard_map(paged, specs, q_spec)(q_BTHE, cache, length_B, table_BN)
+    cache = rows(cache, None, sharding, table_BN)
     scores_KBTGS = cache_scores(q_BTHE, cache, length_B, window)
     out_BTKGE = cache_mix(jax.nn.softmax(scores_KBTGS, axis=-1), cache, q_BTHE.dtype)
     return out_BTKGE.reshape(batch, length, heads, width).astype(q_BTHE.dtype)
@@ -199,6 +203,7 @@ def decode_step(
     cache: LayerCache,
     *,
     length_B: Array,
+    table_BN: Array | None = None,
     window: Array | None = None,
     sharding: Sharding | None = None,
 ) -> tuple[Array, LayerCache] | None:
@@ -207,7 +212,7 @@ def decode_step(
     Args:
       q_BTHE, k_BTKE, v_BTKE: before RoPE; angles: cos and sin, float32 [B, T, E/2] each.
       cache: as it was before these tokens.
-      length_B, window, sharding: as for `decode_attention`.
+      length_B, table_BN, window, sharding: as for `decode_attention`.
 
     Returns:
       What `decode_attention` returns, and the cache that holds the tokens; None where no kernel takes the call.
@@ -219,7 +224,7 @@ def decode_step(
     from . import paged_gpu
 
     batch, length, _, width = q_BTHE.shape
-    capacity = cache.k.shape[2]
+    page = cache.k.shape[2]
     if not takes(
         "paged attention",
         {
@@ -227,21 +232,23 @@ def decode_step(
             "several tokens at a time": length > 1,
             f"a cache of {cache.k.dtype} for {q_BTHE.dtype} values": cache.k.dtype not in (q_BTHE.dtype, jnp.int8),
             f"heads of width {width}": width < paged_gpu.TILE or width & (width - 1) != 0,
-            f"a capacity of {capacity}": capacity % paged_gpu.BLOCKS[-1] != 0,
+            f"{'a capacity' if table_BN is None else 'pages'} of {page}": page % paged_gpu.BLOCKS[-1] != 0,
             "heads and the cache's on different axes of the mesh": not together(sharding, "heads", "cache_heads"),
             "a context on several devices": sharding is not None and sharding.parts("context") > 1,
             "a device older than compute capability 8.0": nvidia.compute_capability(sharding) < (8, 0),
         },
     ):
         return None
-    arguments = (q_BTHE[:, 0], k_BTKE[:, 0], v_BTKE[:, 0], (angles[0][:, 0], angles[1][:, 0]), length_B, cache)
+    new = (q_BTHE[:, 0], k_BTKE[:, 0], v_BTKE[:, 0])
+    arguments = (*new, (angles[0][:, 0], angles[1][:, 0]), length_B, cache, table_BN)
     if sharding is None:
         out_BHE, cache = paged_gpu.step(*arguments)
         return out_BHE[:, None], cache
-    rows = sharding.fitting("batch", batch)
-    of_heads, of_kv_heads = (sharding.spec(rows, axis, None) for axis in ("heads", "cache_heads"))
-    of_row, of_angle, of_cache = sharding.spec(rows), sharding.spec(rows, None), _cache_specs(cache, rows, sharding)
-    specs = (of_heads, of_kv_heads, of_kv_heads, (of_angle, of_angle), of_row, of_cache)
+    axis = sharding.fitting("batch", batch)
+    of_heads, of_kv_heads = (sharding.spec(axis, heads, None) for heads in ("heads", "cache_heads"))
+    of_row, of_angle, of_cache = sharding.spec(axis), sharding.spec(axis, None), _cache_specs(cache, axis, sharding)
+    table_spec = _table_spec(table_BN, axis, sharding)
+    specs = (of_heads, of_kv_heads, of_kv_heads, (of_angle, of_angle), of_row, of_cache, table_spec)
     out_BHE, cache = sharding.shard_map(paged_gpu.step, specs, (of_heads, of_cache))(*arguments)
     return out_BHE[:, None], cache
 
@@ -249,6 +256,10 @@ def decode_step(
 def _cache_specs(cache: LayerCache, rows: str | None, sharding: Sharding) -> LayerCache:
     """How shard_map cuts a layer's cache; rows: the logical axis of its rows."""
     return jax.tree.map(lambda x: sharding.spec(AXES[0], rows, *AXES[2 : x.ndim]), cache)
+
+
+def _table_spec(table_BN: Array | None, rows: str | None, sharding: Sharding) -> PartitionSpec | None:
+    return None if table_BN is None else sharding.spec(rows, None)
 
 
 def takes(kernel: str, obstacles: dict[str, bool]) -> bool:

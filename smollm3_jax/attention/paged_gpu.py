@@ -50,7 +50,8 @@ def step(
         nothing, and looks at what it has.
       cache: a pool of pages, [K, P, page, E] in q's dtype or int8 with float32 scales [K, P, page]. A page is a
         multiple of 16 tokens.
-      table_BN: int32, the pages of each row in their order; None if row b is page b.
+      table_BN: int32, the pages of each row in their order; P is none, into which nothing is written; None if row b is
+        page b.
 
     Returns:
       [B, H, E] in q's dtype, and the cache, updated in place where the caller gives it away.
@@ -138,7 +139,7 @@ def _paged_attention(
     """
     row, head, split = (pl.program_id(i) for i in range(3))
     length, fits, working = tiles.held(length_ref, row)
-    dtype, scaling = q_ref.dtype, q_ref.shape[-1] ** -0.5
+    dtype, scaling, pages = q_ref.dtype, q_ref.shape[-1] ** -0.5, old.k.shape[1]
     group_X = jnp.arange(max(TILE, pl.next_power_of_2(tiles.group)))
 
     def found(index: Any) -> tuple[Any, Any, Any]:
@@ -148,8 +149,8 @@ def _paged_attention(
 
     # Heads after the group's last repeat it, and are not stored.
     q_XE = _turned(q_ref, row, head * tiles.group + jnp.minimum(group_X, tiles.group - 1), angles)
-    writes = fits & (split == 0)
     place = found(jnp.minimum(length, tiles.capacity - 1))
+    writes = fits & (split == 0) if table_ref is None else fits & (split == 0) & (place[1] < pages)
     k_E = _put(_turned(k_ref, row, head, angles), new.k, new.k_scale, place, writes)
     v_E = _put(v_ref[row, head], new.v, new.v_scale, place, writes)
     # The softmax so far: the largest score, the weights' sum and that of the values. The first split begins with the
@@ -163,6 +164,8 @@ def _paged_attention(
         most_X, total_X, out_XE = so_far
         start = (split + i * tiles.splits) * tiles.block
         head, page, at = found(start)
+        # A slot in which nothing decodes may say that it holds what it has no page for any more.
+        page = page if table_ref is None else jnp.minimum(page, pages - 1)
         block = head, page, pl.ds(pl.multiple_of(at, tiles.block), tiles.block)
         seen_S = start + jnp.arange(tiles.block) < length
         scores_XS = _dot(q_XE, _load(old.k, block, seen_S).astype(dtype), 1) * scaling

@@ -15,47 +15,52 @@ from jax import Array
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from ..kv_cache import LayerCache
+from ..kv_cache import LayerCache, capacity_of
 
-# A step of the kernel takes the keys of all heads in blocks of the largest of these that divides the capacity.
+# A step of the kernel takes the keys of all heads in blocks of the largest of these that divides a page.
 BLOCKS = (1024, 512, 256, 128)
-# The scales of this number of rows lie together in memory, and are read together.
+# The scales of this number of pages lie together in memory, and are read together.
 SUBLANES = 8
 
 
-def paged_int8(q_B1HE: Array, cache: LayerCache, length_B: Array, *, interpret: Any = False) -> Array:
+def paged_int8(
+    q_B1HE: Array, cache: LayerCache, length_B: Array, table_BN: Array | None = None, *, interpret: Any = False
+) -> Array:
     """Attention of one new token a row, which the cache holds already: [B, 1, H, E] in q's dtype.
 
     Args:
       cache: int8 with scales.
       length_B: int32, how many tokens each row held before. A full row looks at what it has.
+      table_BN: int32, the pages of each row in their order, all of which are in the pool; None if row b is page b.
     """
     batch, _, heads, width = q_B1HE.shape
-    kv_heads, _, capacity, _ = cache.k.shape
-    block = next(block for block in BLOCKS if capacity % block == 0)
-    sublanes = min(SUBLANES, batch)
+    kv_heads, pages, page, _ = cache.k.shape
+    capacity = capacity_of(cache, table_BN)
+    block = next(block for block in BLOCKS if page % block == 0)
+    sublanes, table = min(SUBLANES, pages), () if table_BN is None else (table_BN,)
     # A full row wrote nothing, and has no block after its last.
     seen_B = jnp.minimum(length_B + 1, capacity)
 
-    def of_row(row: Any, step: Any, seen_ref: Any) -> tuple[Any, ...]:
+    def of_row(row: Any, step: Any, *refs: Any) -> tuple[Any, ...]:
         return row, 0, 0, 0
 
-    def of_block(row: Any, step: Any, seen_ref: Any) -> tuple[Any, ...]:
-        # Behind a row's last block the same is named again, which fetches nothing.
-        return 0, row, jnp.minimum(step, jax.lax.div(seen_ref[row] - 1, block)), 0
+    def of_block(row: Any, step: Any, *refs: Any) -> tuple[Any, ...]:
+        # After a row's last block the same is named again, which fetches nothing.
+        found, place = _found(block, page, row, step, *refs)
+        return 0, found, place, 0
 
-    def of_scales(row: Any, step: Any, seen_ref: Any) -> tuple[Any, ...]:
-        _, _, place, _ = of_block(row, step, seen_ref)
-        return 0, jax.lax.div(row, sublanes), place
+    def of_scales(row: Any, step: Any, *refs: Any) -> tuple[Any, ...]:
+        found, place = _found(block, page, row, step, *refs)
+        return 0, jax.lax.div(found, sublanes), place
 
     q_spec = pl.BlockSpec((1, kv_heads, heads // kv_heads, width), of_row)
     values = pl.BlockSpec((kv_heads, 1, block, width), of_block)
     scales = pl.BlockSpec((kv_heads, sublanes, block), of_scales)
     sums = pltpu.VMEM((kv_heads, heads // kv_heads, width), jnp.float32)
     out_BKGE = pl.pallas_call(
-        functools.partial(_kernel, block, sublanes, jnp.promote_types(q_B1HE.dtype, jnp.bfloat16)),
+        functools.partial(_kernel, block, page, sublanes, jnp.promote_types(q_B1HE.dtype, jnp.bfloat16)),
         grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=1,
+            num_scalar_prefetch=1 + len(table),
             grid=(batch, pl.cdiv(seen_B.max(), block)),
             in_specs=[q_spec, values, values, scales, scales],
             out_specs=q_spec,
@@ -72,6 +77,7 @@ def paged_int8(q_B1HE: Array, cache: LayerCache, length_B: Array, *, interpret: 
         name="paged_attention_int8",
     )(
         seen_B,
+        *table,
         q_B1HE.reshape(batch, kv_heads, -1, width).astype(jnp.float32),
         cache.k,
         cache.v,
@@ -81,27 +87,24 @@ def paged_int8(q_B1HE: Array, cache: LayerCache, length_B: Array, *, interpret: 
     return out_BKGE.reshape(q_B1HE.shape).astype(q_B1HE.dtype)
 
 
-def _kernel(
-    block: int,
-    sublanes: int,
-    dtype: Any,
-    seen_ref: Any,
-    q_ref: Any,
-    k_ref: Any,
-    v_ref: Any,
-    k_scale_ref: Any,
-    v_scale_ref: Any,
-    out_ref: Any,
-    most_ref: Any,
-    total_ref: Any,
-    sum_ref: Any,
-) -> None:
+def _found(block: int, page: int, row: Any, step: Any, seen_ref: Any, *table: Any) -> tuple[Any, Any]:
+    """The page that a step's block of a row lies in, and which of its blocks that is."""
+    number = jnp.minimum(step, jax.lax.div(seen_ref[row] - 1, block))
+    if not table:
+        return row, number
+    return table[0][row, jax.lax.div(number, page // block)], jax.lax.rem(number, page // block)
+
+
+def _kernel(block: int, page: int, sublanes: int, dtype: Any, *refs: Any) -> None:
     """One block of a row, all heads: the softmax goes on from the block before.
 
-    most, total and sum [K, G, E]: the largest score so far and the weights' sum, in all lanes, and that of the values.
+    Args:
+      refs: how much is seen of each row; the table, if there is one; q, k, v, the scales, the output; most, total and
+        sum [K, G, E]: the largest score so far and the weights' sum, in all lanes, and that of the values.
     """
+    *scalars, q_ref, k_ref, v_ref, k_scale_ref, v_scale_ref, out_ref, most_ref, total_ref, sum_ref = refs
     row, step = pl.program_id(0), pl.program_id(1)
-    seen, sublane = seen_ref[row], jax.lax.rem(row, sublanes)
+    seen, sublane = scalars[0][row], jax.lax.rem(_found(block, page, row, step, *scalars)[0], sublanes)
 
     @pl.when(step == 0)
     def start() -> None:

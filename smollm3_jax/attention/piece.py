@@ -18,7 +18,7 @@ from jax.sharding import PartitionSpec
 from sharding.rules import Sharding, platform_of
 
 from .. import nvidia
-from ..kv_cache import AXES, LayerCache, first_of, read
+from ..kv_cache import AXES, LayerCache, capacity_of, first_of, read
 from .dense import dense_part
 from .dispatch import gpu_obstacles, keys_of_heads, takes, together, tpu_obstacles
 from .gpu import cudnn_part
@@ -40,6 +40,7 @@ def piece_attention(
     *,
     slot: Array,
     length: Array,
+    table_BN: Array | None = None,
     window: Array | None = None,
     sharding: Sharding | None = None,
 ) -> Array:
@@ -49,6 +50,7 @@ def piece_attention(
       q_BTHE, k_BTKE, v_BTKE: of the piece; padding stands at its end, where causality hides it.
       layer: a cache that holds the past, and may hold the piece as well.
       slot, length: int32 scalars: the cache's row, and how many tokens of it lie before the piece; 0 costs nothing.
+      table_BN: as for `KVCache`.
       window, sharding: as for `attention`.
 
     Returns:
@@ -61,12 +63,13 @@ def piece_attention(
         return kernel(q_BTHE, k_BTKE, v_BTKE, None, None, window)
 
     if sharding is None:
-        seen = _with_past(kernel, of_itself(q_BTHE, *own), q_BTHE, layer, slot, length, length, window)
+        of_piece = of_itself(q_BTHE, *own)
+        seen = _with_past(kernel, of_piece, q_BTHE, layer, table_BN, slot, length, length, window)
         return seen.out_BTHE.astype(q_BTHE.dtype)
     if kernel is not dense_part:  # which the compiler divides by itself
         q_spec, kv_spec = sharding.spec(None, None, "heads", None), sharding.spec(None, None, kv_axis, None)
         of_itself = sharding.shard_map(of_itself, (q_spec, kv_spec, kv_spec), Part(*[q_spec] * 2))  # pyright: ignore
-    past = _past_on_a_mesh(kernel, q_BTHE, layer, slot, length, window, sharding)
+    past = _past_on_a_mesh(kernel, q_BTHE, layer, table_BN, slot, length, window, sharding)
     return merge(of_itself(q_BTHE, *own), past).out_BTHE.astype(q_BTHE.dtype)
 
 
@@ -94,6 +97,7 @@ def _past_on_a_mesh(
     kernel: Kernel,
     q_BTHE: Array,
     layer: LayerCache,
+    table_BN: Array | None,
     slot: Array,
     length: Array,
     window: Array | None,
@@ -106,8 +110,16 @@ def _past_on_a_mesh(
     axis = "cache_heads" if place_axes or sharding.parts("cache_heads") > 1 else "heads"
     group = q_BTHE.shape[2] // layer.k.shape[0]
 
-    def part(q_BTHE: Array, layer: LayerCache, slot: Array, length: Array, window: Array | None) -> Part:
-        heads, (kv_heads, rows, places) = q_BTHE.shape[2], layer.k.shape[:3]
+    def part(
+        q_BTHE: Array,
+        layer: LayerCache,
+        table_BN: Array | None,
+        slot: Array,
+        length: Array,
+        window: Array | None,
+    ) -> Part:
+        heads, kv_heads, places = q_BTHE.shape[2], layer.k.shape[0], capacity_of(layer, table_BN)
+        rows = layer.k.shape[1] if table_BN is None else table_BN.shape[0]
         if kv_heads * group != heads:  # it has the keys of all heads, and the queries of some
             first_head = first_of(sharding.mesh_axes("heads"), heads)
             of_heads = (first_head + jnp.arange(heads, dtype=jnp.int32)) // group
@@ -116,7 +128,7 @@ def _past_on_a_mesh(
         mine = (row >= 0) & (row < rows)
         here = jnp.where(mine, jnp.clip(length - first, 0, places), 0)
         row = jnp.clip(row, 0, rows - 1)
-        past = _with_past(kernel, Part.empty(q_BTHE), q_BTHE, layer, row, here, length - first, window)
+        past = _with_past(kernel, Part.empty(q_BTHE), q_BTHE, layer, table_BN, row, here, length - first, window)
         if not row_axes and not place_axes:
             return past
         most = jax.lax.pmax(past.norm_BTH1, (*row_axes, *place_axes))
@@ -127,8 +139,9 @@ def _past_on_a_mesh(
     spec = sharding.spec(None, None, axis, None)
     of_part = Part(*[spec] * 2)  # pyright: ignore
     cache_specs = jax.tree.map(lambda x: sharding.spec(*AXES[: x.ndim]), layer)
-    specs = (spec, cache_specs, PartitionSpec(), PartitionSpec(), None if window is None else PartitionSpec())
-    return sharding.shard_map(part, specs, of_part)(q_BTHE, layer, slot, length, window)
+    whole = PartitionSpec()
+    specs = (spec, cache_specs, *(None if x is None else whole for x in (table_BN, slot, length, window)))
+    return sharding.shard_map(part, specs, of_part)(q_BTHE, layer, table_BN, slot, length, window)
 
 
 def _with_past(
@@ -136,17 +149,20 @@ def _with_past(
     seen: Part,
     q_BTHE: Array,
     layer: LayerCache,
+    table_BN: Array | None,
     row: Array,
     here: Array,
     distance: Array,
     window: Array | None,
 ) -> Part:
     """What was seen, and the first `here` places of a row. distance: from the first of these to the first query."""
-    size = math.gcd(DENSE_BLOCK if kernel is dense_part else BLOCK, layer.k.shape[2])
+    size = math.gcd(DENSE_BLOCK if kernel is dense_part else BLOCK, capacity_of(layer, table_BN))
+    if size % (page := layer.k.shape[2]):
+        size = math.gcd(size, page)
 
     def block(state: tuple[Array, Part]) -> tuple[Array, Part]:
         start, before = state
-        k_BSKE, v_BSKE = read(layer, row, start, size, q_BTHE.dtype)
+        k_BSKE, v_BSKE = read(layer, row, start, size, q_BTHE.dtype, table_BN)
         return start + size, merge(before, kernel(q_BTHE, k_BSKE, v_BSKE, here - start, distance - start, window))
 
     return jax.lax.while_loop(lambda state: state[0] < here, block, (jnp.array(0, jnp.int32), seen))[1]

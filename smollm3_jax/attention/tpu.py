@@ -4,6 +4,7 @@ Shapes: B batch, T query length, S key length, H query heads, K key-value heads,
 """
 
 import functools
+import math
 from typing import Any
 
 import jax
@@ -14,7 +15,7 @@ from jax.sharding import NamedSharding
 
 from sharding.rules import Sharding, balanced_order
 
-from ..kv_cache import LayerCache
+from ..kv_cache import LayerCache, capacity_of
 from .parts import Part
 
 # A TPU's vectors are so wide: splash wants lengths that they divide.
@@ -22,8 +23,8 @@ LANES = 128
 # Splash goes through queries and keys in tiles of the largest of these that divides the length.
 TILES = (1024, 512, 256, 128)
 QUERY_TILES = TILES[1:]
-# As many keys of a row of the cache are one page, the largest that divides the capacity; the kernel
-# fetches and multiplies a page at a time.
+# As many keys of a dense row of the cache are one page, the largest that divides the capacity; the kernel
+# fetches and multiplies a page at a time. A pool's own pages are multiples of the least.
 PAGES = (512, 256, 128)
 
 
@@ -136,16 +137,24 @@ def splash_kernel(
     return jax.tree.map(np.asarray, kernel)
 
 
-def paged(q_B1HE: Array, cache: LayerCache, length_B: Array) -> Array:
-    """JAX's paged attention kernel for TPU, on pages that lie in order, or ours for int8: they read what rows hold."""
+def paged(q_B1HE: Array, cache: LayerCache, length_B: Array, table_BN: Array | None = None) -> Array:
+    """JAX's paged attention kernel for TPU, or ours for int8: they read what rows hold. Without a table a row's pages
+    lie in order."""
+    if table_BN is not None:  # a row that holds nothing may have no page
+        table_BN = jnp.minimum(table_BN, cache.k.shape[1] - 1)
     if cache.k_scale is not None:
         from .paged_int8_tpu import paged_int8
 
-        return paged_int8(q_B1HE, cache, length_B)
+        return paged_int8(q_B1HE, cache, length_B, table_BN)
     from jax.experimental.pallas.ops.tpu.paged_attention import paged_attention
 
-    kv_heads, batch, capacity, width = cache.k.shape
-    page = next(page for page in PAGES if capacity % page == 0)
+    kv_heads, batch, page, width = cache.k.shape
+    capacity, together = capacity_of(cache, table_BN), 1
+    if table_BN is None:
+        page = next(page for page in PAGES if capacity % page == 0)
+        table_BN = jnp.arange(batch * capacity // page, dtype=jnp.int32).reshape(batch, -1)
+    else:  # as many keys at a time as of rows in order
+        together = math.gcd(max(1, PAGES[0] // page), table_BN.shape[1])
     k_pages, v_pages = (x.reshape(kv_heads, -1, page, width) for x in (cache.k, cache.v))
     # The kernel mixes dtypes and ranks, whatever the caller forbids.
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
@@ -155,7 +164,7 @@ def paged(q_B1HE: Array, cache: LayerCache, length_B: Array) -> Array:
             v_pages,
             # A full row wrote nothing, and has no page after its last.
             jnp.minimum(length_B + 1, capacity),
-            jnp.arange(k_pages.shape[1], dtype=jnp.int32).reshape(batch, -1),
-            pages_per_compute_block=1,
+            table_BN,
+            pages_per_compute_block=together,
         )
     return out_BHE[:, None].astype(q_B1HE.dtype)

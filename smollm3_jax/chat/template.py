@@ -7,6 +7,7 @@ refuses it.
 """
 
 import atexit
+import bisect
 import contextlib
 import hashlib
 import json
@@ -19,8 +20,11 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import datetime
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from ..errors import OptionError, SupportError, TokenizerError
 from ..nesting import check_depth
@@ -60,6 +64,32 @@ def render(
       TokenizerError: the template itself failed, with its own words and, where known, the line; or it took too long, or
         too much memory.
     """
+    return render_spans(
+        template,
+        messages,
+        add_generation_prompt=add_generation_prompt,
+        tools=tools,
+        special_tokens=special_tokens,
+        now=now,
+        **variables,
+    )[0]
+
+
+def render_spans(
+    template: str | None,
+    messages: Sequence[Mapping[str, Any]],
+    *,
+    add_generation_prompt: bool = False,
+    tools: Sequence[Mapping[str, Any]] | None = None,
+    special_tokens: Mapping[str, str] | None = None,
+    now: Callable[[], datetime] = datetime.now,
+    **variables: Any,
+) -> tuple[str, list[tuple[int, int]]]:
+    """(the text, the (start, end) in it of what each `{% generation %}` block wrote), as `render`.
+
+    In SmolLM3's template a block is an assistant's turn, from <|im_start|> to the line break after <|im_end|>; a
+    template without such blocks has no spans. What a macro or a call writes has an empty one.
+    """
     if template is None:
         raise TokenizerError(
             "the model has no chat template: neither chat_template.jinja nor an entry of tokenizer_config.json"
@@ -95,12 +125,35 @@ def encode_chat(
     Raises:
       OptionError, TokenizerError: as `render`.
     """
+    return _encode(tokenizer, messages, context, options)[0]
+
+
+def encode_chat_mask(
+    tokenizer: Tokenizer, messages: Sequence[Mapping[str, Any]], *, context: int | None = None, **options: Any
+) -> tuple[list[int], np.ndarray]:
+    """(`encode_chat`, which of its tokens a `{% generation %}` block wrote: bool [n]); equal to transformers'
+    `return_assistant_tokens_mask`. A token that a block wrote in part counts."""
+    ids, places, spans = _encode(tokenizer, messages, context, options)
+    starts, ends = np.asarray(places, np.int64).reshape(-1, 2).T
+    mask = np.zeros(len(ids), bool)
+    for start, end in spans:
+        mask |= (starts < end) & (ends > start)
+    return ids, mask
+
+
+_Places = list[tuple[int, int]]
+
+
+def _encode(
+    tokenizer: Tokenizer, messages: Sequence[Mapping[str, Any]], context: int | None, options: Mapping[str, Any]
+) -> tuple[list[int], _Places, _Places]:
+    """(ids, where each begins and ends in a text, where the generation blocks do in that text)."""
     template = tokenizer.template(options.get("tools"))
     messages = normalize(messages)
     for message in messages:
         tokenizer.check_length(message["content"], context)
-    text = render(template, messages, special_tokens=tokenizer.special_tokens, **options)
-    ids = tokenizer.encode(text, add_special_tokens=False, context=context)
+    text, spans = render_spans(template, messages, special_tokens=tokenizer.special_tokens, **options)
+    encoding = tokenizer.encoding(text, add_special_tokens=False, context=context)
     added = tokenizer.backend.get_added_tokens_decoder()
     # A token that is whitespace is text to everyone, templates included.
     tokens = [token for token in added.values() if not token.content.isspace()]
@@ -112,18 +165,34 @@ def encode_chat(
     parted = [(part_all if message["role"] in ("user", "tool") else part_special)(message) for message in messages]
     parted_options = part_special(options)
     if (parted, parted_options) == (messages, options):
-        return ids
-    text = render(template, parted, special_tokens=tokenizer.special_tokens, **parted_options)
+        return encoding.ids, encoding.offsets, spans
+    text, spans = render_spans(template, parted, special_tokens=tokenizer.special_tokens, **parted_options)
     encoding = tokenizer.encoding(text, add_special_tokens=False)
     plain = _without_added_tokens(tokenizer)
-    ids, done = [], 0
+    ids, places, done = [], [], 0
     for token, (start, end) in zip([*encoding.ids, None], [*encoding.offsets, (len(text), len(text))], strict=True):
         if token is None or token in added:
             # Whole stretches between the template's control tokens, as the tokenizer itself would cut the text.
-            ids += plain.encode(text[done:start].replace(gap, ""), add_special_tokens=False)
+            stretch = plain.encoding(text[done:start].replace(gap, ""), add_special_tokens=False)
+            ids += stretch.ids
+            places += _with_gaps(stretch.offsets, text[done:start], gap, done)
             ids += [] if token is None else [token]
+            places += [] if token is None else [(start, end)]
             done = end
-    return ids
+    return ids, places, spans
+
+
+def _with_gaps(places: _Places, text: str, gap: str, begin: int) -> _Places:
+    """Places in a text without its gaps -> those in the text with them, which begins at `begin`."""
+    shifts, length = [], 0  # where a part begins without gaps, and how much later it does so with them
+    for i, part in enumerate(text.split(gap)):
+        shifts.append((length, begin + i * len(gap)))
+        length += len(part)
+
+    def moved(at: int) -> int:
+        return at + shifts[bisect.bisect_right(shifts, at, key=lambda shift: shift[0]) - 1][1]
+
+    return [(moved(start), moved(end - 1) + 1) for start, end in places]
 
 
 def encode_for_answer(
@@ -270,7 +339,7 @@ _lock = threading.Lock()
 _running: list[tuple[int, subprocess.Popen[bytes]]] = []  # at most one, and the process that started it
 
 
-def _process(request: bytes) -> str:
+def _process(request: bytes) -> tuple[str, list[tuple[int, int]]]:
     """The answer of the process that renders, which is started where none is; see template_process.py."""
     try:
         worker = _worker()
@@ -290,7 +359,8 @@ def _process(request: bytes) -> str:
         why = f"it was not done after {SECONDS} s" if code == -signal.SIGALRM else f"it ended its process ({code})"
         raise TokenizerError(f"the chat template failed: {why}")
     if header[:1] == b"+":
-        return answer.decode(errors="surrogatepass")
+        spans, _, text = answer.decode(errors="surrogatepass").partition("\n")
+        return text, [(start, end) for start, end in json.loads(spans)]
     raise TokenizerError(answer.decode(errors="replace"))
 
 
@@ -298,12 +368,14 @@ def _worker() -> subprocess.Popen[bytes]:
     if _running and _running[0][0] == os.getpid() and _running[0][1].poll() is None:
         return _running[0][1]
     _end()
+    # Isolated: beside a user's script may stand a types.py. Jinja it finds where this process does.
+    found = [find_spec(name) for name in ("jinja2", "markupsafe")]
+    folders = [os.path.abspath(Path(one.origin).parents[1]) for one in found if one is not None and one.origin]
     worker = subprocess.Popen(
-        [sys.executable, "-P", str(Path(__file__).with_name("template_process.py"))],
+        [sys.executable, "-I", str(Path(__file__).with_name("template_process.py")), *folders],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "PYTHONUTF8": "1"},
         start_new_session=True,  # Ctrl-C in a terminal is not for it
     )
     _running.append((os.getpid(), worker))

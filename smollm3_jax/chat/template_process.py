@@ -1,9 +1,10 @@
 """The process in which chat templates run, so that one that never ends, or fills the memory, can be ended.
 
-`template.render` starts this file as a script; nothing of the package is imported, so that it is there in a tenth of a
-second. On standard input comes, again and again, a byte (the seconds that it may take), a length of 8 bytes and the
-pickle of (template, variables, time); on standard output goes b"+" or b"-", such a length, and the text or what is
-wrong, in UTF-8. Where the time is up, the alarm ends the process without an answer.
+`template.render` starts this file as a script, with the folders that Jinja is in as arguments; nothing of the package
+is imported, so that it is there in a tenth of a second. On standard input comes, again and again, a byte (the seconds
+that it may take), a length of 8 bytes and the pickle of (template, variables, time); on standard output goes b"+" or
+b"-", such a length, and in UTF-8 what is wrong, or the spans (JSON, a line) and the text after them. Where the time is
+up, the alarm ends the process without an answer.
 """
 
 import functools
@@ -18,8 +19,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import jinja2
+    import jinja2.nodes
 
 MEMORY = 1 << 30  # bytes of address space
+MARK = "generation mark"  # the variable that holds what notes spans: no template can write its name
 MAX_TEXT = 1 << 25  # characters, more than any model's context holds
 
 
@@ -34,7 +37,8 @@ def serve() -> None:
         request = requests.read(int.from_bytes(header[1:], "little"))
         signal.alarm(header[0])
         try:
-            sign, text = b"+", render(*pickle.loads(request))
+            found, spans = render(*pickle.loads(request))
+            sign, text = b"+", f"{json.dumps(spans)}\n{found}"
         except BaseException as error:  # a program can fail in every way there is
             sign, text = b"-", explain(error)
         signal.alarm(0)
@@ -43,16 +47,29 @@ def serve() -> None:
         answers.flush()
 
 
-def render(template: str, variables: dict[str, Any], now: datetime) -> str:
-    """The text; raises whatever the template does."""
-    variables = {"documents": None, "strftime_now": lambda pattern: now.strftime(pattern)} | variables
-    pieces, size = [], 0
+def render(template: str, variables: dict[str, Any], now: datetime) -> tuple[str, list[list[int]]]:
+    """(the text, [start, end] of what its `generation` blocks wrote); raises whatever the template does."""
+    spans: list[list[int]] = []
+    size = 0
+
+    def mark(end: bool) -> str:
+        # What a block or macro that collects its own text has written so far is not counted: there a span is empty.
+        if end:
+            spans[-1].append(size)
+        else:
+            spans.append([size])
+        return ""
+
+    variables = {"documents": None, "strftime_now": lambda pattern: now.strftime(pattern)} | variables | {MARK: mark}
+    pieces = []
     for piece in compiled(template).generate(variables):
         pieces.append(piece)
         size += len(piece)
         if size > MAX_TEXT:
             raise ValueError(f"it writes more than {MAX_TEXT:,} characters")
-    return "".join(pieces)
+    if any(len(span) != 2 for span in spans):
+        raise ValueError("`continue` or `break` leaves a `generation` block")
+    return "".join(pieces), spans
 
 
 def explain(error: BaseException) -> str:
@@ -68,6 +85,14 @@ def explain(error: BaseException) -> str:
     return f"the chat template failed{f' in line {line}' if line else ''}: {message[:1000]}"
 
 
+def marking(end: bool, line: int) -> "jinja2.nodes.ExprStmt":
+    """A statement that calls MARK of the template's variables."""
+    from jinja2 import nodes
+
+    function = nodes.Getitem(nodes.ContextReference(), nodes.Const(MARK), "load")
+    return nodes.ExprStmt(nodes.Call(function, [nodes.Const(end)], [], None, None), lineno=line)
+
+
 @functools.lru_cache(maxsize=8)
 def compiled(template: str) -> "jinja2.Template":
     """The template in transformers' dialect: its whitespace rules, functions and `generation` blocks."""
@@ -79,7 +104,8 @@ def compiled(template: str) -> "jinja2.Template":
     from jinja2.utils import Namespace
 
     class Generation(Extension):
-        """{% generation %} marks what the model is trained on; rendering prints its body, in a scope of its own."""
+        """{% generation %} marks what the model is trained on; rendering prints its body, in a scope of its own,
+        and notes where that begins and ends."""
 
         def __init__(self, environment: Environment) -> None:
             super().__init__(environment)
@@ -87,7 +113,8 @@ def compiled(template: str) -> "jinja2.Template":
 
         def parse(self, parser: Parser) -> nodes.Node:
             line = next(parser.stream).lineno
-            return nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line)
+            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+            return nodes.Scope([marking(False, line), *body, marking(True, line)], lineno=line)
 
     class SafeNamespace(Namespace):
         """Without underscore names: filters call a value's `__html__`, and they do it outside the sandbox."""
@@ -128,4 +155,5 @@ def compiled(template: str) -> "jinja2.Template":
 
 
 if __name__ == "__main__":
+    sys.path += sys.argv[1:]  # after Python's own modules, whatever else is in those folders
     serve()

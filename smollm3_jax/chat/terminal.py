@@ -11,7 +11,7 @@ from typing import Any
 
 from .. import files
 from ..errors import OptionError, SmolLM3Error
-from ..generation.requests import Delta
+from ..generation.requests import Delta, think_ids
 from ..generation.sampling import SamplingParams
 from ..generation.stats import Stats
 from ..reading import read_file, why
@@ -261,7 +261,8 @@ def _answer(chat: Chat) -> tuple[dict[str, Any] | None, list[str]]:
     params = dataclasses.replace(chat.params, max_new_tokens=min(room, chat.params.max_new_tokens), seed=seed)
     capacity = max(chat.capacity, power_of_two_from(len(prompt) + params.max_new_tokens))
     end = chat.tokenizer.decode(prompt[-8:], skip_special_tokens=False)
-    parser = Parser(thinking=end.rstrip().endswith("<think>"))
+    thinks = -1 not in think_ids(chat.tokenizer)  # to a model without these tokens the tags are text
+    parser = Parser(thinks and end.rstrip().endswith("<think>"), thinks=thinks)
     events: list[Event] = []
     stats, count = Stats(), 0
     reason = None

@@ -11,6 +11,7 @@ from typing import Any
 
 from ..config import RELEASE, SMOLLM3_3B, WEIGHT_SCHEMES, ModelConfig
 from ..errors import OptionError
+from .serve import CONTEXT, SLOTS
 from .shared import add_model_name, count, dtype, folder, show
 
 
@@ -51,6 +52,14 @@ def add(parser: argparse.ArgumentParser) -> None:
     decode.add_argument("--context", type=count, default=8192, metavar="N", help="tokens of a slot (default: 8192)")
     decode.add_argument("--weights", choices=WEIGHT_SCHEMES, help="default: bfloat16")
     decode.add_argument("--cache", type=dtype, choices=("bfloat16", "int8"), default="bfloat16")
+
+    serve = plan("serve", _plan_serve, "what a server's cache holds, its modelled speed and its largest context", True)
+    serve.add_argument("--rules", default="serve_tp", choices=STRATEGIES, help="default: serve_tp")
+    serve.add_argument("--slots", type=count, default=SLOTS, metavar="N", help=f"answers side by side ({SLOTS})")
+    context_help = f"most tokens of a prompt and its answer (default: the model's, at most {CONTEXT:,})"
+    serve.add_argument("--context", type=count, metavar="N", help=context_help)
+    serve.add_argument("--weights", choices=WEIGHT_SCHEMES, help="default: bfloat16")
+    serve.add_argument("--cache", type=dtype, choices=("bfloat16", "int8"), default="bfloat16")
 
     memory = plan("memory", _plan_memory, "weights by format and cache by context, exact to the byte", False)
     memory.add_argument("--batch", type=count, default=1, metavar="ROWS", help="sequences in the cache (default: 1)")
@@ -121,6 +130,20 @@ def _plan_decode(args: argparse.Namespace) -> int:
         _plan_config(args), args.topology, args.rules, args.batch, args.context, **options, dump=args.dump_hlo
     )
     return _show_plan(args, report)
+
+
+def _plan_serve(args: argparse.Namespace) -> int:
+    from sharding.mesh import parse_axes
+
+    from ..plan.serve import plan_serve
+    from ..plan.tables import serve_tables
+
+    config = _plan_config(args)
+    context = args.context or min(config.max_position_embeddings, CONTEXT)
+    options = {"axes": parse_axes(args.mesh) if args.mesh else None, "weights": args.weights, "cache": args.cache}
+    report = plan_serve(config, args.topology, args.rules, args.slots, context, **options, dump=args.dump_hlo)
+    show(args, report, serve_tables)
+    return 0
 
 
 def _show_plan(args: argparse.Namespace, report: dict[str, Any]) -> int:

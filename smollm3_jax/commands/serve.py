@@ -121,7 +121,7 @@ def _serve(
 ) -> None:
     from ..compile_cache import compilations
     from ..generation.engine import Engine
-    from ..generation.prompts import SERVING_PIECES
+    from ..generation.prompts import SERVING_PIECES, kept_tokens
     from ..progress import busy
     from ..serve.app import Service, Settings
     from ..serve.job import Server, parse
@@ -138,7 +138,7 @@ def _serve(
 
     def make() -> Engine:
         shape = {"slots": args.slots, "context": context, "cache_dtype": args.cache, "piece_sizes": SERVING_PIECES}
-        kept = 0 if args.no_prefix_cache else args.slots * context // 2
+        kept = 0 if args.no_prefix_cache else kept_tokens(args.slots, context)
         engine = Engine(load(), tokenizer=tokenizer, **shape, prefix_tokens=kept)
         begin, before = time.monotonic(), compilations()
         with busy("compiling"):

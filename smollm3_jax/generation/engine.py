@@ -35,7 +35,7 @@ from .device_loop import slot_specs as specs_for
 from .grammar import prepare
 from .hosts import broadcast, broken, in_step, leads, spans_hosts
 from .prompt_lookup import decode_lookup, remember
-from .prompts import Prefixes, pieces
+from .prompts import Prefixes, pieces, prefix_pages
 from .prompts import piece_sizes as sizes_for
 from .requests import Delta, Request, as_json, check_request, from_json, with_ids
 from .sequence import Sequence, held_back
@@ -153,17 +153,18 @@ class Engine:
     def _pages(self, tokens: int, dtype: Any) -> Prefixes | None:
         """Where as many tokens of whole pieces are kept; None if there can be none."""
         piece, rules = self.piece_sizes[-1], self.model.sharding
-        pages = tokens // piece
-        pages -= pages % (1 if rules is None else rules.parts("batch"))
-        # A slot that a piece fills has no place for what follows it.
-        if not pages or piece >= self.capacity or (rules is not None and rules.parts("context") > 1):
-            return None
-        return Prefixes(_empty(self.model, pages, piece, dtype)[0], rules)
+        pages = prefix_pages(tokens, piece, self.capacity, rules)
+        return Prefixes(_empty(self.model, pages, piece, dtype)[0], rules) if pages else None
 
     @property
     def has_room(self) -> bool:
         """Whether a sample that is submitted now begins with the next step."""
         return len(self._free) > len(self._waiting)
+
+    @property
+    def is_filling(self) -> bool:
+        """Whether samples wait though slots are free: prompts go in one after the other."""
+        return bool(self._waiting and self._free)
 
     @property
     def is_idle(self) -> bool:

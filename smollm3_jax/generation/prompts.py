@@ -26,6 +26,21 @@ MIN_PIECE = 16
 SERVING_PIECES = (16, 64, 256)
 
 
+def kept_tokens(slots: int, context: int) -> int:
+    """How many tokens of prompts a server keeps for those that begin alike: half of what its answers may have."""
+    return slots * context // 2
+
+
+def prefix_pages(tokens: int, piece: int, capacity: int, sharding: Sharding | None) -> int:
+    """In how many pages of `piece` tokens an engine keeps beginnings of prompts that is asked to keep `tokens` of them;
+    0 where it can keep none."""
+    # A slot that a piece fills has no place for what follows it.
+    if piece >= capacity or (sharding is not None and sharding.parts("context") > 1):
+        return 0
+    pages = tokens // piece
+    return pages - pages % (1 if sharding is None else sharding.parts("batch"))
+
+
 def piece_sizes(platform: str, capacity: int, sizes: Sequence[int] | None = None) -> tuple[int, ...]:
     """The lengths that pieces are padded to in slots of `capacity` tokens, by default powers of two; the last is that
     of whole pieces.

@@ -1,5 +1,6 @@
 """One sample of a request on the host: its tokens, its text, and where it ends."""
 
+import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,6 +12,8 @@ from .device_loop import PromptLogprobs, Slots
 from .grammar import Matcher
 from .requests import Delta, Logprob, Request, begins_thinking, end_ids, last_turn, stop_ids, think_ids
 from .sampling import MAX_STOP_IDS, SamplingState
+
+log = logging.getLogger(__name__)
 
 
 class Sequence:
@@ -72,6 +75,9 @@ class Sequence:
         row = chosen.tokens[slot]
         new = [int(token) for token in row[row >= 0]]
         reason = None
+        if chosen.logprobs is not None and (wrong := np.isnan(chosen.logprobs[slot, : len(new)])).any():
+            log.warning("an answer ends where the model's numbers are no numbers any more")
+            new, reason = new[: int(wrong.argmax())], "error"
         count = len(new)
         for i, token in enumerate(new):
             self.tokens.append(token)

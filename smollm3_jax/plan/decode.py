@@ -19,6 +19,7 @@ from sharding.products import KernelCost
 from sharding.roofline import Roofline, roofline
 from sharding.rules import Sharding
 
+from ..attention.piece import BLOCK
 from ..config import ModelConfig
 from ..errors import OptionError
 from ..files import write_output
@@ -96,7 +97,10 @@ class DecodeSetting:
             return KernelCost(4 * rows * heads * self.context * width, device_bytes(self.cache.layers[0]))
         if "splash_mha_fwd" in op.name + op.op_name:
             length = max(math.prod(shape.dims) for shape in op.shapes) // (heads * width)
-            return KernelCost(4 * heads * length * length * width / 2, 0.0, share=0.5)
+            # In a loop it goes through a piece's past, all of which its queries see.
+            places = self.context // self.sharding.parts("context")
+            keys = math.gcd(BLOCK, places) if op.in_loop else length / 2
+            return KernelCost(4 * heads * length * keys * width, 0.0, share=0.5)
         return None
 
 

@@ -23,18 +23,20 @@ def three(value: float) -> str:
     return f"{rounded:,.{max(3 - whole, 0)}f}" if abs(rounded) >= 1 else f"{rounded:#.3g}"
 
 
+def _ms(seconds: float) -> str:
+    return f"{three(1e3 * seconds)} ms"
+
+
 def _many(number: int, what: str) -> str:
     return f"{number:,} {what}{'' if number == 1 else 's'}"
 
 
 def tables(report: dict[str, Any]) -> Iterator[Any]:
     """What `plan train` and `plan decode` print of their reports."""
-    mesh = ", ".join(f"{axis} {length}" for axis, length in report["mesh"].items() if length > 1) or "one device"
     slices = f"{report['slices']} slices of " if report.get("slices", 1) > 1 else ""
     row = "row" if "length" in report else "slot"
     yield (
-        f"{slices}{report['topology']}: {_many(report['devices'], 'device')}, rules {report['rules']} ({mesh}), "
-        f"batch {report['batch']:,}: {_many(report['batch'], row)} of "
+        f"{slices}{_where(report)}, batch {report['batch']:,}: {_many(report['batch'], row)} of "
         f"{report.get('length', report.get('context')):,} tokens"
     )
     for refusal in report.get("refused", ()):
@@ -45,10 +47,7 @@ def tables(report: dict[str, Any]) -> Iterator[Any]:
         return
     if "remat" in report:
         yield f"remat {report['remat']}, micro-batches {report['micro_batches']}"
-    memory = Table("memory of a device", "GiB")
-    for name, size in report["hbm"].items():
-        memory.add_row(name, three(size / GIB))
-    yield memory
+    yield _memory(report["hbm"])
     if "largest_batch" in report:
         yield f"largest batch that fits: {report['largest_batch']:,}"
     yield _program(report["program"], "token" if "floor" in report else "step")
@@ -61,6 +60,49 @@ def tables(report: dict[str, Any]) -> Iterator[Any]:
         yield f"prefill of {report['prefill']['tokens']:,} tokens"
         yield _times(report["prefill"]["modelled"])
     yield "assumed: " + "; ".join(report["assumptions"])
+
+
+def serve_tables(report: dict[str, Any]) -> Iterator[Any]:
+    """What `plan serve` prints of its report."""
+    yield (
+        f"{_where(report)}, {_many(report['slots'], 'slot')}, context {report['context']:,}, "
+        f"weights {report['weights']}, cache {report['cache']}"
+    )
+    if not report["fits"]:
+        yield f"does not fit; try {report['change']}"
+    yield _memory(report["hbm"])
+    if "tokens" in report:
+        tokens = Table("tokens of cache, on all devices", "", f"pages of {report['page']:,}")
+        for name, label in (("fit", "fit beside the rest"), ("slots", "in slots"), ("kept", "kept of prompts")):
+            tokens.add_row(label, f"{report['tokens'][name]:,}", f"{report['tokens'][name] // report['page']:,}")
+        yield tokens
+    yield f"largest context that fits: {report['largest_context']:,}"
+    if "gap" in report:
+        yield _program(report["program"], "token")
+        yield _collectives(report["collectives"])
+        yield _times(report["modelled"])
+        prefill, gap = report["prefill"], report["gap"]
+        yield (
+            f"a piece of {report['page']:,} tokens of a prompt: {_ms(prefill['first_seconds'])}, at the end of a full "
+            f"slot {_ms(prefill['last_seconds'])}; {three(prefill['tokens_per_second'])} tokens/s"
+        )
+        yield (
+            f"longest gap between tokens: {_ms(gap['seconds'])}, a piece of {_ms(gap['piece_seconds'])} and a call of "
+            f"{_ms(gap['call_seconds'])}"
+        )
+    yield "assumed: " + "; ".join(report["assumptions"])
+
+
+def _where(report: dict[str, Any]) -> str:
+    mesh = ", ".join(f"{axis} {length}" for axis, length in report["mesh"].items() if length > 1) or "one device"
+    return f"{report['topology']}: {_many(report['devices'], 'device')}, rules {report['rules']} ({mesh})"
+
+
+def _memory(sizes: dict[str, int]) -> Table:
+    memory = Table("memory of a device", "GiB")
+    for name, size in sizes.items():
+        memory.add_row(name, three(size / GIB))
+    return memory
 
 
 def _program(program: dict[str, Any], what: str) -> Table:
@@ -90,7 +132,7 @@ def _times(modelled: dict[str, Any]) -> Table:
     table = Table("modelled", "")
     for name, value in modelled.items():
         if name.endswith("_seconds"):
-            table.add_row(name.removesuffix("_seconds").replace("_", " "), f"{three(1e3 * value)} ms")
+            table.add_row(name.removesuffix("_seconds").replace("_", " "), _ms(value))
         elif name == "mfu":
             table.add_row("MFU (6N)", f"{three(100 * value)} %")
         else:

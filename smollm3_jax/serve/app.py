@@ -157,10 +157,14 @@ class Service:
 
     async def answer(self, job: Job, function: Callable[..., bytes], *args: Any) -> bytes:
         """Calls what makes a part of a job's answer, with what writes JSON: in a thread where log-probabilities are
-        listed, as it may take seconds; else it takes less than going there does."""
+        listed, as it may take seconds; else it takes less than going there does, as a part has few tokens."""
         if all(x.params.logprobs is None and not x.params.prompt_logprobs for x in job.requests):
             return function(as_json, *args)
-        return await asyncio.get_running_loop().run_in_executor(self.answers, function, in_pieces, *args)
+        return await self.in_thread(function, in_pieces, *args)
+
+    async def in_thread(self, function: Callable[..., bytes], *args: Any) -> bytes:
+        """Calls what makes an answer, or a part that is large, in one of the threads that do that alone."""
+        return await asyncio.get_running_loop().run_in_executor(self.answers, function, *args)
 
 
 def _unless_over(ticket: Ticket, function: Callable[..., Any], *args: Any) -> Any:
@@ -211,11 +215,11 @@ class Generate:
 
     async def _whole(self, ticket: Ticket, job: Job, send: Send) -> None:
         while news := await ticket.take():
-            await self.service.answer(job, _added, job.reply, news)
+            await self.service.answer(job, _taken, job.reply, news)
         if ticket.error is not None:
             raise ticket.error
         if ticket.state == "finished":
-            await respond(await self.service.answer(job, lambda write: write(job.reply.body())), send)
+            await respond(await self.service.in_thread(lambda: in_pieces(job.reply.body())), send)
 
     async def _stream(self, ticket: Ticket, job: Job, send: Send) -> None:
         started = False
@@ -245,6 +249,13 @@ class Generate:
             await send({"type": "http.response.body", "body": content, "more_body": not last})
             if last:
                 return
+
+
+def _taken(write: Write, reply: Reply, news: Iterable[tuple[int, Delta]]) -> bytes:
+    """What came goes into an answer that is sent whole."""
+    for index, delta in news:
+        reply.add(index, delta)
+    return b""
 
 
 def _added(write: Write, reply: Reply, news: Iterable[tuple[int, Delta]]) -> bytes:

@@ -12,7 +12,7 @@ from .conversation import Wishes, check_messages, conversation_request, read_tem
 from .errors import bad
 from .fields import Fields
 from .formats import read_format
-from .params import NAMES, WITHOUT_EFFECT, check_model, sampling_fields, stream_options
+from .params import NAMES, shared_fields
 from .samples import Token, listed, usage
 from .spoken import Spoken
 from .tools import read_tools
@@ -32,14 +32,9 @@ REFUSED = {
 
 def parse(body: dict[str, Any], server: Server) -> Job:
     """Raises ApiError, OptionError."""
-    fields = Fields(body)
-    check_model(fields, server)
-    fields.refuse(REFUSED)
-    fields.ignore(*WITHOUT_EFFECT)
+    fields, stream, told, given = shared_fields(body, server, REFUSED)
     if fields.take("modalities", list, ["text"]) != ["text"]:
         raise fields.error("modalities", "['text'], which is all that this model writes")
-    stream, told = stream_options(fields)
-    given = sampling_fields(fields)
     given |= _logprobs(fields)
     limit, limit_name = _limit(fields)
     wishes = read_template_fields(fields, read_tools(fields))

@@ -9,19 +9,8 @@ from ..generation.requests import Delta, Request
 from ..generation.sampling import MAX_LOGPROBS
 from .contract import DONE, Event, Job, Server
 from .errors import bad, too_long
-from .fields import Fields
 from .formats import read_format
-from .params import (
-    MAX_PROMPTS,
-    NAMES,
-    WITHOUT_EFFECT,
-    check_ids,
-    check_model,
-    is_id,
-    make_request,
-    sampling_fields,
-    stream_options,
-)
+from .params import MAX_PROMPTS, NAMES, check_ids, is_id, make_request, shared_fields
 from .samples import Offsets, Sample, Token, finite, token_text, usage
 
 REFUSED = {
@@ -34,12 +23,7 @@ REFUSED = {
 
 def parse(body: dict[str, Any], server: Server) -> Job:
     """Raises ApiError, OptionError."""
-    fields = Fields(body)
-    check_model(fields, server)
-    fields.refuse(REFUSED)
-    fields.ignore(*WITHOUT_EFFECT)
-    stream, told = stream_options(fields)
-    given = sampling_fields(fields)
+    fields, stream, told, given = shared_fields(body, server, REFUSED)
     logprobs = fields.take("logprobs", int)
     if logprobs is not None and not 0 <= logprobs <= MAX_LOGPROBS:
         raise fields.error("logprobs", f"a whole number from 0 to {MAX_LOGPROBS}")

@@ -17,8 +17,9 @@ from .tools import Tools
 # reasoning_effort -> at most how many tokens of thinking.
 BUDGETS = {"low": 512, "medium": 2048, "high": 8192}
 EFFORTS = ("none", *BUDGETS)
-# Fields of messages by role, and those that clients send back as they came, which may hold nothing.
-_FIELDS = {"assistant": ("tool_calls", *REASONING_FIELDS), "tool": ("tool_call_id",)}
+# Fields of messages by role, and those that clients send back as they came, which may hold nothing. `parsed` is what
+# OpenAI's clients have read of the content, and put beside it.
+_FIELDS = {"assistant": ("tool_calls", "parsed", *REASONING_FIELDS), "tool": ("tool_call_id",)}
 _EMPTY = {"assistant": ("refusal", "audio", "function_call", "annotations")}
 
 

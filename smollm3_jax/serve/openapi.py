@@ -62,7 +62,7 @@ _FAILED = {"description": "It cannot be answered.", "content": _json(_ref("Error
 
 
 def _post(request: str, answer: str, summary: str, streams: bool = False) -> dict[str, Any]:
-    content = _json(_ref(answer)) | ({"text/event-stream": {"schema": TEXT}} if streams else {})
+    content = _json(_ref(answer)) | ({"text/event-stream": {}} if streams else {})
     responses = {"200": {"description": summary, "content": content}, "default": _FAILED}
     body = {"required": True, "content": _json(_ref(request))}
     return {"post": {"summary": summary, "requestBody": body, "responses": responses}}
@@ -177,7 +177,7 @@ def _messages() -> Schema:
     content = _any_of(TEXT, parts)
     reasoning = {"reasoning_content": TEXT, "reasoning": TEXT, "thinking": TEXT}
     empty = dict.fromkeys(("refusal", "audio", "function_call", "annotations"), NOTHING)
-    said = {"content": content, "tool_calls": _list(OBJECT), **reasoning}
+    said = {"content": content, "tool_calls": _list(OBJECT), "parsed": ANY, **reasoning}
     given, name = {"content": content}, {"name": TEXT}
     return _list(
         _any_of(
@@ -287,11 +287,11 @@ def _answers() -> dict[str, Schema]:
     )
     entry = _object({"token": TEXT, "logprob": NUMBER}, {"bytes": _list(_within(0, 255))})
     logprobs = _object({"content": _list(entry)}, {})
-    reasons = _one_of("stop", "length", "tool_calls", "error")
+    reasons = _one_of("stop", "length", "tool_calls")
     choice = _object({"index": COUNT, "message": message, "finish_reason": reasons}, {"logprobs": logprobs})
     lists = {"tokens": _list(TEXT), "token_logprobs": _list(_or_null(NUMBER)), "text_offset": _list(COUNT)}
     legacy = _object(lists, {"top_logprobs": _list(_or_null(OBJECT))})
-    completed = {"index": COUNT, "text": TEXT, "finish_reason": _one_of("stop", "length", "error")}
+    completed = {"index": COUNT, "text": TEXT, "finish_reason": _one_of("stop", "length")}
     head = {"id": TEXT, "created": COUNT, "model": TEXT, "seed": COUNT, "usage": usage}
     of_chat = {**head, "object": _one_of("chat.completion"), "choices": _list(choice)}
     of_completion = {

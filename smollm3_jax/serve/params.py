@@ -1,6 +1,7 @@
 """How to sample, and how much, from the fields that OpenAI's APIs share; what others call them is understood."""
 
 import secrets
+from collections.abc import Mapping
 from typing import Any
 
 from ..config import ModelConfig
@@ -34,6 +35,25 @@ def check_model(fields: Fields, server: Server) -> None:
         raise ApiError(404, message, param="model", code="model_not_found")
 
 
+def shared_fields(
+    body: dict[str, Any], server: Server, refused: Mapping[str, str]
+) -> tuple[Fields, bool, str, dict[str, Any]]:
+    """What every body that asks for an answer begins with: its fields, of which these are read now, `stream_options`,
+    and `sampling_fields`.
+
+    Args:
+      refused: fields that are not done here, and why.
+
+    Raises:
+      ApiError: one of them cannot be kept.
+    """
+    fields = Fields(body)
+    check_model(fields, server)
+    fields.refuse(refused)
+    fields.ignore(*WITHOUT_EFFECT)
+    return fields, *stream_options(fields), sampling_fields(fields)
+
+
 def sampling_fields(fields: Fields) -> dict[str, Any]:
     """What a body says of sampling, as arguments of SamplingParams; a seed is drawn where it says none."""
     given: dict[str, Any] = {name: fields.take(name, float) for name in NUMBERS}
@@ -43,17 +63,19 @@ def sampling_fields(fields: Fields) -> dict[str, Any]:
         raise fields.error("n", f"a whole number from 1 to {MAX_N}")
     given["seed"] = secrets.randbits(31) if given["seed"] is None else given["seed"]
     given["stop"] = _stop(fields)
-    given["stop_token_ids"] = fields.take("stop_token_ids", list)
-    if given["stop_token_ids"] is not None and not all(map(is_id, given["stop_token_ids"])):
+    stop_ids = fields.take("stop_token_ids", list)
+    if stop_ids is not None and not all(map(is_id, stop_ids)):
         raise fields.error("stop_token_ids", f"a list of at most {MAX_STOP_IDS} token ids")
+    given["stop_token_ids"] = stop_ids and [int(token) for token in stop_ids]
     given["ignore_eos"] = fields.take("ignore_eos", bool)
     given["logit_bias"] = _logit_bias(fields)
     return {name: value for name, value in given.items() if value is not None}
 
 
 def is_id(value: Any) -> bool:
-    """Whether a JSON value can be a token's id; whether the vocabulary has it is another question."""
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**31
+    """Whether a JSON value can be a token's id, 5.0 too; whether the vocabulary has it is another question."""
+    whole = isinstance(value, int) or (isinstance(value, float) and value.is_integer())
+    return whole and not isinstance(value, bool) and 0 <= value < 2**31
 
 
 def check_ids(ids: list[Any], config: ModelConfig, where: str) -> list[int]:
@@ -66,7 +88,7 @@ def check_ids(ids: list[Any], config: ModelConfig, where: str) -> list[int]:
         if not is_id(token) or token >= config.vocab_size:
             must = f"a token id from 0 to {config.vocab_size - 1}"
             raise bad(f"{where}[{i}] is {shown(token)}; it must be {must}", f"{where}[{i}]")
-    return ids
+    return [int(token) for token in ids]
 
 
 def _stop(fields: Fields) -> list[str] | None:

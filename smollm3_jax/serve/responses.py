@@ -9,10 +9,9 @@ from ..chat.parse import Text, Thinking, ToolCall
 from ..generation.requests import Delta, Request
 from .contract import Event, Job, Server
 from .conversation import Wishes, conversation_request, read_template_fields, set_effort
-from .fields import Fields
 from .formats import read_format
 from .items import messages_of
-from .params import NAMES, WITHOUT_EFFECT, check_model, sampling_fields, stream_options
+from .params import NAMES, shared_fields
 from .samples import usage
 from .spoken import Spoken
 from .tools import Tools, read_tools
@@ -33,19 +32,14 @@ REFUSED = {
 }
 _NAMES = NAMES | dict.fromkeys(("max_tokens", "max_completion_tokens", "max_new_tokens"), "max_output_tokens")
 _NAMES |= {"response_format": "text.format", "reasoning_effort": "reasoning.effort"}
-_NO_END = {"code": "server_error", "message": "the answer could not be held to its format any longer: simplify it"}
 
 
 def parse(body: dict[str, Any], server: Server) -> Job:
     """Raises ApiError, OptionError."""
-    fields = Fields(body)
-    check_model(fields, server)
-    fields.refuse(REFUSED)
-    fields.ignore(*WITHOUT_EFFECT, "prompt_cache_retention", "prompt_cache_options")
+    fields, stream, _, given = shared_fields(body, server, REFUSED)
+    fields.ignore("prompt_cache_retention", "prompt_cache_options")
     if fields.take("truncation", str, "disabled") != "disabled":
         raise fields.error("truncation", "'disabled': this server leaves nothing out")
-    stream, _ = stream_options(fields)
-    given = sampling_fields(fields)
     limit = fields.take("max_output_tokens", int)
     wishes = read_template_fields(fields, read_tools(fields, flat=True))
     effort = None
@@ -115,11 +109,10 @@ class ResponsesReply:
         found, _ = self._spoken.add(delta)
         events = [event for piece in found for event in self._say(piece)]
         if delta.finish_reason is not None:
-            done, cut = delta.finish_reason == "stop", delta.finish_reason == "length"
+            done = delta.finish_reason == "stop"
             events += self._close("completed" if done else "incomplete")
-            self._head |= {"incomplete_details": {"reason": "max_output_tokens"}} if cut else {}
             self._head |= {"completed_at": int(time.time())} if done else {}
-            self._head |= {} if done or cut else {"error": _NO_END}
+            self._head |= {} if done else {"incomplete_details": {"reason": "max_output_tokens"}}
         return events
 
     def end(self) -> list[Event]:
@@ -127,7 +120,7 @@ class ResponsesReply:
         return [self._event(f"response.{body['status']}", response=body)]
 
     def body(self) -> dict[str, Any]:
-        ends = {"completed": "completed_at", "incomplete": "incomplete_details", "failed": "error"}
+        ends = {"completed": "completed_at", "incomplete": "incomplete_details"}
         status = next((status for status, field in ends.items() if self._head[field] is not None), "in_progress")
         counted = None if status == "in_progress" else self._usage()
         return self._head | {"status": status, "output": list(self._output), "usage": counted}

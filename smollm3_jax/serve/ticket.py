@@ -44,6 +44,12 @@ class Ticket:
         """Of prompts that have not begun to go into a slot."""
         return sum(len(request.prompt) for i, request in enumerate(self.requests) if i not in self.going_in)
 
+    @property
+    def unanswered_tokens(self) -> int:
+        """Of prompts that no token has come of."""
+        answered = {index for index, _ in self.latest}
+        return sum(len(request.prompt) for i, request in enumerate(self.requests) if i not in answered)
+
     async def take(self, timeout: float | None = None) -> list[tuple[int, Delta]]:
         """What came since the last time, waiting for something; nothing after `timeout` seconds, or at the end."""
         if not self.deltas and not self.over:

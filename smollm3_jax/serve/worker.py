@@ -36,6 +36,9 @@ FEW_STEPS = 4
 STALL_SECONDS = 300.0
 STALL_SECONDS_A_TOKEN = 0.1
 LOOK_EVERY = 1.0
+UNFINISHED = (
+    "the engine could not go on with the answer; if it has to keep to a format or to call tools, simplify those"
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,6 +158,9 @@ class Worker:
             if ticket.over:
                 continue
             self._touch()
+            if delta.finish_reason == "error":
+                self.fail(ticket, ApiError(500, UNFINISHED, type="server_error", code="answer_failed"))
+                continue
             ticket.state, ticket.began = "decoding", ticket.began or step.began
             ticket.going_in.add(index)
             self._count(ticket, index, delta, step.ended)
@@ -200,7 +206,7 @@ class Worker:
         owed = self._owed()
         if not owed or not self.ready:
             return False
-        going_in = sum(ticket.tokens for ticket in owed if ticket.state != "decoding")
+        going_in = sum(ticket.unanswered_tokens for ticket in owed)
         return time.monotonic() - self._delivered > self._stall + STALL_SECONDS_A_TOKEN * going_in
 
     async def _watchdog(self) -> None:
@@ -244,7 +250,7 @@ class Worker:
             if engine.is_idle:
                 continue
             if not leads():  # the other processes decode as many steps a call as the engine was made with
-                engine.steps = FEW_STEPS if engine.has_room else MAX_STEPS
+                engine.steps = _steps(engine)
             began = time.monotonic()
             deltas = engine.step()
             going_in = None if engine.prefilling is None else tickets[engine.prefilling][:2]
@@ -285,3 +291,9 @@ class Worker:
             if told.status == 500:
                 log.exception("a request could not be given to the engine")
             self._say(lambda told: self.fail(ticket, told), told)
+
+
+def _steps(engine: Engine) -> int:
+    """How many tokens the next call brings: few while a slot is free, and one while samples wait for their prompts'
+    turn: until then their slots are empty."""
+    return 1 if engine.is_filling else FEW_STEPS if engine.has_room else MAX_STEPS

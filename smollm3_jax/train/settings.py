@@ -17,6 +17,10 @@ from .options import REMAT
 SCHEDULES = ("constant", "wsd", "cosine", "linear")
 POLICIES = ("stop", "rollback", "ignore")
 BASES = ("float32", "bfloat16", "int8", "int4")
+KINDS = ("pretrain", "sft")
+TRAIN_ON = ("assistant", "all")
+OVERFLOWS = ("drop", "truncate", "split")
+POSITIONS = ("row", "document")
 SOURCE_FORMATS = ("jsonl", "parquet", "arrayrecord", "text", "tokens", "hf")
 
 
@@ -59,6 +63,7 @@ class Source:
     weight: float = _setting(1.0, "its share of the tokens, relative to the other sources'")
     format: str = _setting("", f"one of {', '.join(SOURCE_FORMATS)}; empty: guessed from the names of its files")
     field: str = _setting("text", "the field or column that holds the text")
+    fraction: float = _setting(1.0, "the part of its documents that is read; which they are is drawn once")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,6 +73,9 @@ class DataSettings:
     path: str = _setting("", "of the only source, if there is one alone")
     sources: dict[str, Source] = _table("or several, each a table [data.sources.NAME]")  # noqa: RUF009
     per_file: bool = _setting(False, "makes a source of each file of data.path")
+    concatenate: bool = _setting(
+        False, "makes one corpus of all sources, whatever their weights: an epoch is each document once"
+    )
     format: str = _setting("", "of the only source, as for a source")
     field: str = _setting("text", "of the only source, as for a source, and of data.eval_path")
     length: int = _setting(4096, "tokens of a row")
@@ -80,6 +88,18 @@ class DataSettings:
     bad_records: int = _setting(100, "how many unreadable documents of a source are skipped before the run stops")
     max_document_bytes: int = _setting(10_000_000, "longer ones count as unreadable, but for formats tokens and hf")
     timeout: float = _setting(300.0, "seconds that a batch may take")
+    template: str = _setting("", "of conversations: the file of a chat template; empty: the model's own")
+    date: str = _setting("2025-07-08", "the day that templates take for today: the same in each run, whenever it is")
+    overflow: str = _setting("drop", f"of conversations longer than a row; one of {', '.join(OVERFLOWS)}")
+    positions: str = _setting("row", "of conversations: counted from the beginning of a row, or of each document")
+
+
+@dataclasses.dataclass(frozen=True)
+class ObjectiveSettings:
+    """What is minimised."""
+
+    kind: str = _setting("pretrain", f"one of {', '.join(KINDS)}; sft: of conversations, packed whole")
+    train_on: str = _setting("assistant", "of sft: the assistant's turns and completions alone, or all tokens")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -189,6 +209,7 @@ class Settings:
     run: RunSettings = dataclasses.field(default_factory=RunSettings)
     model: ModelSettings = dataclasses.field(default_factory=ModelSettings)
     data: DataSettings = dataclasses.field(default_factory=DataSettings)
+    objective: ObjectiveSettings = dataclasses.field(default_factory=ObjectiveSettings)
     optimizer: OptimizerSettings = dataclasses.field(default_factory=OptimizerSettings)
     step: StepSettings = dataclasses.field(default_factory=StepSettings)
     mesh: MeshSettings = dataclasses.field(default_factory=MeshSettings)
@@ -248,9 +269,15 @@ def check(settings: Settings) -> None:
     need(bool(s.data.path) != bool(s.data.sources), "data: give either data.path or [data.sources.NAME] tables")
     at_least("data.length", s.data.length, 2)
     at_least("data.rows", s.data.rows, 1)
+    need(s.data.field != "", "data.field is empty; name the field of the text")
     nth = s.data.eval_every_nth
     need(nth >= 0 and nth != 1, f"data.eval_every_nth is {nth}; it must be 0, or at least 2")
     need(not (s.data.eval_path and nth), "data: give either data.eval_path or data.eval_every_nth")
+    one_of("objective.kind", s.objective.kind, KINDS)
+    one_of("objective.train_on", s.objective.train_on, TRAIN_ON)
+    one_of("data.overflow", s.data.overflow, OVERFLOWS)
+    one_of("data.positions", s.data.positions, POSITIONS)
+    need(re.fullmatch(r"\d{4}-\d\d-\d\d", s.data.date) is not None, f"data.date is {s.data.date!r}; give YYYY-MM-DD")
     at_least("log.every", s.log.every, 1)
     profile = s.log.profile
     need(re.fullmatch(r"(\d+(-\d+)?)?", profile) is not None, f"log.profile is {profile!r}; give steps, as in 10-12")
@@ -271,6 +298,9 @@ def check(settings: Settings) -> None:
     for name, source in s.data.sources.items():
         one_of(f"data.sources.{name}.format", source.format, ("", *SOURCE_FORMATS))
         at_least(f"data.sources.{name}.weight", source.weight, 0)
+        need(source.field != "", f"data.sources.{name}.field is empty; name the field of the text")
+        share = source.fraction
+        need(0 < share <= 1, f"data.sources.{name}.fraction is {share}; it must be more than 0 and at most 1")
     for stage in s.stages:
         for name in stage.weights:
             need(name in s.data.sources, f"stages.weights names {name!r}, and data.sources has no source of that name")

@@ -10,6 +10,7 @@ import pytest
 import rounding
 from flax import nnx
 from test_attention import seen_in
+from test_kv_cache import in_pages
 from tiny import random_tokens, raw_config
 
 from smollm3_jax import model as model_file
@@ -17,7 +18,7 @@ from smollm3_jax import nvidia, rope
 from smollm3_jax.attention import decode_attention, decode_step, dispatch, paged_gpu
 from smollm3_jax.config import ModelConfig
 from smollm3_jax.kernels import rms_norm_gpu
-from smollm3_jax.kv_cache import LayerCache, empty_cache, quantize_rows, write
+from smollm3_jax.kv_cache import LayerCache, empty_cache, quantize_rows, rows, write
 from smollm3_jax.rms_norm import rms_norm
 
 CAPACITY = 128
@@ -138,6 +139,16 @@ def test_pages_may_lie_anywhere(quantized, monkeypatch):
         np.testing.assert_array_equal(got, scattered(whole))
 
 
+def test_a_row_without_a_page_writes_nothing(monkeypatch):
+    """Nor does it read outside of the pool, whatever it says that it holds."""
+    q, k, v, angles, lengths, cache = case()
+    table = jnp.full((len(lengths), CAPACITY // 32), 4, jnp.int32)
+    pool = jax.tree.map(lambda x: x.reshape(2, -1, 32, x.shape[-1])[:, :4], cache)
+    out, after = step(q, k, v, angles, lengths, pool, table)
+    jax.tree.map(np.testing.assert_array_equal, after, pool)
+    assert np.isfinite(np.asarray(out)[1:]).all()
+
+
 @pytest.mark.parametrize("programs", [1, 2**16], ids=["whole", "split"])
 def test_reads_nothing_after_what_a_row_holds(programs, monkeypatch):
     monkeypatch.setattr(paged_gpu, "PROGRAMS", programs)
@@ -181,6 +192,9 @@ def test_a_gpu_gets_the_kernel(as_on_gpu):
     out, cache = dispatched(*arguments)
     expected, expected_cache = step(*arguments)
     jax.tree.map(np.testing.assert_array_equal, (out[:, 0], cache), (expected, expected_cache))
+    pool, table = in_pages(arguments[-1], 64)
+    out, pool = dispatched(*arguments[:-1], pool, table_BN=table)
+    jax.tree.map(np.testing.assert_array_equal, (out[:, 0], rows(pool, None, None, table)), (expected, cache))
 
 
 def test_what_the_kernel_does_not_take_is_said(as_on_gpu, monkeypatch, caplog):

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel
 from jax.sharding import Mesh
 from test_attention import normal, scalar, stored
+from test_kv_cache import in_pages
 
 from sharding.rules import Sharding
 from smollm3_jax import nvidia
@@ -25,10 +26,19 @@ SLOTS, CAPACITY, HEADS, KV_HEADS = 2, 32, 4, 2
 
 
 def worst(
-    past, length, dtype="float32", width=8, window=None, quantized=False, capacity=CAPACITY, sharding=None, block=512
+    past,
+    length,
+    dtype="float32",
+    width=8,
+    window=None,
+    quantized=False,
+    capacity=CAPACITY,
+    sharding=None,
+    block=512,
+    page=None,
 ):
     """How far from the definition a piece's output is, 1 being allowed, of the second slot; what lies after the past
-    may be anything. block: how many keys of the past go by at a time.
+    may be anything. block: how many keys of the past go by at a time; page: of a pool, whose rows are gathered nowhere.
 
     From the definition without every other key, a query's own among them, it is further than that.
     """
@@ -43,6 +53,8 @@ def worst(
         np.concatenate([x[1:, :past], np.asarray(own, np.float64)], axis=1) for x, own in ((k, own_k), (v, own_v))
     )
     options = {"window": scalar(window), "sharding": sharding}
+    if page is not None:
+        layer, options["table_BN"] = in_pages(layer, page)
 
     def compute(arrays, slot, length):
         return piece_attention(*arrays, slot=slot, length=length, **options)
@@ -63,13 +75,23 @@ def worst(
 
 @settings(max_examples=25, deadline=None)
 @given(
-    st.integers(0, 24), st.integers(1, 8), st.sampled_from([None, 1, 5]), st.booleans(), st.sampled_from([1, 8, 512])
+    st.integers(0, 24),
+    st.integers(1, 8),
+    st.sampled_from([None, 1, 5]),
+    st.booleans(),
+    st.sampled_from([1, 8, 512]),
+    st.sampled_from([None, 8, 16]),
 )
-def test_equals_the_definition(past, length, window, quantized, block):
-    """Of no, some and all of the places, in any number of blocks."""
+def test_equals_the_definition(past, length, window, quantized, block, page):
+    """Of no, some and all of the places, in any number of blocks, and of pages with one, several or a part of one."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(piece, "DENSE_BLOCK", block)
-        assert worst(past, length, window=window, quantized=quantized, block=block) <= 1
+        assert worst(past, length, window=window, quantized=quantized, block=block, page=page) <= 1
+
+
+def test_blocks_may_be_cut_otherwise_than_pages():
+    """Of 12 places, and 32 in all: 4 at a time."""
+    assert worst(24, 8, capacity=48, page=12, block=4) <= 1
 
 
 def test_no_past_adds_nothing():
@@ -79,15 +101,15 @@ def test_no_past_adds_nothing():
     jax.tree.map(np.testing.assert_array_equal, merged, Part(*x))
 
 
-@pytest.mark.parametrize("past", [0, 7, 16, 24])
-def test_cudnn_equals_the_definition(past, monkeypatch):
+@pytest.mark.parametrize(("past", "page"), [(0, None), (7, None), (16, None), (24, None), (24, 4)])
+def test_cudnn_equals_the_definition(past, page, monkeypatch):
     monkeypatch.setattr(piece, "platform_of", lambda sharding: "gpu")
     monkeypatch.setattr(nvidia, "compute_capability", lambda sharding: (9, 0))
     monkeypatch.setattr(nvidia, "kernels_fit", lambda: True)
     calls = []
     monkeypatch.setattr(cudnn, "forward", lambda *arguments: calls.append(arguments) or no_gpu.forward(*arguments))
     monkeypatch.setattr(piece, "BLOCK", 8)
-    assert worst(past, 8, "float16", block=8) <= 1
+    assert worst(past, 8, "float16", block=8, page=page) <= 1
     assert len(calls) == 2  # a program has one call for the piece, and one for every block
 
 
@@ -119,9 +141,12 @@ def as_on_tpu(monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("past", "dtype"), [(0, "float32"), (128, "float32"), (300, "bfloat16")])
-def test_splash_equals_the_definition(past, dtype, as_on_tpu):
-    assert worst(past, 48, dtype, width=64, capacity=384, block=128) <= 1
+@pytest.mark.parametrize(
+    ("past", "dtype", "page"),
+    [(0, "float32", None), (128, "float32", None), (300, "bfloat16", None), (256, "float32", 128)],
+)
+def test_splash_equals_the_definition(past, dtype, page, as_on_tpu):
+    assert worst(past, 48, dtype, width=64, capacity=384, block=128, page=page) <= 1
 
 
 # Rules, and the mesh: slots on other devices, heads on others, too few key-value heads, a row's places on others.
@@ -145,7 +170,10 @@ def test_several_devices_equal_the_definition(name, past):
     rules, shape = MESHES[name]
     mesh = Mesh(np.array(jax.devices()[: shape[0] * shape[1]]).reshape(shape), ("data", "tensor"))
     sizes = {"kv_heads": KV_HEADS, "cache_heads": KV_HEADS}
-    assert worst(past, 8, sharding=Sharding.of(mesh, rules).fitted(sizes)) <= 1
+    sharding = Sharding.of(mesh, rules).fitted(sizes)
+    assert worst(past, 8, sharding=sharding) <= 1
+    if sharding.parts("batch") * sharding.parts("context") == 1:
+        assert worst(past, 8, sharding=sharding, page=8) <= 1
 
 
 @pytest.mark.slow

@@ -415,6 +415,7 @@ WORST: dict[str, Callable[[int], str]] = {
 @pytest.mark.parametrize(("size", "length"), [(1, 3_000), (100, 100_000), (sys.maxsize, 100_000)])
 @pytest.mark.parametrize("case", WORST)
 def test_time_is_proportional_to_length(case: str, size: int, length: int):
+    """S9."""
     assert is_linear(WORST[case], size, length)
 
 

@@ -15,7 +15,7 @@ import sys
 import tempfile
 import termios
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,14 +48,17 @@ TEMPLATE = """\
 {% endif %}{% endif -%}"""
 
 
-def byte_tokenizer() -> tokenizers.Tokenizer:
+TAGS = ("<think>", "</think>", "<tool_call>", "</tool_call>", "<code>", "</code>")
+
+
+def byte_tokenizer(tags: Sequence[str] = TAGS) -> tokenizers.Tokenizer:
     """A token for each byte, and the control tokens."""
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     backend = tokenizers.Tokenizer(models.BPE(vocab={letter: i for i, letter in enumerate(letters)}, merges=[]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.decoder = decoders.ByteLevel()
     backend.add_special_tokens(["<|im_start|>", "<|im_end|>"])
-    backend.add_tokens(["<think>", "</think>", "<tool_call>", "</tool_call>", "<code>", "</code>"])
+    backend.add_tokens(list(tags))
     return backend
 
 
@@ -98,7 +101,7 @@ class Run:
     """What a conversation left behind."""
 
     def __init__(self, lines: list[Any], *answers: Any, terminal: bool = False, **options: Any):
-        tokenizer = Tokenizer(byte_tokenizer(), options.pop("template", TEMPLATE), {})
+        tokenizer = Tokenizer(byte_tokenizer(options.pop("tags", TAGS)), options.pop("template", TEMPLATE), {})
         self.model = Model(tokenizer, list(answers))
         self.asked: list[str] = []
         self.lines = lines
@@ -173,6 +176,14 @@ def test_a_prompt_that_opens_the_thinking():
     template = TEMPLATE.replace("{% if not enable_thinking %}<think>\n\n</think>\n{% endif %}", "<think>\n")
     run = Run(["Hi"], "Hm.\n</think>\nHello", template=template)
     assert run.messages[1] == turn("assistant", "Hello", reasoning_content="Hm.")
+
+
+@pytest.mark.parametrize(
+    "template", [TEMPLATE, TEMPLATE.replace("{% if not enable_thinking %}", "<think>\n{% if false %}")]
+)
+def test_a_model_without_the_tokens_does_not_think(template: str):
+    run = Run(["Hi"], "<think> opens HTML that is none.", template=template, tags=())
+    assert run.messages[1] == turn("assistant", "<think> opens HTML that is none.")
 
 
 def seen(raw: str, width: int = 40) -> list[str]:

@@ -10,9 +10,9 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO
 
 import pytest
+from serving import next_line, started
 from tiny import talking_checkpoint
 
 from smollm3_jax.commands import serve
@@ -24,26 +24,6 @@ from smollm3_jax.serve.run import listen
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory) -> Path:
     return talking_checkpoint(tmp_path_factory.mktemp("models") / "tiny")
-
-
-@contextlib.contextmanager
-def started(model: object, *options: str, **variables: str) -> Iterator[tuple[subprocess.Popen[str], int]]:
-    """The command, and its port, when it is ready."""
-    command = [sys.executable, "-m", "smollm3_jax", "serve", str(model), "--port", "0", *options]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    with subprocess.Popen(command, env=os.environ | variables, **pipes) as process:
-        try:
-            line = said(process.stdout)
-            assert line.startswith("ready http://127.0.0.1:"), (line, process.stderr and process.stderr.read())
-            yield process, int(line.rpartition(":")[2])
-        finally:
-            process.kill()
-
-
-def said(file: IO[str] | None, word: str = "") -> str:
-    """The next line, or the next one that holds a word."""
-    assert file is not None
-    return next((line for line in file if word in line), "")
 
 
 def ask(port: int, path: str, body: object = None, **headers: str) -> tuple[int, str]:
@@ -67,12 +47,13 @@ def streaming(port: int) -> Iterator[http.client.HTTPResponse]:
 
 
 def test_it_answers_and_ends_when_its_streams_have(tiny):
+    """S17."""
     with started(tiny, "--slots", "2", "--name", "mine", "--log-requests") as (process, port):
         assert json.loads(ask(port, "/v1/models")[1])["data"][0]["id"] == "mine"
         assert ask(port, "/ready")[0] == 200
         with streaming(port) as answer:
             process.terminate()
-            assert said(process.stderr, "draining")
+            assert next_line(process.stderr, "draining")
             assert ask(port, "/v1/completions", {"prompt": "w5"})[0] == 503
             assert answer.read().endswith(b"data: [DONE]\n\n")
         out, err = process.communicate(timeout=60)
@@ -97,6 +78,7 @@ def test_it_answers_and_ends_when_its_streams_have(tiny):
     ],
 )
 def test_options_that_cannot_be(tiny, options, told, capsys, monkeypatch):
+    """S18, S20."""
     monkeypatch.delenv("SMOLLM3_API_KEY", raising=False)
     try:
         code = main(["serve", str(tiny), *options])
@@ -106,6 +88,7 @@ def test_options_that_cannot_be(tiny, options, told, capsys, monkeypatch):
 
 
 def test_a_port_that_is_taken(tiny, capsys):
+    """S18."""
     with listen("127.0.0.1", 0) as own:
         port = own.getsockname()[1]
         assert main(["serve", str(tiny), "--port", str(port)]) == 2
@@ -113,6 +96,7 @@ def test_a_port_that_is_taken(tiny, capsys):
 
 
 def test_a_model_that_is_not_there(tmp_path, capsys):
+    """S18."""
     assert main(["serve", str(tmp_path / "nothing"), "--port", "0"]) in (2, 3)
     assert "nothing" in capsys.readouterr().err
 
@@ -152,10 +136,11 @@ def test_processes_that_follow_leave_signals_to_the_first(tiny, monkeypatch):
 
 @pytest.mark.slow
 def test_a_second_signal_ends_it_at_once(tiny):
+    """S17."""
     for first, second in ((signal.SIGTERM, signal.SIGTERM), (signal.SIGINT, signal.SIGINT)):
         with started(tiny, "--slots", "2") as (process, port), streaming(port):
             process.send_signal(first)
-            assert said(process.stderr, "draining")
+            assert next_line(process.stderr, "draining")
             begin = time.monotonic()
             process.send_signal(second)
             assert process.wait(20) == 128 + second

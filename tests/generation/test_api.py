@@ -183,6 +183,7 @@ def test_log_probabilities_are_those_of_the_whole_forward(model):
 
 
 def test_text_ends_before_a_stop_text_however_tokens_cut_it(model):
+    """C9."""
     free = s3.generate(model, [PROMPTS[0]], s3.SamplingParams(max_new_tokens=30))[0]
     whole = letters(free)
     for start, length in ((4, 1), (14, 4), (0, 2), (26, 4)):
@@ -198,6 +199,7 @@ def test_text_ends_before_a_stop_text_however_tokens_cut_it(model):
 
 
 def test_what_could_begin_a_stop_text_comes_out_at_the_end(model):
+    """C9."""
     free = s3.generate(model, [PROMPTS[0]], s3.SamplingParams(max_new_tokens=6))[0]
     params = s3.SamplingParams(max_new_tokens=6, stop=[letters(free) + "x"])
     deltas = list(stream(model, [Request(PROMPTS[0], params)], tokenizer=LETTERS, steps=2))

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import letters, random_tokens, raw_config, tiny_checkpoint
+from tiny import letters, random_tensors, random_tokens, raw_config, tiny_checkpoint, write_checkpoint
 
 import smollm3_jax as s3
 from smollm3_jax.config import GenerationConfig
@@ -19,6 +19,7 @@ from smollm3_jax.generation.device_loop import decode
 from smollm3_jax.generation.engine import Engine
 from smollm3_jax.generation.grammar import json_schema
 from smollm3_jax.generation.requests import Completion, Delta, Request
+from smollm3_jax.generation.sampling import SamplingParams
 
 CONTEXT, SLOTS, PIECES = 100, 2, (16, 32)
 LENGTHS = (1, 3, 17, 40, 70)  # in pieces of 32: none, one, one, two, three
@@ -94,7 +95,7 @@ EVENTS = st.lists(SUBMIT | OTHER, min_size=1, max_size=14)
 @settings(max_examples=15)
 @given(events=EVENTS, prefill_tokens=st.sampled_from([1, 40, None]), prefix_tokens=st.sampled_from([0, 64, 256]))
 def test_an_answer_is_the_one_given_alone(model, alone, events, prefill_tokens, prefix_tokens):
-    """Bit for bit, log-probabilities too; with beginnings of prompts that are kept, dropped and used again."""
+    """S22, S23: bit for bit, log-probabilities too; beginnings of prompts are kept, dropped and used again."""
     shared, kinds, cancelled, found = engine(model, prefill_tokens, prefix_tokens=prefix_tokens), {}, set(), {}
     for event, value in events:
         if event == "submit":
@@ -217,6 +218,7 @@ def test_an_answer_keeps_to_its_grammar_and_ends(model, temperature):
 
 
 def test_what_does_not_fit_is_cut_off(model):
+    """S15."""
     found = answered(model, "</think>\n", {"enum": ["a" * 60]}, max_new_tokens=9)
     assert (found.text, found.finish_reason) == ('"aaaaaaaa', "length")
 
@@ -267,3 +269,28 @@ def test_grammars_that_cannot_be_kept_are_refused_at_once(model):
         engine(model).submit(Request([5], greedy, ends=(END,), grammar="start: nothing"))
     with pytest.raises(OptionError, match="a grammar needs a tokenizer"):
         Engine(model, slots=SLOTS, context=CONTEXT).submit(one)
+
+
+@pytest.mark.parametrize("options", [{}, {"piece_sizes": (16, 32), "prefix_tokens": 64}, {"cache_dtype": "int8"}])
+def test_numbers_that_are_none_end_their_own_answer_alone(tmp_path, options):
+    """S16: whoever decodes beside it, and has its slot and its places in the cache after it, is none the wiser."""
+    raw = raw_config("untied")
+    tensors = random_tensors(raw)
+    tensors["model.embed_tokens.weight"] = tensors["model.embed_tokens.weight"].copy()
+    tensors["model.embed_tokens.weight"][9] = np.nan
+    engine = Engine(
+        s3.from_pretrained(write_checkpoint(tmp_path / "model", raw, tensors)), slots=2, context=128, **options
+    )
+
+    def answers(*prompts):
+        numbers = [engine.submit(Request(prompt, SamplingParams(max_new_tokens=8, logprobs=0))) for prompt in prompts]
+        found = {number: Completion.empty() for number in numbers}
+        for delta in engine.drain():
+            found[delta.request].add(delta)
+        return [found[number] for number in numbers]
+
+    sound = [[5, 6, 7] * 4, [8, 4]]
+    alone = answers(*sound)
+    wrong, beside = answers([5, 9, 7] * 20, sound[0])
+    assert (wrong.finish_reason, wrong.token_ids, wrong.text) == ("error", [], "") and beside == alone[0]
+    assert answers(*sound) == alone

@@ -319,6 +319,7 @@ ANY = [token for token in range(VOCAB) if token != END]
 
 
 def test_thinking_is_free_and_the_answer_is_not():
+    """C6."""
     grammar = json_schema({"enum": ["ab"]})
     quote = LETTERS.encode('"')
     line_break = LETTERS.encode("\n")
@@ -367,11 +368,13 @@ def test_a_grammar_needs_a_tokenizer_of_bytes(tmp_path):
     ],
 )
 def test_what_no_answer_keeps_to_is_refused(schema, said):
+    """S10."""
     with pytest.raises(OptionError, match=said):
         check_grammar(json_schema(schema), LETTERS)
 
 
 def test_a_long_grammar_is_refused():
+    """S10."""
     with pytest.raises(OptionError, match="it may have 65536"):
         check_grammar("start: " + "a" * (1 << 16), LETTERS)
 

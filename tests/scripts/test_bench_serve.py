@@ -28,12 +28,14 @@ class StandIn:
 
     def __init__(self) -> None:
         self.bodies: list[dict[str, Any]] = []
-        self.running = self.most = 0
+        self.running = self.most = self.looks = 0
         self.room = 1000
         self.failing: set[int] = set()
         self.address = ""
         self.routes = [
             Route("/v1/models", self.models),
+            Route("/health", self.health),
+            Route("/metrics", self.metrics),
             Route("/v1/completions", self.answer, methods=["POST"]),
             Route("/v1/chat/completions", self.answer, methods=["POST"]),
         ]
@@ -42,6 +44,15 @@ class StandIn:
         if request.headers.get("Authorization") != "Bearer secret":
             return JSONResponse({"error": {"message": "No key."}}, 401)
         return JSONResponse({"data": [{"id": "tiny"}, {"id": "other"}]})
+
+    async def health(self, request: Request) -> Response:
+        self.looks += 1
+        return JSONResponse({"status": "ok"})
+
+    async def metrics(self, request: Request) -> Response:
+        count = len(self.bodies)
+        name = "smollm3_step_seconds"
+        return Response(f'{name}_count{{kind="both"}} {count}\n{name}_sum{{kind="both"}} {0.5 * count}\n')
 
     async def answer(self, request: Request) -> Response:
         self.bodies.append(await request.json())
@@ -141,6 +152,20 @@ def test_what_fails_is_counted_and_is_not_good(server):
     assert len(failed["chunks"]) == 1
 
 
+def test_a_long_prompt_beside_streams_and_health_meanwhile(server):
+    options = ["--concurrency", "3", "--long", "30", "--new", "40", "--health"]
+    ((_, summary, results),) = measure(server, *options)
+    assert len(results) == 3 == summary["answered"] and server.most == 4
+    assert len(server.bodies[-1]["prompt"].split()) == 30 and server.bodies[-1]["max_tokens"] == 4
+    long = summary["long"]
+    assert long["going"] == 3 and long["first"] >= FIRST and long["gap"]["max"] >= 0.9 * GAP
+    assert long["steps"] == {"both": {"count": 1, "mean": 0.5}}
+    assert 0 < summary["health"]["count"] == server.looks and summary["health"]["p50"] < 1
+    lines = list(bench.told(summary))
+    assert len(lines) == 3 and lines[0].startswith("/health, ")
+    assert "health" not in measure(server, "--concurrency", "1")[0][1]
+
+
 def test_limits_decide_what_is_good():
     def result(first: float, last: float) -> dict[str, Any]:
         return {"sent": 1.0, "chunks": [1 + first, 1 + last], "tokens": 11, "prompt_tokens": 3, "late": 0.0}
@@ -199,6 +224,8 @@ def test_the_chart(tmp_path):
         (["--rate", "1", "--prompt", "9-5"], "invalid length, such as 128 or 64-512, value: '9-5'"),
         (["--rate", "1", "--body", "[]"], "no JSON object"),
         (["--rate", "1", "--out", "x.txt"], "must end in .json"),
+        (["--rate", "1", "--long", "9"], "goes with --concurrency"),
+        (["--concurrency", "13", "--long", "9"], "--requests is no less than that"),
     ],
 )
 def test_options_that_cannot_be(options, said, capsys):

@@ -69,6 +69,26 @@ def test_answers_that_take_long_to_make_hold_up_nobody(stream):
         assert {name.rpartition("_")[0] for name in where} == {"answers"}
 
 
+def test_whole_answers_are_written_in_threads():
+    """However many tokens they have: a server of many slots may owe megabytes at a time."""
+    where = []
+
+    class Watched(PlainReply):
+        def body(self):
+            where.append(threading.current_thread().name)
+            return super().body()
+
+    def parse(kind, body, server):
+        job = plain_parse(kind, body, server)
+        job.reply = Watched(1)
+        return job
+
+    engine = Puppet(lambda running: [token(number, "stop") for number in running])
+    with serving(lambda: engine, parse) as server:
+        assert server.ask("POST", "/v1/completions", {"prompt": [5]})[1] == {"ids": [[7]]}
+        assert [name.rpartition("_")[0] for name in where] == ["answers"]
+
+
 def test_large_bodies_and_lists_of_tokens_are_read_and_written_in_threads(monkeypatch):
     where = []
 
@@ -91,7 +111,7 @@ def test_what_is_asked_of_the_server_itself(server):
 
 
 def test_slow_templates_hold_up_neither_health_nor_the_bound():
-    """Requests that are rendered and tokenized count as under way."""
+    """C2: Requests that are rendered and tokenized count as under way."""
     hold = threading.Event()
 
     def slow(kind, body, server):

@@ -146,6 +146,7 @@ def test_fields_of_sampling(server):
 
 
 def test_messages_reach_the_template(server):
+    """S4."""
     messages = [
         {"role": "developer", "content": "Be brief."},
         {"role": "user", "content": [{"type": "text", "text": "Hi "}, {"type": "text", "text": "<|im_end|>"}]},
@@ -187,6 +188,7 @@ THINKING_OFF = [
 
 @pytest.mark.parametrize("fields", THINKING_OFF)
 def test_thinking_off_puts_nothing_into_the_reasoning_field(server, fields):
+    """C7."""
     job = chat(server, **fields)
     assert prompt_text(server, job).endswith("<think>\n\n</think>\n")
     message = message_of(server, job, "Hello" + END)
@@ -194,6 +196,7 @@ def test_thinking_off_puts_nothing_into_the_reasoning_field(server, fields):
 
 
 def test_thinking_on(server):
+    """C8."""
     job = chat(server)
     body = answer(server, job, THOUGHT + "Hello" + END)[1]
     message = body["choices"][0]["message"]
@@ -240,6 +243,7 @@ def test_effort_is_a_budget(server):
 
 
 def test_calls(server):
+    """C5."""
     job = chat(server, tools=[WEATHER, NOW])
     events, body = answer(server, job, f"{THOUGHT}Let me look.\n{CALL}\n{EMPTY_CALL}{END}")
     ChatCompletion.model_validate(body, strict=True)
@@ -308,6 +312,7 @@ def test_a_model_without_think_tokens_writes_of_them(server):
 
 
 def test_calls_in_python(server):
+    """C14."""
     tools = {
         "python_tools": ["def get_weather(city: str, days: int = 1) -> str: ...", "def now():\n    '''The time.'''"]
     }
@@ -336,6 +341,7 @@ def test_custom_instructions(server):
 
 
 def test_forced_calls_are_grammars(server):
+    """C6."""
     job = chat(server, tools=[WEATHER, NOW], tool_choice="required")
     given = [WEATHER, NOW]
     assert job.requests[0].grammar == grammar.tool_calls(given, names=None, parallel=True, style="xml")
@@ -347,6 +353,7 @@ def test_forced_calls_are_grammars(server):
 
 
 def test_formats_are_grammars(server):
+    """S10."""
     schema = {"type": "object"}
     form = {"type": "json_schema", "json_schema": {"name": "x", "strict": True, "schema": schema}}
     assert chat(server, response_format=form).requests[0].grammar == grammar.json_schema(schema)
@@ -395,6 +402,7 @@ def test_logprobs(server):
 
 
 def test_stop_texts_are_neither_text_nor_tokens(server):
+    """C9."""
     for ending in ("", END):
         body = answer(server, chat(server, logprobs=True, stop=[" STOP here"]), f"One two STOP here{ending}")[1]
         [choice] = body["choices"]
@@ -425,7 +433,7 @@ TEXTS = st.lists(st.sampled_from([*PIECES, "<code>", "x" * 20])).map("".join)
     ),
 )
 def test_an_answer_in_pieces_is_the_answer_in_one(server, text, cuts, ends, fields):
-    """Streamed, plain, and however the tokens came."""
+    """C5, C9, C10: Streamed, plain, and however the tokens came."""
     ids = ids_of(server.tokenizer, text + END * ends)
     if not ends:  # but by a limit
         fields = {"max_tokens": max(len(ids), 1)} | fields
@@ -444,6 +452,7 @@ def test_an_answer_in_pieces_is_the_answer_in_one(server, text, cuts, ends, fiel
 
 
 def test_several_samples(server):
+    """C10."""
     job = chat(server, n=2, stream=True, stream_options={"include_usage": True})
     assert job.stream
     events, body = answer(server, job, "One" + END, THOUGHT + "Two" + END)
@@ -544,6 +553,7 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
 
 @pytest.mark.parametrize(("fields", "param", "words"), REFUSED, ids=[str(fields)[:60] for fields, _, _ in REFUSED])
 def test_refused(server, fields, param, words):
+    """S1, S3, S4, S6, S11."""
     error = refused(server, **fields)
     assert (error.status, error.param) == (400, param), error
     assert words in error.message
@@ -551,6 +561,7 @@ def test_refused(server, fields, param, words):
 
 
 def test_prompts_that_are_too_long(server):
+    """S5, C12."""
     for content in ("word " * server.context, "x" * 10**7):
         error = refused(server, messages=[{"role": "user", "content": content}])
         assert error.code == "context_length_exceeded" and error.param == "messages"
@@ -558,6 +569,7 @@ def test_prompts_that_are_too_long(server):
 
 
 def test_other_models_are_not_found(server):
+    """S11."""
     error = refused(server, model="gpt-5")
     assert (error.status, error.code, error.param) == (404, "model_not_found", "model")
     chat(server, model=server.name)

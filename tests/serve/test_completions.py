@@ -160,6 +160,7 @@ def test_of_tokens_with_one_text_the_likelier_counts(server):
     ),
 )
 def test_an_answer_in_pieces_is_the_answer_in_one(server, text, cuts, fields):
+    """C9, C10."""
     job, whole = (complete(server, seed=1, **fields) for _ in range(2))
     events, body = answer(server, job, text + END, cuts=cuts)
     one = answer(server, whole, text + END)[1]
@@ -175,6 +176,7 @@ def test_an_answer_in_pieces_is_the_answer_in_one(server, text, cuts, fields):
 
 
 def test_usage_of_a_stream(server):
+    """C10."""
     job = complete(server, stream=True, stream_options={"include_usage": True})
     events, body = answer(server, job, " a" + END)
     assert events[-2][1]["usage"] == body["usage"] and events[-2][1]["choices"] == []
@@ -215,6 +217,7 @@ def test_refused(server, fields, param, words):
 
 
 def test_prompts_that_are_too_long(server):
+    """S5, C12."""
     for prompt in ("word " * server.context, "x" * 10**7, [5] * server.context):
         with pytest.raises(ApiError, match="maximum context length is 4096 tokens") as error:
             complete(server, prompt)

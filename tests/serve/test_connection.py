@@ -43,6 +43,7 @@ def until(client: socket.socket, end: bytes) -> bytes:
 
 
 def test_a_head_is_bounded(server):
+    """S2."""
     client = server.connect()
     with contextlib.suppress(ConnectionError):
         client.sendall(b"GET /health HTTP/1.1\r\n")
@@ -89,6 +90,7 @@ def test_a_head_that_does_not_come_is_not_awaited(server, monkeypatch, sent):
 
 
 def test_a_connection_that_trickles_ends(server, monkeypatch):
+    """S2."""
     monkeypatch.setattr(Connection, "arrival_seconds", 0.5)
     client = server.connect()
     begin = time.monotonic()
@@ -101,6 +103,7 @@ def test_a_connection_that_trickles_ends(server, monkeypatch):
 
 
 def test_a_reader_that_takes_nothing_is_cut_off_alone(server, monkeypatch):
+    """S13."""
     monkeypatch.setattr(Connection, "slow_reader_seconds", 2.0)
     idle = server.open({"prompt": [5], "stream": True}, receive_buffer=4096)
     reader = server.open({"prompt": [5], "stream": True})

@@ -33,6 +33,7 @@ def locked():
 
 
 def test_without_the_key_only_signs_of_life_and_the_page_are_open(locked):
+    """S19."""
     assert [locked.ask("GET", path)[0] for path in ("/health", "/ready")] == [200, 200]
     status, text, headers = locked.ask("GET", "/")
     assert status == 200 and "<script>" in text and "default-src 'none'" in headers["content-security-policy"]
@@ -49,6 +50,7 @@ def test_without_the_key_only_signs_of_life_and_the_page_are_open(locked):
 
 
 def test_keys_are_compared_in_constant_time(locked, monkeypatch):
+    """S19."""
     compared = []
     compare = guards.hmac.compare_digest
     monkeypatch.setattr(guards.hmac, "compare_digest", lambda a, b: compared.append((a, b)) or compare(a, b))
@@ -63,6 +65,7 @@ def test_its_own_names_and_addresses_are_answered(server, host):
 
 @pytest.mark.parametrize("host", ["evil.example", "localhost.evil.example", "127.0.0.1.evil.example", "", "[", "a@b"])
 def test_a_foreign_host_is_forbidden(server, host):
+    """S20."""
     status, body, _ = server.ask("GET", "/health", Host=host)
     assert (status, body["error"]["code"]) == (403, "host_not_allowed")
 
@@ -74,6 +77,7 @@ def test_a_host_that_is_allowed_and_none_at_all(server, locked):
 
 
 def test_pages_of_other_sites_are_not_answered(server, locked):
+    """S20."""
     for origin in ("https://evil.example", "null", "http://localhost:1", "http://[", ""):
         status, body, headers = server.ask("POST", "/v1/completions", PROMPT, Origin=origin)
         assert (status, body["error"]["code"]) == (403, "origin_not_allowed")
@@ -103,11 +107,13 @@ def test_an_origin_is_nobodys_where_no_host_is_named():
     [b"", b"{", b"{'a': 1}", b"\xff\xfe", b'{"prompt": "\xff"}', b"[" * 100_000, b'{"a": ' * 10_000, b"1" * 5000],
 )
 def test_what_is_no_json_is_the_clients_mistake(server, body):
+    """S1, S2."""
     status, told, _ = server.ask("POST", "/v1/completions", body)
     assert (status, told["error"]["code"]) == (400, "invalid_json")
 
 
 def test_a_body_is_json_by_its_type(server):
+    """S1."""
     for kind in ("text/plain", "application/x-www-form-urlencoded", ""):
         status, told, _ = server.ask("POST", "/v1/completions", json.dumps(PROMPT).encode(), Content_Type=kind)
         assert status == 400 and "application/json" in told["error"]["message"]
@@ -116,6 +122,7 @@ def test_a_body_is_json_by_its_type(server):
 
 
 def test_a_large_body_is_refused_by_what_it_says_and_by_what_it_is(server):
+    """S2."""
     client = server.connect()
     client.sendall(HEAD + b"Content-Length: 99999999999\r\n\r\n")
     assert client.recv(1000).startswith(b"HTTP/1.1 413 ")

@@ -48,12 +48,14 @@ def test_tokenize_answers_or_refuses(server, call, body):
 @pytest.mark.parametrize("kind", ["chat", "completions", "responses"])
 @pytest.mark.parametrize("body", [None, [], "Hi", 5, True])
 def test_a_body_is_an_object(server, kind, body):
+    """S1."""
     with pytest.raises(ApiError, match="must be a JSON object"):
         parse(kind, body, server)
 
 
 @pytest.mark.parametrize("kind", ["chat", "completions", "responses"])
 def test_bodies_as_deep_as_can_be_are_refused(server, kind):
+    """S2."""
     deep: Any = []
     for _ in range(10_000):
         deep = [deep]

@@ -80,7 +80,7 @@ def test_gauges_say_what_runs_what_waits_and_what_the_cache_holds():
 
 
 def test_tokens_of_shared_prefixes_are_counted_by_key():
-    """One key's prompts are found again by that key alone, and under one salt."""
+    """S23, C13: One key's prompts are found again by that key alone, and under one salt."""
     keys = [{"Authorization": f"Bearer {key}"} for key in ("one", "two")]
     with serving(lambda: tiny_engine(piece_sizes=(16, 32), prefix_tokens=256), keys=["one", "two"]) as server:
         found: dict[str, float] = {}
@@ -103,7 +103,7 @@ def test_tokens_that_come_together_are_as_many_intervals():
 
 
 def test_labels_are_of_fixed_sets():
-    """Whatever clients send: paths, models, hosts."""
+    """S21: Whatever clients send: paths, models, hosts."""
     with serving(lambda: Puppet(lambda running: [token(number, "stop") for number in running])) as server:
         before = len(server.ask("GET", "/metrics")[1].splitlines())
         for i in range(20):

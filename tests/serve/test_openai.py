@@ -59,7 +59,7 @@ def test_completions_of_texts_and_of_ids(client):
 
 
 def test_the_same_answer_whatever_else_runs(client):
-    """Greedy and sampled, alone and beside twenty others."""
+    """S22: Greedy and sampled, alone and beside twenty others."""
     options = [
         {"model": "tiny", "prompt": [[5 + i, 6, 7]], "max_tokens": 5 + i, "temperature": i % 2, "seed": i}
         for i in range(20)
@@ -71,6 +71,7 @@ def test_the_same_answer_whatever_else_runs(client):
 
 
 def test_errors_are_those_that_the_client_knows(running, client):
+    """S5, C12."""
     with pytest.raises(openai.NotFoundError) as error:
         client.chat.completions.create(model="gpt-4", messages=ASKED)
     assert error.value.code == "model_not_found"
@@ -87,6 +88,7 @@ def test_errors_are_those_that_the_client_knows(running, client):
 
 
 def test_a_client_that_stops_reading_a_stream_leaves_nothing(running, client):
+    """S12, C4."""
     for _ in range(5):
         stream = client.chat.completions.create(model="tiny", messages=ASKED, max_tokens=400, stream=True)
         next(iter(stream))

@@ -112,6 +112,7 @@ SCRIPT: dict[str, Any] = {
     "noon": [chunk(content="It is cold at noon."), chunk("stop"), "[DONE]"],
     "break": [chunk(content="Half an ans"), {"error": {"message": "The engine has failed.", "type": "server_error"}}],
     "cut": [chunk(content="Half an ans")],
+    "no end": [chunk(content="Half an ans"), chunk("error"), "[DONE]"],
     "long": [*(x for i in range(600) for x in (chunk(content=f"word{i} "), 0.05)), chunk("stop"), "[DONE]"],
 }
 
@@ -342,6 +343,7 @@ def test_tool_calls_and_what_they_return(page, server):
     [
         ("break", "Half an ans", "The engine has failed."),
         ("cut", "Half an ans", "The connection ended before the answer did."),
+        ("no end", "Half an ans", "The server could not go on with this answer."),
         ("too long", "", "The maximum context length is 8 tokens."),
         ("busy", "", "The queue is full. Try again after 2 s."),
     ],

@@ -33,6 +33,7 @@ def read_until(client: socket.socket, end: bytes) -> bytes:
 
 
 def test_it_listens_at_once_and_says_that_it_is_ready_when_it_is():
+    """S18."""
     made = threading.Event()
 
     def make():
@@ -52,6 +53,7 @@ def test_it_listens_at_once_and_says_that_it_is_ready_when_it_is():
 
 
 def test_a_drain_lets_streams_end_and_takes_nothing_new():
+    """S17."""
     ends = threading.Event()
 
     def step(running):
@@ -78,6 +80,7 @@ def test_a_drain_lets_streams_end_and_takes_nothing_new():
 
 
 def test_what_does_not_end_in_time_is_ended():
+    """S17."""
     with serving(lambda: Puppet(step), drain_timeout=0.2) as server:
         client = server.open(BODY)
         read_until(client, b"ids")
@@ -104,6 +107,8 @@ def test_an_engine_that_cannot_be_made_ends_the_server():
 
 
 def test_a_failed_engine_ends_the_server_with_its_error():
+    """C1."""
+
     def step(running):
         raise RuntimeError("a chip has failed")
 
@@ -128,6 +133,7 @@ def test_a_failed_engine_ends_the_server_with_its_error():
 
 
 def test_an_address_that_cannot_be_had(monkeypatch):
+    """S18."""
     with run.listen("127.0.0.1", 0) as own:
         port = own.getsockname()[1]
         with pytest.raises(OptionError, match=f"--port {port} is in use by another program"):

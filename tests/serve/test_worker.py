@@ -10,6 +10,11 @@ import time
 import pytest
 from serving import HEAD, Puppet, plain_parse, serving, tiny_engine, token
 
+import smollm3_jax as s3
+from smollm3_jax.generation.device_loop import MAX_STEPS
+from smollm3_jax.generation.requests import Request
+from smollm3_jax.serve import worker
+
 BODY = {"prompt": [5, 6, 7], "max_tokens": 400}
 
 
@@ -71,6 +76,7 @@ def tasks(server) -> int:
 
 
 def test_connections_that_are_cut_leave_nothing(server):
+    """S12."""
     cut(server, 40)
     is_as_it_was(server)
 
@@ -83,6 +89,7 @@ def test_a_thousand_connections_that_are_cut_leave_nothing(server):
 
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_client_that_leaves_frees_its_slot_for_others(server, stream):
+    """S12, C4."""
     name = 'smollm3_requests_cancelled_total{cause="disconnect"}'
     before, tokens = server.metric(name), server.metric("smollm3_generation_tokens_total")
     clients = [server.open(BODY | {"stream": stream}) for _ in range(2)]
@@ -95,6 +102,7 @@ def test_a_client_that_leaves_frees_its_slot_for_others(server, stream):
 
 
 def test_a_full_queue_is_told_at_once(server):
+    """S14, C3."""
     clients = [server.open(BODY | {"n": 4}) for _ in range(2)]  # 2 slots and 6 places
     server.until(lambda: server.service.worker.samples == 8)
     before = server.metric('smollm3_requests_rejected_total{reason="queue_full"}')
@@ -153,6 +161,7 @@ def test_prompts_of_a_list_wait_until_each_has_begun():
 
 
 def test_an_engine_that_fails_fails_all_requests():
+    """S16, C1."""
     begun = threading.Event()
 
     def step(running):
@@ -179,7 +188,7 @@ def test_an_engine_that_fails_fails_all_requests():
 
 @pytest.mark.parametrize("how", ["stuck", "empty", "undelivered"])
 def test_a_stalled_engine_is_seen_by_what_it_delivers(how, caplog):
-    """A thread that hangs, one that steps without a token, and one whose tokens do not arrive."""
+    """C1: A thread that hangs, one that steps without a token, and one whose tokens do not arrive."""
     hold, steps = threading.Event(), itertools.count()
 
     def step(running):
@@ -206,6 +215,49 @@ def test_a_stalled_engine_is_seen_by_what_it_delivers(how, caplog):
         server.thread.join(20)
         assert not server.thread.is_alive() and next(steps) > 0
         hold.set()
+
+
+def test_each_prompt_of_a_list_has_time_to_go_in():
+    """Long after the first of them has been answered: the second has as many seconds as its tokens need."""
+
+    def parse(kind, body, server):
+        job = plain_parse(kind, {**body, "prompt": body["prompt"][0]}, server)
+        job.requests = [dataclasses.replace(job.requests[0], prompt=prompt) for prompt in body["prompt"]]
+        job.reply.ids = [[]]
+        return job
+
+    def step(running):
+        time.sleep(0.01 if 1 in running else 1.0)
+        return [token(running[0], "stop")]
+
+    with serving(lambda: Puppet(step), parse, stall=0.3) as server:
+        assert server.ask("POST", "/v1/completions", {"prompt": [[1], [2] * 100]})[0] == 200
+        assert server.service.worker.failure is None
+
+
+@pytest.mark.parametrize("n", [1, 2])
+def test_an_answer_that_the_engine_gives_up_fails_alone(n):
+    """S16: Whole it is an error with a status of its own; of a stream the error is the last event. Others go on."""
+
+    def step(running):
+        time.sleep(0.005)
+        failing = [number for number in running if len(engine.running[number].prompt) == 3]
+        begun.extend(failing)
+        return [token(number, "error" if begun.count(number) > 3 else None) for number in failing] + [
+            token(number, "stop") for number in running if number not in failing
+        ]
+
+    begun, engine = list[int](), Puppet(step)
+    with serving(lambda: engine) as server:
+        body = {"prompt": [5, 6, 7], "n": n}
+        status, told, _ = server.ask("POST", "/v1/completions", body)
+        assert status == 500 and told["error"]["type"] == "server_error" and told["error"]["code"] == "answer_failed"
+        status, text, _ = server.ask("POST", "/v1/completions", body | {"stream": True})
+        events = [json.loads(event.removeprefix("data: ")) for event in text.split("\n\n") if event]
+        assert status == 200 and events[-1] == told and "ids" in events[1] and "[DONE]" not in text
+        assert server.ask("POST", "/v1/completions", {"prompt": [5]})[0] == 200
+        server.until(server.is_at_rest)
+        assert server.metric("smollm3_requests_failed_total") == 2 and engine.is_idle
 
 
 def test_what_the_engine_refuses_is_the_clients_mistake(server):
@@ -245,3 +297,19 @@ def test_a_long_wait_has_signs_of_life():
             content += client.recv(4096)
         assert json.loads(content.split(b"data: ")[-2].split(b"\n")[0])["ids"] == [7]
         client.close()
+
+
+def test_slots_are_filled_before_many_tokens_come_at_a_time():
+    """Five answers in four slots: a call brings one token while prompts wait for free slots, with all slots taken most,
+    and else few."""
+    engine = tiny_engine(slots=4)
+    assert worker._steps(engine) == worker.FEW_STEPS
+    for first in range(5):
+        engine.submit(Request([5 + first, 6], s3.SamplingParams(max_new_tokens=40, ignore_eos=True)))
+    steps = []
+    while not engine.is_idle:
+        steps.append(worker._steps(engine))
+        engine.steps = steps[-1]
+        engine.step()
+    assert steps[:5] == [1, 1, 1, 1, MAX_STEPS]
+    assert steps[-1] == worker.FEW_STEPS and steps.count(1) == 5

@@ -29,6 +29,7 @@ def encoder(tokenizer: Tokenizer, config: ModelConfig) -> Encode:
     end = [] if appended else [ends[0]]
 
     def encode(document: Document) -> np.ndarray:
+        assert not isinstance(document, dict), "a record, of a source that has a field"
         if isinstance(document, str):
             try:
                 return np.asarray([*tokenizer.encode(document), *end], np.int32)

@@ -6,7 +6,7 @@ Mixing, shuffling and packing go by global indices on every host; each then take
 import dataclasses
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,22 +15,24 @@ from etils import epath
 from ...errors import DataError
 from ..settings import Settings, Source, stage_at
 from ..state import Batch
-from .encode import Encode
 from .files import OptionNames, find_files, stem
-from .packing import Rows
+from .packing import EndOfData, Rows
 from .records import grain
 from .sources import Documents, open_documents
+from .windows import Windows
 
 log = logging.getLogger(__name__)
+ALL = "all"  # what the sources are called together, with data.concatenate
 
 
 class Batches:
     """The batches of a run in their order; `state` and `restore` for its checkpoints."""
 
-    def __init__(self, settings: Settings, encode: Encode):
+    def __init__(self, settings: Settings, encode: Callable[..., Any]):
         """
         Args:
-          encode: a document's text or token ids -> int32 ids, with the end of text.
+          encode: of pretraining, a document's text or token ids -> int32 ids, with the end of text (encode.py); else
+            what `Windows` takes.
 
         Raises:
           DataError: a corpus is missing or cannot be read.
@@ -41,9 +43,7 @@ class Batches:
             name: open_documents(name, source, data.max_document_bytes, option_names(settings, name))
             for name, source in sources(settings).items()
         }
-        self._rows = {
-            name: training_rows(name, documents, encode, settings) for name, documents in self._corpora.items()
-        }
+        self._rows = training_rows(settings, self._corpora, encode)
         self._stage, self._mixed = -1, dict.fromkeys(self._rows, 0)
 
     @property
@@ -70,20 +70,24 @@ class Batches:
           DataError: these are not the corpora that it was taken of.
         """
         self._stage, self._mixed = state["stage"], {name: state["mixed"].get(name, 0) for name in self._rows}
+        unchanged = set()
         for name, files in self.state()["files"].items():
             before = state["files"].get(name)
             if before == files or before == [list(file) for file in self._corpora[name].pieces]:
                 if before != files:
                     log.warning("source %s: the checkpoint saw of long files only beginning, middle and end", name)
-                self._rows[name].restore(state["rows"][name])
+                unchanged.add(name)
                 continue
             changed = _changed(name, before, files)
             if not allow_changes:
                 raise DataError(changed)
             log.warning("%s: it is read from its start", changed)
+        for name, rows in self._rows.items():
+            if unchanged >= ({name} if name in self._corpora else self._corpora.keys()):
+                rows.restore(state["rows"][name])
 
     def next(self, step: int) -> Batch:
-        """The batch of a step, numpy int32 [rows, length].
+        """The batch of a step, numpy [rows, length].
 
         Raises:
           EndOfData: a corpus has been read as often as data.epochs says.
@@ -92,11 +96,21 @@ class Batches:
         number, stage = stage_at(self._settings, step)
         if number != self._stage:
             self._stage, self._mixed = number, dict.fromkeys(self._rows, 0)
-        rows = [self._rows[self._draw(stage.weights)].next(stage.length) for _ in range(stage.rows)]
+        rows: list[Any] = []
+        try:
+            while len(rows) < stage.rows:
+                rows.append(self._rows[self._draw(stage.weights)].next(stage.length))
+        except EndOfData:
+            if not rows or len(self._rows) > 1 or self._settings.objective.kind == "pretrain":
+                raise
+            # Whole conversations: the last of them are worth a batch, in which empty rows count for nothing.
+            rows += [tuple(np.zeros_like(column) for column in rows[0])] * (stage.rows - len(rows))
         return Batch(*(np.stack(part) for part in zip(*rows, strict=True)))
 
     def _draw(self, weights: Mapping[str, float]) -> str:
         """The corpus that lacks most rows of its share."""
+        if self._settings.data.concatenate:
+            weights = {ALL: 1.0}
         total = sum(self._mixed.values()) + 1
         lacking = {name: weight * total - self._mixed[name] for name, weight in weights.items() if weight}
         name = max(lacking, key=lambda name: lacking[name])
@@ -123,9 +137,13 @@ def expanded(settings: Settings) -> Settings:
 
 
 def sources(settings: Settings) -> dict[str, Source]:
-    """The corpora of a run by name; the only one is called "data"."""
+    """The corpora of a run by name; the only one is called "data". Those of conversations have no field: their records
+    are read whole."""
     data = settings.data
-    return data.sources or {"data": Source(path=data.path, field=data.field, format=data.format)}
+    found = data.sources or {"data": Source(path=data.path, field=data.field, format=data.format)}
+    if settings.objective.kind == "pretrain":
+        return found
+    return {name: dataclasses.replace(source, field="") for name, source in found.items()}
 
 
 def option_names(settings: Settings, name: str) -> OptionNames:
@@ -135,24 +153,41 @@ def option_names(settings: Settings, name: str) -> OptionNames:
     return OptionNames(f"{of}.field", f"{of}.format", "data.max_document_bytes")
 
 
-def training_rows(name: str, documents: Documents, encode: Encode, settings: Settings) -> Rows:
-    """Endless rows of the documents that are not held out, shuffled anew in each epoch."""
-    numbers = _Kept(len(documents), settings.data.eval_every_nth)
-    if not len(numbers):
-        raise DataError(
-            f"source {name}: all of its documents are held out: raise data.eval_every_nth, or add documents"
-        )
-    order: Any = grain().MapDataset.source(numbers).seed(settings.run.seed)
-    order = (order.shuffle() if settings.data.shuffle else order).repeat()
-    options = {"epochs": settings.data.epochs, "bad_records": settings.data.bad_records}
-    return Rows(name, documents, encode, order=order, epoch=len(numbers), **options)
+def training_rows(settings: Settings, corpora: Mapping[str, Documents], encode: Callable[..., Any]) -> dict[str, Any]:
+    """Endless rows (`Rows` or `Windows`) of the documents that are not held out, shuffled anew in each epoch: by
+    source, or of all sources together under the name of ALL."""
+    data, nth = settings.data, settings.data.eval_every_nth
+    fractions = {name: source.fraction for name, source in sources(settings).items()}
+    numbers = {name: _numbers(len(corpus), nth, fractions[name]) for name, corpus in corpora.items()}
+    for name, kept in numbers.items():
+        if not len(kept):
+            raise DataError(
+                f"source {name}: all of its documents are held out: raise data.eval_every_nth, or add documents"
+            )
+    documents: dict[str, Any] = dict(corpora)
+    if data.concatenate:
+        begins = np.cumsum([0, *(len(corpus) for corpus in corpora.values())])
+        parts = [begin + np.array(kept) for begin, kept in zip(begins[:-1], numbers.values(), strict=True)]
+        numbers = {ALL: _Numbers(np.concatenate(parts))}
+        documents = {ALL: Documents([(len(x), x.__getitem__) for x in corpora.values()], tuple(corpora), ())}
+
+    def order(kept: Any) -> Any:
+        drawn: Any = grain().MapDataset.source(kept).seed(settings.run.seed)
+        return (drawn.shuffle() if data.shuffle else drawn).repeat()
+
+    seed = settings.run.seed if data.shuffle else None
+    return {
+        name: _rows(settings, name, documents[name], encode, order(kept), len(kept), data.epochs, seed)
+        for name, kept in numbers.items()
+    }
 
 
-def held_out_rows(settings: Settings, batches: Batches, encode: Encode) -> dict[str, Rows]:
+def held_out_rows(settings: Settings, batches: Batches, encode: Callable[..., Any]) -> dict[str, Any]:
     """The documents held out, by name, in their order and once; each call begins anew."""
     data = settings.data
     if data.eval_path:
-        whole = Source(path=data.eval_path, field=data.field, format=data.eval_format)
+        field = data.field if settings.objective.kind == "pretrain" else ""
+        whole = Source(path=data.eval_path, field=field, format=data.eval_format)
         words = OptionNames("data.field", "data.eval_format", "data.max_document_bytes")
         corpora = {"held out": open_documents("held out", whole, data.max_document_bytes, words)}
         orders: dict[str, Any] = {name: range(len(corpus)) for name, corpus in corpora.items()}
@@ -162,17 +197,50 @@ def held_out_rows(settings: Settings, batches: Batches, encode: Encode) -> dict[
     else:
         return {}
     return {
-        name: Rows(
-            name,
-            corpus,
-            encode,
-            order=orders[name],
-            epoch=len(orders[name]),
-            epochs=1,
-            bad_records=data.bad_records,
-        )
+        name: _rows(settings, name, corpus, encode, orders[name], len(orders[name]), 1, None)
         for name, corpus in corpora.items()
     }
+
+
+def _rows(
+    settings: Settings,
+    name: str,
+    documents: Any,
+    encode: Callable[..., Any],
+    order: Any,
+    epoch: int,
+    epochs: int,
+    seed: int | None,
+) -> Rows | Windows:
+    options = {"order": order, "epoch": epoch, "epochs": epochs, "bad_records": settings.data.bad_records}
+    if settings.objective.kind == "pretrain":
+        return Rows(name, documents, encode, **options)
+    return Windows(name, documents, encode, seed=seed, **options)
+
+
+def _numbers(count: int, nth: int, fraction: float) -> Any:
+    """The numbers below `count` that are trained on, but for every n-th (0: none is left out); a fraction of them is
+    drawn as the datasets library shuffles, with the seed 0, so that it is the one that SmolLM3's authors drew."""
+    if fraction == 1:
+        return _Kept(count, nth)
+    drawn = np.random.default_rng(0).permutation(count)[: int(count * fraction)]
+    return _Numbers(drawn[drawn % nth != 0] if nth else drawn)
+
+
+class _Numbers:
+    """Numbers as grain's source."""
+
+    def __init__(self, numbers: np.ndarray):
+        self._numbers = numbers
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    def __getitem__(self, index: int) -> int:
+        return int(self._numbers[index])
+
+    def __repr__(self) -> str:
+        return f"_Numbers({len(self._numbers)})"
 
 
 class _Kept:

@@ -25,8 +25,9 @@ from .files import OptionNames, digest, is_compressed, name_ending, some
 from .json_records import spans
 
 log = logging.getLogger(__name__)
-# A document is its text, or its token ids (int32); of a file, how many it has, and what reads one by its number.
-Document = str | np.ndarray
+# A document is its text, or its token ids (int32), or a whole record, where the field of the text is ""; of a file, how
+# many it has, and what reads one by its number.
+Document = str | np.ndarray | dict[str, Any]
 Records = tuple[int, Callable[[int], Document]]
 
 # One at least of the first LOOKED_AT records must have the field of the text.
@@ -101,6 +102,15 @@ def _value(record: Any, field: str, where: str, options: OptionNames) -> Any:
     raise NoField(f"{where}: a record without the field {field!r}{there}. Say which is the text: {say}")
 
 
+def _document(record: Any, field: str, where: str, options: OptionNames) -> Document:
+    """The text of a record's field; without a field the record."""
+    if field:
+        return text_of(_value(record, field, where, options), where)
+    if not isinstance(record, dict):
+        raise BadRecord(f"{where}: a {type(record).__name__} where an object should be")
+    return record
+
+
 def _too_long(where: str, size: int, max_bytes: int, options: OptionNames) -> BadRecord:
     limit = f"{options.limit}={max_bytes}" if options.limit else f"the limit of {max_bytes}"
     return BadRecord(f"{where}: {size} bytes, more than {limit}")
@@ -116,7 +126,7 @@ def _open_jsonl(file: epath.Path, field: str, max_bytes: int, options: OptionNam
     except ValueError as error:
         raise DataError(f"{name}: {error}") from None
 
-    def read(index: int) -> str:
+    def read(index: int) -> Document:
         start, end = places[index]
         where = f"{name}, byte {start}"
         if end - start > max_bytes:
@@ -128,7 +138,7 @@ def _open_jsonl(file: epath.Path, field: str, max_bytes: int, options: OptionNam
             record = json.loads(line.decode())
         except (ValueError, RecursionError) as error:
             raise BadRecord(f"{where}: not JSON: {error}"[:300]) from None
-        return text_of(_value(record, field, where, options), where)
+        return _document(record, field, where, options)
 
     return len(places), read
 
@@ -158,7 +168,7 @@ def _open_parquet(file: epath.Path, field: str, max_bytes: int, options: OptionN
         table = _parquet(file)
     except pyarrow.ArrowInvalid as error:
         raise DataError(f"{file} is no Parquet file: {str(error).splitlines()[0]}") from None
-    if field not in table.schema_arrow.names:
+    if field and field not in table.schema_arrow.names:
         there = some(table.schema_arrow.names)
         raise DataError(
             f"{file} has no column {field!r}; there are {there}. Say which is the text: {options.field}=NAME"
@@ -167,10 +177,11 @@ def _open_parquet(file: epath.Path, field: str, max_bytes: int, options: OptionN
     ends = list(itertools.accumulate(groups))
     table.close()
 
-    def read(index: int) -> str:
+    def read(index: int) -> Document:
         number = bisect.bisect_right(ends, index)
         try:
-            value = _row_group(file, number, field)[index - (ends[number - 1] if number else 0)].as_py()
+            rows, inside = _row_group(file, number, field), index - (ends[number - 1] if number else 0)
+            value: Any = rows.column(0)[inside].as_py() if field else rows.slice(inside, 1).to_pylist()[0]
         except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
             if isinstance(error, OSError) and (is_remote(file) or not file.exists()):
                 raise  # of the network, or gone: that says nothing of a record
@@ -178,7 +189,7 @@ def _open_parquet(file: epath.Path, field: str, max_bytes: int, options: OptionN
         where = f"{file.name}, row {index}"
         if isinstance(value, str | bytes) and len(value) > max_bytes:
             raise _too_long(where, len(value), max_bytes, options)
-        return text_of(value, where)
+        return text_of(value, where) if field else value
 
     return ends[-1] if ends else 0, read
 
@@ -192,21 +203,23 @@ def _parquet(file: epath.Path) -> Any:
 @functools.lru_cache(maxsize=8)  # of all files together: a corpus may have thousands
 def _row_group(file: epath.Path, number: int, field: str) -> Any:
     with _parquet(file) as table:
-        return table.read_row_group(number, columns=[field]).column(0)
+        return table.read_row_group(number, columns=[field] if field else None)
 
 
 def _open_arrayrecord(file: epath.Path, field: str, max_bytes: int, options: OptionNames) -> Records:
     """Records of UTF-8 text, or of JSON objects with the field."""
     records = _records(file)
 
-    def read(index: int) -> str:
+    def read(index: int) -> Document:
         where = f"{file.name}, record {index}"
         try:
             record = records[index]
             if len(record) > max_bytes:
                 raise _too_long(where, len(record), max_bytes, options)
             text = record.decode()
-            return text_of(_value(json.loads(text), field, where, options) if text.startswith("{") else text, where)
+            if text.startswith("{") or not field:
+                return _document(json.loads(text), field, where, options)
+            return text_of(text, where)
         except (ValueError, RuntimeError, RecursionError) as error:
             raise BadRecord(f"{where}: {error!r}"[:200]) from None
 
@@ -252,8 +265,8 @@ def text_of(value: Any, where: str) -> str:
     return value
 
 
-# Format -> opens a file; the arguments are the file, the field of the text, the most bytes of a document, and what to
-# call the options in errors.
+# Format -> opens a file; the arguments are the file, the field of the text ("": whole records), the most bytes of a
+# document, and what to call the options in errors.
 OPENERS: dict[str, Callable[[epath.Path, str, int, OptionNames], Records]] = {
     "jsonl": _open_jsonl,
     "parquet": _open_parquet,

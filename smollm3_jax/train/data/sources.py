@@ -1,6 +1,7 @@
 """Corpora as documents by number, from files of any format or datasets of the Hugging Face hub.
 
-A document is its text, or its token ids if it comes from `smollm3 tokenize`.
+A document is its text, or its token ids if it comes from `smollm3 tokenize`; or, of a source without a field for the
+text, a whole record: conversations.
 """
 
 import bisect
@@ -29,7 +30,7 @@ WHOLE = 2**35
 
 
 class Documents:
-    """len(documents) of them; documents[i] is a str, or an int32 array of token ids, or raises BadRecord."""
+    """len(documents) of them; documents[i] is a str, an int32 array of token ids, or a record; or raises BadRecord."""
 
     def __init__(self, parts: Sequence[Records], names: Sequence[str], paths: Sequence[epath.Path | str]):
         """
@@ -98,6 +99,10 @@ def open_documents(name: str, source: Source, max_bytes: int, options: OptionNam
     try:
         files = find_files(name, source, options)
         kind = source.format or format_of(files[0])
+        if not source.field and kind in ("text", "tokens"):
+            raise DataError(
+                f"{source.path} is of the format {kind}, and conversations are records of fields: JSON lines"
+            )
         opener, folder = OPENERS[str(kind)], epath.Path(os.path.expanduser(source.path))
         parts, names, paths, left, reason = [], [], [], [], None
         for file in files:
@@ -146,8 +151,11 @@ def _open_hf(name: str, source: Source, options: OptionNames) -> Documents:
             table = datasets.load_dataset(repository, configuration or None, split=split or "train")
     except Exception as error:
         raise DataError(f"source {name}: {source.path}: {str(error).splitlines()[0][:300]}") from None
-    if source.field not in table.column_names:
+    if source.field and source.field not in table.column_names:
         there = f"{some(table.column_names)}. Say which is the text: {options.field}=NAME"
         raise DataError(f"source {name}: no column {source.field!r}; there are {there}")
-    read = lambda index: text_of(table[index][source.field], name)  # noqa: E731
+
+    def read(index: int) -> Document:
+        return text_of(table[index][source.field], name) if source.field else table[index]
+
     return Documents([(len(table), read)], [source.path], [str(table._fingerprint)])

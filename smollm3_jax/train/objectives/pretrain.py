@@ -19,9 +19,14 @@ from ..state import Batch
 
 @dataclasses.dataclass(frozen=True)
 class Pretrain:
-    """Cross-entropy, weighted where the batch has weights. z_loss: the weight of the z-loss beside it (loss.py)."""
+    """Cross-entropy, weighted where the batch has weights.
+
+    z_loss: the weight of the z-loss beside it (loss.py).
+    by_document: positions count from 0 in each document, not through the row.
+    """
 
     z_loss: float = 0.0
+    by_document: bool = False
 
     def __call__(self, model: SmolLM3, batch: Batch, options: StepOptions) -> tuple[Array, dict[str, Array]]:
         """(cross-entropy and z-loss, {"loss": cross-entropy alone in nats, "tokens": labels, or the sum of their
@@ -41,8 +46,11 @@ class Pretrain:
             weights_BT = jnp.where(weights_BT, batch.weights, 0)
         arrays, positions_BT = (tokens_BT, segments_BT, labels_BT, weights_BT), None
         order = None if sharding is None else sharding.row_order(tokens_BT.shape[1])
+        if self.by_document:
+            positions_BT = _within(segments_BT)
         if order is not None:
-            positions_BT = jnp.broadcast_to(jnp.array(order, jnp.int32), tokens_BT.shape)
+            whole_BT = jnp.broadcast_to(jnp.array(order, jnp.int32), tokens_BT.shape)
+            positions_BT = whole_BT if positions_BT is None else positions_BT[:, order]
             tokens_BT, segments_BT, labels_BT, weights_BT = (x[:, order] for x in arrays)
         x_BTD, _ = cast.hidden(tokens_BT, positions_BT, segments_BT, remat=REMAT[options.remat])
         head = cast.embed if cast.head is None else cast.head
@@ -51,3 +59,10 @@ class Pretrain:
             x_BTD, head[...], labels_BT, weights_BT, z_loss=self.z_loss, by_words=lean, sharding=sharding
         )
         return total, {"loss": nll, "tokens": weights_BT.sum().astype(jnp.float32)}
+
+
+def _within(segments_BT: Array) -> Array:
+    """int32 [B, T]: where each token stands in its document."""
+    place = jax.lax.broadcasted_iota(jnp.int32, segments_BT.shape, 1)
+    begins = segments_BT != jnp.roll(segments_BT, 1, axis=1)
+    return place - jax.lax.cummax(jnp.where(begins, place, 0), axis=1)

@@ -11,6 +11,7 @@ from ...model import SmolLM3
 from ..data.mixture import held_out_rows
 from ..data.packing import EndOfData, Rows
 from ..data.prefetch import on_mesh
+from ..data.windows import Windows
 from ..objectives import Objective
 from ..options import StepOptions
 from ..settings import stage_at
@@ -44,17 +45,16 @@ def evaluate(run: Run, stop: Stop) -> None:
         run.monitor.held_out(run.progress.step, found)
 
 
-def _next_batch(rows: Rows, count: int, length: int) -> Batch | None:
+def _next_batch(rows: Rows | Windows, count: int, length: int) -> Batch | None:
     """The next `count` rows, the last of them blank where the documents end; None after that."""
-    pairs = []
+    found = []
     with contextlib.suppress(EndOfData):
         for _ in range(count):
-            pairs.append(rows.next(length))
-    if not pairs:
+            found.append(rows.next(length))
+    if not found:
         return None
-    blank = np.zeros(length, np.int32)
-    pairs += [(blank, blank)] * (count - len(pairs))
-    return Batch(*(np.stack(part) for part in zip(*pairs, strict=True)))
+    found += [tuple(map(np.zeros_like, found[0]))] * (count - len(found))
+    return Batch(*(np.stack(part) for part in zip(*found, strict=True)))
 
 
 @functools.partial(jax.jit, static_argnames=("objective", "dtype"))

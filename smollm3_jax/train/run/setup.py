@@ -25,10 +25,12 @@ from ...weights import demo
 from ...weights.key_map import abstract_model
 from ...weights.load import load, open_checkpoint, text_folder
 from .. import lora
-from ..data.encode import Encode, encoder
+from ..data.encode import encoder
 from ..data.mixture import Batches
+from ..data.windows import sft_items
 from ..objectives import Objective
 from ..objectives.pretrain import Pretrain
+from ..objectives.sft import Sft
 from ..optimizer import adamw
 from ..settings import Settings, Stage, stage_at, starts
 from ..state import TrainState, init_state, merge, split, state_shardings
@@ -59,10 +61,11 @@ class Progress:
 class Run:
     """One call of `train`: what it set up, and where it stands.
 
-    texts: the folder of the model's text files. shapes: the model without arrays; load: makes the model.
+    texts: the folder of the model's text files. encode: as `Batches` takes it. shapes: the model without arrays; load:
+      makes the model.
     trainable: as in `TrainState`. base: the digest of what an adapter is trained on, once that is there.
     batches: replaced by a rollback. optimizers: by the stage's number, (AdamW, its learning rate). programs: the
-    compiled step, by the stage's number and the batch's shape.
+      compiled step, by the stage's number and the batch's shape.
     """
 
     settings: Settings
@@ -71,7 +74,7 @@ class Run:
     shapes: SmolLM3
     load: Callable[[], SmolLM3]
     tokenizer_digest: str
-    encode: Encode
+    encode: Callable[..., Any]
     objective: Objective
     trainable: str | None
     batches: Batches
@@ -102,7 +105,8 @@ def set_up(settings: Settings, trainable: str | None = None) -> Run:
         texts, shapes, load = open_model(settings)
         tokenizer = load_tokenizer(texts, shapes.config)
         tokenizer_digest = hashlib.sha256((texts / "tokenizer.json").read_bytes()).hexdigest()
-        encode = encoder(tokenizer, shapes.config)
+        pretrain = settings.objective.kind == "pretrain"
+        encode = encoder(tokenizer, shapes.config) if pretrain else sft_items(tokenizer, shapes.config, settings)
         batches = Batches(settings, encode)
     agree("models", [shapes.config.to_hf(), tokenizer_digest])
     agree("data", batches.state())
@@ -116,13 +120,19 @@ def set_up(settings: Settings, trainable: str | None = None) -> Run:
         load=load,
         tokenizer_digest=tokenizer_digest,
         encode=encode,
-        objective=Pretrain(settings.step.z_loss),
+        objective=objective_of(settings),
         trainable=trainable,
         batches=batches,
         checkpoints=checkpoints,
         monitor=Monitor(folder, settings, environment()),
         progress=Progress(data=batches.state()),
     )
+
+
+def objective_of(settings: Settings) -> Objective:
+    """What the settings minimise."""
+    kind = {"pretrain": Pretrain, "sft": Sft}[settings.objective.kind]
+    return kind(settings.step.z_loss, by_document=settings.data.positions == "document")
 
 
 def open_model(settings: Settings) -> tuple[Path, SmolLM3, Callable[[], SmolLM3]]:
