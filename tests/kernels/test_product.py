@@ -26,8 +26,8 @@ from smollm3_jax.quantize import dequantize, linear, quantize_weight, range_scal
 GROUPED = [scheme for scheme, group in WEIGHT_SCHEMES.items() if group is not None]
 GPU = pytest.mark.skipif(jax.__version_info__ < (0, 11, 2), reason="the kernels for GPUs need jax 0.11.2")
 # All numbers of a sum go through fewer roundings than this, but for products that add up one after the other: 16 of
-# products and their sums, 3 of up to four vectors of a group, 1 of the scale, 6 of three steps' sums, which int4 has two
-# of, 31 of lanes, 3 of warpgroups, and 2 of the weight in float32 that `check` compares with.
+# products and their sums, 3 of up to four vectors of a group, 1 of the scale, 6 of three steps' sums (int4 has two of
+# each), 31 of lanes, 3 of warpgroups, and 2 of the weight in float32 that `check` compares with.
 ROUNDINGS = 64
 
 

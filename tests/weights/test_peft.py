@@ -65,7 +65,7 @@ def theirs(base, folder, **load):
 
 
 @pytest.mark.torch
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::FutureWarning")
 @pytest.mark.parametrize("kind", KINDS)
 def test_ours_answers_the_same_under_peft_and_comes_back(base, tmp_path, kind):
     folder = write(tmp_path / "adapter", base, **KINDS[kind])
@@ -89,7 +89,7 @@ def test_ours_answers_the_same_under_peft_and_comes_back(base, tmp_path, kind):
 
 
 @pytest.mark.torch
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::FutureWarning")
 @pytest.mark.parametrize("kind", KINDS)
 def test_one_made_by_peft_answers_the_same_here(base, tmp_path, kind):
     import torch
@@ -112,7 +112,7 @@ def test_one_made_by_peft_answers_the_same_here(base, tmp_path, kind):
 
 
 @pytest.mark.torch
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::FutureWarning")
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_bfloat16_merge_errs_no_more_than_pefts(tmp_path, kind):
     """peft #1388, unsloth #3091: merges in bfloat16 differ from the adapter. Here: added in float32, rounded once."""
