@@ -7,7 +7,7 @@ the optimizer, checkpoints and the table of sharding rules need to know nothing 
 import dataclasses
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -42,37 +42,46 @@ def targets_of(settings: LoraSettings) -> tuple[str, ...]:
 
 def attach(model: SmolLM3, settings: LoraSettings, seed: int = 0) -> SmolLM3:
     """The model with adapters that change nothing yet: B is 0, A uniform as in PEFT, DoRA's magnitudes the rows' own
-    lengths. It shares the model's arrays, whose layers are stacked."""
+    lengths. It shares the model's arrays, whose layers are stacked; its own lie by the model's sharding."""
     assert isinstance(model.layers, Block)
     layers = jax.tree.map(lambda x: x, model.layers)  # another Block of the same arrays
-    for i, name in enumerate(targets_of(settings)):
-        param = PROJECTIONS[name]
-        base = getattr(layers, param)
-        contracted = 2 if param == "o" else 1
+
+    def parameter(name: str, x: Array, *axes: str) -> nnx.Param:
+        if model.sharding is not None:
+            x = jax.device_put(x, model.sharding.named(f"layers.{name}", axes, x.shape))
+        return nnx.Param(x, axes=axes)
+
+    for i, target in enumerate(targets_of(settings)):
+        name = PROJECTIONS[target]
         key = jax.random.fold_in(jax.random.key(seed), i)
-        setattr(layers, param, _fresh(base, contracted, settings, key))
+        contracted = 2 if name == "o" else 1
+        setattr(
+            layers, name, _fresh(getattr(layers, name), contracted, settings, key, functools.partial(parameter, name))
+        )
     out = jax.tree.map(lambda x: x, model)
     out.layers = layers
     return out
 
 
-def _fresh(base: Any, contracted: int, settings: LoraSettings, key: Array) -> LoraWeight:
+def _fresh(
+    base: Any, contracted: int, settings: LoraSettings, key: Array, parameter: Callable[..., nnx.Param]
+) -> LoraWeight:
+    """parameter(array, *axes) is one that lies where it should."""
     axes = (base.values if isinstance(base, QuantizedWeight) else base).get_metadata("axes")
     layers, out, inner = base.shape[0], base.shape[1:-contracted], base.shape[-contracted:]
     bound = 1 / math.sqrt(math.prod(inner))
     a = jax.random.uniform(key, (layers, settings.rank, *inner), jnp.float32, -bound, bound)
-    b = jnp.zeros((layers, *out, settings.rank), jnp.float32)
     weight = LoraWeight(
         base,
-        nnx.Param(a, axes=("layers", "rank", *axes[-contracted:])),
-        nnx.Param(b, axes=(*axes[:-contracted], "rank")),
+        parameter(a, "layers", "rank", *axes[-contracted:]),
+        parameter(jnp.zeros((layers, *out, settings.rank), jnp.float32), *axes[:-contracted], "rank"),
         scale=scale_of(settings),
         dropout=settings.dropout,
     )
     if not settings.dora:
         return weight
     magnitude = jax.lax.map(functools.partial(lengths, contracted=contracted), weight)  # a layer at a time
-    return weight.replaced(magnitude=nnx.Param(magnitude, axes=axes[:-contracted]))
+    return weight.replaced(magnitude=parameter(magnitude, *axes[:-contracted]))
 
 
 def with_dropout(model: SmolLM3, key: Array) -> SmolLM3:

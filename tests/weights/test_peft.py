@@ -53,23 +53,12 @@ def base(tmp_path_factory):
     return tiny_checkpoint(tmp_path_factory.mktemp("base") / "base", "plain")
 
 
-def theirs(base, folder, **load):
-    """PEFT's model of an adapter; no key may be missing or unexpected, of which PEFT would only warn."""
-    from peft import PeftConfig, get_peft_model, set_peft_model_state_dict
-    from peft.utils import load_peft_weights
-
-    model = get_peft_model(parity.reference_model(base, **load), PeftConfig.from_pretrained(folder))
-    found = set_peft_model_state_dict(model, load_peft_weights(str(folder), device="cpu"))
-    assert not [name for name in found.missing_keys if "lora" in name] and not found.unexpected_keys
-    return model.eval()
-
-
 @pytest.mark.torch
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 @pytest.mark.parametrize("kind", KINDS)
 def test_ours_answers_the_same_under_peft_and_comes_back(base, tmp_path, kind):
     folder = write(tmp_path / "adapter", base, **KINDS[kind])
-    reference = theirs(base, folder)
+    reference = parity.peft_model(base, folder)
     tokens = random_tokens(RAW, 2, 12)
     want = parity.reference_logits(reference, tokens)
     model = load(open_checkpoint(folder), "float32")
@@ -120,9 +109,8 @@ def test_a_bfloat16_merge_errs_no_more_than_pefts(tmp_path, kind):
     folder = write(tmp_path / "adapter", base, **KINDS[kind])
     assert main(["merge", str(base), "--adapter", str(folder), "--out", str(tmp_path / "out")]) == 0
     ours, was = load_file(tmp_path / "out" / "model.safetensors"), load_file(base / "model.safetensors")
-    merged = {
-        k: x.float().numpy() for k, x in theirs(base, folder, dtype="bfloat16").merge_and_unload().state_dict().items()
-    }
+    state = parity.peft_model(base, folder, "bfloat16").merge_and_unload().state_dict()
+    merged = {name: x.float().numpy() for name, x in state.items()}
     adapter, errors = peft.read_adapter(folder), []
     for name, x in ours.items():
         assert x.dtype == ml_dtypes.bfloat16
