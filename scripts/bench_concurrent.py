@@ -5,6 +5,8 @@
 All get the same prompts, as token ids, and generate --new tokens for each, greedily, whatever ends come. In every round
 each of them has all --requests, in turn, so that a busy machine is busy for all; what counts is the median. Round 0
 warms up. Tokens per second are generated tokens by the time from the first request to the last token, prefill included.
+CPU is what the processes used meanwhile, the client of the server included: what can be compared where other work has
+the cores as well.
 
 - serve: a process of `smollm3 serve`. This one keeps --slots requests under way, streamed over HTTP, on the same cores.
 - engine: an `Engine` of the same shape in a process of its own, as `smollm3 generate --slots --context` has it: all
@@ -22,13 +24,13 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import httpx2
 import numpy as np
-from bench_inference import GGUF_KINDS, LLAMA, Worker, node_folder
+from bench_inference import GGUF_KINDS, LLAMA, Worker, busy_seconds, node_folder
 from bench_models import gguf_of
 from bench_peers import BenchError
 from bench_report import machine
@@ -68,8 +70,8 @@ def engine_process(settings: dict[str, Any]) -> None:
 
 
 @contextlib.contextmanager
-def serving(args: argparse.Namespace) -> Iterator[str]:
-    """The address of a server that is ready."""
+def serving(args: argparse.Namespace) -> Iterator[tuple[str, int]]:
+    """The address of a server that is ready, and its process."""
     command = [sys.executable, "-m", "smollm3_jax", "serve", args.model, "--port", "0", "--dtype", args.dtype]
     command += ["--slots", str(args.slots), "--context", str(args.context), "--no-prefix-cache"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
@@ -78,7 +80,7 @@ def serving(args: argparse.Namespace) -> Iterator[str]:
             said = process.stdout.readline().split()
             if said[:1] != ["ready"]:
                 raise BenchError("the server did not start")
-            yield said[1]
+            yield said[1], process.pid
         finally:
             process.terminate()
             process.wait()
@@ -115,51 +117,61 @@ def llama(worker: Worker, prompts: Sequence[list[int]], args: argparse.Namespace
     return len(prompts) * args.new / sum(answer["seconds"] for answer in answers)
 
 
-def measure(args: argparse.Namespace) -> dict[str, list[float]]:
-    """Tokens per second in each round, by what made them."""
+def measure(args: argparse.Namespace) -> dict[str, list[dict[str, float]]]:
+    """What each has done in each round: tokens per second, and CPU seconds a thousand tokens."""
     folder = model_folder(args.model)
-    config = ModelConfig.from_hf(folder)
-    tokenizer = load_tokenizer(folder, config)
+    tokenizer = load_tokenizer(folder, ModelConfig.from_hf(folder))
     shape = {"folder": str(folder), "dtype": args.dtype, "slots": args.slots, "context": args.context}
     with contextlib.ExitStack() as stack:
-        url = stack.enter_context(serving(args))
-        command = [sys.executable, __file__, "--engine", json.dumps(shape)]
-        own = stack.enter_context(Worker(ENGINE, command))
-        runs = {SERVE: lambda prompts: serve(url, prompts, args), ENGINE: lambda prompts: engine(own, prompts, args)}
+        url, server = stack.enter_context(serving(args))
+        own = stack.enter_context(Worker(ENGINE, [sys.executable, __file__, "--engine", json.dumps(shape)]))
+        runs: dict[str, tuple[Callable[..., float], list[int]]] = {
+            SERVE: (lambda prompts: serve(url, prompts, args), [server, os.getpid()]),
+            ENGINE: (lambda prompts: engine(own, prompts, args), [own.pid]),
+        }
         if LLAMA in args.peer:
             script, file = Path(__file__).with_name("bench_llama.mjs"), gguf_of(folder, GGUF_KINDS[args.dtype])
             threads = str(len(os.sched_getaffinity(0)))
             peer = stack.enter_context(Worker(LLAMA, ["node", str(script), str(node_folder()), str(file), threads]))
-            runs[LLAMA] = lambda prompts: llama(peer, prompts, args)
-        rates: dict[str, list[float]] = {name: [] for name in runs}
+            runs[LLAMA] = (lambda prompts: llama(peer, prompts, args), [peer.pid])
+        rounds: dict[str, list[dict[str, float]]] = {name: [] for name in runs}
         for number in range(args.rounds + 1):
             rng = np.random.default_rng(number)
             texts = [" ".join(rng.choice(WORDS, size=args.prompt)) for _ in range(args.requests)]
             prompts = [tokenizer.encode(text)[: args.prompt] for text in texts]
-            for name, run in runs.items():
-                rate = run(prompts)
-                print(f"round {number}: {name}: {rate:.0f} tokens/s", file=sys.stderr)
-                rates[name] += [rate] if number else []
-    return rates
+            for name, (run, processes) in runs.items():
+                before = sum(map(busy_seconds, processes))
+                rate, used = run(prompts), sum(map(busy_seconds, processes)) - before
+                found = {"rate": rate, "cpu": 1000 * used / (args.requests * args.new)}
+                print(f"round {number}: {name}: {rate:.0f} tokens/s, CPU {found['cpu']:.2f} s", file=sys.stderr)
+                rounds[name] += [found] if number else []
+    return rounds
 
 
-def ratios(rates: dict[str, list[float]]) -> dict[str, dict[str, float]]:
-    """Of the server to each other: the ratio of the medians, and the lowest and highest of a round."""
+def ratios(rounds: dict[str, list[dict[str, float]]]) -> dict[str, dict[str, float]]:
+    """How many times better the server is than each other: by the medians, in tokens per second and in CPU, and the
+    lowest and highest of a round in tokens per second."""
+
+    def values(name: str, what: str) -> list[float]:
+        return [one[what] for one in rounds[name]]
+
     found = {}
-    for name, other in rates.items():
-        if name != SERVE:
-            rounds = [a / b for a, b in zip(rates[SERVE], other, strict=True)]
-            median = statistics.median(rates[SERVE]) / statistics.median(other)
-            found[name] = {"median": median, "low": min(rounds), "high": max(rounds)}
+    for name in (x for x in rounds if x != SERVE):
+        single = [a / b for a, b in zip(values(SERVE, "rate"), values(name, "rate"), strict=True)]
+        rate = statistics.median(values(SERVE, "rate")) / statistics.median(values(name, "rate"))
+        cpu = statistics.median(values(name, "cpu")) / statistics.median(values(SERVE, "cpu"))
+        found[name] = {"rate": rate, "cpu": cpu, "low": min(single), "high": max(single)}
     return found
 
 
-def table(rates: dict[str, list[float]]) -> Table:
-    result, found = Table("", "tokens/s (median)", "serve / this", "in single rounds"), ratios(rates)
-    for name, values in rates.items():
+def table(rounds: dict[str, list[dict[str, float]]]) -> Table:
+    result = Table("", "tokens/s", "serve / this", "single rounds", "CPU s, 1,000 tokens", "this / serve")
+    found = ratios(rounds)
+    for name, ones in rounds.items():
+        rate, cpu = (statistics.median(one[what] for one in ones) for what in ("rate", "cpu"))
         own = found.get(name)
-        cells = ("", "") if own is None else (f"{own['median']:.2f}", f"{own['low']:.2f} to {own['high']:.2f}")
-        result.add_row(name, f"{statistics.median(values):.0f}", *cells)
+        speed = ("", "") if own is None else (f"{own['rate']:.2f}", f"{own['low']:.2f} to {own['high']:.2f}")
+        result.add_row(name, f"{rate:.0f}", *speed, f"{cpu:.2f}", "" if own is None else f"{own['cpu']:.2f}")
     return result
 
 
@@ -188,13 +200,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         engine_process(args.engine)
         return
     try:
-        rates = measure(args)
+        rounds = measure(args)
     except BenchError as error:
         sys.exit(str(error))
-    Console().print(table(rates))
+    Console().print(table(rounds))
     if args.out:
         settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
-        write(args.out, json.dumps({"settings": settings, "machine": machine(1), "rates": rates}, indent=2) + "\n")
+        write(args.out, json.dumps({"settings": settings, "machine": machine(1), "rounds": rounds}, indent=2) + "\n")
 
 
 if __name__ == "__main__":

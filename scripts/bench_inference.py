@@ -79,6 +79,7 @@ class Worker:
             stderr=self._errors,
             text=True,
         )
+        self.pid = self._process.pid
         try:
             self.load = self.ask()
         except BaseException:
@@ -87,7 +88,7 @@ class Worker:
 
     def ask(self, command: dict[str, Any] | None = None) -> dict[str, Any]:
         """The engine's next answer, with "others": which share of all cores other processes used meanwhile."""
-        started, all_before, own_before = time.perf_counter(), _busy_seconds(), _busy_seconds(self._process.pid)
+        started, all_before, own_before = time.perf_counter(), busy_seconds(), busy_seconds(self.pid)
         assert self._process.stdin and self._process.stdout
         line = ""
         with contextlib.suppress(BrokenPipeError):
@@ -97,7 +98,7 @@ class Worker:
             line = self._process.stdout.readline()
         if not line:
             raise BenchError(f"{self.engine} has stopped:\n{self._last_words()}")
-        others = _busy_seconds() - all_before - (_busy_seconds(self._process.pid) - own_before)
+        others = busy_seconds() - all_before - (busy_seconds(self.pid) - own_before)
         share = max(0.0, others) / (time.perf_counter() - started) / (os.cpu_count() or 1)
         return json.loads(line) | {"others": round(share, 4)}
 
@@ -123,7 +124,7 @@ class Worker:
         self._errors.close()
 
 
-def _busy_seconds(pid: int | None = None) -> float:
+def busy_seconds(pid: int | None = None) -> float:
     """CPU seconds that a process has used, with all its threads; without a pid, the whole machine."""
     if pid is None:
         user, nice, system, _, _, irq, softirq, *_ = map(int, Path("/proc/stat").read_text().split("\n")[0].split()[1:])

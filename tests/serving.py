@@ -120,7 +120,7 @@ class Running:
         """Whether nothing of any request is left: no ticket, no task, no slot."""
         worker, engine = self.service.worker, self.service.worker.engine
         at_rest = not worker.tickets and not self.service.answering and engine is not None and engine.is_idle
-        return at_rest and len(getattr(engine, "_free", "")) == getattr(engine, "slots", 0)
+        return at_rest and len(getattr(engine, "_free", "")) == getattr(engine, "slots", 0) and not engine.usage
 
 
 @contextlib.contextmanager
@@ -191,6 +191,7 @@ class Puppet:
     """An engine whose steps are the test's: `step_with` gets the numbers that run, and gives deltas or raises."""
 
     slots, capacity, steps, prefilling, prefixes, is_filling = 4, 512, 4, None, None, False
+    usage, preemptions = None, 0
 
     def __init__(self, step_with: Callable[[list[int]], list[Delta]]):
         self.running: dict[int, Request] = {}
@@ -222,6 +223,11 @@ class Puppet:
 
     def close(self) -> None:
         self.closed = True
+
+
+def resident() -> float:
+    """MB of this process."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096 / 1e6
 
 
 def token(number: int, finish: str | None = None) -> Delta:

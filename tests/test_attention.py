@@ -156,9 +156,9 @@ def test_decoding_against_pages_is_decoding_against_rows(steps, quantized):
     q, k, v = f32(normal(0, 3, steps, 4, 6), normal(1, 3, 12, 2, 6), normal(2, 3, 12, 2, 6))
     cache, *_ = stored(k, v, quantized)
     pool, table = in_pages(cache, 4)
-    where = {"length_B": jnp.array([0, 5, 12 - steps])}
-    got, expected = decode_attention(q, pool, table_BN=table, **where), decode_attention(q, cache, **where)
-    np.testing.assert_array_equal(got, expected)
+    length = jnp.array([0, 5, 12 - steps])
+    got = decode_attention(q, pool, length_B=length, table_BN=table)
+    np.testing.assert_array_equal(got, decode_attention(q, cache, length_B=length))
 
 
 @pytest.fixture

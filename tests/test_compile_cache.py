@@ -448,11 +448,13 @@ def test_generate_compiles_nothing_after_the_first_time(model):
 
 
 @pytest.mark.slow
-def test_slots_compile_nothing_after_the_first_time(model):
-    """Sequences of every kind side by side, as they come and go, and begin alike."""
+@pytest.mark.parametrize("cache_tokens", [None, 256])
+def test_slots_compile_nothing_after_the_first_time(cache_tokens, model):
+    """Sequences of every kind side by side, as they come and go, and begin alike; and as they begin again."""
     tokenizer = letters()
     grammar = {"grammar": json_schema({"enum": ["abc", 12]}), "ends": (tokenizer.backend.token_to_id("<|im_end|>"),)}
     shape: dict[str, Any] = {"slots": 4, "context": 128, "piece_sizes": (16, 64), "prefix_tokens": 256}
+    shape |= {"cache_tokens": cache_tokens}
     engine = Engine(model, tokenizer=tokenizer, **shape)
     before = compilations()
     engine.warm_up()
@@ -467,3 +469,4 @@ def test_slots_compile_nothing_after_the_first_time(model):
             engine.submit(request)
         list(engine.drain())
     assert engine.prefixes and engine.prefixes.hits and compilations() == warm
+    assert (engine.preemptions > 0) == (cache_tokens is not None)

@@ -4,6 +4,7 @@ The functions are those that `generate` calls, for SmolLM3-3B with one array a l
 Needs libtpu (`pip install smollm3-jax[tpu]`), of the very version that jaxlib was built with.
 """
 
+import functools
 import importlib.util
 import json
 from collections import Counter
@@ -42,12 +43,13 @@ def libtpu():
         pytest.skip("libtpu is not installed: it comes with the extra `plan`")
 
 
-def decoding(raw, name, shape, rules, layers, batch, capacity, weights=None, cache="bfloat16"):
+def decoding(raw, name, shape, rules, layers, batch, capacity, weights=None, cache="bfloat16", page=None):
     config = cut(raw, layers)
     config = config if weights is None else with_scheme(config, weights)
     _, devices = topology(name)
     mesh = Mesh(np.array(devices).reshape(shape), ("data", "tensor"))
-    return DecodeSetting(config, Sharding.of(mesh, rules), batch, capacity, cache)
+    pool = None if page is None else (batch * capacity // page, page)
+    return DecodeSetting(config, Sharding.of(mesh, rules), batch, capacity, cache, pool=pool)
 
 
 def cut(raw, layers):
@@ -137,6 +139,25 @@ def test_decode_step_of_groups_of_devices(topology, shape, layers, raw_config):
     setting = decoding(raw_config, topology, shape, "serve_tp", layers, 64, 8192)
     gathered = 3 if shape[0] > 1 else 0
     check_decode(setting, topology[:3], tensor_parallel(layers, shape[0]), kernels=layers, gathered=gathered)
+
+
+@pytest.mark.parametrize("layers", DEPTHS)
+@pytest.mark.parametrize(
+    ("topology", "tensor", "batch", "cache"),
+    [("v5e:2x2", 4, 16, "bfloat16"), pytest.param("v5e:1x1", 1, 8, "int8", marks=FULL)],
+)
+def test_pages_that_lie_anywhere(topology, tensor, batch, cache, layers, raw_config):
+    """The same decode step, and no more bytes than the table's; a piece of a prompt goes into its page."""
+    setting = functools.partial(
+        decoding, raw_config, topology, (1, tensor), "serve_tp", layers, batch, 8192, cache=cache
+    )
+    rows, pages = setting(), setting(page=256)
+    check_decode(pages, topology[:3], tensor_parallel(layers, 1) if tensor > 1 else Counter(), kernels=layers)
+    least, most = (hlo.memory(one.compile()) for one in (rows, pages))
+    # Beside the table itself, twice: the list of pages that a row may read.
+    table = device_bytes(pages.cache.table)
+    assert most.total - most.code <= least.total - least.code + 2 * table
+    check_prefill(pages, 256, past=8192)
 
 
 @pytest.mark.parametrize("layers", DEPTHS)

@@ -49,11 +49,12 @@ def compiled(release, tmp_path_factory):
     _, devices = topology("h100:1")
 
     @functools.cache
-    def compile(layers, batch, cache):
+    def compile(layers, batch, cache, page=None):
         cut = {**raw, "num_hidden_layers": layers, "no_rope_layers": raw["no_rope_layers"][:layers]}
         config = ModelConfig.from_hf(cut)
         sharding = sharding_for(config, devices, "serve_tp", None)
-        setting = DecodeSetting(config, sharding, batch, 8192, cache)
+        pool = None if page is None else (batch * 8192 // page, page)
+        setting = DecodeSetting(config, sharding, batch, 8192, cache, pool=pool)
         arguments = (setting.model, setting.cache, setting.slots, setting.scalar())
         dump = tmp_path_factory.mktemp("dump")
         program = compile_for(decode, *arguments, sharding=sharding, compiler_options={"xla_dump_to": str(dump)})
@@ -82,10 +83,27 @@ def test_all_tokens_of_a_call_are_one_cuda_graph(compiled):
     assert "kWhile" in thunks and "kConditional" in thunks
 
 
+@pytest.mark.parametrize(("batch", "cache"), [(1, "bfloat16"), (64, "int8")])
+def test_pages_that_lie_anywhere_take_no_launch_more(batch, cache, compiled):
+    (_, rows, _), (setting, pages, _) = compiled(2, batch, cache), compiled(2, batch, cache, 256)
+    assert launches(rows) == launches(pages)
+    least, most = hlo.memory(rows), hlo.memory(pages)
+    assert most.total - most.code <= least.total - least.code + 2 * device_bytes(setting.cache.table)
+
+
 # Of one row each layer has two norms, attention and its merge, and there is a last norm; of 64 rows attention alone.
-@pytest.mark.parametrize(("batch", "cache", "kernels"), [(1, "bfloat16", 9), (64, "bfloat16", 2), (64, "int8", 2)])
-def test_the_cache_stays_where_it_is(batch, cache, kernels, compiled):
-    setting, program, _ = compiled(2, batch, cache)
+@pytest.mark.parametrize(
+    ("batch", "cache", "page", "kernels"),
+    [
+        (1, "bfloat16", None, 9),
+        (64, "bfloat16", None, 2),
+        (64, "int8", None, 2),
+        (1, "bfloat16", 256, 9),
+        (64, "int8", 256, 2),
+    ],
+)
+def test_the_cache_stays_where_it_is(batch, cache, page, kernels, compiled):
+    setting, program, _ = compiled(2, batch, cache, page)
     memory, operations = hlo.memory(program), hlo.operations(program)
     # Four arrays of logits, where draws are cut; none of attention's.
     assert memory.temporaries <= 0.13 * GIB

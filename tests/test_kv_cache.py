@@ -42,7 +42,8 @@ def allowed(dtype: str, new: jax.Array | np.ndarray) -> np.ndarray:
     if dtype != "int8":
         return np.zeros(())
     half = np.abs(np.asarray(new)).max(axis=-1, keepdims=True) / 127 / 2
-    return half * (1 + 2.0**-20)  # and the roundings of a quotient and a product
+    # And the roundings of numbers of up to 127 steps, or 254 halves: of the scale, a quotient and a product.
+    return half * (1 + 3 * 254 * 2.0**-24)
 
 
 @functools.cache

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import rounding
 from flax import nnx
 from gguf import GGMLQuantizationType
 from gguf.quants import dequantize as gguf_dequantize
@@ -62,8 +63,11 @@ def test_every_number_is_within_half_a_step(scheme):
     assert values.shape == ((7, 64) if scheme == "int4" else (7, 128))
     assert scale.shape == ((7,) if group is None else (7, 128 // group))
     error = np.abs(error_of(w, scale, minimum)).reshape(scale.size, -1).max(axis=1)
-    # float16 moves the ends of the range a little.
-    assert (error <= scale.reshape(-1).astype(np.float32) * (0.5 if minimum is None else 0.55) + 1e-6).all()
+    # Three roundings of the largest number: of the quotient that is rounded to steps, of a product and a difference.
+    # In float16 the range, of 15 steps, begins and ends a rounding of the minimum or of all steps away.
+    half = scale.reshape(-1).astype(np.float32) / 2 + 3 * 2.0**-24 * np.abs(w).max()
+    beyond = 0 if minimum is None else 2.0**-11 * (np.abs(minimum) + 15 * scale).reshape(-1)
+    assert (error <= half + beyond).all() and (error > 0.9 * half).any()
     # On the device the same numbers come out.
     of_device = to_integers(jnp.asarray(w), jnp.asarray(scale), None if minimum is None else jnp.asarray(minimum))
     np.testing.assert_array_equal(of_device, values)
@@ -218,11 +222,11 @@ def test_lookup_of_rows(scheme):
 def test_a_quantized_model_runs_from_its_cache_as_without(scheme):
     model = SmolLM3(config_of(scheme, num_hidden_layers=1), rngs=nnx.Rngs(0))
     tokens = jnp.asarray(random_tokens(raw_config("plain"), 2, 6))
-    whole = model(tokens)
+    (bounded,) = rounding.shaken(lambda model: model(tokens), model)
     logits, cache = model(tokens[:, :5], cache=empty_cache(model.config, 2, 8, jnp.float32))
-    last, _ = model(tokens[:, 5:], cache=cache)
-    got = jnp.concatenate([logits, last], axis=1)
-    assert np.abs(got - whole).max() <= 2e-4 * np.abs(whole).max()
+    for last, seen in ((tokens[:, 5:], True), (tokens[:, :1], False)):
+        got = jnp.concatenate([logits, model(last, cache=cache)[0]], axis=1)
+        assert (rounding.within(got, bounded) <= 1) == seen
 
 
 def test_int4_keeps_embedding_and_head_in_int8():

@@ -71,5 +71,9 @@ def test_only_differences_of_positions_matter():
         turned = [rotate(x, *cos_sin(config, jnp.array([[at]])), jnp.array(True)) for x, at in ((q, at_q), (k, at_k))]
         return float((turned[0] * turned[1]).sum())
 
-    assert score(5, 2) == pytest.approx(score(105, 102), abs=1e-4)
-    assert score(5, 2) != pytest.approx(score(5, 3), abs=1e-2)
+    # An angle, of up to its position, is rounded once; its cosine and sine are within 4 roundings, and 3 more turn a
+    # pair by them. A score is the sum of one product for each number. All of it beside the pairs' lengths.
+    lengths = (np.linalg.norm(np.asarray(x).reshape(2, -1), axis=0) for x in (q, k))
+    allowed = sum(at + 4 + 3 for at in (5, 2, 105, 102)) + 2 * 2 * config.head_dim
+    allowed *= 2.0**-24 * np.prod(list(lengths), axis=0).sum()
+    assert abs(score(5, 2) - score(105, 102)) <= allowed < abs(score(5, 2) - score(5, 3)) / 100

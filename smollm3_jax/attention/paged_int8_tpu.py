@@ -38,6 +38,7 @@ def paged_int8(
     capacity = capacity_of(cache, table_BN)
     block = next(block for block in BLOCKS if page % block == 0)
     sublanes, table = min(SUBLANES, pages), () if table_BN is None else (table_BN,)
+    q_BKGE = q_B1HE.reshape(batch, kv_heads, -1, width).astype(jnp.float32)
     # A full row wrote nothing, and has no block after its last.
     seen_B = jnp.minimum(length_B + 1, capacity)
 
@@ -75,15 +76,7 @@ def paged_int8(
         ),
         interpret=interpret,
         name="paged_attention_int8",
-    )(
-        seen_B,
-        *table,
-        q_B1HE.reshape(batch, kv_heads, -1, width).astype(jnp.float32),
-        cache.k,
-        cache.v,
-        cache.k_scale,
-        cache.v_scale,
-    )
+    )(seen_B, *table, q_BKGE, cache.k, cache.v, cache.k_scale, cache.v_scale)
     return out_BKGE.reshape(q_B1HE.shape).astype(q_B1HE.dtype)
 
 

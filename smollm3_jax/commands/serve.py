@@ -55,7 +55,12 @@ def add(parser: argparse.ArgumentParser) -> None:
     engine.add_argument("--slots", type=count, default=SLOTS, metavar="N", help=f"answers side by side ({SLOTS})")
     context_help = f"most tokens of a prompt and its answer (default: the model's, at most {CONTEXT:,})"
     engine.add_argument("--context", type=count, metavar="N", help=context_help)
-    prefix_help = "compute every prompt from its start; else the last ones' beginnings are kept, which takes memory"
+    pool_help = (
+        "tokens that the answers share, prompts included, in pages that each takes as it grows (default: slots times "
+        "context; on a CPU, or where slots lie on several devices, each slot has its own context instead)"
+    )
+    engine.add_argument("--cache-tokens", type=count, metavar="N", help=pool_help)
+    prefix_help = "compute every prompt from its start; else the last ones' beginnings are kept, where there is memory"
     engine.add_argument("--no-prefix-cache", action="store_true", help=prefix_help)
     queue_help = "answers that may wait for a slot (default: 8 for each slot); more are refused"
     engine.add_argument("--max-queue", type=int, metavar="N", help=queue_help)
@@ -121,6 +126,7 @@ def _serve(
 ) -> None:
     from ..compile_cache import compilations
     from ..generation.engine import Engine
+    from ..generation.places import pool_tokens
     from ..generation.prompts import SERVING_PIECES, kept_tokens
     from ..progress import busy
     from ..serve.app import Service, Settings
@@ -138,8 +144,11 @@ def _serve(
 
     def make() -> Engine:
         shape = {"slots": args.slots, "context": context, "cache_dtype": args.cache, "piece_sizes": SERVING_PIECES}
-        kept = 0 if args.no_prefix_cache else kept_tokens(args.slots, context)
-        engine = Engine(load(), tokenizer=tokenizer, **shape, prefix_tokens=kept)
+        model = load()
+        tokens = pool_tokens(model, args.slots, context) if args.cache_tokens is None else args.cache_tokens
+        # Pages that nobody wants keep them for nothing; beside rows they take memory.
+        kept = 0 if args.no_prefix_cache else tokens or kept_tokens(args.slots, context)
+        engine = Engine(model, tokenizer=tokenizer, **shape, prefix_tokens=kept, cache_tokens=tokens)
         begin, before = time.monotonic(), compilations()
         with busy("compiling"):
             engine.warm_up()

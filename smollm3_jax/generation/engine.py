@@ -13,7 +13,6 @@ import dataclasses
 import functools
 import heapq
 import logging
-import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -21,51 +20,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sharding.arrays import spec, zeros
-
 from ..compile_cache import enable
 from ..errors import OptionError, OutOfMemoryError, memory_for
 from ..job import raise_everywhere
-from ..kv_cache import KVCache, cache_specs
 from ..model import SmolLM3, where_it_lies
-from ..sizes import power_of_two_from
 from ..tokenizer import Tokenizer, tokenizer_of
-from .device_loop import MAX_STEPS, DecodedTokens, PromptLogprobs, Slots, copy, decode, hold, insert, prefill
-from .device_loop import slot_specs as specs_for
+from .device_loop import MAX_STEPS, DecodedTokens, Slots, decode, hold, insert, prefill
 from .grammar import prepare
 from .hosts import broadcast, broken, in_step, leads, spans_hosts
+from .places import Pages, capacity_for, empty, places_for, pool_for, slots_for
 from .prompt_lookup import decode_lookup, remember
-from .prompts import Prefixes, pieces, prefix_pages
+from .prompts import Prefixes, pieces
 from .prompts import piece_sizes as sizes_for
 from .requests import Delta, Request, as_json, check_request, from_json, with_ids
-from .sequence import Sequence, held_back
+from .sequence import Prefill, Sequence, held_back
 from .stats import Stats, counted
 
 log = logging.getLogger(__name__)
-
-MIN_CAPACITY = 128
-
-
-def slots_for(model: SmolLM3, wanted: int) -> int:
-    """How many slots an engine has that is asked for `wanted`: a power of two that the mesh divides."""
-    slots = power_of_two_from(wanted)
-    # As many as the mesh divides, though some of them stay empty.
-    return slots if model.sharding is None else math.lcm(slots, model.sharding.parts("batch"))
-
-
-def capacity_for(context: int, lookup: int = 0) -> int:
-    """How many tokens a slot holds for sequences of at most `context`, and `lookup` drafted ones."""
-    return max(MIN_CAPACITY, power_of_two_from(context + lookup))
-
-
-@dataclasses.dataclass
-class _Prefill:
-    """A prompt on its way into a slot: which pieces are left, and the log-probabilities of those that are in."""
-
-    sequence: Sequence
-    slot: int
-    left: Iterator[tuple[int, int, int]]
-    logprobs: list[tuple[PromptLogprobs, int]] = dataclasses.field(default_factory=list)
 
 
 class Engine:
@@ -83,12 +54,15 @@ class Engine:
         nobody watches.
       piece_sizes: the lengths that pieces of prompts are padded to, ascending; the last is that of whole pieces. None
         is powers of two (see `prompts`), and programs that are made as they are needed.
-      prefix_tokens: with piece_sizes, how many tokens of prompts are kept beside the slots, in whole pieces, for
-        requests that begin alike and have the same `cache_salt`; none where a slot's places lie on several devices.
+      prefix_tokens: with piece_sizes, how many tokens of prompts are kept at most, in whole pieces, for requests that
+        begin alike and have the same `cache_salt`: beside the slots, or in pages of theirs that nobody wants; none
+        where a slot's places lie on several devices.
+      cache_tokens: with piece_sizes, how many tokens the slots share, in pages of a whole piece each, which sequences
+        get as they grow; when there are none, the youngest begins again later. None is rows, in which all have theirs.
       stats: gets what was done, how fast, and by which programs; to measure prompts, it waits for each of them.
 
     Raises:
-      OptionError: piece_sizes cannot be, or are not given where prefixes are to be kept.
+      OptionError: piece_sizes cannot be, or are not given where prefixes or pages are wanted; see also `pool_for`.
       OutOfMemoryError: the slots do not fit into memory; also from `step`.
     """
 
@@ -105,6 +79,7 @@ class Engine:
         prefill_tokens: int | None = 1,
         piece_sizes: tuple[int, ...] | None = None,
         prefix_tokens: int = 0,
+        cache_tokens: int | None = None,
         stats: Stats | None = None,
     ):
         enable()
@@ -115,56 +90,61 @@ class Engine:
         self._prefill_tokens, self._measured, self._stats = prefill_tokens, stats is not None, stats or Stats()
         # Where programs are made as they are needed, a prompt that is one piece has a simpler one, made sooner.
         self._lazy = piece_sizes is None
-        if prefix_tokens and self._lazy:
-            raise OptionError(f"prefix_tokens is {prefix_tokens}; it needs piece_sizes, such as SERVING_PIECES")
+        for name, value in (("prefix_tokens", prefix_tokens), ("cache_tokens", cache_tokens)):
+            if value and self._lazy:
+                raise OptionError(f"{name} is {value}; it needs piece_sizes, such as SERVING_PIECES")
         self.piece_sizes = sizes_for(model.platform, self.capacity, piece_sizes)
+        pool = pool_for(cache_tokens, self.piece_sizes[-1], context, lookup, model.sharding)
         shape = {"slots": slots, "context": context, "steps": steps, "lookup": lookup, "prefill_tokens": prefill_tokens}
-        shape |= {"piece_sizes": piece_sizes, "prefix_tokens": prefix_tokens}
+        shape |= {"piece_sizes": piece_sizes, "prefix_tokens": prefix_tokens, "cache_tokens": cache_tokens}
         dtype = jnp.dtype(cache_dtype or model.cache_dtype)
         self._leads = leads()
         if self._leads:
             broadcast({"kind": "engine", "shape": {**shape, "cache_dtype": dtype.name}})
         of = f"{counted(self.slots, 'slot')} of {self.capacity:,} tokens"
+        of += "" if pool is None else " that share {:,} pages of {}".format(*pool)
         less = "fewer new tokens (max_new_tokens), slots or prompts, or a cache of int8, take less"
         self._memory = functools.partial(memory_for, of, less)
         everywhere = raise_everywhere() if spans_hosts(model.sharding) else contextlib.nullcontext()
         with self._stats.timed(), everywhere, self._memory():
-            made = jax.block_until_ready(_empty(model, self.slots, self.capacity, dtype, drafts=lookup > 0))
+            made = jax.block_until_ready(empty(model, self.slots, self.capacity, dtype, pool, drafts=lookup > 0))
             self._cache, self._state, self._history = made
-            self.prefixes = self._pages(prefix_tokens, dtype)
+            size = self.slots, self.capacity
+            self._places = places_for(model, *size, dtype, pool, prefix_tokens, self.piece_sizes[-1])
         # A heap, the lowest slot first: what runs beside each other is the same whatever ended before.
         self._free = list(range(self.slots))
         nobody = Sequence(model, 0, 0, Request([0]), None).slot()
         self._nothing = dataclasses.replace(nobody, active=np.bool_(False))
         self._running: dict[int, Sequence] = {}  # by slot
         self._waiting: collections.deque[Sequence] = collections.deque()
-        self._prefill: _Prefill | None = None
-        self._submitted = 0
+        self._prefill: Prefill | None = None
+        self._submitted, self._short = 0, False  # short: the first that waits does so for pages
         self._ended: list[int] = []  # slots of sequences that are over, on the host
         self._events: list[Any] = []  # since the last step, for the other processes
-        self.drafted, self.accepted = 0, 0
+        self.drafted, self.accepted, self.preemptions = 0, 0, 0
         drafting = f", {lookup} drafted" if lookup else ""
         self._program = f"decoding of {of}, up to {steps} tokens a call{drafting}"
-        log.info(
-            "%d slots of %d tokens; prompts in pieces of %d to %d",
-            *(self.slots, self.capacity, self.piece_sizes[0], self.piece_sizes[-1]),
-        )
+        log.info("%s; prompts in pieces of %d to %d", of, self.piece_sizes[0], self.piece_sizes[-1])
 
-    def _pages(self, tokens: int, dtype: Any) -> Prefixes | None:
-        """Where as many tokens of whole pieces are kept; None if there can be none."""
-        piece, rules = self.piece_sizes[-1], self.model.sharding
-        pages = prefix_pages(tokens, piece, self.capacity, rules)
-        return Prefixes(_empty(self.model, pages, piece, dtype)[0], rules) if pages else None
+    @property
+    def prefixes(self) -> Prefixes | Pages | None:
+        """What counts the tokens of prompts that are kept; None if none are."""
+        return self._places.prefixes
+
+    @property
+    def usage(self) -> float | None:
+        """The part of the pages, from 0 to 1, that slots have; None where these have rows."""
+        return self._places.usage
 
     @property
     def has_room(self) -> bool:
-        """Whether a sample that is submitted now begins with the next step."""
-        return len(self._free) > len(self._waiting)
+        """Whether a sample that is submitted now begins with the next step, if it is short."""
+        return len(self._free) > len(self._waiting) and not self._short
 
     @property
     def is_filling(self) -> bool:
-        """Whether samples wait though slots are free: prompts go in one after the other."""
-        return bool(self._waiting and self._free)
+        """Whether samples wait though slots and pages are free: prompts go in one after the other."""
+        return bool(self._waiting and self._free) and not self._short
 
     @property
     def is_idle(self) -> bool:
@@ -196,14 +176,13 @@ class Engine:
         """Stops all samples of a request, and gives their slots to others; False if it has none that runs or waits."""
         if self._leads:
             self._events.append(["cancel", number])
-        before = len(self._waiting) + len(self._running) + (self._prefill is not None)
-        self._waiting = collections.deque(x for x in self._waiting if x.index != number)
-        if self._prefill is not None and self._prefill.sequence.index == number:
-            heapq.heappush(self._free, self._prefill.slot)
-            self._prefill = None
-        for slot in [slot for slot, sequence in self._running.items() if sequence.index == number]:
+        slots = [slot for slot, sequence in self._in_slots().items() if sequence.index == number]
+        left = [sequence for sequence in self._waiting if sequence.index != number]
+        found = bool(slots) or len(left) < len(self._waiting)
+        self._waiting = collections.deque(left)
+        for slot in slots:
             self._stop(slot)
-        return before > len(self._waiting) + len(self._running) + (self._prefill is not None)
+        return found
 
     def step(self) -> list[Delta]:
         """Lets prompts in, and decodes a call's tokens of every sequence that runs: what each of them said."""
@@ -220,14 +199,13 @@ class Engine:
             broadcast({"kind": "warm up"})
         zero, sharding = np.int32(0), self.model.sharding
         with in_step(), self._stats.timed(), self._memory():
+            self._cache = self._places.placed(self._cache)
             for size in self.piece_sizes:
                 tokens, count = np.zeros((2, size), np.int32), np.int32(size)
                 for logprobs in (False, True):
                     place = self.model, self._cache, zero, zero
                     self._cache, _ = prefill(*place, tokens[:1], tokens[1], count, logprobs=logprobs)
-            self._cache = copy(self._cache, zero, zero, sharding=sharding)
-            if self.prefixes is not None:
-                self._cache = self.prefixes.warm_up(self._cache)
+            self._cache = self._places.warm_up(self._cache)
             self._place(0, self._nothing, 0)
             if self._history is not None:
                 self._history = remember(self._history, zero, np.full(self.capacity, -1, np.int32))
@@ -253,6 +231,7 @@ class Engine:
             self._step()
 
     def _step(self) -> list[Delta]:
+        self._make_room()
         for slot in self._ended:
             self._place(slot, self._nothing, 0)
         self._ended = []
@@ -274,12 +253,32 @@ class Engine:
         while not self.is_idle:
             yield from self.step()
 
+    def _in_slots(self) -> dict[int, Sequence]:
+        """What decodes, and the prompt on its way into a slot."""
+        at = self._prefill
+        return self._running | ({} if at is None else {at.slot: at.sequence})
+
     def _stop(self, slot: int) -> None:
-        del self._running[slot]
+        self._running.pop(slot, None)
+        if self._prefill is not None and self._prefill.slot == slot:
+            self._prefill = None
         self._ended.append(slot)
+        self._places.release(slot)
         heapq.heappush(self._free, slot)
 
+    def _make_room(self) -> None:
+        """Gives sequences, the oldest first, the places that they may need in the next call; while these are not to be
+        had, the youngest of all that are in a slot begins again later. None that is older waits then."""
+        for slot, sequence in sorted(self._running.items(), key=lambda item: item[1].age):
+            while slot in self._running and not self._places.grow(slot, sequence.places(MAX_STEPS)):
+                last, youngest = max(self._in_slots().items(), key=lambda item: item[1].age)
+                self._stop(last)
+                youngest.begin_again()
+                self._waiting.appendleft(youngest)
+                self.preemptions += 1
+
     def _decode(self) -> DecodedTokens:
+        self._cache = self._places.placed(self._cache)
         if self._history is None:
             held = held_back(self._running, self.slots)
             if held is not None:
@@ -296,22 +295,35 @@ class Engine:
     def _admit(self) -> None:
         """Puts prompts into free slots, piece by piece; while anything decodes, at most `prefill_tokens` and what the
         last piece has beyond them."""
-        done = 0
+        done, self._short = 0, False
         while self._prefill is not None or (self._waiting and self._free):
             if self._running and self._prefill_tokens is not None and done >= self._prefill_tokens:
+                return
+            if self._prefill is None and not self._begin():
+                self._short = True
                 return
             with self._stats.timed("prompt_seconds"):
                 done += self._piece()
 
+    def _begin(self) -> bool:
+        """Gives the first that waits a slot; False if its places are not to be had yet."""
+        sequence, slot = self._waiting[0], self._free[0]
+        # Log-probabilities of a prompt only the model has.
+        salt = None if sequence.wants_prompt else sequence.request.cache_salt
+        begun = self._places.begin(self._cache, slot, salt, sequence.prompt[:-1], sequence.places(MAX_STEPS))
+        if begun is None:
+            return False
+        self._waiting.popleft()
+        heapq.heappop(self._free)
+        self._cache, there = begun
+        if not sequence.begun:
+            sequence.begun, sequence.cached_tokens = True, there
+        self._prefill = Prefill(sequence, slot, pieces(len(sequence.prompt) - 1, self.piece_sizes, there))
+        return True
+
     def _piece(self) -> int:
-        """One piece of the prompt at hand, or of the next one: how many tokens the model computed for it."""
-        if self._prefill is None:
-            sequence, slot = self._waiting.popleft(), heapq.heappop(self._free)
-            if self.prefixes is not None and not sequence.wants_prompt:  # whose log-probabilities only the model has
-                of_prompt = sequence.request.cache_salt, sequence.prompt[:-1]
-                self._cache, sequence.cached_tokens = self.prefixes.reuse(self._cache, slot, *of_prompt)
-            start = sequence.cached_tokens or 0
-            self._prefill = _Prefill(sequence, slot, pieces(len(sequence.prompt) - 1, self.piece_sizes, start))
+        """One piece of the prompt at hand: how many tokens the model computed for it."""
+        assert self._prefill is not None
         at, padded = self._prefill, 0
         piece = next(at.left, None)
         if piece is not None:
@@ -321,12 +333,13 @@ class Engine:
             # Of a request's samples the first has them, whichever prompts go in again for others.
             wanted = at.sequence.wants_prompt
             whole = self._lazy and count == len(prompt) - 1
+            self._cache = self._places.placed(self._cache)
             place = self.model, self._cache, np.int32(at.slot), None if whole else np.int32(start)
             self._cache, values = prefill(*place, tokens[:1], tokens[1], np.int32(count), logprobs=wanted)
             if values is not None:
                 at.logprobs.append((values, count))
-            elif self.prefixes is not None and count == self.prefixes.piece:
-                self.prefixes.keep(self._cache, at.slot, at.sequence.request.cache_salt, prompt[: start + count])
+            else:
+                self._places.keep(self._cache, at.slot, at.sequence.request.cache_salt, prompt[: start + count])
             self._stats.prompt_tokens += count
             self._stats.programs[f"prefill of {padded} tokens" + (" with log-probabilities" if wanted else "")] += 1
             if start + count < len(prompt) - 1:
@@ -335,17 +348,21 @@ class Engine:
         self._start(at)
         return padded
 
-    def _start(self, done: _Prefill) -> None:
+    def _start(self, done: Prefill) -> None:
         """Lets a sequence decode whose prompt is in its slot, and copies of the slot the request's other samples."""
-        if done.sequence.wants_prompt:
+        if done.sequence.wants_prompt and not done.sequence.tokens:
             done.sequence.take_prompt(jax.device_get(done.logprobs))
         if self._measured:
             jax.block_until_ready(self._cache)
         self._insert(done.sequence, done.slot)
         while self._waiting and self._waiting[0].index == done.sequence.index and self._free:
-            slot = heapq.heappop(self._free)
-            self._cache = copy(self._cache, np.int32(done.slot), np.int32(slot), sharding=self.model.sharding)
-            self._insert(self._waiting.popleft(), slot)
+            slot, sequence = self._free[0], self._waiting[0]
+            places = done.slot, slot, len(sequence.prompt) - 1, sequence.places(MAX_STEPS)
+            copied = self._places.copied(self._cache, *places)
+            if copied is None:
+                return
+            self._cache = copied
+            self._insert(self._waiting.popleft(), heapq.heappop(self._free))
 
     def _insert(self, sequence: Sequence, slot: int) -> None:
         self._place(slot, sequence.slot(), len(sequence.prompt) - 1)
@@ -357,19 +374,6 @@ class Engine:
 
     def _place(self, slot: int, one: Slots, length: int) -> None:
         self._cache, self._state = insert(self._cache, self._state, np.int32(slot), one, np.int32(length))
-
-
-def _empty(
-    model: SmolLM3, slots: int, capacity: int, cache_dtype: Any, drafts: bool = False
-) -> tuple[KVCache, Slots, Any]:
-    """Cache, slots and (for drafts) history, where calls of `decode` leave them: else its second call compiles anew."""
-    history = spec(jnp.int32, batch=slots, places=capacity) if drafts else None
-    cache = cache_specs(model.config, slots, capacity, cache_dtype)
-    made = zeros((cache, specs_for(slots, model.config.vocab_size), history), model.sharding)
-    if model.sharding is not None:
-        return made
-    devices = list(model.norm[...].devices())
-    return jax.device_put(made, devices[0] if len(devices) == 1 else None)
 
 
 def follow(model: SmolLM3, tokenizer: Tokenizer | None = None) -> None:

@@ -6,7 +6,7 @@ program that would compute it again: an answer is the same, to the bit, with it 
 
 import collections
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import numpy as np
@@ -65,16 +65,15 @@ def pieces(length: int, sizes: Sequence[int], start: int = 0) -> Iterator[tuple[
 
 
 class Index:
-    """Which whole pieces are kept, and in which page: those that were used last.
+    """Which whole pieces are kept, and in which page, by the tokens before them and their own.
 
     Args:
-      pages: how many are kept at most.
       piece: tokens in each.
     """
 
-    def __init__(self, pages: int, piece: int):
+    def __init__(self, piece: int):
         self.piece = piece
-        self._free = list(range(pages))
+        self.pages: set[int] = set()
         # (the piece before it, or whose it is; its tokens) -> (its number, its page); the least recently used first.
         # A piece is used after those that follow it: what is dropped has none.
         self._kept: collections.OrderedDict[tuple[int | str, bytes], tuple[int, int]] = collections.OrderedDict()
@@ -84,29 +83,24 @@ class Index:
         """The pages of the longest beginning of `tokens` that is kept. salt: only what was kept under it is found."""
         return [self._kept[key][1] for key in self._chain(salt, tokens)]
 
-    def add(self, salt: str, tokens: Sequence[int]) -> int | None:
-        """A page to keep the last piece of `tokens` in, which are whole pieces; None if it is kept already, or no page
-        can be had."""
+    def add(self, salt: str, tokens: Sequence[int], page: int) -> None:
+        """Keeps the last piece of `tokens`, whole pieces of which all others are kept."""
         chain = self._chain(salt, tokens)
-        if len(chain) != len(tokens) // self.piece - 1 or (not self._free and not self._kept):
-            return None
-        if not self._free:
-            oldest = next(iter(self._kept))
-            if oldest in chain:
-                return None
-            self._free.append(self._kept.pop(oldest)[1])
-        page, self._made = self._free.pop(), self._made + 1
-        parent = self._kept[chain[-1]][0] if chain else salt
+        parent, self._made = self._kept[chain[-1]][0] if chain else salt, self._made + 1
         key = parent, _bytes(tokens[-self.piece :])
         self._kept[key] = self._made, page
+        self.pages.add(page)
         for used in (key, *reversed(chain)):
             self._kept.move_to_end(used)
-        return page
 
-    def clear(self) -> None:
-        """Forgets all of them."""
-        self._free += [page for _, page in self._kept.values()]
-        self._kept.clear()
+    def drop(self, may: Callable[[int], bool]) -> int | None:
+        """Forgets the piece that was used least recently of those whose page `may` be had; the page, or None."""
+        for key, (_, page) in self._kept.items():
+            if may(page):
+                del self._kept[key]
+                self.pages.remove(page)
+                return page
+        return None
 
     def _chain(self, salt: str, tokens: Sequence[int]) -> list[tuple[int | str, bytes]]:
         parent: int | str = salt
@@ -131,8 +125,8 @@ class Prefixes:
 
     def __init__(self, pages: KVCache, sharding: Sharding | None):
         self.piece, self.sharding = pages.capacity, sharding
-        self.index = Index(pages.length.shape[0], self.piece)
-        self._pages = pages
+        self.index = Index(self.piece)
+        self._pages, self._free = pages, list(range(pages.length.shape[0]))
         self.queries, self.hits = 0, 0  # tokens of prompts, and those of them that were kept
 
     def reuse(self, cache: KVCache, slot: int, salt: str, tokens: Sequence[int]) -> tuple[KVCache, int]:
@@ -144,9 +138,14 @@ class Prefixes:
         return cache, len(found) * self.piece
 
     def keep(self, cache: KVCache, slot: int, salt: str, tokens: Sequence[int]) -> None:
-        """Keeps the last piece of what a slot holds of a prompt, `tokens`, which are whole pieces."""
-        page = self.index.add(salt, tokens)
+        """Keeps the last piece of what a slot holds of a prompt, `tokens`, which are whole pieces; not if it is kept
+        already, or no page can be had."""
+        found = self.index.find(salt, tokens)
+        if len(found) != len(tokens) // self.piece - 1:
+            return
+        page = self._free.pop() if self._free else self.index.drop(lambda page: page not in found)
         if page is not None:
+            self.index.add(salt, tokens, page)
             self._keep(cache, slot, len(tokens) - self.piece, page)
 
     def warm_up(self, cache: KVCache) -> KVCache:

@@ -1,7 +1,8 @@
 """One sample of a request on the host: its tokens, its text, and where it ends."""
 
+import dataclasses
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -29,10 +30,10 @@ class Sequence:
         ends = end_ids(model.config, model.generation_config, request)
         turn = last_turn(self.prompt, ends)
         self.thinking = begins_thinking(tokenizer, turn)
-        self.matcher: Matcher | None = None
-        if request.grammar is not None:
-            assert tokenizer is not None  # `check_request` was here
-            self.matcher = Matcher(request.grammar, tokenizer, self.vocab_size, ends, self.think_ids, turn)
+        self._of_grammar = self.vocab_size, ends, self.think_ids, turn
+        self.matcher = self._new_matcher()
+        self.begun = False  # whether it has ever been in a slot
+        self.said = 0  # tokens that its slot has said: all of them, or fewer while a slot says them again
         # Of a request's samples the first has them.
         self.wants_prompt = request.params.prompt_logprobs and sample == 0
         self.cached_tokens: int | None = 0
@@ -42,6 +43,25 @@ class Sequence:
         self.text = ""  # all that is decoded
         self.handed_out = 0  # characters of it
         self.decoder = None if tokenizer is None else tokenizer.decode_stream(prompt=self.prompt)
+
+    @property
+    def age(self) -> tuple[int, int]:
+        """The least is that of the oldest."""
+        return self.index, self.sample
+
+    def places(self, ahead: int) -> int:
+        """How many tokens it has in the cache when its slot has said as many again as ever, and `ahead` more."""
+        return len(self.prompt) - 1 + min(len(self.tokens) + ahead, self.request.params.max_new_tokens)
+
+    def begin_again(self) -> None:
+        """From its prompt on, in another slot: it decodes what it has said once more, and hands nothing out twice."""
+        self.said, self.matcher = 0, self._new_matcher()
+
+    def _new_matcher(self) -> Matcher | None:
+        if self.request.grammar is None:
+            return None
+        assert self.tokenizer is not None  # `check_request` was here
+        return Matcher(self.request.grammar, self.tokenizer, *self._of_grammar)
 
     def slot(self) -> Slots:
         """Its state on the device, without the leading B."""
@@ -71,15 +91,21 @@ class Sequence:
             )
 
     def take(self, slot: int, chosen: Any) -> Delta:
-        """What a call of `decode` chose for it."""
+        """What a call of `decode` chose for it; nothing of what it has said before."""
         row = chosen.tokens[slot]
         new = [int(token) for token in row[row >= 0]]
+        again = min(len(new), len(self.tokens) - self.said)
+        assert new[:again] == self.tokens[self.said : self.said + again], "a replay differs"
+        self.said += len(new)
+        if self.matcher is not None:
+            for token in new[:again]:
+                self.matcher.take(token)
         reason = None
         if chosen.logprobs is not None and (wrong := np.isnan(chosen.logprobs[slot, : len(new)])).any():
             log.warning("an answer ends where the model's numbers are no numbers any more")
             new, reason = new[: int(wrong.argmax())], "error"
         count = len(new)
-        for i, token in enumerate(new):
+        for i, token in enumerate(new[again:], again):
             self.tokens.append(token)
             stops = token in self.stop_ids
             self._decode(None if stops else token)
@@ -98,9 +124,9 @@ class Sequence:
         return Delta(
             request=self.index,
             sample=self.sample,
-            token_ids=tuple(new[:count]),
+            token_ids=tuple(new[again:count]),
             text=self._hand_out(reason is not None),
-            logprobs=self._logprobs(slot, chosen, count),
+            logprobs=self._logprobs(slot, chosen, range(again, count)),
             prompt_logprobs=first[0],
             finish_reason=reason,
             prompt_top=first[1],
@@ -130,7 +156,7 @@ class Sequence:
         out, self.handed_out = self.text[self.handed_out : end], end
         return out
 
-    def _logprobs(self, slot: int, chosen: Any, count: int) -> tuple[Logprob, ...] | None:
+    def _logprobs(self, slot: int, chosen: Any, steps: range) -> tuple[Logprob, ...] | None:
         wanted = self.request.params.logprobs
         if wanted is None:
             return None
@@ -145,8 +171,18 @@ class Sequence:
                     )
                 ),
             )
-            for i in range(count)
+            for i in steps
         )
+
+
+@dataclasses.dataclass
+class Prefill:
+    """A prompt on its way into a slot: which pieces are left, and the log-probabilities of those that are in."""
+
+    sequence: Sequence
+    slot: int
+    left: Iterator[tuple[int, int, int]]
+    logprobs: list[tuple[PromptLogprobs, int]] = dataclasses.field(default_factory=list)
 
 
 def held_back(running: Mapping[int, Sequence], slots: int) -> tuple[np.ndarray, np.ndarray] | None:

@@ -45,6 +45,8 @@ class DecodeSetting:
     cache_dtype: str = "bfloat16"
     # One array a layer, as inference has them, XLA reads in place; out of stacked ones it copies some in every step.
     stacked: bool = False
+    # Pages that the rows share, and the tokens of each; None is rows of their own.
+    pool: tuple[int, int] | None = None
 
     @property
     def chip(self) -> Chip:
@@ -59,7 +61,8 @@ class DecodeSetting:
 
     @functools.cached_property
     def cache(self) -> KVCache:
-        return shapes(cache_specs(self.config, self.batch, self.context, self.cache_dtype), self.sharding)
+        specs = cache_specs(self.config, self.batch, self.context, self.cache_dtype, self.pool)
+        return shapes(specs, self.sharding)
 
     @functools.cached_property
     def slots(self) -> Slots:

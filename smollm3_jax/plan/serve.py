@@ -22,7 +22,7 @@ from ..config import ModelConfig
 from ..errors import OptionError
 from ..files import write_output
 from ..generation.device_loop import MAX_STEPS
-from ..generation.engine import MIN_CAPACITY, capacity_for, slots_for
+from ..generation.places import MIN_CAPACITY, capacity_for, slots_for
 from ..generation.prompts import SERVING_PIECES, kept_tokens, piece_sizes, prefix_pages
 from ..weights.quantized import with_scheme
 from .decode import DecodeSetting

@@ -73,7 +73,8 @@ class Service:
         self._in_pool = 0  # calls that its threads have begun or have before them, with all that they hold
         waiting = lambda: len(worker.tickets) - self._running()  # noqa: E731
         prefixes = [lambda name=name: getattr(self._prefixes(), name, 0) for name in ("queries", "hits")]
-        self.metrics.watch(self._running, waiting, self._usage, *prefixes)
+        preemptions = lambda: getattr(worker.engine, "preemptions", 0)  # noqa: E731
+        self.metrics.watch(self._running, waiting, self._usage, preemptions, *prefixes)
 
     @property
     def _places(self) -> int:
@@ -87,8 +88,11 @@ class Service:
 
     def _usage(self) -> float:
         engine = self.worker.engine
-        held = sum(ticket.held.total() for ticket in self.worker.tickets)
-        return 0.0 if engine is None else held / (engine.slots * engine.capacity)
+        if engine is None:
+            return 0.0
+        if (pages := engine.usage) is not None:
+            return pages
+        return sum(ticket.held.total() for ticket in self.worker.tickets) / (engine.slots * engine.capacity)
 
     @property
     def status(self) -> str:

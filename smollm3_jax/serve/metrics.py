@@ -66,16 +66,19 @@ class Metrics:
         running: Callable[[], int],
         waiting: Callable[[], int],
         usage: Callable[[], float],
+        preemptions: Callable[[], int],
         queries: Callable[[], int],
         hits: Callable[[], int],
     ) -> None:
         """What is asked for when somebody looks: gauges, and the engine's own counts of prefixes."""
+        help = "Answers that gave their part of the cache to older ones, and began again later"
+        self._read("num_preemptions", help, preemptions)
         self._read("prefix_cache_queries", "Tokens of prompts that were looked for among shared prefixes", queries)
         self._read("prefix_cache_hits", "Tokens of prompts that came from a shared prefix", hits)
         for name, help, value in (
             ("num_requests_running", "Requests of which something is in a slot", running),
             ("num_requests_waiting", "Requests that wait for a slot", waiting),
-            ("kv_cache_usage_perc", "The part of the cache, from 0 to 1, that holds tokens", usage),
+            ("kv_cache_usage_perc", "The part of the cache, from 0 to 1, that answers have taken", usage),
         ):
             Gauge(f"smollm3_{name}", help, registry=self.registry).set_function(value)
 

@@ -158,6 +158,8 @@ class Worker:
             if ticket.over:
                 continue
             self._touch()
+            if not delta.token_ids and delta.finish_reason is None:
+                continue  # it says again what it had said when others needed its part of the cache
             if delta.finish_reason == "error":
                 self.fail(ticket, ApiError(500, UNFINISHED, type="server_error", code="answer_failed"))
                 continue

@@ -62,22 +62,27 @@ def values(cache):
 step = functools.partial(paged_gpu.step, interpret=True)
 
 
+KINDS = [("float32", 4), ("float32", 3), ("int8", 4), ("int8", 3), ("bfloat16", 4), ("float16", 3)]
+
+
 @pytest.mark.parametrize("programs", [1, 2**16], ids=["whole", "split"])
-@pytest.mark.parametrize("quantized", [False, True], ids=["float32", "int8"])
-@pytest.mark.parametrize("group", [4, 3])
-def test_equals_the_definition(group, quantized, programs, monkeypatch):
-    """On pairs that RoPE turns by a quarter or more of them, which is exact."""
+@pytest.mark.parametrize(("kind", "group"), KINDS)
+def test_equals_the_definition(kind, group, programs, monkeypatch):
+    """On pairs that RoPE turns by a quarter or more of them, which is exact. The cache is of the kind, and in all but
+    int8 the rest too."""
     monkeypatch.setattr(paged_gpu, "PROGRAMS", programs)
-    q, k, v, _, lengths, cache = case(quantized, group)
+    dtype = "float32" if kind == "int8" else kind
+    q, k, v, _, lengths, cache = case(kind == "int8", group, dtype)
     turns = np.random.RandomState(1).randint(0, 4, (len(q), q.shape[-1] // 2))
-    cos, sin = (jnp.asarray(np.array(x, np.float32)[turns]) for x in ([1, 0, -1, 0], [0, 1, 0, -1]))
+    cos, sin = (jnp.asarray(np.array(x, dtype)[turns]) for x in ([1, 0, -1, 0], [0, 1, 0, -1]))
     out, cache = step(q, k, v, (cos, sin), lengths, cache)
+    assert out.dtype == dtype and cache.k.dtype == kind
     q = rope.rotate(q[:, None], cos[:, None], sin[:, None], jnp.array(True))
     held = values(cache).transpose(0, 2, 3, 1, 4)
     # A full row looks at what it has. Two blocks of 64, and the new token.
     for wrong in (0, 1):
-        seen = seen_in(CAPACITY, np.minimum(LENGTHS, CAPACITY - 1 - wrong), 1)
-        off = rounding.within(out[:, None], rounding.attended(q, *held, seen, parts=3))
+        seen = seen_in(CAPACITY, np.maximum(np.minimum(LENGTHS, CAPACITY - 1) - wrong, 0), 1)
+        off = rounding.within(out[:, None], rounding.attended(q, *held, seen, dtype, parts=3))
         assert off > 1 if wrong else off <= 1
 
 
@@ -109,17 +114,7 @@ def test_an_empty_row_sees_its_own_token_alone():
     np.testing.assert_array_equal(step(q, k, v, angles, lengths, cache)[0], jnp.repeat(v, 4, axis=1))
 
 
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
-def test_keeps_the_dtype_and_is_as_exact(dtype):
-    arguments = case(dtype=dtype)
-    out, cache = step(*arguments)
-    assert out.dtype == cache.k.dtype == dtype
-    exact, _ = by_xla(*jax.tree.map(lambda x: x.astype(jnp.float32) if x.dtype == dtype else x, arguments))
-    errors = [np.abs(np.asarray(x, np.float32) - exact).mean() for x in (out, by_xla(*arguments)[0])]
-    assert errors[0] <= 1.1 * errors[1]
-
-
-@pytest.mark.parametrize("quantized", [False, True], ids=["float32", "int8"])
+@pytest.mark.parametrize("quantized", [pytest.param(False, marks=pytest.mark.slow), True], ids=["float32", "int8"])
 def test_pages_may_lie_anywhere(quantized, monkeypatch):
     q, k, v, angles, lengths, cache = case(quantized)
     monkeypatch.setattr(paged_gpu, "BLOCKS", (16,))  # the same sums in the same order, for a page of 32 and of 128

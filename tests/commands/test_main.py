@@ -212,7 +212,11 @@ def test_errors_are_plain_and_a_line(capsys, tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("JAX_ENABLE_X64", "maybe"), ("JAX_DEFAULT_MATMUL_PRECISION", "best"), ("JAX_NUM_CPU_DEVICES", "two")],
+    [
+        ("JAX_ENABLE_X64", "maybe"),
+        pytest.param("JAX_DEFAULT_MATMUL_PRECISION", "best", marks=pytest.mark.slow),
+        pytest.param("JAX_NUM_CPU_DEVICES", "two", marks=pytest.mark.slow),
+    ],
 )
 def test_a_variable_that_jax_does_not_take(talking, name, value):
     done = subprocess.run(
@@ -242,7 +246,7 @@ def test_a_reader_that_leaves_ends_a_table_without_a_word(talking):
     assert (done.returncode, done.stderr) == (0, "")
 
 
-@pytest.mark.parametrize("closed", ["1", "2"])
+@pytest.mark.parametrize("closed", ["1", pytest.param("2", marks=pytest.mark.slow)])
 def test_closed_streams(talking, closed):
     """sys.stdout is None there."""
     script = f'"$0" -m smollm3_jax generate "$1" -p w5 --max-tokens 1 {closed}>&-'

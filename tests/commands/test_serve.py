@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -149,27 +150,32 @@ def test_a_second_signal_ends_it_at_once(tiny):
 
 @pytest.mark.slow
 def test_two_processes_are_one_server(tiny):
-    """What both answer together is what one answers; the second ends when the first has drained."""
-    body = {"prompt": [5, 6, 7], "max_tokens": 20, "temperature": 1.0, "seed": 3}
+    """What both answer together, from pages that hold one long answer, is what one process answers from rows; the
+    second ends when the first has drained."""
 
-    def text(port: int) -> str:
-        return json.loads(ask(port, "/v1/completions", body)[1])["choices"][0]["text"]
+    def texts(port: int) -> list[str]:
+        settings = {"max_tokens": 300, "temperature": 1.0, "ignore_eos": True}
+        bodies = [{"prompt": [5, 6, seed], "seed": seed, **settings} for seed in (7, 8)]
+        with ThreadPoolExecutor(2) as threads:
+            found = list(threads.map(lambda body: ask(port, "/v1/completions", body)[1], bodies))
+        return [json.loads(one)["choices"][0]["text"] for one in found]
 
-    mesh = ("--slots", "2", "--mesh", "tensor=2")
+    mesh = ("--slots", "2", "--context", "512", "--mesh", "tensor=2")
     with started(tiny, *mesh, XLA_FLAGS="--xla_force_host_platform_device_count=2") as (_, port):
-        alone = text(port)
+        alone = texts(port)
     with listen("127.0.0.1", 0) as own:
         coordinator = f"127.0.0.1:{own.getsockname()[1]}"
-    job = (*mesh, "--coordinator", coordinator, "--processes", "2", "--process")
+    job = (*mesh, "--cache-tokens", "512", "--coordinator", coordinator, "--processes", "2", "--process")
     command = [sys.executable, "-m", "smollm3_jax", "serve", str(tiny), "--port", "0", *job, "1"]
     # Processes compile together, and must all do so.
     one = {"XLA_FLAGS": "--xla_force_host_platform_device_count=1", "JAX_ENABLE_COMPILATION_CACHE": "false"}
     with subprocess.Popen(command, env=os.environ | one, stderr=subprocess.PIPE, text=True) as second:
         try:
             with started(tiny, *job, "0", **one) as (first, port):
-                assert text(port) == alone
+                assert texts(port) == alone
                 time.sleep(15)  # longer than processes that wait for each other are given
-                assert text(port) == alone
+                assert texts(port) == alone
+                assert "smollm3_num_preemptions_total 0.0" not in ask(port, "/metrics")[1]
                 for process in (second, first):
                     process.terminate()
                 assert first.wait(60) == 0

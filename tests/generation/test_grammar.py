@@ -379,6 +379,14 @@ def test_a_long_grammar_is_refused():
         check_grammar("start: " + "a" * (1 << 16), LETTERS)
 
 
+def test_a_thousand_grammars_leave_few_behind():
+    """S10."""
+    for i in range(1000):
+        check_grammar(json_schema({"const": i}), LETTERS)
+    kept = module.vocabulary_of(LETTERS).compiled.cache_info()
+    assert kept.currsize <= module.MAX_KEPT < 1000 <= kept.misses
+
+
 def test_what_was_checked_is_not_compiled_again(monkeypatch):
     grammar = json_schema({"const": "compiled once"})
     check_grammar(grammar, LETTERS)

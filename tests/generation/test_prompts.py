@@ -13,14 +13,30 @@ CALLS = st.lists(
 )
 
 
+class Kept:
+    """An index, and pages that it may fill: the least recently used is dropped for another."""
+
+    def __init__(self, pages: int):
+        self.index, self.free = Index(PIECE), list(range(pages))
+
+    def add(self, salt: str, tokens: list[int]) -> int | None:
+        found = self.index.find(salt, tokens)
+        if len(found) != len(tokens) // PIECE - 1:
+            return None
+        page = self.free.pop() if self.free else self.index.drop(lambda page: page not in found)
+        if page is not None:
+            self.index.add(salt, tokens, page)
+        return page
+
+
 @settings(max_examples=200, deadline=None)
 @given(st.integers(0, 5), CALLS)
 def test_what_is_found_is_what_was_kept(pages, calls):
     """Pages say what was put into them last: a prompt finds its own pieces, in order, or fewer."""
-    kept, held = Index(pages, PIECE), {}
+    kept, held = Kept(pages), {}
     for salt, tokens, asks in calls:
         whole = len(tokens) // PIECE * PIECE
-        found = kept.find(salt, tokens)
+        found = kept.index.find(salt, tokens)
         for i, page in enumerate(found):
             assert held[page] == (salt, tokens[: (i + 1) * PIECE])
         if not asks:
@@ -28,18 +44,18 @@ def test_what_is_found_is_what_was_kept(pages, calls):
                 page = kept.add(salt, tokens[:end])
                 if page is not None:
                     held[page] = (salt, tokens[:end])
-            assert len(kept.find(salt, tokens)) == min(whole // PIECE, pages)
-        assert len(kept._kept) + len(kept._free) == pages
+            assert len(kept.index.find(salt, tokens)) == min(whole // PIECE, pages)
+        assert len(kept.index.pages) == len(kept.index._kept) == pages - len(kept.free)
 
 
 def test_the_least_recently_used_is_dropped():
-    kept = Index(2, PIECE)
+    kept = Kept(2)
     first, second = kept.add("", [1, 1]), kept.add("", [2, 2])
-    assert kept.find("", [1, 1, 5]) == [first]
+    assert kept.index.find("", [1, 1, 5]) == [first]
     third = kept.add("", [3, 3])
-    assert third == second and kept.find("", [2, 2]) == [] and kept.find("", [1, 1]) == [first]
-    kept.clear()
-    assert kept.find("", [1, 1]) == []
+    assert third == second and kept.index.find("", [2, 2]) == [] and kept.index.find("", [1, 1]) == [first]
+    assert kept.index.drop(lambda page: page == third) == third and kept.index.drop(lambda page: page == third) is None
+    assert kept.index.find("", [3, 3]) == [] and kept.index.pages == {first}
 
 
 def test_sizes_fit_into_a_slot():

@@ -8,23 +8,34 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
 import bench_concurrent as bench
 
-RATES = {"serve": [90.0, 100.0, 50.0], "engine": [100.0, 80.0, 100.0], "llama.cpp": [45.0, 200.0, 100.0]}
+
+def rounds(rates: list[float], cpu: float) -> list[dict[str, float]]:
+    return [{"rate": rate, "cpu": cpu} for rate in rates]
+
+
+ROUNDS = {
+    "serve": rounds([90.0, 100.0, 50.0], 8.0),
+    "engine": rounds([100.0, 80.0, 100.0], 6.0),
+    "llama.cpp": rounds([45.0, 200.0, 100.0], 10.0),
+}
 
 
 def test_ratios_are_of_medians_and_of_single_rounds():
-    assert bench.ratios(RATES) == {
-        "engine": {"median": 0.9, "low": 0.5, "high": 1.25},
-        "llama.cpp": {"median": 0.9, "low": 0.5, "high": 2.0},
+    assert bench.ratios(ROUNDS) == {
+        "engine": {"rate": 0.9, "low": 0.5, "high": 1.25, "cpu": 0.75},
+        "llama.cpp": {"rate": 0.9, "low": 0.5, "high": 2.0, "cpu": 1.25},
     }
 
 
 def test_the_table():
-    columns = [list(column.cells) for column in bench.table(RATES).columns]
+    columns = [list(column.cells) for column in bench.table(ROUNDS).columns]
     assert columns == [
         ["serve", "engine", "llama.cpp"],
         ["90", "100", "100"],
         ["", "0.90", "0.90"],
         ["", "0.50 to 1.25", "0.50 to 2.00"],
+        ["8.00", "6.00", "10.00"],
+        ["", "0.75", "1.25"],
     ]
 
 

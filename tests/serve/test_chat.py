@@ -3,6 +3,8 @@
 import copy
 import dataclasses
 import json
+from datetime import datetime
+from itertools import zip_longest
 from typing import Any
 
 import pytest
@@ -127,6 +129,7 @@ def test_a_seed_is_drawn(server):
 
 
 def test_the_room_that_is_left_is_the_limit(server):
+    """S15: an answer never outgrows its slot."""
     [request] = chat(server).requests
     assert request.params.max_new_tokens == server.context - len(request.prompt)
     assert chat(server, max_tokens=5, max_completion_tokens=5).requests[0].params.max_new_tokens == 5
@@ -254,6 +257,8 @@ def test_calls(server):
     assert len({call["id"] for call in choice["message"]["tool_calls"]}) == 2
     deltas = [chunk["choices"][0]["delta"] for _, chunk in events[:-1]]
     assert [call["index"] for delta in deltas for call in delta.get("tool_calls", [])] == [0, 1]
+    [call] = message_of(server, chat(server, tools=[NOW]), LIST_CALL + END)["tool_calls"]
+    assert json.loads(call["function"]["arguments"]) == {"zones": ["a", ["b", 1], {}, []]}
 
 
 def test_an_answer_of_calls_alone_has_no_content(server):
@@ -410,7 +415,20 @@ def test_stop_texts_are_neither_text_nor_tokens(server):
         assert "".join(entry["token"] for entry in choice["logprobs"]["content"]) == "One two"
 
 
-PIECES = [THOUGHT, CALL, EMPTY_CALL, "\n", "Hello", " wörld 👩‍👩‍👧", "STO", "STOP", "<tool_call>", "</think>"]
+LIST_CALL = '<tool_call>\n{"name": "now", "arguments": {"zones": ["a", ["b", 1], {}, []]}}\n</tool_call>'
+PIECES = [
+    THOUGHT,
+    CALL,
+    EMPTY_CALL,
+    LIST_CALL,
+    "\n",
+    "Hello",
+    " wörld 👩‍👩‍👧",
+    "STO",
+    "STOP",
+    "<tool_call>",
+    "</think>",
+]
 TEXTS = st.lists(st.sampled_from([*PIECES, "<code>", "x" * 20])).map("".join)
 
 
@@ -566,6 +584,31 @@ def test_prompts_that_are_too_long(server):
         error = refused(server, messages=[{"role": "user", "content": content}])
         assert error.code == "context_length_exceeded" and error.param == "messages"
         assert f"maximum context length is {server.context} tokens" in error.message
+
+
+def test_what_a_conversation_shares_with_its_next_turn(server):
+    """C14: a day, a mode of reasoning and reasoning that is not sent back part prompts where docs/serving.md says."""
+    first = [{"role": "user", "content": "Hello"}]
+    said = {"role": "assistant", "content": "Hi.", "reasoning_content": "They greet."}
+    rest = [{"role": "user", "content": "Go on."}]
+
+    def encoded(messages: list[dict[str, Any]], day: int = 1, **options: Any) -> list[int]:
+        now = datetime(2026, 1, day)
+        return encode_chat(server.tokenizer, messages, now=lambda: now, add_generation_prompt=True, **options)
+
+    def shared(a: list[int], b: list[int]) -> str:
+        same = next(i for i, pair in enumerate(zip_longest(a, b)) if pair[0] != pair[1])
+        return server.tokenizer.decode(a[:same], skip_special_tokens=False)
+
+    begun = encoded(first)
+    assert shared(begun, encoded(first, day=2)).endswith("Today Date: ")
+    assert shared(begun, encoded(first, enable_thinking=False)).endswith("Reasoning Mode: /")
+    own = [{"role": "system", "content": "/system_override Be brief."}, *first]
+    assert encoded(own) == encoded(own, day=2)
+    heard = [*begun, *ids_of(server.tokenizer, "<think>\nThey greet.\n</think>\nHi.<|im_end|>")]
+    assert shared(heard, encoded([*first, said, *rest])) == server.tokenizer.decode(heard, skip_special_tokens=False)
+    forgot = {name: value for name, value in said.items() if name != "reasoning_content"}
+    assert shared(heard, encoded([*first, forgot, *rest])).endswith("<|im_start|>assistant\n")
 
 
 def test_other_models_are_not_found(server):

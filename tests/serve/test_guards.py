@@ -1,6 +1,7 @@
 """Whom the server talks to, and what it reads of a request."""
 
 import json
+import logging
 from typing import Any
 
 import pytest
@@ -47,6 +48,18 @@ def test_without_the_key_only_signs_of_life_and_the_page_are_open(locked):
         assert locked.ask("POST", "/v1/completions", PROMPT, Authorization=key)[0] == 200
     text = locked.ask("GET", "/metrics", Authorization="Bearer secret")[1]
     assert 'smollm3_requests_rejected_total{reason="unauthorized"} 11.0' in text
+
+
+@pytest.mark.parametrize("key", ["secret", "wrong-secret"])
+def test_logs_hold_neither_keys_nor_what_clients_wrote(key, caplog):
+    """S19, S21: a line for each request, whose words are the server's own."""
+    with caplog.at_level(logging.DEBUG), serving(engine, keys=["secret"], log_requests=True) as server:
+        given = {"Authorization": f"Bearer {key}", "User_Agent": "x\tINFO: forged"}
+        for path in ("/v1/completions", "/v1/chat/completions", "/v1/models/a%0AINFO:%20forged", "/%0Aforged"):
+            server.ask("POST" if "completions" in path else "GET", path, PROMPT | {"x": "\nforged"}, **given)
+    own = [record.getMessage() for record in caplog.records if record.name.startswith(("smollm3", "uvicorn"))]
+    assert len(own) >= 2 * (key == "secret") and not any("\n" in line for line in own)
+    assert "forged" not in caplog.text and "secret" not in caplog.text
 
 
 def test_keys_are_compared_in_constant_time(locked, monkeypatch):

@@ -1,13 +1,15 @@
 """What /metrics says, and the dashboard that reads it."""
 
+import functools
 import json
 import re
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
-from serving import Puppet, serving, tiny_engine, token
+from serving import Puppet, serving, tiny_engine, token, warm_engine
 
 from smollm3_jax.generation.requests import Delta
 from smollm3_jax.serve import metrics
@@ -18,7 +20,7 @@ num_requests_running num_requests_waiting kv_cache_usage_perc prefix_cache_queri
 prompt_tokens_total generation_tokens_total request_success_total time_to_first_token_seconds_bucket
 inter_token_latency_seconds_bucket e2e_request_latency_seconds_bucket request_queue_time_seconds_bucket
 request_prefill_time_seconds_bucket request_decode_time_seconds_bucket compilations_total requests_rejected_total
-requests_cancelled_total requests_failed_total step_seconds_bucket
+requests_cancelled_total requests_failed_total step_seconds_bucket num_preemptions_total
 """
 NAMES = WORDS.split()
 
@@ -77,6 +79,24 @@ def test_gauges_say_what_runs_what_waits_and_what_the_cache_holds():
         going.update((2, 3))
         server.until(lambda: server.metric("smollm3_num_requests_running") == 3)
         assert server.metric("smollm3_num_requests_waiting") == 0
+
+
+@pytest.mark.slow
+def test_pages_and_preemptions_are_counted():
+    """In a pool that holds one long answer: all are given, as rows give them, and all pages come back."""
+    answers = []
+    for cache_tokens in (None, 512):
+        make = functools.partial(warm_engine, cache_tokens=cache_tokens, prefix_tokens=0)
+        with serving(make) as server:
+            bodies = [{"prompt": [5 + i] * 30, "max_tokens": 200} for i in range(3)]
+            with ThreadPoolExecutor(3) as threads:
+                answered = list(threads.map(lambda body: server.ask("POST", "/v1/completions", body), bodies))
+            assert [status for status, *_ in answered] == [200] * 3
+            answers.append([body["ids"] for _, body, _ in answered])
+            assert (server.metric("smollm3_num_preemptions_total") > 0) == (cache_tokens is not None)
+            server.until(server.is_at_rest)
+            assert server.metric("smollm3_kv_cache_usage_perc") == 0
+    assert answers[0] == answers[1]
 
 
 def test_tokens_of_shared_prefixes_are_counted_by_key():

@@ -1,6 +1,7 @@
 """What becomes of a request whose client leaves, whose engine fails or stalls, and of the places that it held."""
 
 import dataclasses
+import functools
 import itertools
 import json
 import socket
@@ -8,7 +9,7 @@ import threading
 import time
 
 import pytest
-from serving import HEAD, Puppet, plain_parse, serving, tiny_engine, token
+from serving import HEAD, Puppet, plain_parse, resident, serving, tiny_engine, token
 
 import smollm3_jax as s3
 from smollm3_jax.generation.device_loop import MAX_STEPS
@@ -20,7 +21,8 @@ BODY = {"prompt": [5, 6, 7], "max_tokens": 400}
 
 @pytest.fixture(scope="module")
 def server():
-    with serving(lambda: tiny_engine(slots=2), slots=2, max_queue=6, max_queue_tokens=5000) as it:
+    made = functools.partial(tiny_engine, slots=2, piece_sizes=(16, 64), prefix_tokens=512)
+    with serving(made, slots=2, max_queue=6, max_queue_tokens=5000) as it:
         assert it.ask("POST", "/v1/completions", BODY | {"max_tokens": 20})[0] == 200  # all is compiled
         yield it
 
@@ -83,8 +85,18 @@ def test_connections_that_are_cut_leave_nothing(server):
 
 @pytest.mark.slow
 def test_a_thousand_connections_that_are_cut_leave_nothing(server):
+    """S12: nor memory; what is kept of prompts is as whole as before, and gives the same answers."""
+    asked = {"prompt": [9] * 200, "max_tokens": 8}
+    cut(server, 40)
+    before, said = resident(), server.ask("POST", "/v1/completions", asked)[1]
     cut(server, 400)  # of one to four connections each
     is_as_it_was(server)
+    index = server.service.worker.engine.prefixes.index
+    pages = [*index._free, *(page for _, page in index._kept.values())]
+    assert sorted(pages) == list(range(8))
+    hits = server.metric("smollm3_prefix_cache_hits_total")
+    assert [server.ask("POST", "/v1/completions", asked)[1] for _ in range(2)] == [said, said]
+    assert server.metric("smollm3_prefix_cache_hits_total") > hits and resident() - before < 20
 
 
 @pytest.mark.parametrize("stream", [True, False])

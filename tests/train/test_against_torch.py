@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import rounding
 import tiny
 
 import smollm3_jax as s3
@@ -15,9 +16,6 @@ from smollm3_jax.train.step import train_step
 from smollm3_jax.weights.save import tensors_of
 
 STEPS = 20
-# Both sides round float32 in their own order: errors against float64 are of one size, the largest of many within a few
-# times of each other.
-TIMES = 4
 
 
 @pytest.mark.slow
@@ -30,9 +28,9 @@ def test_twenty_steps_are_those_of_torch(tmp_path):
     tokens = np.random.RandomState(0).randint(3, 160, (STEPS, 4, 24))
     rate = schedule("cosine", 1e-3, STEPS, warmup_steps=4)
 
-    def theirs(dtype):
-        """The losses, and the parameters after the last step."""
-        reference = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="eager")
+    def theirs():
+        """The losses, and the parameters after the last step, in float64."""
+        reference = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64, attn_implementation="eager")
         embeds = [p for name, p in reference.named_parameters() if "embed" in name]
         others = [p for name, p in reference.named_parameters() if "embed" not in name]
         groups = [{"params": others, "weight_decay": 0.1}, {"params": embeds, "weight_decay": 0.0}]
@@ -48,32 +46,36 @@ def test_twenty_steps_are_those_of_torch(tmp_path):
             torch_adamw.step()
             torch_adamw.zero_grad()
             losses.append(loss.item())
-        return np.array(losses), {name: x.detach().numpy() for name, x in reference.named_parameters()}
+        return losses, {name: x.detach().numpy() for name, x in reference.named_parameters()}
 
-    def ours():
-        optimizer = adamw(rate)
-        state = init_state(s3.from_pretrained(folder, dtype="float32", stacked=True), optimizer)
-        losses = []
+    optimizer = adamw(rate)
+
+    def ours(model):
+        state, losses = init_state(jax.tree.map(jnp.copy, model), optimizer), []
         for step in range(STEPS):
             batch = Batch(jnp.asarray(tokens[step], jnp.int32), jnp.ones((4, 24), jnp.int32))
             state, metrics = train_step(state, batch, optimizer=optimizer, options=StepOptions(dtype="float32"))
             losses.append(float(metrics["loss"]))
-        return np.array(losses), {x.name: x.read() for x in tensors_of(jax.device_get(state.model))}
+        return losses, {x.name: x.read() for x in tensors_of(jax.device_get(state.model))}
 
-    exact, exact_params = theirs(torch.float64)
-    single, single_params = theirs(torch.float32)
-    losses, params = ours()
-    assert np.abs(losses - exact).max() <= TIMES * np.abs(single - exact).max()
-    before = {x.name: x.read() for x in tensors_of(jax.device_get(s3.from_pretrained(folder, dtype="float32")))}
-    for name, want in exact_params.items():
-        allowed = TIMES * np.abs(single_params[name] - want).max()
-        assert np.abs(params[name] - want).max() <= allowed < 0.01 * np.abs(want - before[name]).max(), name
+    model = s3.from_pretrained(folder, dtype="float32", stacked=True)
+    before = jax.tree.leaves({x.name: x.read() for x in tensors_of(jax.device_get(model))})
+    exact, bounded = jax.tree.leaves(theirs()), rounding.shaken(ours, model)
+    assert max(rounding.worst(exact, bounded)) <= 1
+    # That is little of what the steps change.
+    for old, (new, allowed) in zip(before, bounded[STEPS:], strict=True):
+        assert allowed.max() < 0.01 * np.abs(new - old).max()
 
 
 @pytest.mark.slow
 @pytest.mark.torch
 def test_bfloat16_gradients_are_as_good_as_torch_autocasts(tmp_path):
-    """Each parameter's error against float32, relative to the gradient's size, is at most 1.5 times autocast's."""
+    """Errors against float32 are of autocast's size.
+
+    Both add up in float32 and round to bfloat16, whose roundings are 65,536 times as large: another processor turns one
+    in thousands of them, which moves errors by hundredths. (Measured: 0.9 to 1.2 times autocast's, and up to 1.41 times
+    where a parameter has 64 numbers, whose errors' root mean square itself varies by a tenth.)
+    """
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -101,5 +103,5 @@ def test_bfloat16_gradients_are_as_good_as_torch_autocasts(tmp_path):
         return np.sqrt(sum(np.square(gradients[name] - exact[name]).sum() for name in names))
 
     for name in exact:
-        assert error(found, [name]) <= 1.5 * error(autocast, [name]), name
+        assert error(found, [name]) <= 2 * error(autocast, [name]), name
     assert 0 < error(found, exact) <= 1.2 * error(autocast, exact)

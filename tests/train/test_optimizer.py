@@ -34,8 +34,8 @@ def test_a_rate_goes_through_its_corners(kind, at):
 
 def test_a_decay_longer_than_the_run_begins_after_the_warm_up():
     rate = schedule("wsd", 1.0, 20, warmup_steps=5, decay_steps=100)
-    np.testing.assert_allclose(rate(5), 1.0)
-    assert np.asarray(rate(6)) < 1
+    np.testing.assert_allclose(rate(5), 1.0, rtol=16 * 2.0**-24)
+    assert np.asarray(rate(6)) < 0.995
 
 
 @pytest.mark.parametrize("clip_norm", [0.0, 0.5])

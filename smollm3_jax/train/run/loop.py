@@ -27,6 +27,7 @@ from . import checkpoint
 from .evaluation import evaluate
 from .folder import TOKENIZER, keep_texts, only_one, run_folder
 from .program import memory_explained, program_for
+from .reference_pass import reference_sums
 from .resume import restore
 from .setup import Run, first_state, in_stage, saved_part, set_up
 from .stop import Stop
@@ -94,6 +95,12 @@ def _train(run: Run, stop: Stop, allow_restart: bool, allow_changes: bool) -> di
         ends.push(close)
         ends.enter_context(checkpoint.without_late_writes())
         ends.callback(run.checkpoints.close)
+        if settings.objective.kind == "preference":  # while there is no state that takes memory
+            run.reference = reference_sums(run, stop)
+            if run.reference is None:
+                ended = "stopped by a signal"
+                progress.step = max(checkpoint.steps(run.folder / "checkpoints"), default=0)
+                return {**run.monitor.summary(), "step": progress.step, "stopped": True, "checkpoint": progress.saved}
         resumed = resume()
         if not resumed:
             progress.state = first_state(run)
@@ -142,6 +149,8 @@ def _steps(run: Run, stop: Stop) -> str | None:
             if number != progress.stage:
                 log.info("stage %d begins at step %d", number, progress.step)
             progress.stage = number
+            if run.reference is not None:
+                host_batch = run.reference.filled(host_batch)
             batch = on_mesh(host_batch, run.shapes.sharding)
             known = len(run.programs)
             program = program_for(run, number, stage, batch)
