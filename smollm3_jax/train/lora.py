@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from ..config import DTYPES, WEIGHT_SCHEMES, ModelConfig
+from ..config import DTYPES, WEIGHT_SCHEMES, GenerationConfig, ModelConfig
 from ..lora import LoraWeight, lengths
 from ..model import Block, SmolLM3
 from ..quantize import QuantizedWeight
@@ -112,23 +112,39 @@ def base_of(checkpoint: Checkpoint, settings: LoraSettings) -> str:
     return settings.base or (common_dtype(checkpoint.tensors) if own is None else own.weights)
 
 
-def abstract_base(checkpoint: Checkpoint, config: ModelConfig, settings: LoraSettings, sharding: Any) -> SmolLM3:
+def abstract_base(
+    config: ModelConfig, base: str, dtype: str, generation: GenerationConfig | None = None, sharding: Any = None
+) -> SmolLM3:
     """The stacked base without arrays. Quantized are the layers' weights; embedding and head stay plain, as the loss
-    wants them."""
-    base, config = base_of(checkpoint, settings), dataclasses.replace(config, quantization=None)
-    generation = checkpoint.generation_config
-    if base in DTYPES:
-        return abstract_model(config, base, generation, sharding=sharding)
-    dtype = common_dtype(checkpoint.tensors)
-    model = abstract_model(config, dtype, generation, sharding=sharding)
-    model.layers = abstract_model(with_scheme(config, base), dtype, generation).layers
+    wants them.
+
+    Args:
+      base: a dtype, or a scheme of weights; dtype: of what a scheme leaves plain.
+    """
+    config = dataclasses.replace(config, quantization=None)
+    model = abstract_model(config, base if base in DTYPES else dtype, generation, sharding=sharding)
+    if base not in DTYPES:
+        model.layers = abstract_model(with_scheme(config, base), dtype, generation).layers
     return model
+
+
+def shapes_of(
+    config: ModelConfig,
+    settings: LoraSettings,
+    base: str,
+    dtype: str,
+    generation: GenerationConfig | None = None,
+    sharding: Any = None,
+) -> SmolLM3:
+    """What `attach` makes of `abstract_base`, without arrays."""
+    model = abstract_base(config, base, dtype, generation, sharding)
+    return jax.eval_shape(lambda model: attach(model, settings), model)
 
 
 def load_base(checkpoint: Checkpoint, config: ModelConfig, settings: LoraSettings, sharding: Any) -> SmolLM3:
     """`abstract_base` with its arrays, read straight to where they stay."""
-    model = abstract_base(checkpoint, config, settings, sharding)
     base, plain_config = base_of(checkpoint, settings), dataclasses.replace(config, quantization=None)
+    model = abstract_base(config, base, common_dtype(checkpoint.tensors), checkpoint.generation_config, sharding)
     plain: Mapping[str, Any] = checkpoint.tensors
     if checkpoint.config.quantization is not None:
         plain = dequantize_tensors(checkpoint.config, checkpoint.tensors)[1]

@@ -47,9 +47,8 @@ def adapter_of(folder: epath.Path, step: int) -> TrainedAdapter:
     settings = parse(about["settings"], "the checkpoint")
     base = demo.model_folder(settings.model.path)
     opened, config = open_checkpoint(base), ModelConfig.from_hf(about["config"])
-    shapes = jax.eval_shape(
-        lambda base: lora.attach(base, settings.lora), lora.abstract_base(opened, config, settings.lora, None)
-    )
+    dtype = common_dtype(opened.tensors)
+    shapes = lora.shapes_of(config, settings.lora, lora.base_of(opened, settings.lora), dtype)
     trained, _ = split(shapes, lora.TRAINED)
     at = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), trained)

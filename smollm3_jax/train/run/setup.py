@@ -23,7 +23,7 @@ from ...model import SmolLM3
 from ...tokenizer import Tokenizer, load_tokenizer
 from ...weights import demo
 from ...weights.key_map import abstract_model
-from ...weights.load import load, open_checkpoint, text_folder
+from ...weights.load import common_dtype, load, open_checkpoint, text_folder
 from .. import lora
 from ..data.encode import encoder
 from ..data.mixture import Batches
@@ -161,8 +161,8 @@ def open_model(settings: Settings) -> tuple[Path, SmolLM3, Callable[[], SmolLM3]
     sharding = _sharding(settings, config)
     adapter, seed = settings.lora, settings.run.seed
     if adapter.rank and opened is not None:
-        base = lora.abstract_base(opened, config, adapter, sharding)
-        shapes = jax.eval_shape(lambda base: lora.attach(base, adapter, seed), base)
+        base, dtype = lora.base_of(opened, adapter), common_dtype(opened.tensors)
+        shapes = lora.shapes_of(config, adapter, base, dtype, generation, sharding)
         return texts, shapes, lambda: lora.attach(lora.load_base(opened, config, adapter, sharding), adapter, seed)
     shapes = abstract_model(config, "float32", generation, sharding=sharding)
 
