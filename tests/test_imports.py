@@ -44,7 +44,6 @@ LONG_FUNCTIONS = {
     "smollm3_jax/kernels/product_gpu.py product": KERNEL,
     "smollm3_jax/kernels/product_tpu.py product": KERNEL,
     "smollm3_jax/kernels/product_wgmma.py product": KERNEL,
-    "smollm3_jax/train/loss.py _on_device": "the closures of one scan share what it divides",
 }
 
 

@@ -64,15 +64,8 @@ def render(
       TokenizerError: the template itself failed, with its own words and, where known, the line; or it took too long, or
         too much memory.
     """
-    return render_spans(
-        template,
-        messages,
-        add_generation_prompt=add_generation_prompt,
-        tools=tools,
-        special_tokens=special_tokens,
-        now=now,
-        **variables,
-    )[0]
+    options: dict[str, Any] = {"tools": tools, "special_tokens": special_tokens, "now": now}
+    return render_spans(template, messages, add_generation_prompt=add_generation_prompt, **options, **variables)[0]
 
 
 def render_spans(

@@ -4,6 +4,7 @@ A run folder keeps the resolved settings, so every default is written down there
 """
 
 import dataclasses
+import math
 import re
 import typing
 from collections.abc import Sequence
@@ -15,7 +16,8 @@ from .options import REMAT
 
 SCHEDULES = ("constant", "wsd", "cosine", "linear")
 POLICIES = ("stop", "rollback", "ignore")
-KINDS = ("pretrain", "sft")
+KINDS = ("pretrain", "sft", "preference")
+LOSSES = ("apo_zero", "apo_down", "sigmoid")
 TRAIN_ON = ("assistant", "all")
 OVERFLOWS = ("drop", "truncate", "split")
 POSITIONS = ("row", "document")
@@ -96,8 +98,13 @@ class DataSettings:
 class ObjectiveSettings:
     """What is minimised."""
 
-    kind: str = _setting("pretrain", f"one of {', '.join(KINDS)}; sft: of conversations, packed whole")
+    kind: str = _setting(
+        "pretrain", f"one of {', '.join(KINDS)}; sft: of conversations, packed whole; preference: of pairs of them"
+    )
     train_on: str = _setting("assistant", "of sft: the assistant's turns and completions alone, or all tokens")
+    loss: str = _setting("apo_zero", f"of preference: one of {', '.join(LOSSES)} (DPO's)")
+    beta: float = _setting(0.1, "of preference: how closely to stay at the reference; the higher, the closer")
+    reference: str = _setting("", "of preference: the model to compare with, as model.path; empty: the start")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -232,65 +239,108 @@ def as_table(settings: Any) -> Any:
     return dataclasses.asdict(settings)
 
 
+# Of whole numbers, the least and the most; the others' are 0 and the largest of a device's integers.
+_RANGES = {
+    "run.seed": (0, 2**32 - 1),
+    "data.max_document_bytes": (0, 2**63 - 1),
+    "model.nope_interval": (-1, 2**31 - 1),
+}
+
+
 def check(settings: Settings) -> None:
     """Raises OptionError for values out of range, or that contradict each other."""
     s = settings
 
-    def need(holds: bool, said: str) -> None:
-        if not holds:
-            raise OptionError(said)
-
-    def one_of(key: str, value: str, choices: Sequence[str]) -> None:
-        need(value in choices, f"{key} is {value!r}; choose one of {', '.join(filter(None, choices))}")
-
-    def at_least(key: str, value: float, least: float, why: str = "") -> None:
-        need(value >= least, f"{key} is {value}; it must be at least {least}{why}")
-
-    need(s.run.dir != "", "run.dir is not given: name the folder of the run, run.dir=FOLDER")
-    need(s.run.steps > 0, f"run.steps is {s.run.steps}; give the number of updates, run.steps=N")
-    one_of("model.dtype", s.model.dtype, tuple(DTYPES))
-    need(bool(s.model.path) != bool(s.model.config), "model: give either model.path or model.config")
-    need(bool(s.data.path) != bool(s.data.sources), "data: give either data.path or [data.sources.NAME] tables")
-    at_least("data.length", s.data.length, 2)
-    at_least("data.rows", s.data.rows, 1)
-    need(s.data.field != "", "data.field is empty; name the field of the text")
+    _need(s.run.dir != "", "run.dir is not given: name the folder of the run, run.dir=FOLDER")
+    _need(s.run.steps > 0, f"run.steps is {s.run.steps}; give the number of updates, run.steps=N")
+    _one_of("model.dtype", s.model.dtype, tuple(DTYPES))
+    _need(bool(s.model.path) != bool(s.model.config), "model: give either model.path or model.config")
+    _need(bool(s.data.path) != bool(s.data.sources), "data: give either data.path or [data.sources.NAME] tables")
+    _at_least("data.length", s.data.length, 2)
+    _at_least("data.rows", s.data.rows, 1)
+    _need(s.data.field != "", "data.field is empty; name the field of the text")
     nth = s.data.eval_every_nth
-    need(nth >= 0 and nth != 1, f"data.eval_every_nth is {nth}; it must be 0, or at least 2")
-    need(not (s.data.eval_path and nth), "data: give either data.eval_path or data.eval_every_nth")
-    one_of("objective.kind", s.objective.kind, KINDS)
-    one_of("objective.train_on", s.objective.train_on, TRAIN_ON)
-    one_of("data.overflow", s.data.overflow, OVERFLOWS)
-    one_of("data.positions", s.data.positions, POSITIONS)
-    need(re.fullmatch(r"\d{4}-\d\d-\d\d", s.data.date) is not None, f"data.date is {s.data.date!r}; give YYYY-MM-DD")
-    at_least("log.every", s.log.every, 1)
+    _need(nth >= 0 and nth != 1, f"data.eval_every_nth is {nth}; it must be 0, or at least 2")
+    _need(not (s.data.eval_path and nth), "data: give either data.eval_path or data.eval_every_nth")
+    _check_objective(s)
+    _at_least("log.every", s.log.every, 1)
     profile = s.log.profile
-    need(re.fullmatch(r"(\d+(-\d+)?)?", profile) is not None, f"log.profile is {profile!r}; give steps, as in 10-12")
-    at_least("guard.window", s.guard.window, 2)
-    one_of("optimizer.schedule", s.optimizer.schedule, SCHEDULES)
-    one_of("step.remat", s.step.remat, tuple(REMAT))
-    at_least("checkpoint.keep", s.checkpoint.keep, 2, ", as the newest may turn out to be damaged")
-    one_of("guard.policy", s.guard.policy, POLICIES)
+    _need(re.fullmatch(r"(\d+(-\d+)?)?", profile) is not None, f"log.profile is {profile!r}; give steps, as in 10-12")
+    _at_least("guard.window", s.guard.window, 2)
+    _one_of("optimizer.schedule", s.optimizer.schedule, SCHEDULES)
+    _one_of("step.remat", s.step.remat, tuple(REMAT))
+    _at_least("checkpoint.keep", s.checkpoint.keep, 2, ", as the newest may turn out to be damaged")
+    _one_of("guard.policy", s.guard.policy, POLICIES)
     _, *begins = starts(s)
-    need(begins == sorted(set(begins)), f"stages start at {begins}; their starts must increase")
-    need(
+    _need(begins == sorted(set(begins)), f"stages start at {begins}; their starts must increase")
+    _need(
         all(0 < start < s.run.steps for start in begins),
         f"stages start at {begins}; their starts must lie between 0 and run.steps={s.run.steps}",
     )
     for key in ("format", "eval_format"):
-        one_of(f"data.{key}", getattr(s.data, key), ("", *SOURCE_FORMATS))
+        _one_of(f"data.{key}", getattr(s.data, key), ("", *SOURCE_FORMATS))
     for name, source in s.data.sources.items():
-        one_of(f"data.sources.{name}.format", source.format, ("", *SOURCE_FORMATS))
-        at_least(f"data.sources.{name}.weight", source.weight, 0)
-        need(source.field != "", f"data.sources.{name}.field is empty; name the field of the text")
+        _one_of(f"data.sources.{name}.format", source.format, ("", *SOURCE_FORMATS))
+        _at_least(f"data.sources.{name}.weight", source.weight, 0)
+        _need(source.field != "", f"data.sources.{name}.field is empty; name the field of the text")
         share = source.fraction
-        need(0 < share <= 1, f"data.sources.{name}.fraction is {share}; it must be more than 0 and at most 1")
+        _need(0 < share <= 1, f"data.sources.{name}.fraction is {share}; it must be more than 0 and at most 1")
     for stage in s.stages:
         for name in stage.weights:
-            need(name in s.data.sources, f"stages.weights names {name!r}, and data.sources has no source of that name")
+            _need(name in s.data.sources, f"stages.weights names {name!r}, and data.sources has no source of that name")
     for start in starts(s):
         stage = stage_at(s, start)[1]
         fits = stage.micro_batches >= 1 and stage.rows % stage.micro_batches == 0
-        need(fits, f"step.micro_batches: {stage.rows} rows do not split into {stage.micro_batches} equal parts")
+        _need(fits, f"step.micro_batches: {stage.rows} rows do not split into {stage.micro_batches} equal parts")
+    _check_values(as_table(s))
+
+
+def _check_values(value: Any, path: str = "") -> None:
+    """Refuses what no setting can be: a negative number, an infinite one, more than a device counts to, half a text."""
+    if isinstance(value, dict | list | tuple):
+        for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
+            _check_values(inner, f"{path}.{key}" if path else str(key))
+    elif isinstance(value, float) and not 0 <= value < math.inf:
+        raise OptionError(f"{path} is {value}; it must be a finite number, and not negative")
+    elif isinstance(value, int):
+        least, most = _RANGES.get(path, (0, 2**31 - 1))
+        if not least <= value <= most:
+            raise OptionError(f"{path} is {value}; it must be a whole number from {least} to {most:,}")
+    elif isinstance(value, str) and re.search(r"[\0\ud800-\udfff]", value):
+        raise OptionError(f"{path} is {value!r}; a NUL or half a surrogate pair is in it, which no text has")
+
+
+def _check_objective(settings: Settings) -> None:
+    """The objective, and the data that it takes."""
+    s = settings
+    _one_of("objective.kind", s.objective.kind, KINDS)
+    _one_of("objective.train_on", s.objective.train_on, TRAIN_ON)
+    _one_of("objective.loss", s.objective.loss, LOSSES)
+    _need(s.objective.beta > 0, f"objective.beta is {s.objective.beta}; it must be more than 0")
+    _one_of("data.overflow", s.data.overflow, OVERFLOWS)
+    _one_of("data.positions", s.data.positions, POSITIONS)
+    _need(re.fullmatch(r"\d{4}-\d\d-\d\d", s.data.date) is not None, f"data.date is {s.data.date!r}; give YYYY-MM-DD")
+    if s.objective.kind == "preference":
+        lengths = sorted({s.data.length, *(stage.length for stage in s.stages if stage.length)})
+        _need(len(lengths) == 1, f"stages.length: preferences have rows of one length, and these are of {lengths}")
+        _need(
+            s.data.overflow != "split", "data.overflow=split: a completion is compared whole; choose drop or truncate"
+        )
+        _need(not s.step.z_loss, f"step.z_loss is {s.step.z_loss}; the losses of preferences have none: step.z_loss=0")
+        _need(not s.eval.every, "eval.every: held-out preferences have no sums of the reference: eval.every=0")
+
+
+def _need(holds: bool, said: str) -> None:
+    if not holds:
+        raise OptionError(said)
+
+
+def _one_of(key: str, value: str, choices: Sequence[str]) -> None:
+    _need(value in choices, f"{key} is {value!r}; choose one of {', '.join(filter(None, choices))}")
+
+
+def _at_least(key: str, value: float, least: float, why: str = "") -> None:
+    _need(value >= least, f"{key} is {value}; it must be at least {least}{why}")
 
 
 def starts(settings: Settings) -> list[int]:

@@ -48,11 +48,14 @@ class Batch:
     segment_ids: int32 [B, T]; 0 is padding, other values name documents.
     weights: float32 [B, T]; weights[b, t] is what the prediction made at token t, of the token at t + 1, counts by.
       It counts only where t + 1 is of the same document. None counts each prediction once.
+    reference: float32 [B, T], of preferences: at each token of a completion, the log-probability that the reference
+      gives all of the completion's weighted tokens.
     """
 
     tokens: Any
     segment_ids: Any
     weights: Any = None
+    reference: Any = None
 
 
 def init_state(model: Any, optimizer: optax.GradientTransformation, trainable: str | None = None) -> TrainState:

@@ -34,12 +34,14 @@ def train_step(
     These are, in pretraining, loss (nats a token), objective (loss and z-loss), grad_norm (of the trained parameters),
     tokens (that had a label, or the sum of their weights), updates (before this one), and bad (how many micro-batches
     had a loss or gradient that was not finite: they are left out, and if all are, the loss is NaN and the state stays
-    as it was). Frozen parameters come out as they went in.
+    as it was). Of preferences there are pairs as well, whose mean the loss is. Frozen parameters come out as they went
+    in.
     """
     trained, frozen = split(state.model, state.trainable)
     ((total, sums), gradients), bad = _gradients(trained, frozen, batch, objective, options)
-    count = sums.pop("tokens")
-    count = jnp.where(count > 0, count, 1)  # weights may add up to less than 1
+    counts = {name: sums.pop(name) for name in ("tokens", "pairs") if name in sums}
+    counts = {name: jnp.where(x > 0, x, 1) for name, x in counts.items()}  # weights may add up to less than 1
+    count = counts.get("pairs", counts["tokens"])
     gradients = jax.tree.map(lambda x: x / count, gradients)
     if state.model.sharding is not None:
         gradients = jax.lax.with_sharding_constraint(gradients, state_shardings(gradients, state.model.sharding))
@@ -50,7 +52,7 @@ def train_step(
     old = dataclasses.replace(state, step=new.step)
     good = bad < options.micro_batches
     metrics = {name: jnp.where(good, x / count, jnp.nan) for name, x in {**sums, "objective": total}.items()}
-    metrics |= {"grad_norm": optax.tree.norm(gradients), "tokens": count, "bad": bad, "updates": updates_of(state)}
+    metrics |= {"grad_norm": optax.tree.norm(gradients), **counts, "bad": bad, "updates": updates_of(state)}
     return jax.tree.map(functools.partial(jnp.where, good), new, old), metrics
 
 

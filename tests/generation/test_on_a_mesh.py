@@ -1,9 +1,12 @@
 """Four devices say what one does: prompts in several pieces, samples, a cache split by heads or context."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import rounding
 from flax import nnx
 from jax.sharding import Mesh
 from tiny import letters, raw_config
@@ -38,13 +41,14 @@ REQUESTS = [
 ]
 
 
-def build(sharding):
+def new_model():
     model = s3.SmolLM3(CONFIG, rngs=nnx.Rngs(0))
     assert isinstance(model.head, nnx.Param)
     model.head.set_value(model.head[...] * 20)  # neither all tokens alike nor one of them certain
-    if sharding is None:
-        return model
+    return model
 
+
+def on_mesh(model, sharding):
     def put(param):
         value = param[...]
         return param.replace(jax.device_put(value, sharding.named("", param.get_metadata("axes"), value.shape)))
@@ -52,29 +56,25 @@ def build(sharding):
     return with_sharding(jax.tree.map(put, model, is_leaf=lambda x: isinstance(x, nnx.Variable)), sharding)
 
 
-def outcome(sharding, cache_dtype):
+def outcome(model, cache_dtype):
     """Tokens, their log-probabilities, and logits: in pieces with a cache, then of the whole."""
-    model, tokens = build(sharding), jnp.asarray(PROMPTS[:, :24])
+    tokens = jnp.asarray(PROMPTS[:, :24])
     programs = decode._cache_size()
     done = complete(model, REQUESTS, tokenizer=LETTERS, cache_dtype=cache_dtype)
     assert decode._cache_size() <= programs + 1 and done[-1].text in ('"abc"', '"xyz"')
-    logits, cache = [], empty_cache(CONFIG, 2, 32, jnp.dtype("float32"), sharding)
+    logits, cache = [], empty_cache(CONFIG, 2, 32, jnp.dtype("float32"), model.sharding)
     for start, end in ((0, 13), (13, 14), (14, 20)):
         some, cache = model(tokens[:, start:end], cache=cache)
-        logits.append(np.asarray(some))
-    whole = np.asarray(model(tokens))
-    return (
-        [completion.token_ids for completion in done],
-        np.concatenate([[chosen.logprob for chosen in completion.logprobs or ()] for completion in done]),
-        np.concatenate([*logits, whole], axis=1),
-    )
+        logits.append(some)
+    said = [token for completion in done for token in completion.token_ids]
+    return np.array(said), np.array([x.logprob for c in done for x in c.logprobs or ()]), *logits, model(tokens)
 
 
 @pytest.mark.slow
 def test_heads_of_pages_lie_on_several_devices():
     """As rows have it, preempted or not; nothing is compiled after the engine is warm."""
     mesh = Mesh(np.array(jax.devices()[:2]).reshape(1, 2), ("data", "tensor"))
-    model, found = build(Sharding.of(mesh, "serve_tp")), []
+    model, found = on_mesh(new_model(), Sharding.of(mesh, "serve_tp")), []
     for cache_tokens in (None, 128):
         engine = Engine(
             model,
@@ -107,8 +107,9 @@ def test_heads_of_pages_lie_on_several_devices():
 def test_four_devices_say_what_one_does(cache_dtype, rules, monkeypatch):
     monkeypatch.setattr(prompts, "CHUNK", {"cpu": 16})  # prompts in several pieces
     mesh = Mesh(np.array(jax.devices()[:4]).reshape(2, 2), ("data", "tensor"))
-    alone, got = outcome(None, cache_dtype), outcome(Sharding.of(mesh, rules), cache_dtype)
-    assert got[0] == alone[0]
-    # Rounded sums may round a key to the next of 255 values.
-    np.testing.assert_allclose(got[1], alone[1], rtol=0, atol=0.05 if cache_dtype == "int8" else 1e-3)
-    np.testing.assert_allclose(got[2], alone[2], rtol=0, atol=1e-3)
+    model = new_model()
+    bounded = rounding.shaken(functools.partial(outcome, cache_dtype=cache_dtype), model)
+    # What is drawn is not so near to another token that rounding chooses.
+    (tokens, same), *_ = bounded
+    assert same.max() < 0.01 and len(set(tokens)) > 8
+    assert max(rounding.worst(outcome(on_mesh(model, Sharding.of(mesh, rules)), cache_dtype), bounded)) <= 1

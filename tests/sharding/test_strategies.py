@@ -1,9 +1,13 @@
 """Eight devices compute what one does, under every strategy."""
 
+import dataclasses
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import rounding
 from flax import nnx
 from jax.sharding import NamedSharding
 from tiny import YARN, random_tensors, raw_config, write_checkpoint
@@ -24,12 +28,6 @@ RAW = raw_config("plain") | {"rope_scaling": YARN}
 CONFIG = s3.ModelConfig.from_hf(RAW)
 
 
-def worst(got, want):
-    """The largest difference between two trees, relative to the largest value of each array."""
-    pairs = zip(jax.tree.leaves(jax.device_get(got)), jax.tree.leaves(jax.device_get(want)), strict=True)
-    return max(float(np.abs(x - y).max() / max(np.abs(y).max(), 1e-12)) for x, y in pairs)
-
-
 # Training
 
 TRAINING_AXES = {
@@ -42,19 +40,31 @@ TRAINING_AXES = {
     "own": {"fsdp": 8},
 }
 OWN = {"vocab": "fsdp", "mlp": "fsdp", "batch": "fsdp"}  # words lie where rows do
-# With its own epsilon AdamW's first step divides a gradient by itself: where one is near zero, rounding shows.
-OPTIMIZER = adamw(1e-3, eps=1e-3)
+# With its own epsilon AdamW's first step divides a gradient by itself: where one is near zero, rounding shows. Of a
+# step at this rate the parameters' own rounding is a small part.
+OPTIMIZER = adamw(1.0, eps=1e-3)
 
 
-def trained(sharding, remat="dots"):
-    """Logits (None where rows are split), loss, gradients, the model after a step, and the step's metrics."""
-    options = StepOptions(dtype="float32", remat=remat)
+def new_batch():
     random = np.random.RandomState(0)
     segments = np.sort(random.randint(1, 4, (8, 32)), axis=1)
     segments[1, 20:] = 0
-    tokens = random.randint(3, 160, (8, 32))
-    batch = Batch(*(jnp.asarray(x, jnp.int32) for x in (tokens, segments)))
-    state = init_state(with_sharding(s3.SmolLM3(CONFIG, rngs=nnx.Rngs(0)), sharding), OPTIMIZER)
+    return Batch(*(jnp.asarray(x, jnp.int32) for x in (random.randint(3, 160, (8, 32)), segments)))
+
+
+@jax.jit
+def logits_of(model, batch):
+    return model(batch.tokens, segment_ids=batch.segment_ids)
+
+
+loss_and_gradients = jax.jit(jax.value_and_grad(Pretrain(), has_aux=True), static_argnums=2)
+
+
+def trained(model, batch, sharding=None, remat="dots"):
+    """Logits (None where rows are split), loss, gradients, the model after a step, and the step's metrics."""
+    options = StepOptions(dtype="float32", remat=remat)
+    # A copy, which the step takes.
+    state = init_state(with_sharding(jax.tree.map(jnp.copy, model), sharding), OPTIMIZER)
     if sharding is not None:
         state = jax.device_put(state, state_shardings(state, sharding))
         batch = jax.device_put(batch, NamedSharding(sharding.mesh, sharding.spec("batch", None)))
@@ -62,9 +72,8 @@ def trained(sharding, remat="dots"):
             assert x.addressable_shards[0].data.shape == at.shard_shape(x.shape)
     logits = None
     if sharding is None or sharding.parts("length") == 1:
-        logits = state.model(batch.tokens, segment_ids=batch.segment_ids)
-    compute = jax.jit(jax.value_and_grad(Pretrain(), has_aux=True), static_argnums=2)
-    (total, _), gradients = compute(state.model, batch, options)
+        logits = logits_of(state.model, batch)
+    (total, _), gradients = loss_and_gradients(state.model, batch, options)
     gradients = jax.device_get(gradients)
     before = jax.tree.map(lambda x: x.sharding, state)
     state, metrics = train_step(state, batch, optimizer=OPTIMIZER, options=options)
@@ -76,7 +85,13 @@ def trained(sharding, remat="dots"):
 
 @pytest.fixture(scope="module")
 def trained_alone():
-    return trained(None)
+    """A model, and what one device makes of it, with how far other orders of its sums may be from that."""
+    model, batch = s3.SmolLM3(CONFIG, rngs=nnx.Rngs(0)), new_batch()
+    bounded = rounding.shaken(functools.partial(trained, batch=batch), model)
+    # One other token of 256 is more than that, in all arrays but counts.
+    other = trained(model, dataclasses.replace(batch, tokens=batch.tokens.at[3, 9].set(5)))
+    assert np.mean(np.array(rounding.worst(jax.tree.leaves(other), bounded)) > 1) > 0.8
+    return model, bounded
 
 
 @pytest.mark.parametrize(
@@ -90,11 +105,10 @@ def test_a_training_step_is_that_of_one_device(name, trained_alone):
     devices = jax.devices()[:1] if name == "single" else jax.devices()
     mesh = make_mesh(TRAINING_AXES[name], devices)
     sharding = Sharding.of(mesh, OWN if name == "own" else name).fitted(CONFIG.axis_sizes)
-    found = trained(sharding, remat="full" if name == "fsdp_tp" else "dots")
-    for what, got, expected in zip(
-        ("logits", "loss", "gradients", "model", "metrics"), found, trained_alone, strict=True
-    ):
-        assert got is None or worst(got, expected) <= 1e-5, what
+    model, bounded = trained_alone
+    found = jax.tree.leaves(trained(model, new_batch(), sharding, remat="full" if name == "fsdp_tp" else "dots"))
+    # Where there are no logits, which come first, there is one array less.
+    assert max(rounding.worst(found, bounded[-len(found) :])) <= 1
 
 
 # Inference
@@ -118,30 +132,31 @@ def folder(tmp_path_factory):
     return write_checkpoint(tmp_path_factory.mktemp("tiny") / "model", RAW, tensors)
 
 
+def answered(model):
+    """Logits, and of the answers to REQUESTS each token and its log-probability."""
+    answers = complete(model, REQUESTS)
+    logprobs = np.array([[each.logprob for each in answer.logprobs or ()] for answer in answers])
+    return model(jnp.asarray(TOKENS)), np.array([answer.token_ids for answer in answers]), logprobs
+
+
 @pytest.fixture(scope="module", params=[None, "int8"], ids=["plain", "int8"])
 def alone(request, folder):
-    """How weights are stored, and one device's logits and answers with them."""
-    model = s3.from_pretrained(folder, weights=request.param, stacked=True)
-    return request.param, np.asarray(model(jnp.asarray(TOKENS))), complete(model, REQUESTS)
+    """How weights are stored, and what one device says with them, with how far others may be from that."""
+    bounded = rounding.shaken(answered, s3.from_pretrained(folder, weights=request.param, stacked=True))
+    # No two tokens are so close that rounding chooses between them; other prompts are other text.
+    _, (tokens, allowed), _ = bounded
+    assert allowed.max() < 0.01 and len(set(tokens.flat)) > 4
+    return request.param, bounded
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("rules", SERVING_AXES)
 def test_text_and_logits_are_those_of_one_device(rules, alone, folder):
     """Plain and quantized weights, from the file to where they lie, with the cache on the mesh."""
-    weights, logits, said = alone
+    weights, bounded = alone
     sharding = Sharding.of(make_mesh(SERVING_AXES[rules]), rules).fitted(CONFIG.axis_sizes)
     model = s3.from_pretrained(folder, weights=weights, mesh=sharding.mesh, rules=rules)
     assert model.sharding == sharding
-    # Rounded products may round one of int8's activations to the next of 255 values.
-    allowed = 1e-3 if weights == "int8" else 1e-4
     # What is told none finds the mesh by itself.
     for given in [sharding, None] if (rules, weights) == ("fsdp_tp", None) else [sharding]:
-        told = with_sharding(model, given)
-        got = np.asarray(told(jnp.asarray(TOKENS)))
-        answers = complete(told, REQUESTS)
-        assert np.abs(got - logits).max() <= 1e-5 * np.abs(logits).max()
-        assert [a.token_ids for a in answers] == [a.token_ids for a in said]
-        for a, b in zip(answers, said, strict=True):
-            for x, y in zip(a.logprobs or (), b.logprobs or (), strict=True):
-                assert abs(x.logprob - y.logprob) <= allowed
+        assert max(rounding.worst(answered(with_sharding(model, given)), bounded)) <= 1

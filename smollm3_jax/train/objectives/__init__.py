@@ -21,7 +21,7 @@ class Objective(Protocol):
           batch: a pytree of arrays whose first axis is the rows.
 
         Returns:
-          The sum to minimise, float32; and sums for the metrics, float32: "tokens" is what it and all others are
-          divided by.
+          The sum to minimise, float32; and sums for the metrics, float32. "tokens", or "pairs" where that is given too,
+          is what all others are divided by.
         """
         ...

@@ -1,12 +1,14 @@
 """Pretraining: the cross-entropy of each next token of a document.
 
-Shapes: B rows, T tokens of a row, D model width.
+Shapes: B rows, T tokens of a row, D model width, V vocabulary.
 """
 
 import dataclasses
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from ...model import SmolLM3
@@ -29,34 +31,62 @@ class Pretrain:
     def __call__(self, model: SmolLM3, batch: Batch, options: StepOptions) -> tuple[Array, dict[str, Array]]:
         """(cross-entropy and z-loss, {"loss": cross-entropy alone in nats, "tokens": labels, or the sum of their
         weights}), all of them sums over the batch, float32."""
-        sharding = model.sharding
-        cast = jax.tree.map(lambda x: x.astype(options.dtype), model)
-        if model.platform == "cpu":
-            # Each layer casts its own: XLA:CPU writes gradients into a stack of bfloat16 by way of all of it in
-            # float32.
-            cast.layers = model.layers
-        if model.platform == "gpu":
-            # Left to itself XLA for GPU rounds the table after every device has gathered it, at twice the bytes.
-            cast.embed = jax.lax.optimization_barrier(cast.embed)
-        tokens_BT, segments_BT = batch.tokens, batch.segment_ids
-        labels_BT, weights_BT = next_tokens(tokens_BT, segments_BT)
-        if batch.weights is not None:
-            weights_BT = jnp.where(weights_BT, batch.weights, 0)
-        arrays, positions_BT = (tokens_BT, segments_BT, labels_BT, weights_BT), None
-        order = None if sharding is None else sharding.row_order(tokens_BT.shape[1])
-        if self.by_document:
-            positions_BT = _within(segments_BT)
-        if order is not None:
-            whole_BT = jnp.broadcast_to(jnp.array(order, jnp.int32), tokens_BT.shape)
-            positions_BT = whole_BT if positions_BT is None else positions_BT[:, order]
-            tokens_BT, segments_BT, labels_BT, weights_BT = (x[:, order] for x in arrays)
-        x_BTD, _ = cast.hidden(tokens_BT, positions_BT, segments_BT, remat=REMAT[options.remat])
-        head = cast.embed if cast.head is None else cast.head
+        found = predictions(model, batch, options, self.by_document)
         lean = options.remat in ("full", "offload")
         total, nll = cross_entropy(
-            x_BTD, head[...], labels_BT, weights_BT, z_loss=self.z_loss, by_words=lean, sharding=sharding
+            found.x_BTD,
+            found.head_VD,
+            found.labels_BT,
+            found.weights_BT,
+            z_loss=self.z_loss,
+            by_words=lean,
+            sharding=model.sharding,
         )
-        return total, {"loss": nll, "tokens": weights_BT.sum().astype(jnp.float32)}
+        return total, {"loss": nll, "tokens": found.weights_BT.sum().astype(jnp.float32)}
+
+
+class Predictions(NamedTuple):
+    """What a model makes of a batch, for a loss.
+
+    x_BTD: final hidden states. head_VD: the unembedding. labels_BT: int32. weights_BT: bool, or float32 where the batch
+    has weights. order: which token of its row each of the T places holds; None is the order of the batch.
+    """
+
+    x_BTD: Array
+    head_VD: Array
+    labels_BT: Array
+    weights_BT: Array
+    order: np.ndarray | None
+
+
+def predictions(model: SmolLM3, batch: Batch, options: StepOptions, by_document: bool = False) -> Predictions:
+    """The final hidden states of a batch in the dtype of the products, and what they are to predict.
+
+    by_document: positions count from 0 in each document, not through the row.
+    """
+    sharding = model.sharding
+    cast = jax.tree.map(lambda x: x.astype(options.dtype), model)
+    if model.platform == "cpu":
+        # Each layer casts its own: XLA:CPU writes gradients into a stack of bfloat16 by way of all of it in float32.
+        cast.layers = model.layers
+    if model.platform == "gpu":
+        # Left to itself XLA for GPU rounds the table after every device has gathered it, at twice the bytes.
+        cast.embed = jax.lax.optimization_barrier(cast.embed)
+    tokens_BT, segments_BT = batch.tokens, batch.segment_ids
+    labels_BT, weights_BT = next_tokens(tokens_BT, segments_BT)
+    if batch.weights is not None:
+        weights_BT = jnp.where(weights_BT, batch.weights, 0)
+    arrays, positions_BT = (tokens_BT, segments_BT, labels_BT, weights_BT), None
+    order = None if sharding is None else sharding.row_order(tokens_BT.shape[1])
+    if by_document:
+        positions_BT = _within(segments_BT)
+    if order is not None:
+        whole_BT = jnp.broadcast_to(jnp.array(order, jnp.int32), tokens_BT.shape)
+        positions_BT = whole_BT if positions_BT is None else positions_BT[:, order]
+        tokens_BT, segments_BT, labels_BT, weights_BT = (x[:, order] for x in arrays)
+    x_BTD, _ = cast.hidden(tokens_BT, positions_BT, segments_BT, remat=REMAT[options.remat])
+    head = cast.embed if cast.head is None else cast.head
+    return Predictions(x_BTD, head[...], labels_BT, weights_BT, order)
 
 
 def _within(segments_BT: Array) -> Array:

@@ -10,8 +10,10 @@ from etils import epath
 from ...config import GenerationConfig, ModelConfig
 from ...errors import OptionError, TrainingError
 from ...model import SmolLM3
+from ...paths import is_remote
 from ...weights.key_map import abstract_model
 from ...weights.save import cast, check_target, tensors_of, write_folder
+from ...weights.texts import check_links, is_text_file
 from . import checkpoint as checkpoints
 from .checkpoint import Damaged
 from .folder import TOKENIZER
@@ -60,6 +62,8 @@ def export(
             break
     if model is None or len(found) < average:
         raise TrainingError(f"{run} has {len(found)} sound checkpoints up to there, not {average}{damage}")
+    if not is_remote(run):
+        check_links(Path(run / TOKENIZER))
     files = {name: (run / TOKENIZER / name).read_bytes() for name in names_in(run / TOKENIZER)}
     config = ModelConfig.from_hf(checkpoints.read_about(saved, found[0])["config"])
     config = dataclasses.replace(config, dtype=dtype)
@@ -69,10 +73,10 @@ def export(
 
 
 def names_in(folder: epath.Path) -> list[str]:
-    """Of the files in a folder and in those in it."""
-    here = sorted(folder.iterdir())
-    below = [f"{inner.name}/{file.name}" for inner in here if inner.is_dir() for file in sorted(inner.iterdir())]
-    return [file.name for file in here if file.is_file()] + below
+    """Of the text files of a model in a folder, "additional_chat_templates/x.jinja" too."""
+    here = [path for path in sorted(folder.iterdir()) if is_text_file(path.name)]
+    below = [file for inner in here if inner.is_dir() for file in sorted(inner.iterdir()) if file.is_file()]
+    return [file.name for file in here if file.is_file()] + [f"{file.parent.name}/{file.name}" for file in below]
 
 
 @functools.partial(jax.jit, donate_argnums=0)

@@ -19,7 +19,8 @@ from ...errors import DataError, OptionError, TrainingError
 from ...files import remove
 from ...job import agree, raise_everywhere
 from ...support import version
-from ..data.mixture import Batches, expanded
+from ..data.files import refuse_within
+from ..data.mixture import Batches, expanded, sources
 from ..data.prefetch import on_mesh, prefetch
 from ..settings import Settings, as_table, stage_at
 from ..state import count, split
@@ -27,6 +28,7 @@ from . import checkpoint
 from .evaluation import evaluate
 from .folder import TOKENIZER, keep_texts, only_one, run_folder
 from .program import memory_explained, program_for
+from .reference_pass import reference_sums
 from .resume import restore
 from .setup import Run, first_state, in_stage, set_up
 from .stop import Stop
@@ -67,13 +69,15 @@ def train(
     stop = Stop()
     with stop.listening(), contextlib.ExitStack() as stack:
         with raise_everywhere():
-            settings = expanded(settings)
             folder = run_folder(settings.run.dir)
+            for source in sources(settings).values():
+                refuse_within(folder, source)
+            settings = expanded(settings)
             stack.enter_context(only_one(folder))
         if not resume and (folder / "checkpoints").is_dir() and checkpoint.steps(folder / "checkpoints"):
             raise OptionError(f"{folder} holds a run: --resume auto goes on with it, run.dir=FOLDER begins another")
-        if clean and jax.process_index() == 0:
-            for left in checkpoint.left_overs(folder / "checkpoints"):
+        with raise_everywhere():
+            for left in checkpoint.left_overs(folder / "checkpoints") if clean and jax.process_index() == 0 else ():
                 log.warning("removing %s", left)
                 remove(left)
         return _train(set_up(settings, trainable), stop, allow_restart, allow_changes)
@@ -94,6 +98,12 @@ def _train(run: Run, stop: Stop, allow_restart: bool, allow_changes: bool) -> di
         ends.push(close)
         ends.enter_context(checkpoint.without_late_writes())
         ends.callback(run.checkpoints.close)
+        if settings.objective.kind == "preference":  # while there is no state that takes memory
+            run.reference = reference_sums(run, stop)
+            if run.reference is None:
+                ended = "stopped by a signal"
+                progress.step = max(checkpoint.steps(run.folder / "checkpoints"), default=0)
+                return {**run.monitor.summary(), "step": progress.step, "stopped": True, "checkpoint": progress.saved}
         resumed = resume()
         if not resumed:
             progress.state = first_state(run)
@@ -142,6 +152,8 @@ def _steps(run: Run, stop: Stop) -> str | None:
             if number != progress.stage:
                 log.info("stage %d begins at step %d", number, progress.step)
             progress.stage = number
+            if run.reference is not None:
+                host_batch = run.reference.filled(host_batch)
             batch = on_mesh(host_batch, run.shapes.sharding)
             known = len(run.programs)
             program = program_for(run, number, stage, batch)

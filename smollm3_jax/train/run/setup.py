@@ -20,17 +20,20 @@ from ...config import ModelConfig
 from ...errors import OptionError, TrainingError
 from ...job import agree, raise_everywhere
 from ...model import SmolLM3
-from ...tokenizer import load_tokenizer
+from ...tokenizer import Tokenizer, load_tokenizer
 from ...weights import demo
 from ...weights.key_map import abstract_model
 from ...weights.load import load, open_checkpoint, text_folder
 from ..data.encode import encoder
 from ..data.mixture import Batches
+from ..data.pairs import pair_items
 from ..data.windows import sft_items
 from ..objectives import Objective
+from ..objectives.preference import Preference
 from ..objectives.pretrain import Pretrain
 from ..objectives.sft import Sft
 from ..optimizer import adamw
+from ..reference import Sums
 from ..settings import Settings, Stage, stage_at, starts
 from ..state import TrainState, init_state, state_shardings
 from .checkpoint import Checkpoints, digest, named_arrays
@@ -62,7 +65,8 @@ class Run:
 
     texts: the folder of the model's text files. encode: as `Batches` takes it. shapes: the float32 model without
       arrays; load: makes the model.
-    trainable: as in `TrainState`. batches: replaced by a rollback. optimizers: by the stage's number, (AdamW, its
+    trainable: as in `TrainState`. batches: replaced by a rollback. reference: the sums of preferences, before the first
+    step. optimizers: by the stage's number, (AdamW, its
     learning rate). programs: the compiled step, by the stage's number and the batch's shape.
     """
 
@@ -79,6 +83,7 @@ class Run:
     checkpoints: Checkpoints
     monitor: Monitor
     progress: Progress
+    reference: Sums | None = None
     optimizers: dict[int, tuple[optax.GradientTransformation, optax.Schedule]] = dataclasses.field(default_factory=dict)
     programs: dict[tuple[int, tuple[int, ...]], Compiled] = dataclasses.field(default_factory=dict)
 
@@ -98,8 +103,7 @@ def set_up(settings: Settings, trainable: str | None = None) -> Run:
         texts, shapes, load = open_model(settings)
         tokenizer = load_tokenizer(texts, shapes.config)
         tokenizer_digest = hashlib.sha256((texts / "tokenizer.json").read_bytes()).hexdigest()
-        pretrain = settings.objective.kind == "pretrain"
-        encode = encoder(tokenizer, shapes.config) if pretrain else sft_items(tokenizer, shapes.config, settings)
+        encode = encode_for(settings, tokenizer, shapes.config)
         batches = Batches(settings, encode)
     agree("models", [shapes.config.to_hf(), tokenizer_digest])
     agree("data", batches.state())
@@ -124,8 +128,19 @@ def set_up(settings: Settings, trainable: str | None = None) -> Run:
 
 def objective_of(settings: Settings) -> Objective:
     """What the settings minimise."""
-    kind = {"pretrain": Pretrain, "sft": Sft}[settings.objective.kind]
-    return kind(settings.step.z_loss, by_document=settings.data.positions == "document")
+    o, by_document = settings.objective, settings.data.positions == "document"
+    if o.kind == "preference":
+        return Preference(o.loss, o.beta, by_document)
+    kind = {"pretrain": Pretrain, "sft": Sft}[o.kind]
+    return kind(settings.step.z_loss, by_document=by_document)
+
+
+def encode_for(settings: Settings, tokenizer: Tokenizer, config: ModelConfig) -> Callable[..., Any]:
+    """What `Batches` encodes documents or records with."""
+    if settings.objective.kind == "pretrain":
+        return encoder(tokenizer, config)
+    items = pair_items if settings.objective.kind == "preference" else sft_items
+    return items(tokenizer, config, settings)
 
 
 def open_model(settings: Settings) -> tuple[Path, SmolLM3, Callable[[], SmolLM3]]:

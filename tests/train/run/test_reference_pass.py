@@ -1,0 +1,181 @@
+"""Runs of preferences, from the reference's sums to the last step; and what disturbs them."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+
+import pytest
+import tiny
+from etils import epath
+from runs import command, environment, losses, same_end, start, train, wait_for
+
+from smollm3_jax.train.reference import Sums
+
+STEPS, RECORDS = 60, 400
+WORDS = ["objective.kind=preference", "objective.beta=0.05", "data.length=32", f"run.steps={STEPS}"]
+WORDS += ["checkpoint.every=10", "objective.loss=apo_zero"]
+
+
+def write_pairs(path, count=RECORDS, seed=0):
+    draw = random.Random(seed)
+
+    def words(least, most):
+        return " ".join(f"w{draw.randint(3, 159)}" for _ in range(draw.randint(least, most)))
+
+    lines = ({"prompt": words(1, 4), "chosen": f" {words(1, 4)}", "rejected": f" {words(1, 4)}"} for _ in range(count))
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+@pytest.fixture(scope="module")
+def corpus(place):
+    write_pairs(place / "pairs.jsonl")
+    return "pairs.jsonl"
+
+
+def lines_of(run):
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def sums_of(run):
+    folder = epath.Path(run / "reference")
+    about = json.loads((folder / "about.json").read_text())
+    return Sums(folder, {name: value for name, value in about.items() if name != "model"})
+
+
+@pytest.fixture(scope="module")
+def undisturbed(place, corpus):
+    train(place, place / "preferred", *WORDS, corpus=corpus)
+    return place / "preferred"
+
+
+def test_a_run_begins_at_its_reference_and_prefers_what_was_chosen(undisturbed):
+    first, *_, last = lines_of(undisturbed)
+    assert abs(first["loss"] - 1) <= 1e-6 and abs(first["rewards/margins"]) <= 1e-5
+    assert last["loss"] < first["loss"] and last["rewards/margins"] > 0 and last["saturated"] == 0
+    assert {"rewards/chosen", "rewards/rejected", "rewards/accuracies", "pairs", "tokens"} <= first.keys()
+    assert (undisturbed / "reference" / "done.json").exists()
+    about = json.loads((undisturbed / "reference" / "about.json").read_text())
+    assert about["length"] == 32 and about["dtype"] == "float32" and about["model"]["model.embed"]
+
+
+@pytest.mark.slow
+def test_each_completion_has_its_own_sum_in_each_order_and_packing(place, corpus):
+    """trl #2423, #7083, #3985: a policy that stays where it is stays at a loss of 1, in each step of three epochs that
+    are shuffled and packed anew."""
+    write_pairs(place / "few.jsonl", count=100)
+    still = ["optimizer.learning_rate=0", "optimizer.weight_decay=0", "data.epochs=3"]
+    run = place / "still"
+    train(place, run, *WORDS, *still, corpus="few.jsonl")
+    lines = lines_of(run)
+    assert len(lines) > 30
+    assert max(abs(line["loss"] - 1) for line in lines) <= 1e-6
+    assert len(sums_of(run).known) >= 190  # of 100 pairs, some completions alike
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(4))
+def test_a_kill_in_the_reference_pass_changes_no_bit(place, corpus, undisturbed, seed):
+    draw = random.Random(seed)
+    run = place / f"killed-in-pass-{seed}"
+    whole = len(list((undisturbed / "reference").glob("*.sums")))
+    process = subprocess.Popen(
+        command(place, run, *WORDS, corpus=corpus), env=environment(), stderr=subprocess.PIPE, text=True
+    )
+    pieces = draw.randrange(whole)
+    wait_for(lambda: len(list((run / "reference").glob("*.sums"))) >= pieces and (run / "lock").exists())
+    try:
+        process.wait(draw.random() * 0.3)
+    except subprocess.TimeoutExpired:
+        process.send_signal(signal.SIGKILL)
+    process.wait()
+    train(place, run, *WORDS, "--resume", "auto", corpus=corpus)
+    assert sums_of(run).digest() == sums_of(undisturbed).digest()
+    same_end(run, undisturbed, step=STEPS)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(3))
+def test_a_kill_between_steps_changes_no_bit(place, corpus, undisturbed, seed):
+    """Nor is the reference computed again: the model that it was of may be gone."""
+    run = place / f"killed-in-steps-{seed}"
+    process = start(place, run, *WORDS, steps=random.Random(seed).randrange(1, STEPS - 5), corpus=corpus)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    before = {path.name: path.stat().st_mtime_ns for path in (run / "reference").iterdir()}
+    train(place, run, *WORDS, "--resume", "auto", corpus=corpus)
+    assert {path.name: path.stat().st_mtime_ns for path in (run / "reference").iterdir()} == before
+    same_end(run, undisturbed, step=STEPS)
+
+
+@pytest.mark.slow
+def test_a_signal_in_the_reference_pass_stops_the_run_and_it_goes_on(place, corpus, undisturbed):
+    run = place / "asked-in-pass"
+    process = subprocess.Popen(command(place, run, *WORDS, "--json", corpus=corpus), env=environment(), stderr=-1)
+    wait_for(lambda: any((run / "reference").glob("*.sums")))
+    process.send_signal(signal.SIGTERM)
+    assert process.wait() == 75
+    train(place, run, *WORDS, "--resume", "auto", corpus=corpus)
+    same_end(run, undisturbed, step=STEPS)
+
+
+@pytest.mark.slow
+def test_sums_of_another_model_are_not_gone_on_with(place, corpus):
+    """Though it has the same name."""
+    folder = place / "other-model"
+    shutil.copytree(place / "model", folder)
+    run = place / "other-reference"
+    words = [*WORDS, f"objective.reference={folder}"]
+    train(place, run, *words, corpus=corpus)
+    assert abs(losses(run)[1] - 1) <= 1e-6  # it is the start, by another name
+    for left in ("reference/done.json", "checkpoints"):
+        path = run / left
+        shutil.rmtree(path) if path.is_dir() else os.unlink(path)
+    raw = tiny.raw_config("plain")
+    tiny.write_checkpoint(folder, raw, {name: x * 2 for name, x in tiny.random_tensors(raw).items()})
+    said = train(place, run, *words, "--resume", "auto", corpus=corpus, code=3)
+    assert "are of another reference: model" in said
+    shutil.rmtree(run / "reference")
+    train(place, run, *words, "--resume", "auto", corpus=corpus)
+    assert abs(losses(run)[1] - 1) > 1e-4
+    # Whose tokenizer is another one is none.
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer, indent=1))
+    said = train(place, place / "no-reference", *words, corpus=corpus, code=2)
+    assert "its tokenizer.json is not the model's" in said
+
+
+@pytest.mark.slow
+def test_devices_and_micro_batches_train_the_same(place, corpus, undisturbed):
+    """Packed over eight devices, and in two parts: the losses of one device within float32's rounding."""
+    for name, words, env in (
+        ("eight", ["data.rows=8", "run.steps=20"], {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}),
+        ("one", ["data.rows=8", "run.steps=20"], {}),
+        ("parts", ["data.rows=8", "run.steps=20", "step.micro_batches=4"], {}),
+    ):
+        train(place, place / f"alike-{name}", *WORDS, *words, corpus=corpus, env=environment(**env))
+    one = losses(place / "alike-one")
+    for name in ("eight", "parts"):
+        found = losses(place / f"alike-{name}")
+        assert found.keys() == one.keys() and max(abs(found[step] - one[step]) for step in one) <= 1e-5
+        assert abs(found[1] - 1) <= 1e-6
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["objective.loss=ipo"], "objective.loss is 'ipo'; choose one of apo_zero, apo_down, sigmoid"),
+        (["objective.beta=0"], "objective.beta is 0"),
+        (["data.overflow=split"], "choose drop or truncate"),
+        (["eval.every=1"], "held-out preferences"),
+        (["step.z_loss=0.1"], "step.z_loss=0"),
+    ],
+)
+def test_what_preferences_have_not_is_refused(place, words, said):
+    from smollm3_jax.errors import OptionError
+    from smollm3_jax.train.settings_file import read_settings
+
+    with pytest.raises(OptionError, match=said):
+        read_settings(place / "run.toml", ["run.dir=x", "model.path=m", "data.path=p", *WORDS, *words])
