@@ -135,7 +135,7 @@ def test_labels_are_of_fixed_sets():
 def test_the_dashboard_reads_what_there_is():
     board = json.loads(Path(metrics.__file__).with_name("grafana.json").read_text())
     own = metrics.Metrics()
-    own.watch(int, int, float, int, int)
+    own.watch(int, int, float, int, int, int)
     own.step(0.1, prefill=True, decode=False)
     known = {key.partition("{")[0] for key in samples(own.text().decode())}
     asked = {name for x in board["panels"] for y in x["targets"] for name in re.findall(r"smollm3_\w+", y["expr"])}
