@@ -8,6 +8,7 @@ from collections.abc import Callable
 import ml_dtypes
 import numpy as np
 
+from ..errors import OptionError
 from ..screen_text import plain
 
 # Name in config.json and in torch -> numpy's type, and the tag that safetensors headers use.
@@ -23,8 +24,9 @@ INTEGER_TAGS = {"I8": "int8", "U8": "uint8"}
 STORED_DTYPES = NUMPY_DTYPES | INTEGER_DTYPES
 # Tensors that some releases of transformers, and other trainers, save though the config determines them.
 _BUFFER = re.compile(
-    r"(?:.*\.)?(?:(?:rotary_emb|rotary_pos_emb|rope)\.\w+"
-    r"|inv_freq|freqs_cis|cos_cached|sin_cached|causal_mask|attn_mask|attention_mask|masked_bias|position_ids)",
+    r"(?:.*\.)?(?:(?:rotary|rope)(?:_\w*)?(?:\.\w+){1,2}|inv_freq|(?:rope_)?freqs(?:_cis|_cos|_sin)?"
+    r"|(?:cos|sin|cos_sin)(?:_cached?)?|(?:(?:causal|attn|attention)_)?mask|(?:self_)?attn\.bias|masked_bias"
+    r"|_?position_ids)",
 )
 
 
@@ -46,6 +48,20 @@ class StoredTensor:
     def nbytes(self) -> int:
         """Bytes of the whole tensor in `dtype`."""
         return math.prod(self.shape) * STORED_DTYPES[self.dtype].itemsize
+
+
+def cast(tensor: StoredTensor, dtype: str) -> StoredTensor:
+    """The tensor in another dtype. Reading raises OptionError where float16 would overflow."""
+
+    def read() -> np.ndarray:
+        array = tensor.read()
+        with np.errstate(over="ignore"):
+            out = array.astype(NUMPY_DTYPES[dtype])
+        if dtype == "float16" and np.isinf(out).sum() > np.isinf(array).sum():
+            raise OptionError(f"tensor {tensor.name} holds numbers too large for float16; choose bfloat16 or float32")
+        return out
+
+    return dataclasses.replace(tensor, dtype=dtype, read=read)
 
 
 def shown(name: object) -> str:

@@ -81,6 +81,27 @@ def test_mistakes_are_named(file, words, said):
         read_settings(file, words)
 
 
+@pytest.mark.parametrize(
+    ("word", "said"),
+    [
+        (f"run.steps={'9' * 5000}", "must be of type int"),
+        (f"data.length={2**70}", "data.length is 1180591620717411303424; it must be a whole number from 0 to"),
+        ("run.seed=-1", "run.seed is -1; it must be a whole number from 0 to 4,294,967,295"),
+        ("data.epochs=-1", "data.epochs is -1"),
+        ("optimizer.learning_rate=nan", "optimizer.learning_rate is nan; it must be a finite number"),
+        ("optimizer.clip_norm=-0.5", "optimizer.clip_norm is -0.5"),
+        ("guard.spike=inf", "guard.spike is inf"),
+        ("model.rope_theta=-1", "model.rope_theta is -1.0"),
+        ('run.dir="a\\u0000b"', r"run.dir is 'a\\x00b'; a NUL"),
+        ("run.name=\ud800", "run.name is .* half a surrogate pair"),
+    ],
+)
+def test_values_that_no_setting_has(file, word, said):
+    with pytest.raises(OptionError, match=said):
+        read_settings(str(file), [word])
+    assert read_settings(str(file), [f"run.seed={2**32 - 1}"])
+
+
 def test_files_that_are_none(tmp_path):
     with pytest.raises(OptionError, match="neither a file nor a recipe"):
         read_settings(str(tmp_path / "gone.toml"))

@@ -19,7 +19,8 @@ from ...errors import DataError, OptionError, TrainingError
 from ...files import remove
 from ...job import agree, raise_everywhere
 from ...support import version
-from ..data.mixture import Batches, expanded
+from ..data.files import refuse_within
+from ..data.mixture import Batches, expanded, sources
 from ..data.prefetch import on_mesh, prefetch
 from ..settings import Settings, as_table, stage_at
 from ..state import count, split
@@ -29,7 +30,7 @@ from .folder import TOKENIZER, keep_texts, only_one, run_folder
 from .program import memory_explained, program_for
 from .reference_pass import reference_sums
 from .resume import restore
-from .setup import Run, first_state, in_stage, set_up
+from .setup import Run, first_state, in_stage, saved_part, set_up
 from .stop import Stop
 
 log = logging.getLogger(__name__)
@@ -68,13 +69,15 @@ def train(
     stop = Stop()
     with stop.listening(), contextlib.ExitStack() as stack:
         with raise_everywhere():
-            settings = expanded(settings)
             folder = run_folder(settings.run.dir)
+            for source in sources(settings).values():
+                refuse_within(folder, source)
+            settings = expanded(settings)
             stack.enter_context(only_one(folder))
         if not resume and (folder / "checkpoints").is_dir() and checkpoint.steps(folder / "checkpoints"):
             raise OptionError(f"{folder} holds a run: --resume auto goes on with it, run.dir=FOLDER begins another")
-        if clean and jax.process_index() == 0:
-            for left in checkpoint.left_overs(folder / "checkpoints"):
+        with raise_everywhere():
+            for left in checkpoint.left_overs(folder / "checkpoints") if clean and jax.process_index() == 0 else ():
                 log.warning("removing %s", left)
                 remove(left)
         return _train(set_up(settings, trainable), stop, allow_restart, allow_changes)
@@ -212,11 +215,12 @@ def _save(run: Run) -> None:
         "retries": progress.retries,
         "tokenizer": run.tokenizer_digest,
         "trainable": run.trainable,
+        "base": run.base,
         "config": progress.state.model.config.to_hf(),
         "generation_config": progress.state.model.generation_config.to_hf(),
     }
     with run.monitor.busy("saving"):
-        run.checkpoints.save(progress.step, progress.state, about)
+        run.checkpoints.save(progress.step, saved_part(run, progress.state), about)
     run.monitor.flush()
     progress.saved, progress.saved_data = progress.step, progress.data
 

@@ -1,5 +1,6 @@
 import gzip
 import json
+import stat
 
 import numpy as np
 import pytest
@@ -200,6 +201,20 @@ def test_long_documents_name_the_limit(tmp_path):
     words = OptionNames("data.field", "data.format", "data.max_document_bytes")
     with pytest.raises(BadRecord, match=r"1001 bytes, more than data.max_document_bytes=1000"):
         open_documents("s", Source(path=str(tmp_path)), 1000, words)[0]
+
+
+def test_marks_within_a_file_that_others_were_joined_to(tmp_path):
+    one = b'\xef\xbb\xbf{"text": "a"}\n'
+    (tmp_path / "a.jsonl").write_bytes(one + one + b'{"text": "b"}\n' + one)
+    assert read(tmp_path) == ["a", "a", "b", "a"]
+
+
+def test_an_unpacked_corpus_is_for_nobody_else(tmp_path, monkeypatch):
+    monkeypatch.setenv("SMOLLM3_JAX_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(b'{"text": "a"}\n'))
+    assert read(tmp_path / "a.jsonl.gz") == ["a"]
+    [copy] = (tmp_path / "cache" / "corpora").iterdir()
+    assert stat.S_IMODE(copy.stat().st_mode) == 0o600
 
 
 def test_columns_of_bytes(tmp_path):
