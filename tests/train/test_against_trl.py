@@ -20,10 +20,10 @@ from smollm3_jax.train.state import init_state
 from smollm3_jax.train.step import train_step
 from smollm3_jax.weights.save import tensors_of
 
-STEPS, LENGTH, RATE = 20, 512, 1e-3
+STEPS, LENGTH, ROWS, RATE = 20, 256, 8, 1e-3
 
 
-def theirs(folder, records, rows, out):
+def theirs(folder, records, out):
     """The losses, and the parameters after the last step. A step is an epoch: neither order nor bins matter."""
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -46,7 +46,7 @@ def theirs(folder, records, rows, out):
         save_strategy="no",
         disable_tqdm=True,
         num_train_epochs=STEPS,
-        per_device_train_batch_size=rows // 2,
+        per_device_train_batch_size=ROWS // 2,
         gradient_accumulation_steps=2,
         train_sampling_strategy="sequential",
         shuffle_dataset=False,
@@ -65,13 +65,13 @@ def theirs(folder, records, rows, out):
         data, tokenizer = Dataset.from_list(records), AutoTokenizer.from_pretrained(folder)
         trainer = Trainer(model, args=args, train_dataset=data, processing_class=tokenizer)
     trainer.train()
-    assert trainer.state.global_step == STEPS and sum(1 for _ in trainer.train_dataset or ()) == rows
+    assert trainer.state.global_step == STEPS and sum(1 for _ in trainer.train_dataset or ()) == ROWS
     return np.array(losses).reshape(STEPS, 2).sum(1), {k: x.detach().numpy() for k, x in model.named_parameters()}
 
 
-def ours(folder, file, rows):
+def ours(folder, file):
     config = ModelConfig.from_hf(folder)
-    data = {"path": str(file), "length": LENGTH, "rows": rows, "date": DATE}
+    data = {"path": str(file), "length": LENGTH, "rows": ROWS, "date": DATE}
     settings = parse({"data": data, "objective": {"kind": "sft"}})
     batches = Batches(settings, sft_items(load_tokenizer(folder, config), config, settings))
     rule = adamw(RATE, weight_decay=0.0)
@@ -82,7 +82,8 @@ def ours(folder, file, rows):
         batch = jax.tree.map(jnp.asarray, batches.next(step))
         state, metrics = train_step(state, batch, objective=Sft(), optimizer=rule, options=options)
         losses.append(float(metrics["loss"]))
-    assert batches.state()["rows"]["data"]["window"] == STEPS - 1 and batches.state()["rows"]["data"]["row"] == rows
+    at = batches.state()["rows"]["data"]
+    assert (at["window"], at["row"]) == (STEPS - 1, ROWS)  # a step was an epoch here, too
     return np.array(losses), {x.name: x.read() for x in tensors_of(jax.device_get(state.model))}
 
 
@@ -91,11 +92,11 @@ def ours(folder, file, rows):
 @pytest.mark.filterwarnings("ignore")
 def test_twenty_steps_are_those_of_trl(release, tmp_path):
     """Assistant's tokens alone, packed, two micro-batches that differ in how many of them they have."""
-    folder = tiny.chat_checkpoint(tmp_path / "model", release / "chat_template.jinja")
-    records = talks(40)
-    file, rows = write_talks(tmp_path / "talks.jsonl", records), 12
-    want, want_params = theirs(folder, records, rows, tmp_path / "out")
-    losses, params = ours(folder, file, rows)
+    layers = {"num_hidden_layers": 2, "no_rope_layer_interval": 2}
+    folder = tiny.chat_checkpoint(tmp_path / "model", release / "chat_template.jinja", **layers)
+    records = talks(20, longest=30)
+    want, want_params = theirs(folder, records, tmp_path / "out")
+    losses, params = ours(folder, write_talks(tmp_path / "talks.jsonl", records))
     assert losses[0] > 1.2 * losses[-1]
     np.testing.assert_allclose(losses, want, atol=1e-5, rtol=0)
     for name, x in want_params.items():
