@@ -102,7 +102,7 @@ def _open() -> Path | None:
         folder = cache_dir().absolute() / "compiled"
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         _check_owner(folder)
-    except (OSError, RuntimeError) as error:  # RuntimeError: a user without a home
+    except OSError as error:
         log.warning(
             "compiled programs cannot be kept: %s. Every start compiles them again; name a folder of your own in "
             "SMOLLM3_JAX_CACHE, or %s",

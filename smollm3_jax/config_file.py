@@ -356,8 +356,8 @@ def _rope_scaling(entry: dict[str, Any], raw: dict[str, Any], length: int, notes
     # transformers reads a beta of 0 as the default.
     given = {name: value for name, value in given.items() if value != 0 or name not in ("beta_fast", "beta_slow")}
     if "original_max_position_embeddings" in required:
-        original = [typed(where, "original_max_position_embeddings", int, None) for where in (given, raw)]
-        original = [value for value in original if value is not None] or [length]
+        original = [typed(where, "original_max_position_embeddings", (int, float), None) for where in (given, raw)]
+        original = [int(value) if value == int(value) else value for value in original if value is not None] or [length]
         if len(set(original)) > 1:
             raise ConfigError(
                 f"original_max_position_embeddings is {original[0]}, but {original[1]} outside; delete the wrong one"

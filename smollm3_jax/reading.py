@@ -3,6 +3,8 @@
 import errno
 import os
 import stat
+from collections.abc import Iterator
+from typing import IO
 
 
 def read_file(path: str | os.PathLike[str], limit: int) -> bytes:
@@ -35,6 +37,14 @@ def read_file(path: str | os.PathLike[str], limit: int) -> bytes:
     if len(content) > limit:
         raise OSError(errno.EFBIG, f"it is larger than {limit:,} bytes")
     return content
+
+
+def lines(file: IO[bytes], limit: int) -> Iterator[bytes]:
+    """The lines of an open file with their ends; of one that is longer than `limit` bytes, its first `limit` + 1."""
+    while line := file.readline(limit + 1):
+        yield line
+        while len(line) > limit and not line.endswith(b"\n"):
+            line = file.readline(limit + 1)
 
 
 def why(error: Exception) -> str:

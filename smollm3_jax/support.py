@@ -202,7 +202,7 @@ def _probe() -> tuple[str | None, list[str], str]:
 def diagnose() -> dict[str, Any]:
     """Versions, devices, problems and a verdict, for `smollm3 doctor`, in whatever state this environment is."""
     versions = {name: version(name) for name in ("python", "smollm3-jax", *SHOWN)}
-    variables = {name: value for name, value in sorted(os.environ.items()) if name.startswith(_VARIABLES)}
+    variables = {name: _shown(name, os.environ[name]) for name in sorted(os.environ) if name.startswith(_VARIABLES)}
     problems = [reason] if (reason := unsupported()) else []
     newer = [f"{name} {versions[name]}" for name, limit in NEWEST.items() if _newer(versions[name] or "", limit)]
     platform, devices, why_none = _probe()
@@ -230,6 +230,13 @@ def diagnose() -> dict[str, Any]:
 
 # What may be the reason for what one sees.
 _VARIABLES = ("JAX_", "XLA_", "LIBTPU_", "TPU_", "CUDA_VISIBLE_DEVICES", "SMOLLM3_", "HF_HOME", "HF_HUB_OFFLINE")
+
+
+def _shown(name: str, value: str) -> str:
+    """A variable's value without what is nobody else's: reports are pasted where all can read them."""
+    if re.search(r"KEY|TOKEN|SECRET|PASSW", name):
+        return "(set, not shown)" if value else ""
+    return re.sub(r"://[^/\s]*@", "://***@", value)
 
 
 def _missing() -> list[tuple[str, str]]:

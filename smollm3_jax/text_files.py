@@ -36,7 +36,7 @@ COMPRESSED = (".gz", ".gzip", ".zst", ".zstd", ".bz2", ".xz")
 # So much of a file's beginning tells what it is.
 HEAD = 1024
 _BLOCK = 2**22
-_MOST_OF_A_PIPE = 2**32
+_MOST = 2**32  # bytes of a text that is read whole
 
 
 def encoding_of(head: bytes) -> str:
@@ -78,9 +78,18 @@ def read(path: Path) -> bytes:
       DataError: it is damaged, or is text in another encoding.
       SupportError: it is compressed in a way that needs a library which is not installed.
     """
-    whole = path.is_fifo() or "\0" in str(path)  # `open` has no OSError for NUL
-    with io.BytesIO(read_file(path, _MOST_OF_A_PIPE)) if whole else path.open("rb") as file:
-        return b"".join(blocks(file, path)).removeprefix(codecs.BOM_UTF8)
+    whole = "\0" in str(path) or (path.exists() and not path.is_file())  # `open` has no OSError for NUL
+    with io.BytesIO(read_file(path, _MOST)) if whole else path.open("rb") as file:
+        return _all(blocks(file, path), path).removeprefix(codecs.BOM_UTF8)
+
+
+def _all(pieces: Iterator[bytes], name: Any) -> bytes:
+    parts, left = [], _MOST
+    for piece in pieces:
+        parts.append(piece)
+        if (left := left - len(piece)) < 0:
+            raise DataError(f"{name} holds more than {_MOST:,} bytes of text; give a part of it")
+    return b"".join(parts)
 
 
 def blocks(file: IO[bytes], name: Any) -> Iterator[bytes]:

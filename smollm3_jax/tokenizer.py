@@ -22,6 +22,9 @@ from .tokenizer_files import NAMES, TEMPLATES, chat_templates, read_file, specia
 MAX_SPARE_ROWS = 1023
 MAX_SPARE_FRACTION = 0.5
 
+# A text of more characters or tokens is a batch of one: while `tokenizers` works on a single text, no other thread of
+# Python's runs, such as a server's that answers others.
+LONG = 10_000
 ANCHOR = 16  # tokens of a prompt that are decoded with what follows them
 
 log = logging.getLogger(__name__)
@@ -94,7 +97,10 @@ class Tokenizer:
         except UnicodeEncodeError as error:
             raise OptionError(f"the text is not valid Unicode: a lone surrogate at character {error.start}") from None
         with typed(f"the tokenizer cannot encode a text of {len(text):,} characters"):
-            found = self.backend.encode(text, add_special_tokens=add_special_tokens)
+            if len(text) <= LONG:
+                found = self.backend.encode(text, add_special_tokens=add_special_tokens)
+            else:
+                [found] = self.backend.encode_batch([text], add_special_tokens=add_special_tokens)
         if self.rowless and (without := self.rowless.keys() & set(found.ids)):
             token = min(without)
             raise OptionError(
@@ -138,6 +144,8 @@ class Tokenizer:
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """The text of token ids; ids of padding rows, which no token has, give nothing."""
         with typed("the tokenizer cannot decode"):
+            if len(ids) > LONG:
+                return self.backend.decode_batch([ids], skip_special_tokens=skip_special_tokens)[0]
             return self.backend.decode(ids, skip_special_tokens=skip_special_tokens)
 
     def decode_stream(

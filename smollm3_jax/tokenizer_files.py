@@ -104,7 +104,7 @@ def special_tokens_of(
         is_object = isinstance(added, dict) and all(isinstance(token, dict) for token in added.values())
         entries = [{**token, "id": number} for number, token in added.items()] if is_object else [{}]
     for entry in entries:
-        if not isinstance(entry.get("content"), str) or not re.fullmatch(r"\d{1,18}", str(entry["id"]), re.ASCII):
+        if _content(entry) is None or not re.fullmatch(r"\d{1,18}", str(entry["id"]), re.ASCII):
             raise TokenizerError(f"{where}: every added token must have a text and a number")
         entry["id"] = int(entry["id"])
     return texts, others, sorted(entries, key=lambda entry: entry["id"])
@@ -122,7 +122,10 @@ def _named(raw: Mapping[str, Any], where: Path) -> tuple[dict[str, Any], list[An
     tokens = extra.values() if isinstance(extra, dict) else extra
     if not isinstance(extra, list | dict) or any(_content(token) is None for token in tokens):
         raise TokenizerError(f"{where}: extra_special_tokens must be a list of tokens, or an object of them by name")
-    return (found | extra, []) if isinstance(extra, dict) else (found, list(extra))
+    more = raw.get("model_specific_special_tokens") or {}  # as transformers itself writes them
+    if not isinstance(more, dict) or any(_content(token) is None for token in more.values()):
+        raise TokenizerError(f"{where}: model_specific_special_tokens must be an object of tokens by name")
+    return (found | more | extra, []) if isinstance(extra, dict) else (found | more, list(extra))
 
 
 def _is_token(name: str, token: Any) -> bool:
@@ -130,6 +133,6 @@ def _is_token(name: str, token: Any) -> bool:
 
 
 def _content(token: Any) -> str | None:
-    """The text of a token in either spelling; None for what is none."""
+    """The text of a token in either spelling; None for what is none, as half a surrogate pair."""
     token = token.get("content") if isinstance(token, dict) else token
-    return token if isinstance(token, str) else None
+    return token if isinstance(token, str) and not re.search(r"[\ud800-\udfff]", token) else None

@@ -1,5 +1,6 @@
 """Files that never end, and pipes that nobody writes to."""
 
+import io
 import os
 import shutil
 import subprocess
@@ -11,7 +12,7 @@ import pytest
 from tiny import talking_checkpoint
 
 from smollm3_jax.commands.main import main
-from smollm3_jax.reading import read_file
+from smollm3_jax.reading import lines, read_file
 
 
 @pytest.fixture(scope="module")
@@ -33,6 +34,13 @@ def test_a_limit(tmp_path):
     for path, limit in ((tmp_path / "file", 4), (Path("/dev/zero"), 2**20)):
         with pytest.raises(OSError, match=f"larger than {limit:,} bytes"):
             read_file(path, limit)
+
+
+def test_lines_of_any_length():
+    read = lambda content: list(lines(io.BytesIO(content), 4))  # noqa: E731
+    assert read(b"") == [] and read(b"\n") == [b"\n"]
+    assert read(b"1234\n12345\n123456789012\nab") == [b"1234\n", b"12345", b"12345", b"ab"]
+    assert read(b"123456789") == [b"12345"] and read(b"1234") == [b"1234"]
 
 
 @pytest.mark.parametrize("name", ["", "gone", "nul\0", "x" * 300, "y/" * 5000])

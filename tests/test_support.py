@@ -291,10 +291,13 @@ def test_the_doctor_misses_a_package(pretended, capsys):
 def test_the_doctor_names_variables(monkeypatch, capsys):
     monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=2")
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    monkeypatch.setenv("SMOLLM3_API_KEY", "secret")
+    monkeypatch.setenv("TPU_PROXY", "http://me:secret@proxy")
     assert main(["doctor"]) == 0
     out = capsys.readouterr().out
     assert "variable           XLA_FLAGS=--xla_force_host_platform_device_count=2\n" in out
-    assert "device             cpu:1 cpu\n" in out and "hf_secret" not in out
+    assert "device             cpu:1 cpu\n" in out and "secret" not in out
+    assert "SMOLLM3_API_KEY=(set, not shown)\n" in out and "TPU_PROXY=http://***@proxy\n" in out
 
 
 def test_extras_are_named_as_they_can_be_installed():

@@ -3,9 +3,11 @@
 import bz2
 import gzip
 import lzma
+from pathlib import Path
 
 import pytest
 
+from smollm3_jax import text_files
 from smollm3_jax.errors import DataError
 from smollm3_jax.text_files import decode, read
 
@@ -60,6 +62,15 @@ def test_damage_in_compressed_files_is_said(tmp_path, ending):
 def test_text_that_begins_as_an_archive_might(tmp_path):
     (tmp_path / "a.txt").write_bytes(b"BZh9 is how bzip2 begins")
     assert read(tmp_path / "a.txt") == b"BZh9 is how bzip2 begins"
+
+
+def test_a_text_without_end(tmp_path, monkeypatch):
+    monkeypatch.setattr(text_files, "_MOST", 1000)
+    (tmp_path / "a.gz").write_bytes(gzip.compress(b"a" * 5000))
+    with pytest.raises(DataError, match="more than 1,000 bytes of text"):
+        text_files.read(tmp_path / "a.gz")
+    with pytest.raises(OSError, match="larger than 1,000 bytes"):
+        text_files.read(Path("/dev/urandom"))
 
 
 def test_a_name_with_nul(tmp_path):

@@ -3,6 +3,8 @@
 import json
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -118,6 +120,22 @@ def test_decoding_undoes_encoding(released, text):
     assert all(0 <= i < 128256 for i in ids)
 
 
+@pytest.mark.parametrize("there", [True, False])
+def test_other_threads_run_while_a_long_text_is_tokenized(released: Tokenizer, there: bool):
+    """C2: a server's event loop is one of them. What comes is what comes of the text's parts, and the text again."""
+    text = "The quick brown fox, 123 times: é 👋🏽.\n" * 10_000
+    ids = released.encode("The quick brown fox, 123 times: é 👋🏽.\n") * 10_000
+    found: list[Any] = []
+    call = (lambda: released.encode(text)) if there else (lambda: released.decode(ids))
+    thread = threading.Thread(target=lambda: found.append(call()))
+    thread.start()
+    turns = 0
+    while thread.is_alive():
+        time.sleep(0.001)
+        turns += 1
+    assert found == [ids if there else text] and turns > 10
+
+
 def test_lone_surrogates_are_refused_by_position(folder: Path):
     with pytest.raises(OptionError, match="surrogate at character 2"):
         load_tokenizer(folder, config(TINY_SIZE)).encode("ab\ud83d")
@@ -222,6 +240,9 @@ BESIDE: dict[str, dict[str, Any]] = {
         "special_tokens_map.json": {"extra_special_tokens": ["<img>", "<x>"]},
     },
     "a token that the model names": {"tokenizer_config.json": FAST | {"image_token": "<img>"}},
+    "tokens that the model names, as transformers writes them": {
+        "tokenizer_config.json": FAST | {"model_specific_special_tokens": {"image_token": "<img>"}}
+    },
     "padding that nobody trained": {"tokenizer_config.json": FAST | {"pad_token": "[PAD]"}},
     "added_tokens_decoder": {"tokenizer_config.json": added(X, IMG)},
     "added_tokens_decoder with a gap": {
@@ -411,6 +432,12 @@ def test_a_folder_in_place_of_the_file_is_named(tmp_path: Path):
         ("tokenizer_config.json", b'{"chat_template": [{"name": "default"}]}'),
         ("tokenizer_config.json", b'{"chat_template": [{"name": "default", "template": 3}]}'),
         ("chat_template.jinja", b"\xff"),
+        ("tokenizer_config.json", b'{"eos_token": "\\ud800"}'),
+        ("tokenizer_config.json", b'{"extra_special_tokens": ["\\ud800"]}'),
+        ("tokenizer_config.json", b'{"model_specific_special_tokens": {"image_token": "\\ud800"}}'),
+        ("tokenizer_config.json", b'{"added_tokens_decoder": {"300": {"content": "\\ud800"}}}'),
+        ("special_tokens_map.json", b'{"bos_token": {"content": "\\udfff"}}'),
+        ("added_tokens.json", b'{"\\ud800": 300}'),
     ],
 )
 def test_garbled_files_beside_the_tokenizer_are_named(folder: Path, name: str, content: bytes):

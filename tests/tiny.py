@@ -105,6 +105,10 @@ SAME: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"rope_scaling": {k: v for k, v in LLAMA3.items() if "original" not in k}},
         {"rope_scaling": LLAMA3 | {"original_max_position_embeddings": 512}},
     ),
+    "original with a point": (
+        {"rope_scaling": YARN | {"original_max_position_embeddings": 64.0}},
+        {"rope_scaling": YARN},
+    ),
     "original outside": (
         {"rope_scaling": {"type": "yarn", "factor": 2.0}, "original_max_position_embeddings": 64},
         {"rope_scaling": YARN},

@@ -6,7 +6,6 @@ import json
 import re
 import signal
 from collections.abc import Callable, Generator, Iterator
-from pathlib import Path
 from typing import Any
 
 from .. import files
@@ -14,6 +13,7 @@ from ..errors import OptionError, SmolLM3Error
 from ..generation.requests import Delta, think_ids
 from ..generation.sampling import SamplingParams
 from ..generation.stats import Stats
+from ..paths import user_path
 from ..reading import read_file, why
 from ..sizes import power_of_two_from
 from ..tokenizer import Tokenizer
@@ -113,7 +113,7 @@ def load(chat: Chat, path: str) -> None:
       OptionError: the file cannot be read, or holds no conversation.
     """
     try:
-        messages = json.loads(read_file(Path(path).expanduser(), MOST_BYTES))
+        messages = json.loads(read_file(user_path(path), MOST_BYTES))
         first = normalize(messages)[0]
         if re.search("[\ud800-\udfff]", json.dumps(messages, ensure_ascii=False)):
             raise ValueError("half a surrogate pair is in it, which is no text")
@@ -130,7 +130,7 @@ def _save(chat: Chat, path: str) -> None:
         raise OptionError(f"{path} cannot be written: there is no message yet")
     text = json.dumps(messages, ensure_ascii=False, indent=2) + "\n"
     try:
-        files.write(Path(path).expanduser(), text)
+        files.write(user_path(path), text)
     except (OSError, RuntimeError, ValueError) as error:  # RuntimeError: of ~somebody who is not known
         raise OptionError(f"{path} cannot be written: {getattr(error, 'strerror', None) or error}") from None
 

@@ -25,7 +25,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..errors import OptionError
+from ..paths import user_path
+from ..reading import read_file
 
+MOST_BYTES = 2**26  # of a file of functions
 Tools = Mapping[str, Callable[..., Any]]
 
 _SCALARS = {str: "string", int: "integer", float: "number", bool: "boolean"}
@@ -44,7 +47,7 @@ def load_tools(path: str | Path) -> dict[str, Callable[..., Any]]:
     Raises:
       OptionError: the file fails, has no such function, or one that cannot be described to a model.
     """
-    path = Path(path).expanduser()
+    path = user_path(path)
     if not path.is_file():
         raise OptionError(f"{path} is not there; tools are the functions of a Python file")
     spec = importlib.util.spec_from_loader("smollm3_tools", None, origin=str(path))
@@ -53,7 +56,7 @@ def load_tools(path: str | Path) -> dict[str, Callable[..., Any]]:
     module.__file__ = str(path)
     sys.modules[spec.name] = module  # where dataclasses and pickle look for what it defines
     try:
-        exec(compile(path.read_bytes(), str(path), "exec", dont_inherit=True), module.__dict__)
+        exec(compile(read_file(path, MOST_BYTES), str(path), "exec", dont_inherit=True), module.__dict__)
     except (Exception, SystemExit) as error:
         lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
         line = f" in line {lines[-1]}" if lines else ""

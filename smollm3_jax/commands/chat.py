@@ -3,11 +3,13 @@
 import argparse
 import dataclasses
 import io
+import os
 import sys
 from collections.abc import Callable, Generator
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..errors import OptionError
+from ..errors import OptionError, SaveError
 from .shared import add_job, add_model, add_sampling, console, join_if_asked, opened, sampling_params
 
 if TYPE_CHECKING:
@@ -70,21 +72,24 @@ def _converse(
         options = {"max_slots": 1, "capacity": capacity, "cache_dtype": args.cache, "steps": 4, "stats": stats}
         yield from stream(model, [Request(prompt, params, ends)], tokenizer=tokenizer, **options)
 
-    history = cache_dir() / "history"
+    try:
+        history = cache_dir() / "history"
+    except SaveError:  # a user without a home
+        history = None
     chat = terminal.Chat(
         tokenizer=tokenizer,
         context=checkpoint.config.max_position_embeddings,
         params=params,
         generate=generate,
-        read=line_reader(history),
-        remembered=str(history) if is_interactive() and sys.stdout.isatty() else "",
+        read=line_reader(history or Path(os.devnull)),
+        remembered=str(history) if history and is_interactive() and sys.stdout.isatty() else "",
         screen=Screen(console(), Console(stderr=True)),
         interactive=is_interactive(),
-        tools=load_tools(args.tools) if args.tools else {},
+        tools=load_tools(args.tools) if args.tools is not None else {},
         yes=args.yes,
         think=not args.no_think,
     )
-    if args.load:
+    if args.load is not None:
         terminal.load(chat, args.load)
     if args.system is not None:
         chat.system = args.system

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from ..errors import OptionError
 from ..progress import busy
+from ..screen_text import plain
 from .shared import add_job, add_model, add_sampling, join_if_asked, opened, sampling_params, say
 
 if TYPE_CHECKING:
@@ -212,7 +213,7 @@ def _generate_many(
     speed = f"; {batch.stats.line()}" if batch.stats.tokens else ""
     failed = f", {batch.failed} of them errors" if batch.failed else ""
     if not args.quiet or batch.failed:
-        print(f"smollm3: {batch.done} lines in {args.output}{failed}{speed}", file=sys.stderr)
+        print(f"smollm3: {batch.done} lines in {plain(args.output)}{failed}{speed}", file=sys.stderr)
     if args.stats:
         print(f"smollm3: {batch.stats.listed()}", file=sys.stderr)
     return SOME_FAILED if batch.failed else 0

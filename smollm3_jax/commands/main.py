@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from types import ModuleType
 
 from ..screen_text import plain
-from .parsing import Parser, did_you_mean
+from .parsing import Parser, did_you_mean, leaves
 from .subcommands import COMMANDS, parser_of
 
 DESCRIPTION = "SmolLM3 in JAX: run it, train it, convert it."
@@ -65,7 +65,7 @@ def _not_a_command(words: Sequence[str]) -> None:
         parser.print_help(sys.stderr)
         raise SystemExit(2)
     if not words[0].startswith("-"):
-        parser.error(f"{words[0]!r} is no command{did_you_mean(words[0], COMMANDS)}")
+        parser.error(f"{words[0]!r} is no command{did_you_mean(words[0], (*COMMANDS, '--version'))}")
     parser.parse_args(words)
     parser.error("give a command")
 
@@ -79,6 +79,8 @@ def _version() -> str:
 
 def parse(parser: Parser, words: list[str]) -> argparse.Namespace:
     args, rest = parser.parse_known_args(words)
+    own = {leaf.prog.rpartition(" ")[2]: leaf for leaf in leaves(parser)}
+    asked = own.get(words[0] if words else "", parser)  # of plan's, the one that is meant
     # argparse takes optional words only where the first of them may stand, before any option.
     if hasattr(args, "settings") and not any(word.startswith("-") for word in rest):
         args.settings += rest
@@ -87,12 +89,12 @@ def parse(parser: Parser, words: list[str]) -> argparse.Namespace:
         if args.model_word is None and rest and not rest[0].startswith("-"):
             args.model_word = rest.pop(0)
         if args.model_word is not None and args.model is not None:
-            parser.error(f"two models are named, {args.model_word} and {args.model}")
+            asked.error(f"two models are named, {args.model_word} and {args.model}")
         args.model = args.model_word if args.model is None else args.model
         if args.model is None and args.model_needed:
-            parser.error("name a model: a folder, a .gguf file, a hub id, or demo")
+            asked.error("name a model: a folder, a .gguf file, a hub id, or demo")
     if rest:
-        parser.error(f"unexpected: {' '.join(map(repr, rest))}")
+        asked.error(f"unexpected: {' '.join(map(repr, rest))}")
     return args
 
 
@@ -143,4 +145,5 @@ def _speak(quiet: bool, verbose: int) -> None:
 
 class _Plain(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
-        return plain(super().format(record), lines=True)
+        ours = record.name.startswith("smollm3_jax")  # which says a thing in a line; names may have more
+        return plain(super().format(record), lines=not ours or record.exc_info is not None)

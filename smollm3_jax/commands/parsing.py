@@ -12,7 +12,7 @@ from ..screen_text import plain
 
 def did_you_mean(word: str, names: Iterable[str]) -> str:
     """ "; did you mean NAME?", or nothing where no name is like the word."""
-    close = difflib.get_close_matches(word.replace("_", "-"), list(names), n=1)
+    close = difflib.get_close_matches(word.lower().replace("_", "-"), list(names), n=1)
     return f"; did you mean {close[0]}?" if close else ""
 
 
@@ -39,7 +39,7 @@ class Parser(argparse.ArgumentParser):
                 if "." in name and any(action.dest == "settings" for action in self._actions):
                     close = f"; settings have no dashes: {word.lstrip('-')}"
                 self.error(f"there is no option {name}{close}")
-            if len(name) > 2 and f"-{name}" in names:
+            if not name.startswith("--") and (f"-{name}" in names or name[:2] not in self._option_string_actions):
                 self.error(f"there is no option {name}{did_you_mean(f'-{name}', names)}")
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:

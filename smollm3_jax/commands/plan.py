@@ -58,6 +58,8 @@ def add(parser: argparse.ArgumentParser) -> None:
     serve.add_argument("--slots", type=count, default=SLOTS, metavar="N", help=f"answers side by side ({SLOTS})")
     context_help = f"most tokens of a prompt and its answer (default: the model's, at most {CONTEXT:,})"
     serve.add_argument("--context", type=count, metavar="N", help=context_help)
+    pool_help = "tokens that the answers share (default: slots times context, where slots lie on one device)"
+    serve.add_argument("--cache-tokens", type=count, metavar="N", help=pool_help)
     serve.add_argument("--weights", choices=WEIGHT_SCHEMES, help="default: bfloat16")
     serve.add_argument("--cache", type=dtype, choices=("bfloat16", "int8"), default="bfloat16")
 
@@ -104,7 +106,7 @@ def _stopped_by_ctrl_c(work: Callable[[], int]) -> int:
 def _plan_config(args: argparse.Namespace) -> ModelConfig:
     from ..weights.load import text_folder
 
-    return ModelConfig.from_hf(text_folder(folder(args.model)) if args.model else SMOLLM3_3B)
+    return ModelConfig.from_hf(text_folder(folder(args.model)) if args.model is not None else SMOLLM3_3B)
 
 
 def _plan_train(args: argparse.Namespace) -> int:
@@ -141,6 +143,7 @@ def _plan_serve(args: argparse.Namespace) -> int:
     config = _plan_config(args)
     context = args.context or min(config.max_position_embeddings, CONTEXT)
     options = {"axes": parse_axes(args.mesh) if args.mesh else None, "weights": args.weights, "cache": args.cache}
+    options["cache_tokens"] = args.cache_tokens
     report = plan_serve(config, args.topology, args.rules, args.slots, context, **options, dump=args.dump_hlo)
     show(args, report, serve_tables)
     return 0

@@ -21,11 +21,15 @@ COMMANDS = {
     ),
     "perplexity": ("how well a model predicts text, computed as it would generate it", "MODEL --text FILE.jsonl"),
     "train": (
-        "continue pretraining, in a run folder that a restart goes on from",
+        "continue pretraining, or fine-tune, in a run folder that a restart goes on from",
         "--config FILE.toml|RECIPE [section.key=value ...]",
     ),
     "export": ("write a run's checkpoint as a Hugging Face folder", "RUN DIR"),
     "tokenize": ("write a corpus as shards of tokens, once", "SRC DST -m MODEL"),
+    "chat-data": (
+        "show conversations as a run trains on them: tokens, lengths, what is left out",
+        "FILE -m MODEL",
+    ),
     "plan": ("what hardware would give: real programs, compiled for it, without it", "{train,decode,memory,scale}"),
     "doctor": ("versions, devices, and whether they are supported", ""),
     "completion": ("print the lines that let a shell complete this command", "{bash,zsh,fish}"),
@@ -34,7 +38,7 @@ COMMANDS = {
 
 def parser_of(name: str) -> tuple[ModuleType, Parser]:
     """A command's module and what it understands."""
-    command = importlib.import_module(f".{name}", __package__)
+    command = importlib.import_module(f".{name.replace('-', '_')}", __package__)
     help, words = COMMANDS[name]
     usage = " ".join(filter(None, [f"smollm3 {name}", words, "[OPTION ...]"]))
     parser = Parser(prog=f"smollm3 {name}", usage=usage, description=help)

@@ -77,7 +77,7 @@ def run(args: argparse.Namespace) -> int:
         loss = "none yet" if result["loss"] is None else f"{result['loss']:.4f}"
         print(f"{how} at step {result['step']}, loss {loss}, checkpoints in {plain_text(settings.run.dir)}/checkpoints")
     if result["stopped"]:
-        print(f"smollm3: to go on: {resuming(args)}", file=sys.stderr)
+        print(f"smollm3: to go on: {plain_text(resuming(args))}", file=sys.stderr)
     if jax.distributed.is_initialized():
         jax.distributed.shutdown()  # waits for the others
     leave(STOPPED if result["stopped"] else 0)

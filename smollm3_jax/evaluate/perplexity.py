@@ -6,6 +6,7 @@ activations rounded as they are there, and with the cache's own dtype.
 Shapes: B documents side by side, T tokens of each, V vocabulary.
 """
 
+import codecs
 import functools
 import itertools
 import json
@@ -61,7 +62,8 @@ def read_texts(path: Path) -> tuple[dict[str, list[str]], list[str]]:
     except OSError as error:
         raise OptionError(f"{path} cannot be read: {error.strerror}") from None
     for number, line in enumerate(lines, 1):
-        if not line.strip():
+        line = line.strip().removeprefix(codecs.BOM_UTF8)  # within, of files that were joined
+        if not line:
             continue
         fields: Any = None
         try:

@@ -9,6 +9,7 @@ Every answer carries a digest of its input line and of all settings that it depe
 stopped, in whatever way, goes on where it was, and cannot go on with another input, model or options.
 """
 
+import codecs
 import contextlib
 import dataclasses
 import difflib
@@ -28,6 +29,7 @@ from ..files import locked
 from ..model import SmolLM3
 from ..nesting import check_depth
 from ..progress import busy, tally
+from ..reading import lines, why
 from ..tokenizer import Tokenizer
 from .api import stream
 from .grammar import json_schema
@@ -41,6 +43,7 @@ SAMPLING_FIELDS = tuple(field.name for field in dataclasses.fields(SamplingParam
 # How every answer begins, and so how the torn end of one does.
 BEGINNING = b'{"index": '
 MAX_ERROR = 1000  # characters
+MAX_LINE, MAX_ANSWER = 2**26, 2**28  # bytes; of a line, more than any context holds
 
 
 @dataclasses.dataclass
@@ -97,7 +100,7 @@ class Batch:
         self._salt = json.dumps([changed, chat, thinking, settings], sort_keys=True).encode()
         try:
             found = self.source.stat()
-        except OSError as error:
+        except (OSError, ValueError) as error:  # ValueError: a name with NUL, half a character
             raise self._unreadable(error) from None
         if not stat.S_ISREG(found.st_mode):  # it is read twice
             raise OptionError(f"{self.source} is not a regular file")
@@ -292,9 +295,8 @@ class Batch:
         """The lines that are not blank, by their numbers."""
         try:
             with self.source.open("rb") as file:
-                for index, line in enumerate(file):
-                    line = line.removeprefix(b"\xef\xbb\xbf") if index == 0 else line
-                    if line := line.strip():
+                for index, line in enumerate(lines(file, MAX_LINE)):
+                    if line := line.strip().removeprefix(codecs.BOM_UTF8):  # within, of files that were joined
                         yield index, line
         except OSError as error:
             raise self._unreadable(error) from None
@@ -325,17 +327,17 @@ class Batch:
             raise SaveError(
                 f"{self.target} is being written by another process; wait for it, or name another file"
             ) from None
-        except OSError as error:
+        except (OSError, ValueError) as error:
             raise self._unwritable(error) from None
 
     def _look_through(self) -> int:
         """Counts the answers that are there, and takes their lines off `left`; returns where they end."""
         end = 0
         with open(self._file, "rb", closefd=False) as file:
-            for number, answer in enumerate(file, 1):
+            for number, answer in enumerate(lines(file, MAX_ANSWER), 1):
                 # A power cut may leave zeros after what was written.
                 begun = answer.startswith(BEGINNING) or BEGINNING.startswith(answer.rstrip(b"\0"))
-                if begun and not answer.endswith(b"\n"):
+                if begun and not answer.endswith(b"\n") and len(answer) <= MAX_ANSWER:
                     break
                 try:
                     content = json.loads(answer)
@@ -374,12 +376,12 @@ class Batch:
         self._end += len(line)
         self._count(index, "error" in answer)
 
-    def _unreadable(self, error: OSError) -> OptionError:
-        return OptionError(f"{self.source} cannot be read: {error.strerror or error}")
+    def _unreadable(self, error: Exception) -> OptionError:
+        return OptionError(f"{self.source} cannot be read: {why(error)}")
 
-    def _unwritable(self, error: OSError) -> SaveError:
+    def _unwritable(self, error: Exception) -> SaveError:
         kept = f"; the {self.done} lines in it are kept, and the same command goes on from there" if self.done else ""
-        return SaveError(f"{self.target} cannot be written: {error.strerror or error}{kept}")
+        return SaveError(f"{self.target} cannot be written: {why(error)}{kept}")
 
 
 def fitted_request(
@@ -423,6 +425,9 @@ def _entry(tokenizer: Tokenizer, token: int, logprob: float | None) -> dict[str,
 
 
 def _parse(line: bytes) -> dict[str, Any]:
+    if len(line) > MAX_LINE:
+        raise OptionError(f"the line is longer than {MAX_LINE:,} bytes")
+
     def refuse(constant: str) -> None:
         raise ValueError(f"{constant} is not JSON")
 

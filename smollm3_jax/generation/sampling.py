@@ -117,7 +117,7 @@ class SamplingParams:
     def __post_init__(self):
         def check(ok: bool, field: str, must: str) -> None:
             if not ok:
-                raise OptionError(f"{field} is {getattr(self, field)!r}; it must be {must}")
+                raise OptionError(f"{field} is {getattr(self, field)!r:.200}; it must be {must}")
 
         def number(field: str, ok: Any, must: str) -> None:
             value = getattr(self, field)
@@ -128,7 +128,7 @@ class SamplingParams:
             check(isinstance(value, int) and not isinstance(value, bool) and low <= value <= high, field, must)
 
         whole("max_new_tokens", 1, 2**31 - 1, "a whole number of at least 1, below 2**31")
-        number("temperature", lambda x: x >= 0, "a number, 0 (greedy) or more")
+        number("temperature", lambda x: x >= 0, "a number that float32 can hold, 0 (greedy) or more")
         whole("top_k", 0, 2**31 - 1, "a whole number, 0 (off) or more, below 2**31")
         number("top_p", lambda x: 0 < x <= 1, "a number above 0 and at most 1")
         number("min_p", lambda x: 0 <= x <= 1, "a number from 0 (off) to 1")
@@ -146,7 +146,7 @@ class SamplingParams:
         check(banned, "suppress_tokens", "a list of ids")
         if len(self.logit_bias) + len(self.suppress_tokens) > MAX_BIASES:
             raise OptionError(f"logit_bias and suppress_tokens name more than {MAX_BIASES} ids together")
-        check(all(map(_is_float32, self.logit_bias.values())), "logit_bias", "of finite numbers")
+        check(all(map(_is_float32, self.logit_bias.values())), "logit_bias", "of numbers that float32 can hold")
         texts = isinstance(self.stop, Sequence) and not isinstance(self.stop, str)
         texts = texts and all(isinstance(text, str) and text for text in self.stop)
         check(texts, "stop", "a list of texts that are not empty")

@@ -96,8 +96,8 @@ class DecodeSetting:
             return None
         heads, width = self.config.num_attention_heads // self.sharding.parts("heads"), self.config.head_dim
         if "paged_attention" in op.name + op.op_name:
-            rows = self.batch // self.sharding.parts("batch")
-            return KernelCost(4 * rows * heads * self.context * width, device_bytes(self.cache.layers[0]))
+            pages, length = self.pool or (self.batch // self.sharding.parts("batch"), self.context)
+            return KernelCost(4 * heads * pages * length * width, device_bytes(self.cache.layers[0]))
         if "splash_mha_fwd" in op.name + op.op_name:
             length = max(math.prod(shape.dims) for shape in op.shapes) // (heads * width)
             # In a loop it goes through a piece's past, all of which its queries see.

@@ -22,14 +22,14 @@ from ..config import ModelConfig
 from ..errors import OptionError
 from ..files import write_output
 from ..generation.device_loop import MAX_STEPS
-from ..generation.places import MIN_CAPACITY, capacity_for, slots_for
+from ..generation.places import MIN_CAPACITY, capacity_for, pool_for, pool_tokens, slots_for
 from ..generation.prompts import SERVING_PIECES, kept_tokens, piece_sizes, prefix_pages
 from ..weights.quantized import with_scheme
 from .decode import DecodeSetting
 from .devices import DoesNotFit, sharding_for, topology
 from .report import assumptions, collectives, program, times
 
-FULL = "every slot decodes, and holds as many tokens as it can"
+FULL = "every slot decodes, and the cache is full"
 GAP = f"the longest gap: a prompt's last piece, and a call of {MAX_STEPS} tokens of every slot"
 OTHERS = "pieces that are smaller or have log-probabilities: as much code as the largest; what copies: nothing"
 
@@ -38,35 +38,42 @@ OTHERS = "pieces that are smaller or have log-probabilities: as much code as the
 class ServeSetting:
     """A server's engine on one topology.
 
-    decode: its slots, each with the capacity that holds `context` tokens.
+    decode: its slots, each with the capacity that holds `context` tokens, and their pool.
     """
 
     decode: DecodeSetting
     context: int
 
     @classmethod
-    def of(cls, decode: DecodeSetting, context: int) -> "ServeSetting":
-        return cls(dataclasses.replace(decode, context=capacity_for(context)), context)
+    def of(cls, decode: DecodeSetting, context: int, cache_tokens: int | None = None) -> "ServeSetting":
+        """Of the slots of `decode`; cache_tokens: what these share, None is as `smollm3 serve` has it.
 
-    @property
-    def piece_sizes(self) -> tuple[int, ...]:
-        """Tokens of the pieces of prompts, each of which has two programs; the last is that of a page."""
-        return piece_sizes(self.decode.sharding.platform, self.decode.context, SERVING_PIECES)
+        Raises:
+          OptionError: there can be no such pool.
+        """
+        decode = dataclasses.replace(decode, context=capacity_for(context))
+        tokens = pool_tokens(decode.model, decode.batch, context) if cache_tokens is None else cache_tokens
+        pool = pool_for(tokens, _piece_sizes(decode)[-1], context, 0, decode.sharding)
+        return cls(dataclasses.replace(decode, pool=pool), context)
 
     @property
     def piece(self) -> int:
-        return self.piece_sizes[-1]
-
-    @property
-    def kept(self) -> int:
-        """How many tokens of prompts are kept beside the slots, over all devices."""
-        tokens = kept_tokens(self.decode.batch, self.context)
-        return self.piece * prefix_pages(tokens, self.piece, self.decode.context, self.decode.sharding)
+        """Tokens of a whole piece of a prompt, and of a page."""
+        return _piece_sizes(self.decode)[-1]
 
     @property
     def tokens(self) -> int:
         """How many tokens the slots hold, over all devices."""
-        return self.decode.batch * self.decode.context
+        pages, page = self.decode.pool or (self.decode.batch, self.decode.context)
+        return pages * page
+
+    @property
+    def kept(self) -> int:
+        """How many tokens of prompts are kept beside the slots, over all devices; those in a pool take none of its."""
+        if self.decode.pool is not None:
+            return 0
+        tokens = kept_tokens(self.decode.batch, self.context)
+        return self.piece * prefix_pages(tokens, self.piece, self.decode.context, self.decode.sharding)
 
     @property
     def token_bytes(self) -> float:
@@ -74,50 +81,58 @@ class ServeSetting:
         return device_bytes(self.decode.cache) / self.tokens
 
     @functools.cached_property
-    def programs(self) -> tuple[Compiled, Compiled]:
-        """The decode loop, and the largest piece of a prompt.
+    def programs(self) -> tuple[Compiled, Compiled] | DoesNotFit:
+        """The decode loop, and the largest piece of a prompt; or what the compiler says if one of them does not fit."""
+        try:
+            return self.decode.compile(), self.decode.compile_prefill(self.piece, whole=False)
+        except DoesNotFit as refusal:
+            return refusal
 
-        Raises:
-          DoesNotFit: the device has not enough memory for one of them.
-        """
-        return self.decode.compile(), self.decode.compile_prefill(self.piece, whole=False)
-
-    @functools.cached_property
+    @property
     def beside(self) -> dict[str, int]:
         """Bytes of one device beside the cache: the weights, the slots' state, and what the programs need."""
+        assert not isinstance(self.programs, DoesNotFit)
         decode, piece = (hlo.memory(compiled) for compiled in self.programs)
         return {
             "weights": device_bytes(self.decode.model),
             "slots": device_bytes(self.decode.slots),
             "temporaries": max(memory.temporaries + memory.outputs - memory.aliased for memory in (decode, piece)),
-            "code": decode.code + 2 * len(self.piece_sizes) * piece.code,
+            "code": decode.code + 2 * len(_piece_sizes(self.decode)) * piece.code,
         }
 
     @property
     def room(self) -> int:
         """How many tokens of cache fit beside all that, over all devices."""
-        return int((self.decode.chip.hbm - sum(self.beside.values())) / self.token_bytes)
+        if isinstance(refusal := self.programs, DoesNotFit):
+            spare = refusal.limit - (refusal.needed - device_bytes(self.decode.cache))
+        else:
+            spare = self.decode.chip.hbm - sum(self.beside.values())
+        return max(0, int(spare / self.token_bytes))
 
     @property
     def fits(self) -> bool:
         """Whether the slots and what is kept beside them do."""
-        try:
-            return self.tokens + self.kept <= self.room
-        except DoesNotFit:
-            return False
+        return not isinstance(self.programs, DoesNotFit) and self.tokens + self.kept <= self.room
 
     def round(self) -> Roofline:
         """One token of every slot."""
+        assert not isinstance(self.programs, DoesNotFit)
         return self.decode.model_of(self.programs[0])
 
     def piece_after(self, past: int) -> Roofline:
         """A piece of a prompt after `past` tokens of it, which its loops go through in blocks."""
+        assert not isinstance(self.programs, DoesNotFit)
         found = hlo.operations(self.programs[1])
         in_loops = [f"{op.name} {op.target}" for op in found if op.in_loop and op.opcode == "custom-call"]
         by_kernel = any("splash_mha" in name or CUDNN_ATTENTION in name for name in in_loops)
         places = self.decode.context // self.decode.sharding.parts("context")  # of a slot, on one device
         blocks = -(-min(past, places) // math.gcd(BLOCK if by_kernel else DENSE_BLOCK, places))
         return roofline(found, self.decode.chip, self.decode.kernel_cost, unknown_trips=blocks)
+
+
+def _piece_sizes(decode: DecodeSetting) -> tuple[int, ...]:
+    """Tokens of the pieces of prompts, each of which has two programs."""
+    return piece_sizes(decode.sharding.platform, decode.context, SERVING_PIECES)
 
 
 def plan_serve(
@@ -130,12 +145,13 @@ def plan_serve(
     axes: Mapping[str, int] | None = None,
     weights: str | None = None,
     cache: str = "bfloat16",
+    cache_tokens: int | None = None,
     dump: Path | None = None,
 ) -> dict[str, Any]:
     """Compiles a server's engine for a topology, and reports what it can hold and how fast it is.
 
     Args:
-      slots, context: as `smollm3 serve` takes them.
+      slots, context, cache_tokens: as `smollm3 serve` takes them.
       weights: a scheme of quantize.py; None is bfloat16. cache: bfloat16 or int8.
       dump: a file for the compiled decode loop.
 
@@ -143,7 +159,7 @@ def plan_serve(
       What `smollm3 plan serve --json` prints.
 
     Raises:
-      OptionError: the model has not been trained for that context.
+      OptionError: the model has not been trained for that context, or there can be no such pool.
     """
     most = config.max_position_embeddings
     if context > most:
@@ -152,8 +168,10 @@ def plan_serve(
     _, devices = topology(topology_name)
     sharding = sharding_for(config, devices, rules, axes)
     decode = DecodeSetting(config, sharding, 1, MIN_CAPACITY, cache)
-    setting = ServeSetting.of(dataclasses.replace(decode, batch=slots_for(decode.model, slots)), context)
-    head: dict[str, Any] = {
+    setting = ServeSetting.of(dataclasses.replace(decode, batch=slots_for(decode.model, slots)), context, cache_tokens)
+    if dump is not None and not isinstance(setting.programs, DoesNotFit):
+        write_output(dump, setting.programs[0].as_text() or "")
+    return {
         "topology": topology_name,
         "devices": len(devices),
         "rules": rules,
@@ -164,54 +182,75 @@ def plan_serve(
         "weights": weights or "bfloat16",
         "cache": cache,
         "page": setting.piece,
+        **_fit(setting),
+        **_speed(setting),
         "assumptions": [*assumptions(sharding), FULL, GAP, OTHERS],
     }
-    try:
-        report = _report(setting)
-    except DoesNotFit as refusal:
-        report = _refusal(setting, refusal)
+
+
+def _fit(setting: ServeSetting) -> dict[str, Any]:
+    """What fits; if this does not, what to change."""
+    decode, (largest, room) = setting.decode, _largest_context(setting)
+    cache, kept = device_bytes(decode.cache), int(setting.kept * setting.token_bytes)
+    sizes = {"cache": cache} | ({} if decode.pool else {"kept": kept})
+    if isinstance(refusal := setting.programs, DoesNotFit):
+        limit, total = refusal.limit, refusal.needed
+        sizes["weights"] = device_bytes(decode.model)
     else:
-        if dump is not None:
-            write_output(dump, setting.programs[0].as_text() or "")
-    return {**head, **report}
-
-
-def _refusal(setting: ServeSetting, refusal: DoesNotFit) -> dict[str, Any]:
-    """What is known of a setting whose programs do not compile, and what to change."""
-    cache = device_bytes(setting.decode.cache)
-    largest = _largest_context(setting, int((refusal.limit - (refusal.needed - cache)) / setting.token_bytes))
-    memory = {"limit": refusal.limit, "total": refusal.needed, "weights": device_bytes(setting.decode.model)}
-    return {"fits": False, "hbm": {**memory, "cache": cache}, "largest_context": largest, "change": _change(largest)}
-
-
-def _change(largest: int) -> str:
-    return f"--context {largest}" if largest else "fewer --slots, --cache int8, --weights int8, or more devices"
-
-
-def _report(setting: ServeSetting) -> dict[str, Any]:
-    """
-    Raises:
-      DoesNotFit: a program alone is too large.
-    """
-    decode, beside, room = setting.decode, setting.beside, setting.room
-    kept, cache = int(setting.kept * setting.token_bytes), device_bytes(decode.cache)
-    largest = _largest_context(setting, room)
-    report: dict[str, Any] = {"fits": setting.fits}
-    if not setting.fits:
-        alone = setting.tokens <= room
-        report["change"] = ("--no-prefix-cache of `smollm3 serve`, or " if alone else "") + _change(largest)
-    a_round, first = setting.round(), setting.piece_after(0)
-    last, call = setting.piece_after(decode.context - setting.piece), MAX_STEPS * a_round.seconds
-    return report | {
-        "hbm": {
-            "limit": decode.chip.hbm,
-            "total": sum(beside.values()) + cache + kept,
-            "cache": cache,
-            "kept": kept,
-            **beside,
-        },
-        "tokens": {"fit": room, "pages": room // setting.piece, "slots": setting.tokens, "kept": setting.kept},
+        limit, room, sizes = decode.chip.hbm, setting.room, sizes | setting.beside
+        total = sum(sizes.values())
+    held = {"pool": setting.tokens} if decode.pool else {"slots": setting.tokens, "kept": setting.kept}
+    return {
+        "fits": setting.fits,
+        **({} if setting.fits else {"change": _change(setting, largest, room)}),
+        "hbm": {"limit": limit, "total": total, **sizes},
+        "tokens": {"fit": room, "pages": room // setting.piece, **held},
         "largest_context": largest,
+    }
+
+
+def _change(setting: ServeSetting, largest: int, room: int) -> str:
+    if not largest:
+        return "fewer --slots, --cache int8, --weights int8, or more devices"
+    if setting.decode.pool is None:
+        alone = "--no-prefix-cache of `smollm3 serve`, or " if setting.tokens <= room else ""
+        return f"{alone}--context {largest}"
+    shorter = f"--context {largest} " if largest < setting.context else ""
+    return f"{shorter}--cache-tokens {room // setting.piece * setting.piece}"
+
+
+def _largest_context(setting: ServeSetting) -> tuple[int, int]:
+    """The largest context with as many slots, and the tokens of cache that fit then; 0 if there is none.
+
+    It is compiled: with a pool of all that fits, which one sequence may have alone, or with rows, and half as much kept
+    beside them.
+    """
+    decode, most, room = setting.decode, setting.decode.config.max_position_embeddings, setting.room
+    if decode.pool is not None:
+        for _ in range(3):
+            room = room // setting.piece * setting.piece
+            if (context := min(most, room)) < MIN_CAPACITY:
+                break
+            tried = ServeSetting.of(decode, context, room)
+            if tried.fits:
+                return context, room
+            room = min(tried.room, room - setting.piece)
+        return 0, 0
+    contexts = {most, max(setting.context, MIN_CAPACITY), *(1 << i for i in range(most.bit_length()))}
+    for context in sorted((n for n in contexts if n >= MIN_CAPACITY), reverse=True):
+        tried = ServeSetting.of(decode, context)
+        if tried.tokens + tried.kept <= room and (tried.decode == decode or tried.fits):
+            return context, room
+    return 0, room
+
+
+def _speed(setting: ServeSetting) -> dict[str, Any]:
+    """The modelled times of full slots; nothing where the programs do not fit."""
+    if isinstance(setting.programs, DoesNotFit):
+        return {}
+    decode, a_round, first = setting.decode, setting.round(), setting.piece_after(0)
+    last, call = setting.piece_after(decode.context - setting.piece), MAX_STEPS * a_round.seconds
+    return {
         "program": program(a_round, decode.sharding, a_round=True),
         "collectives": collectives(a_round),
         "modelled": {
@@ -228,19 +267,3 @@ def _report(setting: ServeSetting) -> dict[str, Any]:
         },
         "gap": {"piece_seconds": last.seconds, "call_seconds": call, "seconds": last.seconds + call},
     }
-
-
-def _largest_context(setting: ServeSetting, room: int) -> int:
-    """The largest context of as many slots, half as much kept beside them, whose programs compile and leave it room; 0
-    if there is none.
-
-    Args:
-      room: how many tokens of cache fit beside the setting's own programs.
-    """
-    most = setting.decode.config.max_position_embeddings
-    contexts = {most, max(setting.context, MIN_CAPACITY), *(1 << i for i in range(most.bit_length()))}
-    for context in sorted((n for n in contexts if n >= MIN_CAPACITY), reverse=True):
-        tried = ServeSetting.of(setting.decode, context)
-        if tried.tokens + tried.kept <= room and (tried.decode == setting.decode or tried.fits):
-            return context
-    return 0

@@ -71,11 +71,12 @@ def serve_tables(report: dict[str, Any]) -> Iterator[Any]:
     if not report["fits"]:
         yield f"does not fit; try {report['change']}"
     yield _memory(report["hbm"])
-    if "tokens" in report:
-        tokens = Table("tokens of cache, on all devices", "", f"pages of {report['page']:,}")
-        for name, label in (("fit", "fit beside the rest"), ("slots", "in slots"), ("kept", "kept of prompts")):
+    tokens = Table("tokens of cache, on all devices", "", f"pages of {report['page']:,}")
+    labels = {"fit": "fit beside the rest", "pool": "in the pool", "slots": "in slots", "kept": "kept of prompts"}
+    for name, label in labels.items():
+        if name in report["tokens"]:
             tokens.add_row(label, f"{report['tokens'][name]:,}", f"{report['tokens'][name] // report['page']:,}")
-        yield tokens
+    yield tokens
     yield f"largest context that fits: {report['largest_context']:,}"
     if "gap" in report:
         yield _program(report["program"], "token")

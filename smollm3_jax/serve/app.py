@@ -226,10 +226,10 @@ class Generate:
             await respond(await self.service.in_thread(lambda: in_pieces(job.reply.body())), send)
 
     async def _stream(self, ticket: Ticket, job: Job, send: Send) -> None:
-        started = False
+        started, said, keep_alive = False, time.monotonic(), self.service.settings.keep_alive
         while True:
             # Nothing is said before there is something to say: until then, an error has a status of its own.
-            news = await ticket.take(self.service.settings.keep_alive)
+            news = await ticket.take(keep_alive)
             if ticket.error is not None and not started:
                 raise ticket.error
             if ticket.state == "cancelled" and ticket.error is None:  # nobody is there
@@ -246,10 +246,13 @@ class Generate:
                 log.exception("a stream has failed")
                 self.service.worker.fail(ticket, own_mistake())
                 content, last = framed([(None, own_mistake().body())]), True
+            # What came may be held back, as it may be the beginning of a call.
+            if not content and not last and news and time.monotonic() - said < keep_alive:
+                continue
             if not started:
                 await send({"type": "http.response.start", "status": 200, "headers": EVENTS})
                 started = True
-            content = content or b": keep-alive\n\n"
+            content, said = content or b": keep-alive\n\n", time.monotonic()
             await send({"type": "http.response.body", "body": content, "more_body": not last})
             if last:
                 return

@@ -12,7 +12,7 @@ TYPES |= {403: "permission_error", 405: "invalid_request_error", 413: "invalid_r
 TYPES |= {408: "timeout_error", 429: "rate_limit_error", 500: "server_error", 503: "service_unavailable_error"}
 
 # Where a message of OptionError begins with what it is about: "top_p is 2; ...", "messages[0].role is ...".
-_PATH = re.compile(r"([a-z_]+(?:\[\d+\]|\.[a-z_]+)*)(?=: | is | must | names | has | holds )")
+_PATH = re.compile(r"([a-z_]+(?:\[\d+\]|\.[a-z_]+)*)(?=: | is | must | names | needs | has | holds )")
 
 
 class ApiError(Exception):

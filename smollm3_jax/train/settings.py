@@ -4,6 +4,7 @@ A run folder keeps the resolved settings, so every default is written down there
 """
 
 import dataclasses
+import math
 import re
 import typing
 from collections.abc import Sequence
@@ -254,6 +255,14 @@ def as_table(settings: Any) -> Any:
     return dataclasses.asdict(settings)
 
 
+# Of whole numbers, the least and the most; the others' are 0 and the largest of a device's integers.
+_RANGES = {
+    "run.seed": (0, 2**32 - 1),
+    "data.max_document_bytes": (0, 2**63 - 1),
+    "model.nope_interval": (-1, 2**31 - 1),
+}
+
+
 def check(settings: Settings) -> None:
     """Raises OptionError for values out of range, or that contradict each other."""
     s = settings
@@ -300,6 +309,22 @@ def check(settings: Settings) -> None:
         stage = stage_at(s, start)[1]
         fits = stage.micro_batches >= 1 and stage.rows % stage.micro_batches == 0
         _need(fits, f"step.micro_batches: {stage.rows} rows do not split into {stage.micro_batches} equal parts")
+    _check_values(as_table(s))
+
+
+def _check_values(value: Any, path: str = "") -> None:
+    """Refuses what no setting can be: a negative number, an infinite one, more than a device counts to, half a text."""
+    if isinstance(value, dict | list | tuple):
+        for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
+            _check_values(inner, f"{path}.{key}" if path else str(key))
+    elif isinstance(value, float) and not 0 <= value < math.inf:
+        raise OptionError(f"{path} is {value}; it must be a finite number, and not negative")
+    elif isinstance(value, int):
+        least, most = _RANGES.get(path, (0, 2**31 - 1))
+        if not least <= value <= most:
+            raise OptionError(f"{path} is {value}; it must be a whole number from {least} to {most:,}")
+    elif isinstance(value, str) and re.search(r"[\0\ud800-\udfff]", value):
+        raise OptionError(f"{path} is {value!r}; a NUL or half a surrogate pair is in it, which no text has")
 
 
 def _check_objective(settings: Settings) -> None:

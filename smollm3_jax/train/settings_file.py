@@ -43,7 +43,7 @@ def read_settings(config: str, words: Sequence[str] = ()) -> Settings:
         ) from None
     except OSError as error:
         raise OptionError(f"--config {config} cannot be read: {why(error)}") from None
-    except (tomllib.TOMLDecodeError, UnicodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # ValueError: also half a character, a number of 5,000 digits
         raise OptionError(f"{file}: not TOML: {error}") from None
     for word in words:
         _override(table, word)
@@ -52,12 +52,10 @@ def read_settings(config: str, words: Sequence[str] = ()) -> Settings:
         parse(alone, f"the setting {word[:200]}")  # a mistake in it is none of the file's
     settings = parse(table, str(file))
     check(settings)
-    shipped = {
-        key: str(RECIPES / path.removeprefix(SHIPPED))
-        for key in ("path", "template")
-        if (path := getattr(settings.data, key)).startswith(SHIPPED)
-    }
-    return dataclasses.replace(settings, data=dataclasses.replace(settings.data, **shipped))
+    if settings.data.path.startswith(SHIPPED):
+        own = str(RECIPES / settings.data.path.removeprefix(SHIPPED))
+        settings = dataclasses.replace(settings, data=dataclasses.replace(settings.data, path=own))
+    return settings
 
 
 def parse(table: Mapping[str, Any], where: str = "settings") -> Settings:
@@ -72,7 +70,7 @@ def _override(table: dict[str, Any], word: str) -> None:
         raise OptionError(f"{word!r} is no setting; write section.key=value")
     try:
         value = tomllib.loads(f"value = {text}")["value"]
-    except (tomllib.TOMLDecodeError, RecursionError):
+    except (ValueError, RecursionError):
         value = text  # a bare word is a string
     for key in keys[:-1]:
         table = table.setdefault(key, {})

@@ -34,7 +34,7 @@ def copy_of(folder: str, into: Path, endings: tuple[str, ...]) -> Path:
         files = {name: x for name, x in files.items() if name.endswith(endings)}
         if "config.json" not in files:
             raise HubError(f"{folder} holds no config.json: give the folder of a model")
-        local.mkdir(parents=True, exist_ok=True)
+        local.mkdir(mode=0o700, parents=True, exist_ok=True)
         lock = locked(local / ".lock", wait=True)  # of several processes one copies
         try:
             _copy(store, files, local, folder)
@@ -51,7 +51,11 @@ def copy_of(folder: str, into: Path, endings: tuple[str, ...]) -> Path:
 
 def _copy(store: Any, files: Mapping[str, Any], local: Path, folder: str) -> None:
     note = local / COPIED
-    copied = json.loads(note.read_text()) if note.exists() else {}
+    try:
+        copied = json.loads(note.read_bytes())
+        copied = copied if isinstance(copied, dict) else {}
+    except (OSError, ValueError, RecursionError):  # then all is copied again
+        copied = {}
     keys = {name: store.ukey(x["name"]) for name, x in files.items()}
     wanted = [name for name, key in keys.items() if copied.get(name) != key or not (local / name).exists()]
     for name in {*copied, *wanted}:  # none of them is whole, until the note says so

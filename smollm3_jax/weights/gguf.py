@@ -89,6 +89,7 @@ def _open(path: Path, name_of: Callable[[str], str | None]) -> GGUFFile:
         raise ValueError(
             "it holds what llama-imatrix measured, or an adapter (LoRA), and no model; give the model's file"
         )
+    entries = [entry for entry in entries if not entry.name.removesuffix(".weight").endswith(".attn_rot_embd")]
     names = {entry.name: name_of(entry.name) for entry in entries}
     if unknown := [name for name, hf_name in names.items() if hf_name is None]:
         raise ValueError(f"{len(unknown)} tensors are unknown: {', '.join(map(shown, unknown[:10]))}")

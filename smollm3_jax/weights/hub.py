@@ -17,7 +17,7 @@ from typing import Any
 
 from ..errors import HubError, OptionError
 from ..files import write
-from ..paths import cache_dir, is_remote
+from ..paths import cache_dir, is_remote, user_path
 from ..progress import progress
 from .address import EXAMPLE, gguf_on_hub, hub_address
 from .bucket import copy_of
@@ -53,7 +53,7 @@ def resolve(model: str | Path, revision: str | None = None, token: str | None = 
       HubError: nothing of that name is here, or it could not be fetched.
       OptionError: two revisions are named.
     """
-    name, path = str(model), Path(os.path.expanduser(model))
+    name, path = str(model), user_path(model)
     try:
         is_folder, is_file, is_there = path.is_dir(), path.is_file(), path.exists()
     except OSError as error:  # a name that is too long, a folder that one may not look into

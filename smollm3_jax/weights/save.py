@@ -16,6 +16,7 @@ from ..config import FORMATS, GenerationConfig, ModelConfig
 from ..errors import CheckpointFormatError, OptionError, SaveError
 from ..files import carry, new_folder, write
 from ..model import SmolLM3
+from ..paths import user_path
 from ..progress import progress
 from . import hub, safetensors, torch_files
 from .key_map import hf_tensors, locate, parameters
@@ -176,7 +177,7 @@ def check_target(folder: str | Path, force: bool) -> Path:
       OptionError: there is something in it already, it is or holds the current directory, or its name is a file's.
       SaveError: it is a file.
     """
-    folder = Path(folder).expanduser()
+    folder = user_path(folder)
     try:
         folder = folder.resolve()
         there, holds = os.path.lexists(folder), folder.is_dir() and any(folder.iterdir())

@@ -24,8 +24,9 @@ INTEGER_TAGS = {"I8": "int8", "U8": "uint8"}
 STORED_DTYPES = NUMPY_DTYPES | INTEGER_DTYPES
 # Tensors that some releases of transformers, and other trainers, save though the config determines them.
 _BUFFER = re.compile(
-    r"(?:.*\.)?(?:(?:rotary_emb|rotary_pos_emb|rope)\.\w+"
-    r"|inv_freq|freqs_cis|cos_cached|sin_cached|causal_mask|attn_mask|attention_mask|masked_bias|position_ids)",
+    r"(?:.*\.)?(?:(?:rotary|rope)(?:_\w*)?(?:\.\w+){1,2}|inv_freq|(?:rope_)?freqs(?:_cis|_cos|_sin)?"
+    r"|(?:cos|sin|cos_sin)(?:_cached?)?|(?:(?:causal|attn|attention)_)?mask|(?:self_)?attn\.bias|masked_bias"
+    r"|_?position_ids)",
 )
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import pytest
+import rounding
 from tiny import letters_checkpoint, raw_config, talking_checkpoint
 
 import smollm3_jax as s3
@@ -100,13 +101,15 @@ def test_logprobs(talking, capsys):
     common = ("--model", talking, "--prompt", "w5 w6 w7", "--max-new-tokens", 4, "--ignore-eos")
     got = answer(capsys, *common, "--logprobs", 2, "--prompt-logprobs")
     tokens = got["prompt_token_ids"] + got["token_ids"]
-    expected = jax.nn.log_softmax(s3.from_pretrained(talking)(jnp.array([tokens]))[0])
+    model = s3.from_pretrained(talking)
+    ((expected, allowed),) = rounding.shaken(lambda m: jax.nn.log_softmax(m(jnp.array([tokens]))[0]), model)
     entries = got["prompt_logprobs"] + got["logprobs"]
     assert [entry["id"] for entry in entries] == tokens
     assert [entry["token"] for entry in entries] == [f"w{token}" for token in tokens]
     assert entries[0]["logprob"] is None
     for i, entry in enumerate(entries[1:]):
-        assert entry["logprob"] == pytest.approx(float(expected[i, entry["id"]]), abs=1e-4)
+        off = [abs(entry["logprob"] - expected[at, entry["id"]]) <= allowed[at, entry["id"]] for at in (i, i - 1)]
+        assert off == [True, False]
     for entry in got["logprobs"]:
         first, second = entry["top"]
         assert {"id": first["id"], "token": first["token"]} == {"id": entry["id"], "token": entry["token"]}
@@ -290,10 +293,15 @@ def test_yarn_stretches_the_context(talking, capsys):
 def test_weights_and_cache(talking, capsys):
     common = ("--model", talking, "--prompt", "w5 w6 w7", "--max-new-tokens", 4, "--logprobs", 0)
     plain = answer(capsys, *common)["logprobs"]
+    # bfloat16 rounds by up to 2**-8 of a number, int8 by half of 1/127 of a row's largest, which is about three times
+    # their root mean square: as far as parameters move it that are off by 2**-7.
+    model = s3.from_pretrained(talking)
+    said = rounding.shaken(lambda m: jax.nn.log_softmax(m(jnp.array([[5, 6, 7]]))[0, -1]), model, roundings=2**17)
+    allowed = said[0][1][plain[0]["id"]]
     for option in (("--cache", "int8"), ("--cache", "bfloat16"), ("--weights", "int8"), ("--dtype", "bfloat16")):
         got = answer(capsys, *common, *option)["logprobs"]
         assert got[0]["logprob"] != plain[0]["logprob"], option
-        assert got[0]["logprob"] == pytest.approx(plain[0]["logprob"], abs=0.5), option
+        assert abs(got[0]["logprob"] - plain[0]["logprob"]) <= allowed < 1, option
 
 
 def test_inspect(talking, capsys):

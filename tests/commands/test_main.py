@@ -1,6 +1,7 @@
 """What the command is before any of its subcommands runs."""
 
 import json
+import logging
 import os
 import shutil
 import subprocess
@@ -11,7 +12,7 @@ import jax
 import pytest
 from tiny import talking_checkpoint
 
-from smollm3_jax.commands.main import COMMANDS, main, parse, parser_of
+from smollm3_jax.commands.main import COMMANDS, _Plain, main, parse, parser_of
 
 ROOT = Path(__file__).parents[2]
 HEAVY = ("jax", "jaxlib", "flax", "numpy", "rich", "optax", "tokenizers", "huggingface_hub", "safetensors")
@@ -99,7 +100,11 @@ def usage_error(capsys, arguments) -> list[str]:
         (["generate", "m", "-m", "n", "-p", "x"], "smollm3 generate", "two models are named, m and n"),
         (["generate", "m", "n", "-p", "x"], "smollm3 generate", "unexpected: 'n'"),
         (["generate", "-p", "x"], "smollm3 generate", "name a model"),
-        (["pull", "m", "-x"], "smollm3 pull", "unexpected: '-x'"),
+        (["pull", "m", "-x"], "smollm3 pull", "there is no option -x"),
+        (["chat", "-z"], "smollm3 chat", "there is no option -z"),
+        (["GENERATE"], "smollm3 COMMAND", "did you mean generate?"),
+        (["version"], "smollm3 COMMAND", "did you mean --version?"),
+        (["plan", "memory", "a", "b"], "smollm3 plan memory", "unexpected: 'b'"),
         (["plan", "trian"], "smollm3 plan", "did you mean train?"),
         (["plan", "train", "--bacth", "3"], "smollm3 plan train", "did you mean --batch?"),
         (["train", "--config", "quick", "--run.dir=x"], "smollm3 train", "settings have no dashes: run.dir=x"),
@@ -208,6 +213,14 @@ def test_errors_are_plain_and_a_line(capsys, tmp_path):
         out, err = capsys.readouterr()
         assert out == "" and "\x1b" not in err and "\0" not in err and err.count("\n") == 1
     assert main(["convert", str(tmp_path / ("z" * 300)), "out"]) == 3
+
+
+def test_a_name_makes_no_line_of_its_own_in_the_log():
+    def shown(name: str, *arguments: object) -> str:
+        return _Plain("%(message)s").format(logging.LogRecord(name, 30, "", 1, "%s: x", arguments, None))
+
+    assert shown("smollm3_jax.weights", "m\nsmollm3: \x1b[31mfine") == r"m\nsmollm3: \x1b[31mfine: x"
+    assert shown("sharding.mesh", "a\nb") == "a\nb: x"  # a table
 
 
 @pytest.mark.parametrize(

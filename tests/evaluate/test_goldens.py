@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from parity import reference_logits, reference_model
+from parity import bound, reference_logits, reference_model
 from safetensors.numpy import load_file, save_file
 from tiny import raw_config, talking_checkpoint
 
@@ -55,11 +55,13 @@ def as_released(tiny, monkeypatch):
 pytestmark = pytest.mark.torch
 
 
-def test_the_model_itself_is_verified(as_released, capsys):
+def test_the_model_itself_is_verified(as_released, tiny, capsys):
+    _, values = tiny
     assert main(["verify", str(as_released), "--goldens", "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert report["ok"] and report["checks"] == dict.fromkeys(("finite", "mean", "first", "text"), True)
-    assert report["first_max_abs"] < 2e-4 and report["text"].startswith(" w")
+    # Golden values have four decimals.
+    assert report["first_max_abs"] <= bound(np.array(values["first"])) + 0.5e-4 and report["text"].startswith(" w")
     assert main(["verify", str(as_released), "--goldens"]) == 0
     out = capsys.readouterr().out
     assert "against the golden values of org/tiny" in out and out.endswith("\nverified\n")

@@ -223,9 +223,26 @@ def test_context_limits_lines(model, tokenizer, tmp_path, monkeypatch):
     assert rooms == [45, 100, 512]  # what is needed, what is asked for, what the model can
 
 
+def test_a_line_without_end(model, tokenizer, tmp_path, monkeypatch):
+    """It takes no more memory than a line may, and is answered with what is wrong; the others are as ever."""
+    monkeypatch.setattr(jsonl, "MAX_LINE", 100)
+    monkeypatch.setattr(jsonl, "MAX_ANSWER", 2000)
+    long = b'{"prompt": "' + b"w5 " * 1000 + b'"}\n'
+    (tmp_path / "in").write_bytes(b'{"prompt": "w5"}\n' + long + b'{"prompt": "w6"}\n')
+    run(model, tokenizer, tmp_path / "in", tmp_path / "out")
+    got = answers(tmp_path / "out")
+    assert [index for index in got if "error" in got[index]] == [1]
+    assert got[1]["error"] == "the line is longer than 100 bytes" and got.keys() == {0, 1, 2}
+    assert run(model, tokenizer, tmp_path / "in", tmp_path / "out").done == 3
+    (tmp_path / "mine").write_bytes(b'{"index": 0, "text": "' + b"x" * 3000)  # too long for the torn end of an answer
+    with pytest.raises(SaveError, match="line 1 is no answer"):
+        Batch(tmp_path / "in", tmp_path / "mine")
+    assert (tmp_path / "mine").stat().st_size > 3000
+
+
 def test_what_a_line_is(model, tokenizer, tmp_path):
     """A mark at the beginning, Windows' ends, blank lines, no newline at the end: as other tools write them."""
-    (tmp_path / "in").write_bytes(b'\xef\xbb\xbf{"prompt": "w5"}\r\n\r\n  \n{"prompt": "w6\xe2\x80\xa8"}')
+    (tmp_path / "in").write_bytes(b'\xef\xbb\xbf{"prompt": "w5"}\r\n\r\n  \n\xef\xbb\xbf{"prompt": "w6\xe2\x80\xa8"}')
     run(model, tokenizer, tmp_path / "in", tmp_path / "out")
     got = answers(tmp_path / "out")
     assert {index: "error" in answer for index, answer in got.items()} == {0: False, 3: False}
@@ -320,6 +337,7 @@ def test_a_strangers_file_is_left_alone(tmp_path, content):
 def test_files_that_cannot_be(tmp_path):
     source, target = write(tmp_path / "in", {"prompt": "w5"}), tmp_path / "out"
     for bad, words in (
+        ("a\0b", "cannot be read: embedded null byte"),
         (tmp_path / "nothing", "cannot be read: No such file"),
         (tmp_path, "is not a regular file"),
         (tmp_path / ("x" * 300), "cannot be read: File name too long"),

@@ -1,5 +1,6 @@
 """Programs that others have written, against a server on a socket: what they ask is theirs, not ours."""
 
+import importlib.util
 import json
 import math
 import os
@@ -49,6 +50,11 @@ class Failing(Speaker):
         return [found[0], Delta(number, sample, (5,), "", None, None, "error")]
 
 
+def needs(package: str) -> None:
+    if importlib.util.find_spec(package) is None:
+        pytest.skip(f"{package} is not installed (the extra peers has it)")
+
+
 @pytest.fixture
 def spoken(server: Server) -> Iterator[Running]:
     """The released model's forms, and answers that are written down."""
@@ -91,7 +97,7 @@ def run(script: Path, port: int, model: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("client, left", [("openai", 2), ("ai", 1)])
 def test_clients_of_npm(npm: Path, spoken: Running, client: str, left: int):
-    """Chat, streams, reasoning, tools, schemas, errors, and streams that are left: complaints 4 to 8 of clients'."""
+    """Chat, streams, reasoning, tools, schemas, errors, and streams that are left: C4 to C8."""
     run(npm / f"{client}.mjs", spoken.port, "SmolLM3-3B")
     spoken.until(spoken.is_at_rest)
     assert spoken.service.metrics.cancelled.labels("disconnect")._value.get() == left
@@ -111,6 +117,7 @@ def test_schemathesis(spoken: Running, examples: int, tmp_path: Path):
     """All that it checks, of every operation, streams too, with good and bad data: never a 500, and all answers as
     they are described. But for one thing: a body may be of the right form and yet be refused, as where a call names a
     tool that nobody offers."""
+    needs("schemathesis")
     command = [Path(sys.executable).with_name("st"), "run", f"http://localhost:{spoken.port}/openapi.json"]
     options = ["--max-examples", str(examples), "--exclude-checks", "positive_data_acceptance", "--continue-on-failure"]
     more = ["--header", "Authorization: Bearer secret", "--no-color", "--request-timeout", "60"]
@@ -165,6 +172,7 @@ def test_lm_eval_finds_what_the_model_says_offline(
 ):
     """Log-likelihoods of texts and of choices, by HTTP, are those of one forward pass over each, and perplexity is that
     of `smollm3 perplexity`."""
+    needs("lm_eval")
     write_tasks(tmp_path)
     arguments = {"model": "demo", "base_url": f"http://localhost:{demo}/v1/completions", "max_length": 512}
     arguments |= {"tokenizer": demo_folder, "tokenizer_backend": "huggingface", "num_concurrent": 4}

@@ -77,6 +77,7 @@ def test_errors_quote_nothing_harmful():
         ("messages[0].content[1] is a part", "messages[0].content[1]"),
         ("stop names the id 5", "stop"),
         ("stop texts need a tokenizer", None),
+        ("max_thinking_tokens needs a tokenizer that has <think>", "max_thinking_tokens"),
         ("the text holds a token", None),
     ],
 )

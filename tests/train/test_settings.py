@@ -1,10 +1,12 @@
 import json
+import math
 import re
 
 import pytest
 
 from smollm3_jax.commands.main import main
 from smollm3_jax.errors import OptionError
+from smollm3_jax.train.data.conversations import read_template
 from smollm3_jax.train.settings import Settings, as_table, listed, stage_at
 from smollm3_jax.train.settings_file import parse, read_settings, recipes
 
@@ -79,6 +81,27 @@ def test_mistakes_are_named(file, words, said):
         read_settings(file, words)
 
 
+@pytest.mark.parametrize(
+    ("word", "said"),
+    [
+        (f"run.steps={'9' * 5000}", "must be of type int"),
+        (f"data.length={2**70}", "data.length is 1180591620717411303424; it must be a whole number from 0 to"),
+        ("run.seed=-1", "run.seed is -1; it must be a whole number from 0 to 4,294,967,295"),
+        ("data.epochs=-1", "data.epochs is -1"),
+        ("optimizer.learning_rate=nan", "optimizer.learning_rate is nan; it must be a finite number"),
+        ("optimizer.clip_norm=-0.5", "optimizer.clip_norm is -0.5"),
+        ("guard.spike=inf", "guard.spike is inf"),
+        ("model.rope_theta=-1", "model.rope_theta is -1.0"),
+        ('run.dir="a\\u0000b"', r"run.dir is 'a\\x00b'; a NUL"),
+        ("run.name=\ud800", "run.name is .* half a surrogate pair"),
+    ],
+)
+def test_values_that_no_setting_has(file, word, said):
+    with pytest.raises(OptionError, match=said):
+        read_settings(str(file), [word])
+    assert read_settings(str(file), [f"run.seed={2**32 - 1}"])
+
+
 def test_files_that_are_none(tmp_path):
     with pytest.raises(OptionError, match="neither a file nor a recipe"):
         read_settings(str(tmp_path / "gone.toml"))
@@ -136,6 +159,32 @@ def test_recipes_are_sound(name, tmp_path):
     if name.startswith(("smollm3-stage", "smollm3-long")):
         assert settings.data.rows * settings.data.length == 2_359_296
         assert sum(source.weight for source in settings.data.sources.values()) == pytest.approx(1, abs=0.01)
+
+
+@pytest.mark.parametrize(("name", "splits", "length"), [("smollm3-sft", 25, 65_536), ("smollm3-mid", 2, 32_768)])
+def test_recipes_of_conversations_are_those_that_were_released(name, splits, length, tmp_path):
+    words = [] if name == "smollm3-mid" else ["model.path=mid"]
+    s = read_settings(name, [f"run.dir={tmp_path}", *words])
+    assert (s.objective.kind, s.data.concatenate, s.data.epochs, s.data.rows, s.data.length) == (
+        "sft",
+        True,
+        5,
+        128,
+        length,
+    )
+    assert s.objective.train_on == ("assistant" if name == "smollm3-sft" else "all")
+    assert len(s.data.sources) == splits and "endgeneration" in read_template(s.data.template)
+    o = s.optimizer
+    assert (o.learning_rate, o.schedule, o.end, o.b1, o.b2, o.weight_decay, o.clip_norm) == (
+        2e-5,
+        "cosine",
+        0.1,
+        0.9,
+        0.999,
+        0,
+        0.2,
+    )
+    assert o.warmup_steps == math.ceil(0.03 * s.run.steps)
 
 
 def test_every_setting_says_what_it_means():

@@ -52,6 +52,13 @@ def test_a_copy_that_broke_off_is_made_again(bucket, monkeypatch):
     assert open_checkpoint(resolve("memory://models/m"))
 
 
+@pytest.mark.parametrize("note", [b"", b"[1]", b"\xff", b"[" * 100_000])
+def test_a_note_that_says_nothing(bucket, note):
+    folder = resolve("memory://models/m")
+    (folder / ".copied").write_bytes(note)
+    assert open_checkpoint(resolve("memory://models/m"))
+
+
 @pytest.mark.parametrize("folder", ["memory://models/none", "memory://models", "nonsense://a/b"])
 def test_what_is_no_model_is_said(bucket, folder):
     with pytest.raises(HubError, match=r"holds no config.json|cannot be read"):

@@ -367,6 +367,11 @@ def test_llama3_scaling_as_a_tensor_is_refused(tmp_path):
         opened(path)
 
 
+def test_buffers_of_old_files_are_left_out(tmp_path):
+    old = {f"blk.{i}.attn_rot_embd{end}": np.ones(8, np.float32) for i, end in enumerate(("", ".weight"))}
+    assert [tensor.name for tensor in opened(minimal(tmp_path, **old)).tensors] == [name_of("token_embd.weight")]
+
+
 def test_unknown_tensors_are_counted_and_the_first_named(tmp_path):
     path = minimal(tmp_path, **{f"blk.0.strange{i}.weight": np.ones(2, np.float32) for i in range(12)})
     with pytest.raises(CheckpointFormatError, match="12 tensors are unknown") as error:

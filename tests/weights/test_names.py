@@ -51,6 +51,9 @@ def with_buffers(tensors: Tensors) -> Tensors:
         "model.rotary_emb.inv_freq": frequencies,
     }
     buffers |= {"model.causal_mask": np.ones((4, 4), bool), "model.position_ids": np.arange(4)}
+    more = ("cos_sin_cache", "rotary.freqs", "rotary_embedding.full.inv_freq", "attn.bias", "masked_bias")
+    buffers |= {f"model.layers.1.self_attn.{name}": np.ones(4, np.float16) for name in more}
+    buffers |= {"freqs_cos": frequencies, "rope_freqs": frequencies, "model._position_ids": np.arange(4)}
     return tensors | buffers | {"model.rotary_emb.original_inv_freq": frequencies.astype(ml_dtypes.bfloat16)}
 
 

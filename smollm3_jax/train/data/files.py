@@ -10,13 +10,14 @@ import logging
 import os
 import re
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 from etils import epath
 
-from ...errors import DataError, SupportError
+from ...errors import DataError, OptionError, SupportError
 from ...logs import say_once
-from ...paths import is_remote
+from ...paths import StrPath, is_remote
 from ...support import how_to_install
 from ...text_files import COMPRESSED
 from ..settings import Source
@@ -41,7 +42,7 @@ MANIFEST = "manifest.json"  # of a folder that `smollm3 tokenize` writes; it has
 # Files that lie in folders of corpora and are about them.
 _ABOUT = re.compile(
     r"(readme|licen[cs]e|copying)([._-].*)?|(notice|changelog|contributing|citation|authors|code_of_conduct|security)"
-    r"(\.(md|txt|rst))?",
+    r"(\.(md|txt|rst))?|dataset_(infos?|dict)\.json|state\.json",
     re.IGNORECASE,
 )
 # As datasets' splits are named.
@@ -69,6 +70,8 @@ def find_files(name: str, source: Source, options: OptionNames | None = None) ->
       DataError: there are no such files, or files of several formats, or one is not a plain file.
       SupportError: a library that the path needs is not installed.
     """
+    if not source.path:  # or it would be the folder that one is in
+        raise DataError("the name of a file or folder of documents is empty: give one")
     try:
         path = epath.Path(os.path.expanduser(source.path))
         if path.is_dir():
@@ -84,6 +87,24 @@ def find_files(name: str, source: Source, options: OptionNames | None = None) ->
             f"one of {', '.join(FORMATS)}; what is none of these (CSV, Arrow, archives) has to be converted first"
         )
     return [path]
+
+
+def refuse_within(target: StrPath, source: Source) -> None:
+    """Refuses to write into a folder of documents: what is written would be read as documents the next time.
+
+    Raises:
+      OptionError: the target is that folder or lies in it, or its name is none.
+    """
+    if is_remote(target) or is_remote(source.path) or not source.path or source.format not in ("", "jsonl", "tokens"):
+        return
+    try:
+        folder, place = (Path(os.path.realpath(os.path.expanduser(path))) for path in (source.path, target))
+    except ValueError as error:  # NUL
+        raise OptionError(f"{os.fspath(target)} is no name of a folder: {error}") from None
+    if folder.is_dir() and place.is_relative_to(folder):
+        parts = place.relative_to(folder).parts
+        if not any(part.startswith((".", "_")) for part in parts):  # which is not looked into
+            raise OptionError(f"{place} lies in the folder of the documents, {folder}: write to one beside it")
 
 
 def _in_folder(name: str, source: Source, folder: epath.Path, options: OptionNames) -> list[epath.Path]:
@@ -104,6 +125,8 @@ def _in_folder(name: str, source: Source, folder: epath.Path, options: OptionNam
         )
     if not taken:
         there = f"; there are {some([relative(file, folder) for file in left])}" if left else ""
+        if any(file.suffix == ".arrow" for file in left):
+            there += f". What the library datasets saved is read with {options.format}=hf"
         raise DataError(f"{source.path} is neither a file nor a folder with files that end in {_ENDS}{there}")
     if "tokens" in found:
         for place in {file.parent for file in taken}:

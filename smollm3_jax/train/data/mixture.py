@@ -167,7 +167,10 @@ def training_rows(settings: Settings, corpora: Mapping[str, Documents], encode: 
     documents: dict[str, Any] = dict(corpora)
     if data.concatenate:
         begins = np.cumsum([0, *(len(corpus) for corpus in corpora.values())])
-        parts = [begin + np.array(kept) for begin, kept in zip(begins[:-1], numbers.values(), strict=True)]
+        parts = [
+            begin + np.fromiter(map(kept.__getitem__, range(len(kept))), np.int64, len(kept))
+            for begin, kept in zip(begins[:-1], numbers.values(), strict=True)
+        ]
         numbers = {ALL: _Numbers(np.concatenate(parts))}
         documents = {ALL: Documents([(len(x), x.__getitem__) for x in corpora.values()], tuple(corpora), ())}
 

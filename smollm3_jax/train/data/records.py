@@ -4,11 +4,13 @@ Files of text may be compressed, and in UTF-16 or UTF-32 if they begin with a by
 """
 
 import bisect
+import codecs
 import functools
 import importlib
 import itertools
 import json
 import logging
+import os
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
@@ -69,6 +71,7 @@ def _readable(file: epath.Path) -> epath.Path:
         try:
             copy.parent.mkdir(parents=True, exist_ok=True)
             with new_file(copy) as out:
+                os.fchmod(out.fileno(), 0o600)  # the corpus may be for nobody else to read
                 for block in blocks(stream, file):
                     out.write(block)
         except OSError as error:
@@ -133,7 +136,7 @@ def _open_jsonl(file: epath.Path, field: str, max_bytes: int, options: OptionNam
             raise _too_long(where, end - start, max_bytes, options)
         with file.open("rb") as stream:
             stream.seek(start)
-            line = stream.read(end - start).strip()
+            line = stream.read(end - start).strip().removeprefix(codecs.BOM_UTF8)  # of files that were joined
         try:
             record = json.loads(line.decode())
         except (ValueError, RecursionError) as error:
@@ -186,10 +189,12 @@ def _open_parquet(file: epath.Path, field: str, max_bytes: int, options: OptionN
             if isinstance(error, OSError) and (is_remote(file) or not file.exists()):
                 raise  # of the network, or gone: that says nothing of a record
             raise BadRecord(f"{file.name}, row {index}: {str(error).splitlines()[0]}") from None
+        if not field:
+            return value
         where = f"{file.name}, row {index}"
         if isinstance(value, str | bytes) and len(value) > max_bytes:
             raise _too_long(where, len(value), max_bytes, options)
-        return text_of(value, where) if field else value
+        return text_of(value, where)
 
     return ends[-1] if ends else 0, read
 

@@ -16,6 +16,7 @@ from typing import Any
 from etils import epath
 
 from ...errors import DataError, SupportError
+from ...file_kind import what_it_is
 from ...logs import say_once
 from ...paths import is_remote
 from ...support import how_to_install
@@ -107,6 +108,8 @@ def open_documents(name: str, source: Source, max_bytes: int, options: OptionNam
         parts, names, paths, left, reason = [], [], [], [], None
         for file in files:
             refuse_pointer(file)
+            if kind == "jsonl" and not is_remote(file) and (what := what_it_is(str(file))):
+                raise DataError(f"{file} holds no lines of JSON: {what}")
             count, read = opener(file, source.field, max_bytes, options)
             if kind in ("jsonl", "arrayrecord") and (why := lacking(count, read)):
                 beside = len(files) > 1 and name_ending(file) == ".json"  # it may describe the others

@@ -18,7 +18,7 @@ from ...progress import tally
 from ...tokenizer import load_tokenizer
 from ..settings import Source
 from .encode import encoder
-from .files import MANIFEST, is_ours, read_manifest
+from .files import MANIFEST, is_ours, read_manifest, refuse_within
 from .records import BadRecord
 from .sources import open_documents
 
@@ -54,13 +54,13 @@ def tokenize(
       SaveError: the folder cannot be written.
     """
     if workers < 1 or shard_documents < 1 or bad_records < 0:
-        least = (
+        raise OptionError(
             f"workers {workers} and shard_documents {shard_documents} must be at least 1, bad_records {bad_records} 0"
         )
-        raise OptionError(least)
     corpus = Source(path=source, format=format, field=field)
     config = ModelConfig.from_hf(model)
     encoder(load_tokenizer(model, config), config)  # what is wrong with it shows here
+    refuse_within(folder, corpus)
     documents = open_documents("SRC", corpus, MAX_BYTES)
     inputs = {
         "files": [list(file) for file in documents.files],

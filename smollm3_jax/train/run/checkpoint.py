@@ -9,6 +9,7 @@ import contextlib
 import hashlib
 import json
 import logging
+import os
 import re
 import sys
 from collections.abc import Iterator, Mapping
@@ -20,9 +21,10 @@ import orbax.checkpoint as ocp
 from etils import epath
 from jax import Array
 
-from ...errors import SmolLM3Error, TrainingError
+from ...errors import OptionError, SmolLM3Error, TrainingError
 from ...files import remove
 from ...job import raise_everywhere
+from ...paths import is_remote
 
 log = logging.getLogger(__name__)
 
@@ -148,7 +150,15 @@ def _is_whole(step: epath.Path) -> bool:
 
 
 def left_overs(folder: epath.Path) -> list[epath.Path]:
-    """What interrupted saves left in a folder of checkpoints, and whatever else there is no checkpoint."""
+    """What interrupted saves left in a folder of checkpoints, and whatever else there is no checkpoint.
+
+    Raises:
+      OptionError: the folder is a link: what lies where it leads to may be anybody's.
+    """
+    if not is_remote(folder) and os.path.islink(folder):
+        raise OptionError(
+            f"{folder} is a link, to {os.readlink(folder)}, where nothing is removed: tidy up there by hand"
+        )
     whole = {f"{step:08d}" for step in steps(folder)}
     return sorted(x for x in folder.iterdir() if x.name not in whole) if folder.is_dir() else []
 

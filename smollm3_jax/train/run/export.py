@@ -13,9 +13,11 @@ from etils import epath
 from ...config import GenerationConfig, ModelConfig
 from ...errors import OptionError, TrainingError
 from ...model import SmolLM3
+from ...paths import is_remote
 from ...weights.key_map import abstract_model
 from ...weights.save import check_target, tensors_of, write_folder
 from ...weights.stored import cast
+from ...weights.texts import check_links, is_text_file
 from . import checkpoint as checkpoints
 from .checkpoint import Damaged
 from .export_adapter import TrainedAdapter, adapter_of, write_trained
@@ -62,6 +64,8 @@ def export(
             "--average: the mean of adapters' matrices is none of their sums; export each, and merge these"
         )
     found, model = _restored(run, step, average, adapter_of if of_adapter else _model)
+    if not is_remote(run):
+        check_links(Path(run / TOKENIZER))
     files = {name: (run / TOKENIZER / name).read_bytes() for name in names_in(run / TOKENIZER)}
     if isinstance(model, TrainedAdapter):
         write_trained(model, folder, files, dtype, force, alone=adapter)
@@ -105,10 +109,10 @@ def _is_of_adapter(saved: epath.Path, there: list[int]) -> bool:
 
 
 def names_in(folder: epath.Path) -> list[str]:
-    """Of the files in a folder and in those in it."""
-    here = sorted(folder.iterdir())
-    below = [f"{inner.name}/{file.name}" for inner in here if inner.is_dir() for file in sorted(inner.iterdir())]
-    return [file.name for file in here if file.is_file()] + below
+    """Of the text files of a model in a folder, "additional_chat_templates/x.jinja" too."""
+    here = [path for path in sorted(folder.iterdir()) if is_text_file(path.name)]
+    below = [file for inner in here if inner.is_dir() for file in sorted(inner.iterdir()) if file.is_file()]
+    return [file.name for file in here if file.is_file()] + [f"{file.parent.name}/{file.name}" for file in below]
 
 
 @functools.partial(jax.jit, donate_argnums=0)

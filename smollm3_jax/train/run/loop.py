@@ -19,7 +19,8 @@ from ...errors import DataError, OptionError, TrainingError
 from ...files import remove
 from ...job import agree, raise_everywhere
 from ...support import version
-from ..data.mixture import Batches, expanded
+from ..data.files import refuse_within
+from ..data.mixture import Batches, expanded, sources
 from ..data.prefetch import on_mesh, prefetch
 from ..settings import Settings, as_table, stage_at
 from ..state import count, split
@@ -68,13 +69,15 @@ def train(
     stop = Stop()
     with stop.listening(), contextlib.ExitStack() as stack:
         with raise_everywhere():
-            settings = expanded(settings)
             folder = run_folder(settings.run.dir)
+            for source in sources(settings).values():
+                refuse_within(folder, source)
+            settings = expanded(settings)
             stack.enter_context(only_one(folder))
         if not resume and (folder / "checkpoints").is_dir() and checkpoint.steps(folder / "checkpoints"):
             raise OptionError(f"{folder} holds a run: --resume auto goes on with it, run.dir=FOLDER begins another")
-        if clean and jax.process_index() == 0:
-            for left in checkpoint.left_overs(folder / "checkpoints"):
+        with raise_everywhere():
+            for left in checkpoint.left_overs(folder / "checkpoints") if clean and jax.process_index() == 0 else ():
                 log.warning("removing %s", left)
                 remove(left)
         return _train(set_up(settings, trainable), stop, allow_restart, allow_changes)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from ...weights import demo
 from ...weights.key_map import abstract_model
 from ...weights.load import common_dtype, load, open_checkpoint, text_folder
 from .. import lora
+from ..data.conversations import read_template
 from ..data.encode import encoder
 from ..data.mixture import Batches
 from ..data.pairs import pair_items
@@ -109,6 +111,8 @@ def set_up(settings: Settings, trainable: str | None = None) -> Run:
         texts, shapes, load = open_model(settings)
         tokenizer = load_tokenizer(texts, shapes.config)
         tokenizer_digest = hashlib.sha256((texts / "tokenizer.json").read_bytes()).hexdigest()
+        if settings.objective.kind == "sft":
+            tokenizer_digest += f", template {template_digest(settings, tokenizer)}"
         encode = encode_for(settings, tokenizer, shapes.config)
         batches = Batches(settings, encode)
     agree("models", [shapes.config.to_hf(), tokenizer_digest])
@@ -139,6 +143,13 @@ def objective_of(settings: Settings) -> Objective:
         return Preference(o.loss, o.beta, by_document)
     kind = {"pretrain": Pretrain, "sft": Sft}[o.kind]
     return kind(settings.step.z_loss, by_document=by_document)
+
+
+def template_digest(settings: Settings, tokenizer: Tokenizer) -> str:
+    """Of the chat template that conversations are written with, or of all that the model has."""
+    own = json.dumps([tokenizer.chat_template, dict(tokenizer.templates)])
+    template = read_template(settings.data.template) if settings.data.template else own
+    return hashlib.sha256(template.encode()).hexdigest()
 
 
 def encode_for(settings: Settings, tokenizer: Tokenizer, config: ModelConfig) -> Callable[..., Any]:

@@ -8,8 +8,8 @@ import os
 import pytest
 from corpora import TEXTS, jsonl, read, write_jsonl, write_parquet
 
-from smollm3_jax.errors import DataError
-from smollm3_jax.train.data.files import OptionNames, digest, find_files
+from smollm3_jax.errors import DataError, OptionError
+from smollm3_jax.train.data.files import OptionNames, digest, find_files, refuse_within
 from smollm3_jax.train.data.sources import open_documents
 from smollm3_jax.train.settings import Source
 
@@ -134,6 +134,44 @@ def test_pointers_of_git_lfs(tmp_path):
         (tmp_path / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
         with pytest.raises(DataError, match="git lfs pull"):
             read(tmp_path / name)
+
+
+def test_a_page_for_lines_of_json(tmp_path):
+    (tmp_path / "a.jsonl").write_text("<!DOCTYPE html><html>404</html>")
+    with pytest.raises(DataError, match=r"a.jsonl holds no lines of JSON: it is a web page"):
+        read(tmp_path)
+
+
+def test_a_folder_that_datasets_saved(tmp_path):
+    for name in ("dataset_info.json", "state.json", "dataset_dict.json"):
+        (tmp_path / name).write_text("{}")
+    (tmp_path / "data-00000-of-00001.arrow").write_bytes(b"ARROW1")
+    with pytest.raises(DataError, match=r"data-00000-of-00001.arrow.*saved is read with --format=hf"):
+        read(tmp_path)
+
+
+def test_an_empty_name_is_not_the_folder_that_one_is_in(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_jsonl(tmp_path / "a.jsonl", TEXTS)
+    with pytest.raises(DataError, match="is empty: give one"):
+        read("")
+
+
+def test_nothing_is_written_among_the_documents(tmp_path):
+    """It would be read as documents the next time, and a run could not go on."""
+    corpus = tmp_path / "corpus"
+    (corpus / "below").mkdir(parents=True)
+    (tmp_path / "link").symlink_to("corpus")
+    source = Source(path=str(corpus))
+    for place in (corpus, corpus / "run", corpus / "below" / "a" / "run", tmp_path / "link" / "run"):
+        with pytest.raises(OptionError, match="lies in the folder of the documents"):
+            refuse_within(place, source)
+    with pytest.raises(OptionError, match="is no name of a folder"):
+        refuse_within("a\0b", source)
+    for place in (tmp_path, tmp_path / "corpus2", corpus / ".run", corpus / "_runs" / "1", "gs://bucket/run"):
+        refuse_within(place, source)
+    refuse_within(corpus / "run", Source(path=str(corpus), format="parquet"))
+    refuse_within(tmp_path / "run", Source(path=str(tmp_path / "a.jsonl")))
 
 
 def test_links(tmp_path):

@@ -189,3 +189,59 @@ def test_a_source_for_each_file_of_documents_alone(corpora):
     (corpora / "c.json").write_text('[{"text": "ccc"}]')
     settings = expanded(parse({"data": {"path": str(corpora), "per_file": True}}))
     assert list(settings.data.sources) == ["a", "b", "c"]
+
+
+def of_number(record, length, tally):
+    """A row of two tokens that are the record's number."""
+    return [(np.full(length, record["n"], np.int32), np.ones(length, np.int32), np.ones(length, np.float32))]
+
+
+def numbered(folder, **data):
+    sources = {}
+    for name, first in (("a", 100), ("b", 200)):
+        (folder / f"{name}.jsonl").write_text("".join(f'{{"n": {first + i}}}\n' for i in range(20)))
+        sources[name] = {"path": str(folder / f"{name}.jsonl"), "fraction": {"a": 1.0, "b": 0.35}[name]}
+    table = {"sources": sources, "length": 2, "rows": 4, "epochs": 1, "concatenate": True, **data}
+    return Batches(parse({"data": table, "objective": {"kind": "sft"}}), of_number)
+
+
+def all_batches(batches):
+    found = []
+    while True:
+        try:
+            found.append(batches.next(len(found)))
+        except EndOfData:
+            return found
+
+
+def test_sources_that_are_one_corpus(tmp_path):
+    """Each record once an epoch, of a source a fraction; the last batch is filled up with empty rows."""
+    found = all_batches(numbered(tmp_path))
+    rows = np.concatenate([batch.tokens[:, 0] for batch in found]).tolist()
+    assert len(found) == 7 and rows[27:] == [0] and not found[-1].weights[3].any()
+    of_b = [n for n in rows if n >= 200]
+    assert sorted(n for n in rows if 0 < n < 200) == list(range(100, 120)) and len(of_b) == len(set(of_b)) == 7
+    assert sorted(of_b) != list(range(200, 207)) and rows != sorted(rows)
+    # Held out is what would be without a fraction, and no one trains on it.
+    batches = numbered(tmp_path, eval_every_nth=5)
+    rows = np.concatenate([batch.tokens[:, 0] for batch in all_batches(batches)]).tolist()
+    assert not {n for n in rows if n and n % 5 == 0}
+
+
+def test_sources_that_are_one_corpus_go_on(tmp_path):
+    whole, again = numbered(tmp_path, epochs=2), numbered(tmp_path, epochs=2)
+    for step in range(5):
+        whole.next(step)
+    again.restore(json.loads(json.dumps(whole.state())))
+    for one, other in zip(all_batches(whole), all_batches(again), strict=True):
+        np.testing.assert_array_equal(one.tokens, other.tokens)
+
+
+@pytest.mark.torch
+def test_a_fraction_is_the_one_that_the_authors_drew(tmp_path):
+    """The datasets library's shuffle with the seed 0, and its first records."""
+    import datasets
+
+    wanted = datasets.Dataset.from_dict({"n": list(range(20))}).shuffle(seed=0).select(range(int(20 * 0.35)))["n"]
+    rows = np.concatenate([batch.tokens[:, 0] for batch in all_batches(numbered(tmp_path))]).tolist()
+    assert sorted(n - 200 for n in rows if n >= 200) == sorted(wanted)

@@ -1,5 +1,6 @@
 import gzip
 import json
+import stat
 
 import numpy as np
 import pytest
@@ -44,6 +45,36 @@ def test_parquet(tmp_path):
     (tmp_path / "a.parquet").write_bytes(b"PAR1 no more")
     with pytest.raises(DataError, match="is no Parquet file"):
         read(tmp_path)
+
+
+TALKS = [{"messages": [{"role": "user", "content": f"{i}"}], "tools": None} for i in range(5)]
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "parquet", "arrayrecord"])
+def test_whole_records(tmp_path, ending):
+    """Of a source without a field for the text: conversations."""
+    if ending == "jsonl":
+        (tmp_path / "a.jsonl").write_text("".join(json.dumps(talk) + "\n" for talk in TALKS))
+    elif ending == "parquet":
+        pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+        parquet.write_table(pyarrow.Table.from_pylist(TALKS), tmp_path / "a.parquet", row_group_size=2)
+    else:
+        module = pytest.importorskip("array_record.python.array_record_module")
+        writer = module.ArrayRecordWriter(str(tmp_path / "a.arrayrecord"), "group_size:1")
+        for talk in TALKS:
+            writer.write(json.dumps(talk).encode())
+        writer.close()
+    assert read(tmp_path, field="") == TALKS
+
+
+def test_what_is_no_whole_record(tmp_path):
+    (tmp_path / "a.jsonl").write_text('["a"]\n{"messages": []}\n')
+    documents = open_documents("talks", Source(path=str(tmp_path / "a.jsonl"), field=""), 100)
+    with pytest.raises(BadRecord, match="a list where an object should be"):
+        documents[0]
+    (tmp_path / "b.txt").write_text("a")
+    with pytest.raises(DataError, match="of the format text, and conversations are records of fields"):
+        open_documents("talks", Source(path=str(tmp_path / "b.txt"), field=""), 100)
 
 
 @pytest.mark.parametrize("ending", ["arrayrecord", "tokens"])
@@ -170,6 +201,20 @@ def test_long_documents_name_the_limit(tmp_path):
     words = OptionNames("data.field", "data.format", "data.max_document_bytes")
     with pytest.raises(BadRecord, match=r"1001 bytes, more than data.max_document_bytes=1000"):
         open_documents("s", Source(path=str(tmp_path)), 1000, words)[0]
+
+
+def test_marks_within_a_file_that_others_were_joined_to(tmp_path):
+    one = b'\xef\xbb\xbf{"text": "a"}\n'
+    (tmp_path / "a.jsonl").write_bytes(one + one + b'{"text": "b"}\n' + one)
+    assert read(tmp_path) == ["a", "a", "b", "a"]
+
+
+def test_an_unpacked_corpus_is_for_nobody_else(tmp_path, monkeypatch):
+    monkeypatch.setenv("SMOLLM3_JAX_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(b'{"text": "a"}\n'))
+    assert read(tmp_path / "a.jsonl.gz") == ["a"]
+    [copy] = (tmp_path / "cache" / "corpora").iterdir()
+    assert stat.S_IMODE(copy.stat().st_mode) == 0o600
 
 
 def test_columns_of_bytes(tmp_path):

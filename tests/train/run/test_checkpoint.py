@@ -13,9 +13,9 @@ from etils import epath
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from smollm3_jax.errors import TrainingError
+from smollm3_jax.errors import OptionError, TrainingError
 from smollm3_jax.train.run import checkpoint
-from smollm3_jax.train.run.checkpoint import Checkpoints, Damaged, digest, read_about, restore, steps
+from smollm3_jax.train.run.checkpoint import Checkpoints, Damaged, digest, left_overs, read_about, restore, steps
 
 
 def digest_of(array):
@@ -117,3 +117,13 @@ def test_a_sealed_list_or_another_step_is_damage(tmp_path):
         read_about(folder, 7)
     about = json.loads((folder / "00000003" / "about" / "metadata").read_text())
     assert read_about(folder, 3)["step"] == about["step"] == 3
+
+
+def test_what_is_left_over_is_not_sought_through_a_link(tmp_path):
+    (tmp_path / "victim").mkdir()
+    (tmp_path / "victim" / "diary.txt").write_text("mine")
+    (tmp_path / "checkpoints").symlink_to("victim")
+    with pytest.raises(OptionError, match="is a link, to victim, where nothing is removed"):
+        left_overs(epath.Path(tmp_path / "checkpoints"))
+    assert [path.name for path in left_overs(epath.Path(tmp_path / "victim"))] == ["diary.txt"]
+    assert left_overs(epath.Path(tmp_path / "none")) == []

@@ -7,7 +7,7 @@ from flax import nnx
 from safetensors.numpy import load_file
 
 import smollm3_jax as s3
-from smollm3_jax.errors import OptionError, TrainingError
+from smollm3_jax.errors import CheckpointFormatError, OptionError, TrainingError
 from smollm3_jax.train.run.checkpoint import Checkpoints
 from smollm3_jax.train.run.export import export
 from smollm3_jax.weights.save import tensors_of
@@ -49,6 +49,19 @@ def test_a_checkpoint_or_the_mean_of_several(run, model, tmp_path, options, step
     assert export(run, tmp_path / "out", **options) == steps
     assert_times(tmp_path / "out", model, factor)
     assert (tmp_path / "out" / "tokenizer.json").read_text() == "{}"
+
+
+def test_links_out_of_the_run_are_not_copied(run, tmp_path):
+    (tmp_path / "secret").write_text("secret")
+    texts = tmp_path / "run" / "tokenizer"
+    (texts / "diary.txt").symlink_to(tmp_path / "secret")  # which is no model's
+    (texts / "merges.txt").symlink_to(tmp_path / "secret")
+    with pytest.raises(CheckpointFormatError, match=r"merges\.txt is a link that leads out"):
+        export(run, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    (texts / "merges.txt").unlink()
+    export(run, tmp_path / "out")
+    assert "secret" not in [path.read_text() for path in (tmp_path / "out").glob("*.txt")]
 
 
 def test_in_another_dtype(run, model, tmp_path):
