@@ -1,8 +1,11 @@
 """From a run's checkpoints to a Hugging Face folder."""
 
+import contextlib
 import dataclasses
 import functools
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 from etils import epath
@@ -53,29 +56,14 @@ def export(
         raise OptionError(f"{run} holds no checkpoint")
     if step is not None and step not in there:
         raise OptionError(f"--step {step}: {run} has checkpoints of {', '.join(map(str, there))}")
-    of_adapter = _is_of_adapter(saved, there[-1])
+    of_adapter = _is_of_adapter(saved, there)
     if adapter and not of_adapter:
         raise OptionError(f"--adapter: {run} trains the model itself; without --adapter that is what is written")
     if of_adapter and average > 1:
         raise OptionError(
             "--average: the mean of adapters' matrices is none of their sums; export each, and merge these"
         )
-    found: list[int] = []
-    damage, model = "", None
-    for candidate in reversed([x for x in there if step is None or x <= step]):
-        try:
-            one = (adapter_of if of_adapter else _model)(saved, candidate)
-        except Damaged as reason:
-            if candidate == step:
-                raise TrainingError(str(reason)) from None
-            damage += f"; {reason}"
-            continue
-        found.append(candidate)
-        model = one if model is None or isinstance(one, TrainedAdapter) else _running_mean(model, one, len(found))
-        if len(found) == average:
-            break
-    if model is None or len(found) < average:
-        raise TrainingError(f"{run} has {len(found)} sound checkpoints up to there, not {average}{damage}")
+    found, model = _restored(run, step, average, adapter_of if of_adapter else _model)
     if not is_remote(run):
         check_links(Path(run / TOKENIZER))
     files = {name: (run / TOKENIZER / name).read_bytes() for name in names_in(run / TOKENIZER)}
@@ -90,11 +78,34 @@ def export(
     return found
 
 
-def _is_of_adapter(saved: epath.Path, step: int) -> bool:
-    try:
-        return bool(checkpoints.read_about(saved, step)["settings"].get("lora", {}).get("rank"))
-    except (Damaged, KeyError):
-        return False
+def _restored(run: epath.Path, step: int | None, average: int, restore: Callable[[epath.Path, int], Any]) -> Any:
+    """(the steps, what `restore` makes of the newest sound one up to `step`, or the mean of several)."""
+    saved = run / "checkpoints"
+    there = checkpoints.steps(saved)
+    found: list[int] = []
+    damage, model = "", None
+    for candidate in reversed([x for x in there if step is None or x <= step]):
+        try:
+            one = restore(saved, candidate)
+        except Damaged as reason:
+            if candidate == step:
+                raise TrainingError(str(reason)) from None
+            damage += f"; {reason}"
+            continue
+        found.append(candidate)
+        model = one if model is None else _running_mean(model, one, len(found))
+        if len(found) == average:
+            break
+    if model is None or len(found) < average:
+        raise TrainingError(f"{run} has {len(found)} sound checkpoints up to there, not {average}{damage}")
+    return found, model
+
+
+def _is_of_adapter(saved: epath.Path, there: list[int]) -> bool:
+    for step in reversed(there):
+        with contextlib.suppress(Damaged):
+            return bool(checkpoints.read_about(saved, step).get("settings", {}).get("lora", {}).get("rank"))
+    return False
 
 
 def names_in(folder: epath.Path) -> list[str]:
