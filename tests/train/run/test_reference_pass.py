@@ -81,9 +81,7 @@ def test_a_kill_in_the_reference_pass_changes_no_bit(place, corpus, undisturbed,
     draw = random.Random(seed)
     run = place / f"killed-in-pass-{seed}"
     whole = len(list((undisturbed / "reference").glob("*.sums")))
-    process = subprocess.Popen(
-        command(place, run, *WORDS, corpus=corpus), env=environment(), stderr=subprocess.PIPE, text=True
-    )
+    process = subprocess.Popen(command(place, run, *WORDS, corpus=corpus), env=environment(), stderr=subprocess.DEVNULL)
     pieces = draw.randrange(whole)
     wait_for(lambda: len(list((run / "reference").glob("*.sums"))) >= pieces and (run / "lock").exists())
     try:
@@ -103,7 +101,7 @@ def test_a_kill_between_steps_changes_no_bit(place, corpus, undisturbed, seed):
     run = place / f"killed-in-steps-{seed}"
     process = start(place, run, *WORDS, steps=random.Random(seed).randrange(1, STEPS - 5), corpus=corpus)
     process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.communicate()  # closes its pipe
     before = {path.name: path.stat().st_mtime_ns for path in (run / "reference").iterdir()}
     train(place, run, *WORDS, "--resume", "auto", corpus=corpus)
     assert {path.name: path.stat().st_mtime_ns for path in (run / "reference").iterdir()} == before
@@ -113,7 +111,12 @@ def test_a_kill_between_steps_changes_no_bit(place, corpus, undisturbed, seed):
 @pytest.mark.slow
 def test_a_signal_in_the_reference_pass_stops_the_run_and_it_goes_on(place, corpus, undisturbed):
     run = place / "asked-in-pass"
-    process = subprocess.Popen(command(place, run, *WORDS, "--json", corpus=corpus), env=environment(), stderr=-1)
+    process = subprocess.Popen(
+        command(place, run, *WORDS, "--json", corpus=corpus),
+        env=environment(),
+        stderr=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+    )
     wait_for(lambda: any((run / "reference").glob("*.sums")))
     process.send_signal(signal.SIGTERM)
     assert process.wait() == 75
