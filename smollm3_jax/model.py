@@ -29,7 +29,8 @@ from . import rope, xla_cpu
 from .attention import attention, cached_attention
 from .config import GenerationConfig, ModelConfig
 from .kv_cache import CacheView, KVCache, LayerCache
-from .quantize import QuantizedWeight, Weight, linear, lookup, quantize_weight, scheme_of
+from .lora import LoraWeight, adapted, in_dtype
+from .quantize import Weight, linear, lookup, quantize_weight, scheme_of
 from .rms_norm import norm_for, rms_norm, widened
 
 
@@ -284,7 +285,8 @@ def _run_layers(
             q_BTHE, k_BTKE = (rope.rotate(x, *angles, layer.use_rope) for x in (q_BTHE, k_BTKE))
             return attention(q_BTHE, k_BTKE, v_BTKE, segments_BT=segments_BT, **where), None
 
-        weights = layer.weights if cache is not None else _in_dtype(layer.weights, x_BTD.dtype)
+        # They have the activations' dtype, but where training leaves it to us.
+        weights: Any = layer.weights if cache is not None else in_dtype(layer.weights, x_BTD.dtype)
         x_BTD, cached = block(model.config, weights, x_BTD, attend, model.sharding, norm)
         return x_BTD, (x_BTD if keep_states else None, cached)
 
@@ -342,15 +344,6 @@ def unstacked(model: SmolLM3) -> SmolLM3:
     return out
 
 
-def _in_dtype(weights: Block, dtype: DTypeLike) -> Block:
-    """Weights that are not quantized, in the activations' dtype, which they have but where training leaves it to us."""
-
-    def is_quantized(x: Any) -> bool:
-        return isinstance(x, QuantizedWeight)
-
-    return jax.tree.map(lambda x: x if is_quantized(x) else x.astype(dtype), weights, is_leaf=is_quantized)
-
-
 def block(
     config: ModelConfig,
     p: Block,
@@ -383,13 +376,16 @@ def block(
 
 
 def _linear(
-    x: Array, weight: Weight, bias: nnx.Param | None, contracted: int = 1, sharding: Sharding | None = None
+    x: Array, weight: Weight | LoraWeight, bias: nnx.Param | None, contracted: int = 1, sharding: Sharding | None = None
 ) -> Array:
-    """The product and the bias are added up in float32, then rounded once to x's dtype."""
-    if bias is None:
+    """The products and the bias are added up in float32, then rounded once to x's dtype."""
+    if isinstance(weight, LoraWeight):
+        out = adapted(x, weight, contracted, sharding)
+    elif bias is None:
         return linear(x, weight, contracted, sharding=sharding, dtype=x.dtype)
-    out = linear(x, weight, contracted, sharding=sharding)
-    return (out + widened(bias[...].astype(out.dtype), out)).astype(x.dtype)
+    else:
+        out = linear(x, weight, contracted, sharding=sharding)
+    return (out if bias is None else out + widened(bias[...].astype(out.dtype), out)).astype(x.dtype)
 
 
 def _norm_for(model: SmolLM3, tokens_BT: Array, cache: KVCache | None) -> Callable[..., Array]:

@@ -43,6 +43,17 @@ def reference_model(folder: Path, dtype: str = "float32") -> Any:
     ).eval()
 
 
+def peft_model(base: Path, folder: Path, dtype: str = "float32") -> Any:
+    """PEFT's model of an adapter's folder. No key may be missing or unexpected, of which PEFT itself only warns."""
+    from peft import PeftConfig, get_peft_model, set_peft_model_state_dict
+    from peft.utils import load_peft_weights
+
+    model = get_peft_model(reference_model(base, dtype), PeftConfig.from_pretrained(str(folder)))
+    found = set_peft_model_state_dict(model, load_peft_weights(str(folder), device="cpu"))
+    assert not [name for name in found.missing_keys if "lora" in name] and not found.unexpected_keys
+    return model.eval()
+
+
 def reference_logits(model: Any, tokens: np.ndarray, attention_mask: np.ndarray | None = None) -> np.ndarray:
     """float32 [B, T, V]."""
     import torch

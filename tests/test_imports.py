@@ -19,7 +19,7 @@ ORDER = (
     ("screen_text", "errors", "job", "paths", "files", "logs", "nesting", "sizes", "reading", "file_kind", "progress"),
     ("support", "text_files", "compile_cache"),
     ("config_file", "config"),
-    ("nvidia", "xla_cpu", "kernels", "rms_norm", "rope", "quantize", "tokenizer_files", "tokenizer"),
+    ("nvidia", "xla_cpu", "kernels", "rms_norm", "rope", "quantize", "lora", "tokenizer_files", "tokenizer"),
     ("kv_cache", "attention"),
     ("model",),
     ("weights", "pretrained"),

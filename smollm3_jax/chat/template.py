@@ -9,6 +9,7 @@ refuses it.
 import atexit
 import bisect
 import contextlib
+import functools
 import hashlib
 import json
 import os
@@ -37,7 +38,13 @@ ROLES = ("system", "developer", "user", "assistant", "tool")
 REASONING_FIELDS = ("reasoning_content", "reasoning", "thinking")
 
 
-def render(
+def render(template: str | None, messages: Sequence[Mapping[str, Any]], **options: Any) -> str:
+    """The text of a conversation, equal to transformers' `apply_chat_template(..., tokenize=False)`; its options and
+    what it raises are those of `render_spans`."""
+    return render_spans(template, messages, **options)[0]
+
+
+def render_spans(
     template: str | None,
     messages: Sequence[Mapping[str, Any]],
     *,
@@ -46,8 +53,11 @@ def render(
     special_tokens: Mapping[str, str] | None = None,
     now: Callable[[], datetime] = datetime.now,
     **variables: Any,
-) -> str:
-    """The text of a conversation, equal to transformers' `apply_chat_template(..., tokenize=False)`.
+) -> tuple[str, list[tuple[int, int]]]:
+    """(the text, the (start, end) in it of what each `{% generation %}` block wrote).
+
+    In SmolLM3's template a block is an assistant's turn, from <|im_start|> to the line break after <|im_end|>; a
+    template without such blocks has no spans. What a macro or a call writes has an empty one.
 
     Args:
       template: `Tokenizer.chat_template`, the source of chat_template.jinja; None is an error.
@@ -63,25 +73,6 @@ def render(
       OptionError: the messages or tools are malformed, or hold what the template would drop.
       TokenizerError: the template itself failed, with its own words and, where known, the line; or it took too long, or
         too much memory.
-    """
-    options: dict[str, Any] = {"tools": tools, "special_tokens": special_tokens, "now": now}
-    return render_spans(template, messages, add_generation_prompt=add_generation_prompt, **options, **variables)[0]
-
-
-def render_spans(
-    template: str | None,
-    messages: Sequence[Mapping[str, Any]],
-    *,
-    add_generation_prompt: bool = False,
-    tools: Sequence[Mapping[str, Any]] | None = None,
-    special_tokens: Mapping[str, str] | None = None,
-    now: Callable[[], datetime] = datetime.now,
-    **variables: Any,
-) -> tuple[str, list[tuple[int, int]]]:
-    """(the text, the (start, end) in it of what each `{% generation %}` block wrote), as `render`.
-
-    In SmolLM3's template a block is an assistant's turn, from <|im_start|> to the line break after <|im_end|>; a
-    template without such blocks has no spans. What a macro or a call writes has an empty one.
     """
     if template is None:
         raise TokenizerError(
@@ -203,10 +194,15 @@ def _digits(text: str) -> Iterator[str]:
         digest.update(b"again")
 
 
+@functools.lru_cache(maxsize=8)
+def _any_of(tokens: tuple[str, ...]) -> re.Pattern[str]:
+    """The first character of one of these; a look-ahead finds tokens that overlap, too."""
+    return re.compile(f"(?={'|'.join(map(re.escape, tokens)) or '(?!)'}).", re.DOTALL)
+
+
 def _parting(tokens: Sequence[str], gap: str) -> Callable[[Any], Any]:
     """A function that puts `gap` into these tokens in all strings of a value."""
-    # A look-ahead finds tokens that overlap, too.
-    pattern = re.compile(f"(?={'|'.join(map(re.escape, tokens)) or '(?!)'}).", re.DOTALL)
+    pattern = _any_of(tuple(tokens))
 
     def part(value: Any) -> Any:
         if isinstance(value, str):

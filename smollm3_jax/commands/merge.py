@@ -3,7 +3,7 @@
 import argparse
 
 from ..config import DTYPES
-from .shared import dtype, say
+from .shared import adapters_of, add_adapter, dtype, folder, say
 
 METHODS = ("linear", "slerp", "ties", "dare")
 
@@ -17,6 +17,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--config", metavar="FILE.yml", help="the merge in mergekit's words, or smollm3-merge")
     parser.add_argument("--out", required=True, metavar="DIR", help="the folder to write")
+    add_adapter(parser)
     own = "default: linear; slerp goes from the first model to the second, by the second's share of the weights"
     parser.add_argument("--method", choices=METHODS, default=None, help=own)
     parser.add_argument("--base", metavar="MODEL", help="of ties and dare: what the models were trained from")
@@ -34,6 +35,8 @@ def run(args: argparse.Namespace) -> int:
     from ..weights.merge import merge
     from ..weights.merge_file import read_merge
 
+    if args.adapter:
+        return _fold(args)
     if args.config is None:
         asked = _of_words(args)
     else:
@@ -42,6 +45,21 @@ def run(args: argparse.Namespace) -> int:
         shipped = RECIPES / f"{args.config}.yml"
         asked = read_merge(shipped if shipped.is_file() else args.config)
     merge(asked, args.out, args.max_shard_size, args.force)
+    say(args.out)
+    return 0
+
+
+def _fold(args: argparse.Namespace) -> int:
+    """A model with its adapters folded in: in the model's own dtype, unless another is asked for."""
+    from ..errors import OptionError
+    from ..weights.save import check_target, convert
+
+    if len(args.models) != 1 or args.config or args.method or args.base or args.density is not None:
+        raise OptionError("--adapter is folded into one model: smollm3 merge MODEL --adapter DIR --out OUT")
+    check_target(args.out, args.force)
+    adapters = adapters_of(args)
+    options = {"dtype": args.dtype, "max_shard_size": args.max_shard_size, "force": args.force}
+    convert(folder(args.models[0]), args.out, **options, adapters=adapters)
     say(args.out)
     return 0
 

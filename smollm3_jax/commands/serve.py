@@ -75,6 +75,10 @@ def run(args: argparse.Namespace) -> int:
     if missing := [name for name in NEEDED if importlib.util.find_spec(name) is None]:
         raise SupportError(f"{missing[0]} is not installed, which serving needs: {how_to_install('serve')}")
     keys = _keys(args)
+    if len(args.adapter) > 1:
+        raise OptionError(
+            "--adapter: one is folded into the model that is served; serve others from processes of theirs"
+        )
     if args.max_queue is not None and args.max_queue < 0:
         raise OptionError(f"--max-queue is {args.max_queue}; it must be 0 (nothing waits) or more")
     if not 0 <= args.drain_timeout < 1e6:

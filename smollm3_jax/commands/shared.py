@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from ..model import SmolLM3
     from ..tokenizer import Tokenizer
     from ..weights.load import Checkpoint
+    from ..weights.peft import Adapter
 
 
 # As other programs write them.
@@ -71,11 +72,25 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     """The model and how it is held in memory; see `open_model`."""
     group = parser.add_argument_group("model")
     add_model_name(parser, group)
+    add_adapter(group)
     add_dtype(group, "default: the checkpoint's own")
     group.add_argument("--weights", choices=WEIGHT_SCHEMES, help="quantize the weights at loading")
     group.add_argument("--cache", type=dtype, choices=("bfloat16", "int8"), help="what keys and values are kept in")
     group.add_argument("--yarn", type=float, metavar="FACTOR", help="stretch the context this many times (YaRN)")
     add_mesh(group)
+
+
+def add_adapter(group: Any) -> None:
+    """Adapters of the model; see `adapters_of`."""
+    adapter_help = "a PEFT folder (LoRA, DoRA) to fold into the model, times SCALE (default: 1); may be repeated"
+    group.add_argument("--adapter", action="append", default=[], metavar="[NAME=]DIR[:SCALE]", help=adapter_help)
+
+
+def adapters_of(args: argparse.Namespace) -> "list[tuple[Adapter, float]]":
+    """The adapters of `add_adapter`, opened, and what each counts."""
+    from ..weights.peft import parse_adapter, read_adapter
+
+    return [(read_adapter(folder), scale) for _, folder, scale in map(parse_adapter, args.adapter)]
 
 
 def add_mesh(group: Any) -> None:
@@ -259,12 +274,14 @@ def open_model(args: argparse.Namespace) -> "tuple[Checkpoint, Tokenizer]":
     """The model of `add_model` as it will be loaded, headers only."""
     from ..support import require_devices
     from ..tokenizer import load_tokenizer
-    from ..weights.load import open_checkpoint, text_folder
+    from ..weights.load import open_checkpoint, text_folder, with_adapters
 
     require_devices()
     mesh_of(args)
+    adapters = adapters_of(args)
     path = folder(args.model)
     checkpoint = open_checkpoint(path)
+    checkpoint = with_adapters(checkpoint, adapters) if adapters else checkpoint
     if args.yarn is not None:
         checkpoint = dataclasses.replace(checkpoint, config=with_yarn(checkpoint.config, args.yarn))
     return checkpoint, load_tokenizer(text_folder(path), checkpoint.config)

@@ -39,7 +39,7 @@ def topology(name: str, slices: int = 1) -> tuple[Chip, list[Any]]:
       SupportError: the compiler for it is not installed.
     """
     kind = name.split(":")[0]
-    if kind not in CHIPS or not re.fullmatch(r"\w+:\d+(x\d+)*", name):
+    if kind not in CHIPS or not re.fullmatch(r"\w+:0*[1-9]\d{0,5}(x0*[1-9]\d{0,5})*", name, re.ASCII):
         raise OptionError(
             f"the topology {name!r} is unknown; it reads CHIP:SHAPE, such as v5e:4x4 or h100:8, with a chip of "
             f"{', '.join(CHIPS)}"
@@ -61,13 +61,17 @@ def topology(name: str, slices: int = 1) -> tuple[Chip, list[Any]]:
     return CHIPS[kind], list(devices)
 
 
+MOST_GPUS = 1024
+
+
 def _gpus(name: str) -> list[Any]:
     from jax.experimental import topologies
 
     if importlib.util.find_spec("jax_plugins") is None or importlib.util.find_spec("jax_plugins.xla_cuda13") is None:
         raise SupportError(f"the compiler for NVIDIA GPUs is not installed: {how_to_install('plan-cuda')}")
     kind, _, shape = name.partition(":")
-    count = math.prod(int(x) for x in shape.split("x"))
+    if (count := math.prod(int(x) for x in shape.split("x"))) > MOST_GPUS:
+        raise OptionError(f"the topology {name!r} has {count:,} GPUs; a plan is of {MOST_GPUS} at most")
     described = topologies.get_topology_desc(
         platform="cuda", topology_name=kind, topology=f"1x1x{count}", target_config=GPU_TARGETS[kind]
     )

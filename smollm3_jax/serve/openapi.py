@@ -18,6 +18,7 @@ BOOL: Schema = {"type": "boolean"}
 NUMBER: Schema = {"type": "number"}
 COUNT: Schema = {"type": "integer", "minimum": 0}
 OBJECT: Schema = {"type": "object"}
+FLOAT32 = 3.4028234663852886e38  # the largest
 NOTHING: Schema = {"enum": [None, False, "", [], {}]}  # a field that is not done here may say that it asks for nothing
 
 
@@ -149,12 +150,13 @@ def _formats(flat: bool) -> Schema:
 
 def _shared(server: Server) -> dict[str, Schema]:
     """What the three generating requests have in common."""
-    numbers = {name: NUMBER for name in NUMBERS}
-    numbers |= {"temperature": _within(0, kind="number"), "min_p": _within(0, 1, "number")}
+    numbers = {name: _within(-FLOAT32, FLOAT32, "number") for name in NUMBERS}
+    numbers |= {"temperature": _within(0, FLOAT32, "number"), "min_p": _within(0, 1, "number")}
     numbers |= {"top_p": {"type": "number", "exclusiveMinimum": 0, "maximum": 1}}
-    numbers |= {"repetition_penalty": {"type": "number", "exclusiveMinimum": 0}}
+    numbers |= {"repetition_penalty": {"type": "number", "exclusiveMinimum": 0, "maximum": FLOAT32}}
     stop = {"type": "string", "minLength": 1, "maxLength": MAX_STOP}
-    biases = {"propertyNames": {"pattern": "^(0|[1-9][0-9]*)$"}, "additionalProperties": NUMBER}
+    biases = {"propertyNames": {"pattern": "^(0|[1-9][0-9]*)$"}}
+    biases |= {"additionalProperties": _within(-FLOAT32, FLOAT32, "number")}
     return {
         "model": _one_of(server.name),
         **numbers,

@@ -58,8 +58,9 @@ def compiler_options(platform: str, deterministic: bool = False) -> dict[str, An
 @dataclasses.dataclass(frozen=True)
 class StepOptions:
     """How a step computes: the dtype of its products; a key of REMAT; into how many micro-batches the batch's rows are
-    split."""
+    split; the seed of dropout."""
 
     dtype: str = "bfloat16"
     remat: str = "dots"
     micro_batches: int = 1
+    seed: int = 0

@@ -12,10 +12,12 @@ from typing import Any
 
 from ..config import DTYPES
 from ..errors import OptionError
+from ..weights.key_map import PROJECTIONS
 from .options import REMAT
 
 SCHEDULES = ("constant", "wsd", "cosine", "linear")
 POLICIES = ("stop", "rollback", "ignore")
+BASES = ("float32", "bfloat16", "int8", "int4")
 KINDS = ("pretrain", "sft", "preference")
 LOSSES = ("apo_zero", "apo_down", "sigmoid")
 TRAIN_ON = ("assistant", "all")
@@ -151,6 +153,19 @@ class CheckpointSettings:
 
 
 @dataclasses.dataclass(frozen=True)
+class LoraSettings:
+    """An adapter that is trained in place of the model (lora.py)."""
+
+    rank: int = _setting(0, "of the adapter's matrices; 0: no adapter, all parameters are trained")
+    alpha: float = _setting(0.0, "the adapter counts alpha / rank; 0: twice the rank")
+    dropout: float = _setting(0.0, "the share of the adapter's inputs that a step leaves out")
+    targets: tuple[str, ...] = _setting((), f"which projections, of {', '.join(PROJECTIONS)}; empty: all of them")
+    rslora: bool = _setting(False, "the adapter counts alpha / sqrt(rank)")
+    dora: bool = _setting(False, "the lengths of the weights' rows are trained too (DoRA)")
+    base: str = _setting("", f"what the frozen model is kept in: {', '.join(BASES)}; empty: as the checkpoint is")
+
+
+@dataclasses.dataclass(frozen=True)
 class EvaluationSettings:
     """The loss on held-out documents."""
 
@@ -206,6 +221,7 @@ class Settings:
     step: StepSettings = dataclasses.field(default_factory=StepSettings)
     mesh: MeshSettings = dataclasses.field(default_factory=MeshSettings)
     checkpoint: CheckpointSettings = dataclasses.field(default_factory=CheckpointSettings)
+    lora: LoraSettings = dataclasses.field(default_factory=LoraSettings)
     eval: EvaluationSettings = dataclasses.field(default_factory=EvaluationSettings)
     guard: GuardSettings = dataclasses.field(default_factory=GuardSettings)
     log: LogSettings = dataclasses.field(default_factory=LogSettings)
@@ -269,6 +285,7 @@ def check(settings: Settings) -> None:
     _at_least("guard.window", s.guard.window, 2)
     _one_of("optimizer.schedule", s.optimizer.schedule, SCHEDULES)
     _one_of("step.remat", s.step.remat, tuple(REMAT))
+    _check_lora(s)
     _at_least("checkpoint.keep", s.checkpoint.keep, 2, ", as the newest may turn out to be damaged")
     _one_of("guard.policy", s.guard.policy, POLICIES)
     _, *begins = starts(s)
@@ -341,6 +358,28 @@ def _one_of(key: str, value: str, choices: Sequence[str]) -> None:
 
 def _at_least(key: str, value: float, least: float, why: str = "") -> None:
     _need(value >= least, f"{key} is {value}; it must be at least {least}{why}")
+
+
+def _check_lora(settings: Settings) -> None:
+    lora = settings.lora
+    if lora.rank < 0 or lora.alpha < 0 or not 0 <= lora.dropout < 1:
+        given = f"rank {lora.rank}, alpha {lora.alpha}, dropout {lora.dropout}"
+        raise OptionError(f"lora: {given}; rank and alpha are at least 0, dropout is from 0 to below 1")
+    for target in lora.targets:
+        if target in ("lm_head", "embed_tokens"):
+            raise OptionError(
+                f"lora.targets: {target} is not adapted, as one matrix is both embedding and head; leave it out"
+            )
+        if target not in PROJECTIONS:
+            raise OptionError(f"lora.targets: there is no {target!r}; choose among {', '.join(PROJECTIONS)}")
+    if lora.base not in ("", *BASES):
+        raise OptionError(f"lora.base is {lora.base!r}; choose one of {', '.join(BASES)}")
+    if not lora.rank and lora != LoraSettings():
+        raise OptionError(
+            "lora: lora.rank=0 means no adapter, and other settings of it are given; set lora.rank, to 16 say"
+        )
+    if lora.rank and not settings.model.path:
+        raise OptionError("lora.rank: an adapter is trained on a model that is there: give model.path")
 
 
 def starts(settings: Settings) -> list[int]:

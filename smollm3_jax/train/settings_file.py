@@ -52,12 +52,10 @@ def read_settings(config: str, words: Sequence[str] = ()) -> Settings:
         parse(alone, f"the setting {word[:200]}")  # a mistake in it is none of the file's
     settings = parse(table, str(file))
     check(settings)
-    shipped = {
-        key: str(RECIPES / path.removeprefix(SHIPPED))
-        for key in ("path", "template")
-        if (path := getattr(settings.data, key)).startswith(SHIPPED)
-    }
-    return dataclasses.replace(settings, data=dataclasses.replace(settings.data, **shipped))
+    if settings.data.path.startswith(SHIPPED):
+        own = str(RECIPES / settings.data.path.removeprefix(SHIPPED))
+        settings = dataclasses.replace(settings, data=dataclasses.replace(settings.data, path=own))
+    return settings
 
 
 def parse(table: Mapping[str, Any], where: str = "settings") -> Settings:

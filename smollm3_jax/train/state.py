@@ -24,9 +24,9 @@ from ..weights.key_map import parameters
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """Float32 parameters, optax's state and the count of steps.
+    """Parameters, optax's state and the count of steps.
 
-    model: a SmolLM3 with all parameters, trained and frozen ones.
+    model: a SmolLM3 with all parameters, trained and frozen ones; float32, but for the frozen base of an adapter.
     optimizer: optax's state, of the trained parameters alone.
     step: int32, updates and skipped ones.
     trainable: a regular expression that the whole name of each trained parameter matches ("layers.q"; the names are

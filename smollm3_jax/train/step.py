@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
+from .lora import with_dropout
 from .objectives import Objective
 from .objectives.pretrain import Pretrain
 from .options import StepOptions
@@ -38,7 +39,8 @@ def train_step(
     in.
     """
     trained, frozen = split(state.model, state.trainable)
-    ((total, sums), gradients), bad = _gradients(trained, frozen, batch, objective, options)
+    key = jax.random.fold_in(jax.random.key(options.seed), state.step)
+    ((total, sums), gradients), bad = _gradients(trained, frozen, batch, objective, options, key)
     counts = {name: sums.pop(name) for name in ("tokens", "pairs") if name in sums}
     counts = {name: jnp.where(x > 0, x, 1) for name, x in counts.items()}  # weights may add up to less than 1
     count = counts.get("pairs", counts["tokens"])
@@ -57,12 +59,12 @@ def train_step(
 
 
 def _gradients(
-    trained: Any, frozen: Any, batch: Batch, objective: Objective, options: StepOptions
+    trained: Any, frozen: Any, batch: Batch, objective: Objective, options: StepOptions, key: Array
 ) -> tuple[tuple[tuple[Array, dict[str, Array]], Any], Array]:
     """((sums, gradients of the trained part), how many micro-batches were not finite)."""
 
-    def sums(trained: Any, batch: Batch) -> tuple[Array, dict[str, Array]]:
-        return objective(merge(trained, frozen), batch, options)
+    def sums(trained: Any, batch: Batch, key: Array) -> tuple[Array, dict[str, Array]]:
+        return objective(with_dropout(merge(trained, frozen), key), batch, options)
 
     gradient = jax.value_and_grad(sums, has_aux=True)
 
@@ -70,19 +72,20 @@ def _gradients(
         return ~jnp.isfinite(found[0][0] + optax.tree.norm(found[1]))
 
     if options.micro_batches == 1:
-        found = gradient(trained, batch)
+        found = gradient(trained, batch, key)
         return found, is_bad(found).astype(jnp.float32)
     # Rows are dealt out, so that each micro-batch has some of every device's.
     micro = jax.tree.map(lambda x: x.reshape(-1, options.micro_batches, *x.shape[1:]).swapaxes(0, 1), batch)
 
-    def step(carry: tuple, batch: Batch) -> tuple:
-        found = gradient(trained, batch)
+    def step(carry: tuple, part: tuple[Batch, Array]) -> tuple:
+        found = gradient(trained, *part)
         bad = is_bad(found)
         added = jax.tree.map(lambda old, new: old + jnp.where(bad, 0, new), carry[0], found)
         return (added, carry[1] + bad.astype(jnp.float32)), None
 
     zeros = jax.tree.map(
         lambda x: jnp.zeros(x.shape, x.dtype),
-        jax.eval_shape(lambda: gradient(trained, jax.tree.map(lambda x: x[0], micro))),
+        jax.eval_shape(lambda: gradient(trained, jax.tree.map(lambda x: x[0], micro), key)),
     )
-    return jax.lax.scan(step, (zeros, jnp.zeros((), jnp.float32)), micro)[0]
+    keys = jax.random.split(key, options.micro_batches)
+    return jax.lax.scan(step, (zeros, jnp.zeros((), jnp.float32)), (micro, keys))[0]

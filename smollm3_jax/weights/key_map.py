@@ -46,6 +46,10 @@ TABLE = (
 )
 # Part of a quantized weight -> what its name ends with; a plain weight is one part without a name.
 PARTS = {"": "", ".values": "", ".scale": ".scale", ".minimum": ".minimum"}
+# Hugging Face's name of a layer's projection -> the parameter: what an adapter can sit on.
+PROJECTIONS = {
+    name.split(".")[-2]: param.removeprefix("layers.") for param, name, _ in TABLE if name.endswith("_proj.weight")
+}
 EMBED_NAME, HEAD_NAME = "model.embed_tokens.weight", "lm_head.weight"
 
 

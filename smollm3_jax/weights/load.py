@@ -23,13 +23,13 @@ from sharding.rules import Sharding
 from .. import files
 from ..config import DTYPES, GenerationConfig, ModelConfig
 from ..config_file import adapter_in, gguf_in
-from ..errors import CheckpointFormatError, OptionError, SaveError
+from ..errors import CheckpointFormatError, HubError, OptionError, SaveError
 from ..model import SmolLM3
 from ..paths import cache_dir
 from ..progress import progress
 from ..support import require_devices
 from ..tokenizer import load_tokenizer
-from . import gguf, safetensors, torch_files
+from . import gguf, hub, safetensors, torch_files
 from .key_map import (
     EMBED_NAME,
     HEAD_NAME,
@@ -42,8 +42,9 @@ from .key_map import (
     parameters,
 )
 from .names import canonical, is_head
-from .quantized import quantize_tensors, with_scheme
-from .stored import NUMPY_DTYPES, STORED_DTYPES, StoredTensor, is_buffer, is_finite, raw_bytes, shown
+from .peft import Adapter, folded, is_adapter, read_adapter
+from .quantized import dequantize_tensors, quantize_tensors, with_scheme
+from .stored import NUMPY_DTYPES, STORED_DTYPES, StoredTensor, cast, is_buffer, is_finite, raw_bytes, shown
 from .texts import read_texts
 
 PIECE = 1 << 20  # numbers that are compared at once
@@ -74,12 +75,15 @@ def is_gguf(path: Path) -> bool:
 
 
 def text_folder(path: Path) -> Path:
-    """The folder with config.json and the tokenizer of a model: its own, or for a .gguf file one in the cache.
+    """The folder with config.json and the tokenizer of a model: its own, an adapter's base's, or for a .gguf file one
+    in the cache.
 
     Raises:
       CheckpointFormatError: the .gguf file is unsound.
       SaveError: nothing can be written in the cache.
     """
+    if is_adapter(path):
+        return text_folder(_base_of(read_adapter(path)))
     if not is_gguf(path):
         return path
     stat = path.stat()
@@ -100,13 +104,16 @@ def text_folder(path: Path) -> Path:
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
-    """Opens a Hugging Face folder (safetensors or PyTorch files) or a .gguf file.
+    """Opens a Hugging Face folder (safetensors or PyTorch files), a .gguf file, or an adapter's folder with its base.
 
     Raises:
       ConfigError: config.json is missing, garbled or unsupported.
       CheckpointFormatError: weights are missing or damaged, or are not those that the config asks for.
       TokenizerError: there is a tokenizer, but it is unreadable or another model's.
     """
+    if is_adapter(path):
+        adapter = read_adapter(path)
+        return with_adapters(open_checkpoint(_base_of(adapter)), [(adapter, 1.0)])
     if is_gguf(path):
         file = gguf.open_gguf(path, hf_name_of_gguf)
         config = ModelConfig.from_hf(file.config)
@@ -131,6 +138,30 @@ def open_checkpoint(path: Path) -> Checkpoint:
         if "tokenizer.json" in texts:
             load_tokenizer(path, config)  # only to see that it belongs to this model
     return Checkpoint(config, generation, check_tensors(path, config, found), texts)
+
+
+def with_adapters(checkpoint: Checkpoint, adapters: Sequence[tuple[Adapter, float]]) -> Checkpoint:
+    """The checkpoint with adapters, each times a number, folded in; a quantized one becomes a plain one."""
+    if checkpoint.config.quantization is not None:
+        config, plain = dequantize_tensors(checkpoint.config, checkpoint.tensors)
+        dtype = common_dtype(checkpoint.tensors)
+        tensors = {name: cast(tensor, dtype) for name, tensor in folded(plain, adapters).items()}
+        return dataclasses.replace(checkpoint, config=config, tensors=tensors)
+    return dataclasses.replace(checkpoint, tensors=folded(checkpoint.tensors, adapters))
+
+
+def _base_of(adapter: Adapter) -> Path:
+    """The folder of the model that an adapter is of."""
+    if adapter.base is None:
+        raise CheckpointFormatError(
+            f"{adapter.folder} does not say what model it is of: MODEL --adapter {adapter.folder}"
+        )
+    try:
+        return hub.resolve(adapter.base)
+    except HubError as error:
+        raise HubError(
+            f"{adapter.folder} is an adapter of {adapter.base}: {error}; MODEL --adapter DIR names another"
+        ) from None
 
 
 def _open_torch(folder: Path) -> dict[str, StoredTensor]:
@@ -285,24 +316,32 @@ def load(
         log.info("casting %s tensors to %s", " and ".join(others), target)
     config = dataclasses.replace(config, dtype=target) if target != (config.dtype or own) else config
     model = abstract_model(config, target, checkpoint.generation_config, stacked, sharding)
-    params = parameters(model)
+    if not_finite := fill(model, hf_tensors(config), tensors):
+        cast = ", or its numbers are too large for float16" if target == "float16" != own else ""
+        log.warning("not all finite%s: the checkpoint is damaged or diverged%s", _some("tensors", not_finite), cast)
+    return model
+
+
+def fill(model: SmolLM3, where: Mapping[str, HFTensor], tensors: Mapping[str, StoredTensor]) -> list[str]:
+    """Gives an abstract model its arrays, each where the model's sharding has it; returns the names of the tensors that
+    are not finite.
+
+    Args:
+      where: Hugging Face name -> where it lives, of all that the model holds.
+    """
+    params, sharding = parameters(model), model.sharding
     by_param: dict[str, list[StoredTensor]] = {}
-    for name, hf in hf_tensors(config).items():
+    for name, hf in where.items():
         by_param.setdefault(locate(hf, params)[0], []).append(tensors[name])
     not_finite: dict[str, None] = {}  # names in order, each once
-    with progress("loading", sum(tensor.nbytes for tensor in tensors.values())) as done:
+    with progress("loading", sum(tensors[name].nbytes for name in where)) as done:
         for path, param in params.items():
-            axes = param.get_metadata("axes")
             if sharding is None:
                 at = SingleDeviceSharding(jax.local_devices()[0])
             else:
-                at = sharding.named(path, axes, param.shape)
+                at = sharding.named(path, param.get_metadata("axes"), param.shape)
             param.set_value(_read_param(by_param[path], param, at, not_finite, done))
-    if not_finite:
-        cast = ", or its numbers are too large for float16" if target == "float16" != own else ""
-        names = _some("tensors", list(not_finite))
-        log.warning("not all finite%s: the checkpoint is damaged or diverged%s", names, cast)
-    return model
+    return list(not_finite)
 
 
 def _read_param(

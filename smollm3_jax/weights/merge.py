@@ -15,8 +15,8 @@ from .key_map import HFTensor, hf_tensors
 from .load import Checkpoint, common_dtype, open_checkpoint
 from .merge_file import METHODS, Merge, Part, check, value_at
 from .quantized import dequantize_tensors
-from .save import cast, check_target, write_folder
-from .stored import StoredTensor
+from .save import check_target, write_folder
+from .stored import StoredTensor, cast
 
 log = logging.getLogger(__name__)
 

@@ -20,9 +20,10 @@ from ..paths import user_path
 from ..progress import progress
 from . import hub, safetensors, torch_files
 from .key_map import hf_tensors, locate, parameters
-from .load import Checkpoint, check_dtype, common_dtype, open_checkpoint
+from .load import Checkpoint, check_dtype, common_dtype, open_checkpoint, with_adapters
+from .peft import Adapter
 from .quantized import dequantize_tensors, quantize_tensors, with_scheme
-from .stored import NUMPY_DTYPES, StoredTensor
+from .stored import StoredTensor, cast
 from .texts import check_links, is_text_file, left_out
 
 # What belongs to the model that a folder held before, and goes with it.
@@ -80,6 +81,7 @@ def convert(
     format: str = "safetensors",
     max_shard_size: int | str = "5GB",
     force: bool = False,
+    adapters: Sequence[tuple[Adapter, float]] = (),
 ) -> None:
     """Rewrites a checkpoint (folder, .gguf, hub id) as a Hugging Face folder, tensor by tensor.
 
@@ -87,11 +89,13 @@ def convert(
       dtype: cast every tensor to this, quantized ones too; None keeps each as it is (those that a GGUF
         holds quantized become float32).
       force: the folder may be there, and its model is replaced, tokenizer and templates included; it may be the source.
+      adapters: are folded in, each times a number.
 
     Raises:
       SmolLM3Error: the source is unsound, or the folder cannot be written; it is then as it was.
     """
     checkpoint = _open(source, folder, force)
+    checkpoint = with_adapters(checkpoint, adapters) if adapters else checkpoint
     config, tensors = checkpoint.config, list(checkpoint.tensors.values())
     if dtype is not None:
         dtype = check_dtype(dtype)
@@ -143,20 +147,6 @@ def quantize(
         config = dataclasses.replace(config, dtype=common_dtype(checkpoint.tensors))
     generation, texts = checkpoint.generation_config, checkpoint.files
     write_folder(Path(folder), config, generation, list(tensors.values()), texts, max_shard_size, force=force)
-
-
-def cast(tensor: StoredTensor, dtype: str) -> StoredTensor:
-    """The tensor in another dtype. Reading raises OptionError where float16 would overflow."""
-
-    def read() -> np.ndarray:
-        array = tensor.read()
-        with np.errstate(over="ignore"):
-            out = array.astype(NUMPY_DTYPES[dtype])
-        if dtype == "float16" and np.isinf(out).sum() > np.isinf(array).sum():
-            raise OptionError(f"tensor {tensor.name} holds numbers too large for float16; choose bfloat16 or float32")
-        return out
-
-    return dataclasses.replace(tensor, dtype=dtype, read=read)
 
 
 def parse_size(size: int | str) -> int:

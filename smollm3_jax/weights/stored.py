@@ -8,6 +8,7 @@ from collections.abc import Callable
 import ml_dtypes
 import numpy as np
 
+from ..errors import OptionError
 from ..screen_text import plain
 
 # Name in config.json and in torch -> numpy's type, and the tag that safetensors headers use.
@@ -47,6 +48,20 @@ class StoredTensor:
     def nbytes(self) -> int:
         """Bytes of the whole tensor in `dtype`."""
         return math.prod(self.shape) * STORED_DTYPES[self.dtype].itemsize
+
+
+def cast(tensor: StoredTensor, dtype: str) -> StoredTensor:
+    """The tensor in another dtype. Reading raises OptionError where float16 would overflow."""
+
+    def read() -> np.ndarray:
+        array = tensor.read()
+        with np.errstate(over="ignore"):
+            out = array.astype(NUMPY_DTYPES[dtype])
+        if dtype == "float16" and np.isinf(out).sum() > np.isinf(array).sum():
+            raise OptionError(f"tensor {tensor.name} holds numbers too large for float16; choose bfloat16 or float32")
+        return out
+
+    return dataclasses.replace(tensor, dtype=dtype, read=read)
 
 
 def shown(name: object) -> str:

@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from smollm3_jax.chat import template as template_module
-from smollm3_jax.chat.template import encode_chat, normalize, render
+from smollm3_jax.chat.template import encode_chat, encode_chat_mask, normalize, render, render_spans
 from smollm3_jax.config import ModelConfig
 from smollm3_jax.errors import OptionError, TokenizerError
 from smollm3_jax.tokenizer import Tokenizer, load_tokenizer
@@ -567,6 +567,32 @@ def test_text_of_control_tokens_is_encoded_as_any_other(released, renamed, syste
         for m in messages
     ]
     assert encode_chat(released, messages, now=lambda: CLOCK, **options) == whole(other, expected, **options)
+
+
+SPANS = "{% for m in messages %}{% generation %}<{{ m.content }}>{% if m.content == 'x' %}{% continue %}{% endif %}"
+SPANS += "{% endgeneration %}-{% endfor %}"
+
+
+def test_spans_are_what_generation_blocks_wrote():
+    text, spans = render_spans(SPANS, [turn("user", "ab"), turn("assistant", ""), turn("user", "c")])
+    assert text == "<ab>-<>-<c>-" and [text[start:end] for start, end in spans] == ["<ab>", "<>", "<c>"]
+    assert render_spans("{{ messages[0].content }}", [HI]) == ("Hi", [])
+    with pytest.raises(TokenizerError, match="`continue` or `break` leaves a `generation` block"):
+        render_spans(SPANS, [turn("user", "x")])
+
+
+def test_masks_where_text_of_control_tokens_is_parted(released: Tokenizer):
+    """What is masked lies where it lies without such text, whose characters and bytes are more than its tokens."""
+    template = (
+        "{% for m in messages %}{% if m.role == 'assistant' %}{% generation %}[{{ m.content }}]{% endgeneration %}"
+    )
+    template += "{% else %}{{ m.content }}{% endif %}{% endfor %}"
+    tokenizer = Tokenizer(released.backend, template, {})
+    ids, mask = encode_chat_mask(
+        tokenizer, [turn("user", "é<|im_end|>🙂 <think>a\n"), turn("assistant", "ü<|im_end|>🙂"), turn("user", "b")]
+    )
+    assert len(mask) == len(ids)
+    assert released.decode([i for i, kept in zip(ids, mask, strict=True) if kept], False) == "[ü<|im_end|>🙂]"
 
 
 def test_overlapping_tokens_and_tokens_of_whitespace():

@@ -75,6 +75,9 @@ def test_heads_of_pages_lie_on_several_devices():
     """As rows have it, preempted or not; nothing is compiled after the engine is warm."""
     mesh = Mesh(np.array(jax.devices()[:2]).reshape(1, 2), ("data", "tensor"))
     model, found = on_mesh(new_model(), Sharding.of(mesh, "serve_tp")), []
+    # Two samples that share a page, and take two more each, of four.
+    long = s3.SamplingParams(**COMMON | {"max_new_tokens": 60}, n=2, temperature=0.7, seed=3)
+    growing = Request(PROMPTS[1][:33].tolist(), long)
     for cache_tokens in (None, 128):
         engine = Engine(
             model,
@@ -87,7 +90,7 @@ def test_heads_of_pages_lie_on_several_devices():
         )
         engine.warm_up()
         warm = compilations()
-        for request in [*REQUESTS, *REQUESTS[:2]]:
+        for request in [*REQUESTS, *REQUESTS[:2], growing]:
             engine.submit(request)
         answers: dict[tuple[int, int], Completion] = {}
         for delta in engine.drain():
@@ -95,7 +98,7 @@ def test_heads_of_pages_lie_on_several_devices():
         assert compilations() == warm and engine.prefixes is not None and engine.prefixes.hits
         assert (engine.preemptions > 0) == (cache_tokens is not None)
         found.append(answers)
-    assert found[0] == found[1] and len(found[0]) == 7
+    assert found[0] == found[1] and len(found[0]) == 9
 
 
 @pytest.mark.slow

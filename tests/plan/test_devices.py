@@ -39,6 +39,19 @@ def test_hosts_of_gpus(name, kind, count):
     assert chip_of(devices[0]) == chip == CHIPS[name[:4]]
 
 
+@pytest.mark.parametrize("shape", ["0", "0x4", "4x", "-1", "", "9" * 5000, "1e3", "\u0663", "4x4\n"])
+@pytest.mark.parametrize("chip", ["v5e", "h100"])
+def test_shapes_that_are_none(chip, shape):
+    with pytest.raises(OptionError, match="is unknown; it reads CHIP:SHAPE"):
+        topology(f"{chip}:{shape}")
+
+
+@needs_cuda
+def test_more_gpus_than_a_plan_is_of():
+    with pytest.raises(OptionError, match="has 999,999 GPUs"):
+        topology("h100:999999")
+
+
 @needs_cuda
 def test_there_is_one_host_of_gpus():
     with pytest.raises(OptionError, match="h100:8 is one host"):

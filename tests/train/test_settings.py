@@ -1,10 +1,12 @@
 import json
+import math
 import re
 
 import pytest
 
 from smollm3_jax.commands.main import main
 from smollm3_jax.errors import OptionError
+from smollm3_jax.train.data.conversations import read_template
 from smollm3_jax.train.settings import Settings, as_table, listed, stage_at
 from smollm3_jax.train.settings_file import parse, read_settings, recipes
 
@@ -157,6 +159,32 @@ def test_recipes_are_sound(name, tmp_path):
     if name.startswith(("smollm3-stage", "smollm3-long")):
         assert settings.data.rows * settings.data.length == 2_359_296
         assert sum(source.weight for source in settings.data.sources.values()) == pytest.approx(1, abs=0.01)
+
+
+@pytest.mark.parametrize(("name", "splits", "length"), [("smollm3-sft", 25, 65_536), ("smollm3-mid", 2, 32_768)])
+def test_recipes_of_conversations_are_those_that_were_released(name, splits, length, tmp_path):
+    words = [] if name == "smollm3-mid" else ["model.path=mid"]
+    s = read_settings(name, [f"run.dir={tmp_path}", *words])
+    assert (s.objective.kind, s.data.concatenate, s.data.epochs, s.data.rows, s.data.length) == (
+        "sft",
+        True,
+        5,
+        128,
+        length,
+    )
+    assert s.objective.train_on == ("assistant" if name == "smollm3-sft" else "all")
+    assert len(s.data.sources) == splits and "endgeneration" in read_template(s.data.template)
+    o = s.optimizer
+    assert (o.learning_rate, o.schedule, o.end, o.b1, o.b2, o.weight_decay, o.clip_norm) == (
+        2e-5,
+        "cosine",
+        0.1,
+        0.9,
+        0.999,
+        0,
+        0.2,
+    )
+    assert o.warmup_steps == math.ceil(0.03 * s.run.steps)
 
 
 def test_every_setting_says_what_it_means():

@@ -90,10 +90,10 @@ def quantized(folder: Path) -> None:
 
 
 FOLDERS: dict[Callable[[Path], None], tuple[str, ...]] = {
-    adapter: ("an adapter (LoRA) of 'org/base'", "merge_and_unload"),
-    adapter_with_config: ("an adapter (LoRA) of 'org/base'", "merge_and_unload"),
-    torch_adapter_with_config: ("holds no weights", "an adapter (LoRA)"),
-    torch_adapter_with_its_weights: ("holds no weights", "an adapter (LoRA)"),
+    adapter: ("adapter_config.json", "r must be a number above 0"),
+    adapter_with_config: ("adapter_config.json", "r must be a number above 0"),
+    torch_adapter_with_config: ("has no adapter_model.safetensors", "save_pretrained"),
+    torch_adapter_with_its_weights: ("has no adapter_model.safetensors", "save_pretrained"),
     gguf_below: ("holds GGUF files", "Q4/a.GGUF"),
     only_gguf: ("holds GGUF files", "give the file", "a.Q4_0.gguf, or another of the 2"),
     gguf_with_config: ("holds no weights", "give the file", "a.gguf"),
@@ -130,11 +130,12 @@ def test_a_folder_that_is_no_model(make, tmp_path, capsys):
 
 
 def test_a_hostile_adapter_config(tmp_path, capsys):
-    (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "\\u001b[31m' + "x" * 9999 + '"}')
+    adapter(tmp_path)
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "\\u001b[31m' + "x" * 9999 + '"}')
     message = refusal(capsys, tmp_path)
     assert "\x1b" not in message and len(message) < 1000
     (tmp_path / "adapter_config.json").write_bytes(b"\xff")
-    assert "an adapter (LoRA), not a model" in refusal(capsys, tmp_path)
+    assert "adapter_config.json" in refusal(capsys, tmp_path)
 
 
 # Files

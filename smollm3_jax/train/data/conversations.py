@@ -23,6 +23,7 @@ from ...errors import OptionError, SmolLM3Error
 from ...reading import read_file, why
 from ...text_files import decode
 from ...tokenizer import Tokenizer
+from ..settings_file import RECIPES, SHIPPED
 from .records import BadRecord
 
 MOST_BYTES = 2**20  # of a template
@@ -135,9 +136,11 @@ def with_template(tokenizer: Tokenizer, template: str) -> Tokenizer:
 
 
 def read_template(path: str) -> str:
-    """A chat template's file. Raises OptionError."""
+    """A chat template's file, or one that the package ships, recipe:NAME. Raises OptionError."""
+    shipped = path.startswith(SHIPPED)
+    file = RECIPES / path.removeprefix(SHIPPED) if shipped else Path(path).expanduser()
     try:
-        return decode(read_file(Path(path).expanduser(), MOST_BYTES))
+        return decode(read_file(file, MOST_BYTES))
     except (OSError, UnicodeError) as error:
         raise OptionError(f"data.template={path} cannot be read: {why(error)}") from None
 

@@ -4,13 +4,14 @@ Shapes: B rows, T tokens of a row, D model width, V vocabulary.
 """
 
 import dataclasses
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from ...lora import in_dtype
 from ...model import SmolLM3
 from ..loss import cross_entropy, next_tokens
 from ..options import REMAT, StepOptions
@@ -65,7 +66,7 @@ def predictions(model: SmolLM3, batch: Batch, options: StepOptions, by_document:
     by_document: positions count from 0 in each document, not through the row.
     """
     sharding = model.sharding
-    cast = jax.tree.map(lambda x: x.astype(options.dtype), model)
+    cast: Any = in_dtype(model, options.dtype)
     if model.platform == "cpu":
         # Each layer casts its own: XLA:CPU writes gradients into a stack of bfloat16 by way of all of it in float32.
         cast.layers = model.layers

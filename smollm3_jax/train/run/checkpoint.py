@@ -246,6 +246,12 @@ def digest(arrays: Mapping[str, Array]) -> tuple[dict[str, str], dict[str, bool]
     return words, {name: bool(finite[name]) for name in arrays}
 
 
+def digest_of(tree: Any) -> str:
+    """One digest of all arrays of a tree, the same on any mesh."""
+    digests, _ = digest(named_arrays(tree))
+    return hashlib.sha256("".join(name + digests[name] for name in sorted(digests)).encode()).hexdigest()
+
+
 @jax.jit
 def _digests(arrays: dict[str, Array]) -> tuple[dict[str, Array], dict[str, Array]]:
     finite = {name: jnp.isfinite(x).all() for name, x in arrays.items()}

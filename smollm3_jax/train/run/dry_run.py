@@ -5,6 +5,7 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
+import jax
 from rich.table import Table
 from rich.text import Text
 
@@ -16,6 +17,7 @@ from ...screen_text import plain
 from ...weights import demo
 from ...weights.key_map import abstract_model
 from ...weights.load import text_folder
+from .. import lora
 from ..settings import Settings, as_table, stage_at, starts
 from ..state import count, split
 
@@ -35,14 +37,22 @@ def describe(settings: Settings, trainable: str | None = None) -> dict[str, Any]
         _, stage = stage_at(settings, start)
         tokens = (end - start) * stage.rows * stage.length
         stages.append({**as_table(stage), "steps": end - start, "tokens": tokens})
-    model = abstract_model(model_config(settings), "float32")
+    config = model_config(settings)
+    model = abstract_model(config, "float32")
+    if settings.lora.rank:
+        trainable, dtype = lora.TRAINED, config.dtype or "float32"
+        own = dtype if config.quantization is None else config.quantization.weights
+        model = lora.shapes_of(config, settings.lora, settings.lora.base or own, dtype)
     parameters, trained = count(model), count(split(model, trainable)[0])
     return {
         "steps": settings.run.steps,
         "tokens": sum(stage["tokens"] for stage in stages),
         "stages": stages,
         "parameters": parameters,
-        "memory": {"parameters": 4 * parameters, "optimizer": 8 * trained},
+        "memory": {
+            "parameters": sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(model)),
+            "optimizer": 8 * trained,
+        },
         "missing": missing(settings),
         "settings": as_table(settings),
     }
@@ -73,7 +83,7 @@ def tables(report: dict[str, Any]) -> Iterator[Any]:
     memory = report["memory"]
     yield (
         f"{report['steps']:,} steps, {report['tokens']:,} tokens; {report['parameters']:,} parameters, with their "
-        f"optimizer {(memory['parameters'] + memory['optimizer']) / GIB:.2f} GiB in float32 over all devices"
+        f"optimizer {(memory['parameters'] + memory['optimizer']) / GIB:.2f} GiB over all devices"
     )
     for name in report["missing"]:
         yield Text(plain(f"warning: {name} is not there"))

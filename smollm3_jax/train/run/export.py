@@ -12,10 +12,12 @@ from ...errors import OptionError, TrainingError
 from ...model import SmolLM3
 from ...paths import is_remote
 from ...weights.key_map import abstract_model
-from ...weights.save import cast, check_target, tensors_of, write_folder
+from ...weights.save import check_target, tensors_of, write_folder
+from ...weights.stored import cast
 from ...weights.texts import check_links, is_text_file
 from . import checkpoint as checkpoints
 from .checkpoint import Damaged
+from .export_adapter import TrainedAdapter, adapter_of, write_trained
 from .folder import TOKENIZER
 
 
@@ -24,15 +26,20 @@ def export(
     folder: Path,
     step: int | None = None,
     average: int = 1,
-    dtype: str = "float32",
+    dtype: str | None = None,
     force: bool = False,
+    adapter: bool = False,
 ) -> list[int]:
     """Writes a checkpoint of a run as a model folder; returns the steps that went into it.
+
+    Of a run that trains an adapter that is its base with the adapter folded in, or the adapter alone as a PEFT folder.
 
     Args:
       step: None is the newest that is sound.
       average: how many checkpoints to take the mean of: that one and those before it.
+      dtype: of what is written; None is float32, or of a run that trains an adapter the base's own.
       force: replace the model that the folder holds, if any.
+      adapter: write the adapter alone.
 
     Raises:
       OptionError: there is no such checkpoint, or there are fewer; or there is something in the folder already.
@@ -46,18 +53,25 @@ def export(
         raise OptionError(f"{run} holds no checkpoint")
     if step is not None and step not in there:
         raise OptionError(f"--step {step}: {run} has checkpoints of {', '.join(map(str, there))}")
+    of_adapter = _is_of_adapter(saved, there[-1])
+    if adapter and not of_adapter:
+        raise OptionError(f"--adapter: {run} trains the model itself; without --adapter that is what is written")
+    if of_adapter and average > 1:
+        raise OptionError(
+            "--average: the mean of adapters' matrices is none of their sums; export each, and merge these"
+        )
     found: list[int] = []
     damage, model = "", None
     for candidate in reversed([x for x in there if step is None or x <= step]):
         try:
-            one = _model(saved, candidate)
+            one = (adapter_of if of_adapter else _model)(saved, candidate)
         except Damaged as reason:
             if candidate == step:
                 raise TrainingError(str(reason)) from None
             damage += f"; {reason}"
             continue
         found.append(candidate)
-        model = one if model is None else _running_mean(model, one, len(found))
+        model = one if model is None or isinstance(one, TrainedAdapter) else _running_mean(model, one, len(found))
         if len(found) == average:
             break
     if model is None or len(found) < average:
@@ -65,11 +79,22 @@ def export(
     if not is_remote(run):
         check_links(Path(run / TOKENIZER))
     files = {name: (run / TOKENIZER / name).read_bytes() for name in names_in(run / TOKENIZER)}
+    if isinstance(model, TrainedAdapter):
+        write_trained(model, folder, files, dtype, force, alone=adapter)
+        return found
+    dtype = dtype or "float32"
     config = ModelConfig.from_hf(checkpoints.read_about(saved, found[0])["config"])
     config = dataclasses.replace(config, dtype=dtype)
     tensors = [cast(tensor, dtype) for tensor in tensors_of(model)]
     write_folder(folder, config, model.generation_config, tensors, files, force=force)
     return found
+
+
+def _is_of_adapter(saved: epath.Path, step: int) -> bool:
+    try:
+        return bool(checkpoints.read_about(saved, step)["settings"].get("lora", {}).get("rank"))
+    except (Damaged, KeyError):
+        return False
 
 
 def names_in(folder: epath.Path) -> list[str]:

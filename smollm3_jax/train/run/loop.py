@@ -30,7 +30,7 @@ from .folder import TOKENIZER, keep_texts, only_one, run_folder
 from .program import memory_explained, program_for
 from .reference_pass import reference_sums
 from .resume import restore
-from .setup import Run, first_state, in_stage, set_up
+from .setup import Run, first_state, in_stage, saved_part, set_up
 from .stop import Stop
 
 log = logging.getLogger(__name__)
@@ -215,11 +215,12 @@ def _save(run: Run) -> None:
         "retries": progress.retries,
         "tokenizer": run.tokenizer_digest,
         "trainable": run.trainable,
+        "base": run.base,
         "config": progress.state.model.config.to_hf(),
         "generation_config": progress.state.model.generation_config.to_hf(),
     }
     with run.monitor.busy("saving"):
-        run.checkpoints.save(progress.step, progress.state, about)
+        run.checkpoints.save(progress.step, saved_part(run, progress.state), about)
     run.monitor.flush()
     progress.saved, progress.saved_data = progress.step, progress.data
 

@@ -22,7 +22,7 @@ def program_for(run: Run, number: int, stage: Stage, batch: Batch) -> Compiled:
     key = (number, batch.tokens.shape)
     if key not in run.programs:
         s, state = run.settings, run.progress.state
-        options = StepOptions(s.model.dtype, s.step.remat, stage.micro_batches)
+        options = StepOptions(s.model.dtype, s.step.remat, stage.micro_batches, s.run.seed)
         lowered = train_step.lower(
             state, batch, objective=run.objective, optimizer=run.optimizer(number)[0], options=options
         )

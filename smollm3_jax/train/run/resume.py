@@ -14,7 +14,7 @@ from ..settings_file import parse
 from ..state import split
 from . import checkpoint
 from .checkpoint import Damaged
-from .setup import Run, state_like
+from .setup import Run, saved_part, state_like, with_base
 from .stages import begin_of, config_in, rate_of
 
 log = logging.getLogger(__name__)
@@ -42,9 +42,9 @@ def restore(run: Run, *, allow_restart: bool = False, allow_changes: bool = Fals
                 about = checkpoint.read_about(folder, step)
                 _compare(run, about, allow_changes)
             progress.state = None  # what is to be replaced need not take memory
-            progress.state = checkpoint.restore(
-                folder, step, state_like(run, stage_at(run.settings, max(0, step - 1))[1])
-            )
+            like = saved_part(run, state_like(run, stage_at(run.settings, max(0, step - 1))[1]))
+            progress.state = with_base(run, checkpoint.restore(folder, step, like))
+            _compare_base(run, about.get("base"))
         except Damaged as reason:
             log.warning("%s; trying the one before", reason)
             run.monitor.event({"event": "damaged checkpoint", "step": step, "reason": str(reason)})
@@ -95,6 +95,15 @@ def _compare(run: Run, about: Mapping[str, Any], allow_changes: bool) -> None:
             f"the checkpoint was made with other settings: {'; '.join(differ[:10])}; --allow-changes goes on anyway"
         )
     log.warning("going on with other settings: %s", "; ".join(differ))
+
+
+def _compare_base(run: Run, then: str | None) -> None:
+    """Raises TrainingError where an adapter would go on with another model than it was trained on."""
+    if run.base != then:
+        raise TrainingError(
+            f"{run.settings.model.path} is not the model that the adapter was trained on so far: its numbers have "
+            "changed since; give the old one, model.path=MODEL, or begin anew in another run.dir"
+        )
 
 
 def _trained(run: Run, trainable: str | None) -> set[str]:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,9 @@ from ...model import SmolLM3
 from ...tokenizer import Tokenizer, load_tokenizer
 from ...weights import demo
 from ...weights.key_map import abstract_model
-from ...weights.load import load, open_checkpoint, text_folder
+from ...weights.load import common_dtype, load, open_checkpoint, text_folder
+from .. import lora
+from ..data.conversations import read_template
 from ..data.encode import encoder
 from ..data.mixture import Batches
 from ..data.pairs import pair_items
@@ -35,8 +38,8 @@ from ..objectives.sft import Sft
 from ..optimizer import adamw
 from ..reference import Sums
 from ..settings import Settings, Stage, stage_at, starts
-from ..state import TrainState, init_state, state_shardings
-from .checkpoint import Checkpoints, digest, named_arrays
+from ..state import TrainState, init_state, merge, split, state_shardings
+from .checkpoint import Checkpoints, digest, digest_of, named_arrays
 from .folder import environment, run_folder
 from .monitor import Monitor
 from .stages import config_in, rate_of, with_config
@@ -63,11 +66,11 @@ class Progress:
 class Run:
     """One call of `train`: what it set up, and where it stands.
 
-    texts: the folder of the model's text files. encode: as `Batches` takes it. shapes: the float32 model without
-      arrays; load: makes the model.
-    trainable: as in `TrainState`. batches: replaced by a rollback. reference: the sums of preferences, before the first
-    step. optimizers: by the stage's number, (AdamW, its
-    learning rate). programs: the compiled step, by the stage's number and the batch's shape.
+    texts: the folder of the model's text files. encode: as `Batches` takes it. shapes: the model without arrays; load:
+      makes the model.
+    trainable: as in `TrainState`. batches: replaced by a rollback. base: the digest of what an adapter is trained on,
+      once that is there. reference: the sums of preferences, before the first step. optimizers: by the stage's number,
+      (AdamW, its learning rate). programs: the compiled step, by the stage's number and the batch's shape.
     """
 
     settings: Settings
@@ -83,6 +86,7 @@ class Run:
     checkpoints: Checkpoints
     monitor: Monitor
     progress: Progress
+    base: str | None = None
     reference: Sums | None = None
     optimizers: dict[int, tuple[optax.GradientTransformation, optax.Schedule]] = dataclasses.field(default_factory=dict)
     programs: dict[tuple[int, tuple[int, ...]], Compiled] = dataclasses.field(default_factory=dict)
@@ -99,10 +103,16 @@ class Run:
 def set_up(settings: Settings, trainable: str | None = None) -> Run:
     """A run before its first step, without a state. Raises SmolLM3Error or ShardingError, on all processes."""
     folder = run_folder(settings.run.dir)
+    if settings.lora.rank:
+        if trainable is not None:
+            raise OptionError("trainable: with lora.rank the adapter is trained, and nothing else; give one of both")
+        trainable = lora.TRAINED
     with raise_everywhere():
         texts, shapes, load = open_model(settings)
         tokenizer = load_tokenizer(texts, shapes.config)
         tokenizer_digest = hashlib.sha256((texts / "tokenizer.json").read_bytes()).hexdigest()
+        if settings.objective.kind == "sft":
+            tokenizer_digest += f", template {template_digest(settings, tokenizer)}"
         encode = encode_for(settings, tokenizer, shapes.config)
         batches = Batches(settings, encode)
     agree("models", [shapes.config.to_hf(), tokenizer_digest])
@@ -135,6 +145,13 @@ def objective_of(settings: Settings) -> Objective:
     return kind(settings.step.z_loss, by_document=by_document)
 
 
+def template_digest(settings: Settings, tokenizer: Tokenizer) -> str:
+    """Of the chat template that conversations are written with, or of all that the model has."""
+    own = json.dumps([tokenizer.chat_template, dict(tokenizer.templates)])
+    template = read_template(settings.data.template) if settings.data.template else own
+    return hashlib.sha256(template.encode()).hexdigest()
+
+
 def encode_for(settings: Settings, tokenizer: Tokenizer, config: ModelConfig) -> Callable[..., Any]:
     """What `Batches` encodes documents or records with."""
     if settings.objective.kind == "pretrain":
@@ -144,7 +161,8 @@ def encode_for(settings: Settings, tokenizer: Tokenizer, config: ModelConfig) ->
 
 
 def open_model(settings: Settings) -> tuple[Path, SmolLM3, Callable[[], SmolLM3]]:
-    """(the folder of its text files, the shapes of the float32 model with its sharding, what loads it)."""
+    """(the folder of its text files, the shapes of the model with its sharding, what loads it): a float32 model, or one
+    with an adapter on a base that is frozen."""
     m = settings.model
     path = demo.model_folder(m.path or m.config)
     opened = open_checkpoint(path) if m.path else None
@@ -152,6 +170,11 @@ def open_model(settings: Settings) -> tuple[Path, SmolLM3, Callable[[], SmolLM3]
     found = opened.config if opened else ModelConfig.from_hf(texts)
     config, generation = adapted(found, settings), opened.generation_config if opened else None
     sharding = _sharding(settings, config)
+    adapter, seed = settings.lora, settings.run.seed
+    if adapter.rank and opened is not None:
+        base, dtype = lora.base_of(opened, adapter), common_dtype(opened.tensors)
+        shapes = lora.shapes_of(config, adapter, base, dtype, generation, sharding)
+        return texts, shapes, lambda: lora.attach(lora.load_base(opened, config, adapter, sharding), adapter, seed)
     shapes = abstract_model(config, "float32", generation, sharding=sharding)
 
     def load_it() -> SmolLM3:
@@ -198,12 +221,39 @@ def _sharding(settings: Settings, config: ModelConfig) -> Sharding | None:
 
 def first_state(run: Run) -> TrainState:
     """Of the model as it is loaded. Raises TrainingError where it is not finite."""
+    model = loaded(run)
+    return _laid_out(init_state(model, run.optimizer(0)[0], run.trainable))
+
+
+def loaded(run: Run) -> SmolLM3:
+    """The model as the run begins with it; sets the run's digest of what an adapter is trained on.
+
+    Raises:
+      TrainingError: not all of it is finite.
+    """
     with raise_everywhere():
         model = run.load()
     _, finite = digest(named_arrays({"model": model}))
     if bad := [name for name, good in finite.items() if not good]:
         raise TrainingError(f"{run.settings.model.path}: not all is finite in {', '.join(bad[:10])}")
-    return _laid_out(init_state(model, run.optimizer(0)[0], run.trainable))
+    if run.settings.lora.rank:
+        run.base = digest_of(split(model, run.trainable)[1])
+    return model
+
+
+def saved_part(run: Run, state: TrainState) -> TrainState:
+    """What checkpoints hold of a state: with an adapter, what is trained alone; the rest is in the model's folder."""
+    if not run.settings.lora.rank:
+        return state
+    return dataclasses.replace(state, model=split(state.model, run.trainable)[0])
+
+
+def with_base(run: Run, state: TrainState) -> TrainState:
+    """The state that `saved_part` took apart, with its base read again."""
+    if not run.settings.lora.rank:
+        return state
+    model = merge(state.model, split(loaded(run), run.trainable)[1])
+    return _laid_out(dataclasses.replace(state, model=with_config(model, state.model.config)))
 
 
 def state_like(run: Run, stage: Stage) -> TrainState:

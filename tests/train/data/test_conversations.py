@@ -80,15 +80,28 @@ def theirs(folder, record, template):
 
 @pytest.mark.torch
 @pytest.mark.parametrize("name", RECORDS)
-@pytest.mark.parametrize("template", ["release", "recipe"])
+@pytest.mark.parametrize("template", ["release", "recipe", "chatml"])
 def test_ids_and_masks_are_those_of_transformers(small, release, name, template):
     """transformers #34494 and trl #5988: the token that ends a turn is trained, and nothing else that is not the
     assistant's."""
-    source = read_template(str(SFT_TEMPLATE if template == "recipe" else release / "chat_template.jinja"))
+    file = {"recipe": "recipe:smollm3-sft.jinja", "chatml": "recipe:chatml.jinja"}.get(template, "")
+    source = read_template(file or str(release / "chat_template.jinja"))
     found = encoder_of(small, source)(RECORDS[name])
     ids, mask = theirs(small, RECORDS[name], source)
     assert found.ids.tolist() == ids and found.trained.astype(int).tolist() == mask
     assert found.trained.any() == (name != "no answer")
+
+
+@pytest.mark.parametrize("thinking", [True, False])
+def test_the_recipes_template_differs_from_the_release_in_what_is_known(small, release, thinking):
+    """Both sections of tools are there, and the system turn is closed."""
+    record = {"messages": CHAT, "chat_template_kwargs": {"enable_thinking": thinking}}
+    released, recipe = (
+        text_of(small, encoder_of(small, read_template(str(file)))(record).ids)
+        for file in (release / "chat_template.jinja", SFT_TEMPLATE)
+    )
+    tools = "## Tools\n\n### XML Tools\n\nNone\n\n### Python Tools\n\nNone\n\n<|im_end|>\n<|im_start|>user"
+    assert recipe == released.replace("<|im_start|>user", tools, 1)
 
 
 @pytest.mark.torch

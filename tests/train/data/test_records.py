@@ -47,6 +47,36 @@ def test_parquet(tmp_path):
         read(tmp_path)
 
 
+TALKS = [{"messages": [{"role": "user", "content": f"{i}"}], "tools": None} for i in range(5)]
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "parquet", "arrayrecord"])
+def test_whole_records(tmp_path, ending):
+    """Of a source without a field for the text: conversations."""
+    if ending == "jsonl":
+        (tmp_path / "a.jsonl").write_text("".join(json.dumps(talk) + "\n" for talk in TALKS))
+    elif ending == "parquet":
+        pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+        parquet.write_table(pyarrow.Table.from_pylist(TALKS), tmp_path / "a.parquet", row_group_size=2)
+    else:
+        module = pytest.importorskip("array_record.python.array_record_module")
+        writer = module.ArrayRecordWriter(str(tmp_path / "a.arrayrecord"), "group_size:1")
+        for talk in TALKS:
+            writer.write(json.dumps(talk).encode())
+        writer.close()
+    assert read(tmp_path, field="") == TALKS
+
+
+def test_what_is_no_whole_record(tmp_path):
+    (tmp_path / "a.jsonl").write_text('["a"]\n{"messages": []}\n')
+    documents = open_documents("talks", Source(path=str(tmp_path / "a.jsonl"), field=""), 100)
+    with pytest.raises(BadRecord, match="a list where an object should be"):
+        documents[0]
+    (tmp_path / "b.txt").write_text("a")
+    with pytest.raises(DataError, match="of the format text, and conversations are records of fields"):
+        open_documents("talks", Source(path=str(tmp_path / "b.txt"), field=""), 100)
+
+
 @pytest.mark.parametrize("ending", ["arrayrecord", "tokens"])
 def test_array_records(tmp_path, ending):
     module = pytest.importorskip("array_record.python.array_record_module")

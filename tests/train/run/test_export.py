@@ -53,12 +53,13 @@ def test_a_checkpoint_or_the_mean_of_several(run, model, tmp_path, options, step
 
 def test_links_out_of_the_run_are_not_copied(run, tmp_path):
     (tmp_path / "secret").write_text("secret")
-    (run / "tokenizer" / "diary.txt").symlink_to(tmp_path / "secret")  # which is no model's
-    (run / "tokenizer" / "merges.txt").symlink_to(tmp_path / "secret")
+    texts = tmp_path / "run" / "tokenizer"
+    (texts / "diary.txt").symlink_to(tmp_path / "secret")  # which is no model's
+    (texts / "merges.txt").symlink_to(tmp_path / "secret")
     with pytest.raises(CheckpointFormatError, match=r"merges\.txt is a link that leads out"):
         export(run, tmp_path / "out")
     assert not (tmp_path / "out").exists()
-    (run / "tokenizer" / "merges.txt").unlink()
+    (texts / "merges.txt").unlink()
     export(run, tmp_path / "out")
     assert "secret" not in [path.read_text() for path in (tmp_path / "out").glob("*.txt")]
 

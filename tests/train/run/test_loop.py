@@ -10,6 +10,7 @@ import time
 
 import numpy as np
 import pytest
+import rounding
 from proxies import FULL
 from runs import command, environment, losses, same_end, start, train, wait_for, wait_for_step
 
@@ -18,8 +19,8 @@ from smollm3_jax.weights.load import open_checkpoint
 pytestmark = pytest.mark.slow
 
 
-def test_a_run_leaves_what_it_promises(whole, place):
-    assert list(losses(whole)) == list(range(1, 9))
+def test_a_run_leaves_what_it_promises(whole, place, bounded):
+    assert list(losses(whole)) == list(range(1, 9)) and max(rounding.worst(losses(whole).values(), bounded)) <= 1
     assert {"settings.json", "environment.json", "report.html"} <= {file.name for file in whole.iterdir()}
     assert sorted(file.name for file in (whole / "checkpoints").iterdir()) == ["00000004", "00000006", "00000008"]
     assert train(place, whole, "--resume", "auto")["step"] == 8  # done: nothing is left to do
@@ -157,7 +158,7 @@ def test_the_folder_that_comes_out_loads(whole, place):
     assert open_checkpoint(out).config.dtype == "bfloat16"
 
 
-def test_checkpoints_move_between_meshes(whole, place):
+def test_checkpoints_move_between_meshes(place, bounded):
     """C7, T2: One device -> four, split one way -> two ways -> another -> one: the losses are those of one device."""
     run = place / "meshes"
     train(place, run, "run.steps=2")
@@ -169,8 +170,7 @@ def test_checkpoints_move_between_meshes(whole, place):
         env = environment(XLA_FLAGS="--xla_force_host_platform_device_count=4")
         train(place, run, "--resume", "auto", f"run.steps={steps}", f"mesh.rules={rules}", f"mesh.axes={axes}", env=env)
     train(place, run, "--resume", "auto")
-    wanted = losses(whole)
-    np.testing.assert_allclose(list(losses(run).values()), list(wanted.values()), rtol=1e-4)
+    assert max(rounding.worst(losses(run).values(), bounded)) <= 1
 
 
 def test_logs_that_cannot_be_written_stop_nothing(place):

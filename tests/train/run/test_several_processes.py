@@ -4,8 +4,8 @@ import fcntl
 import socket
 import subprocess
 
-import numpy as np
 import pytest
+import rounding
 from proxies import FULL
 from runs import checkpoint_digests, command, environment, losses, wait_for
 
@@ -32,14 +32,13 @@ def start_job(place, run, count, *words, of_last=()):
 
 
 @pytest.mark.parametrize("count", [2, pytest.param(4, marks=FULL)])
-def test_several_processes_train_as_one(whole, place, count):
+def test_several_processes_train_as_one(whole, place, bounded, count):
     """T2."""
     run = place / f"job{count}"
     for process in start_job(place, run, count, "--resume", "auto"):
         _, said = process.communicate(timeout=300)
         assert process.returncode == 0, said
-    wanted = losses(whole)
-    np.testing.assert_allclose(list(losses(run).values()), list(wanted.values()), rtol=1e-5)
+    assert max(rounding.worst(losses(run).values(), bounded)) <= 1
     assert checkpoint_digests(run, 8)[1] == checkpoint_digests(whole, 8)[1]  # the data stand where they would for one
 
 
