@@ -361,25 +361,19 @@ def _at_least(key: str, value: float, least: float, why: str = "") -> None:
 
 
 def _check_lora(settings: Settings) -> None:
-    lora = settings.lora
-    if lora.rank < 0 or lora.alpha < 0 or not 0 <= lora.dropout < 1:
-        given = f"rank {lora.rank}, alpha {lora.alpha}, dropout {lora.dropout}"
-        raise OptionError(f"lora: {given}; rank and alpha are at least 0, dropout is from 0 to below 1")
+    lora, known = settings.lora, ", ".join(PROJECTIONS)
+    given = f"rank {lora.rank}, alpha {lora.alpha}, dropout {lora.dropout}"
+    sound = lora.rank >= 0 and lora.alpha >= 0 and 0 <= lora.dropout < 1
+    _need(sound, f"lora: {given}; rank and alpha are at least 0, dropout is from 0 to below 1")
     for target in lora.targets:
-        if target in ("lm_head", "embed_tokens"):
-            raise OptionError(
-                f"lora.targets: {target} is not adapted, as one matrix is both embedding and head; leave it out"
-            )
-        if target not in PROJECTIONS:
-            raise OptionError(f"lora.targets: there is no {target!r}; choose among {', '.join(PROJECTIONS)}")
-    if lora.base not in ("", *BASES):
-        raise OptionError(f"lora.base is {lora.base!r}; choose one of {', '.join(BASES)}")
-    if not lora.rank and lora != LoraSettings():
-        raise OptionError(
-            "lora: lora.rank=0 means no adapter, and other settings of it are given; set lora.rank, to 16 say"
-        )
-    if lora.rank and not settings.model.path:
-        raise OptionError("lora.rank: an adapter is trained on a model that is there: give model.path")
+        tied = f"lora.targets: {target} is not adapted, as one matrix is both embedding and head; leave it out"
+        _need(target not in ("lm_head", "embed_tokens"), tied)
+        _need(target in PROJECTIONS, f"lora.targets: there is no {target!r}; choose among {known}")
+    _one_of("lora.base", lora.base, ("", *BASES))
+    alone = lora.rank > 0 or lora == LoraSettings()
+    _need(alone, "lora: lora.rank=0 means no adapter, and other settings of it are given; set lora.rank, to 16 say")
+    there = not lora.rank or settings.model.path != ""
+    _need(there, "lora.rank: an adapter is trained on a model that is there: give model.path")
 
 
 def starts(settings: Settings) -> list[int]:
