@@ -47,9 +47,10 @@ def transformers_on(date=DATE):
         def now(cls, tz=None):
             return datetime.datetime.fromisoformat(date)
 
-    before = templates.datetime
-    templates.datetime = Pinned
+    # The one that its module has imported.
+    before = vars(templates)["datetime"]
+    vars(templates)["datetime"] = Pinned
     try:
         yield
     finally:
-        templates.datetime = before
+        vars(templates)["datetime"] = before

@@ -76,7 +76,7 @@ def test_heads_of_pages_lie_on_several_devices():
     mesh = Mesh(np.array(jax.devices()[:2]).reshape(1, 2), ("data", "tensor"))
     model, found = on_mesh(new_model(), Sharding.of(mesh, "serve_tp")), []
     # Two samples that share a page, and take two more each, of four.
-    long = s3.SamplingParams(**COMMON | {"max_new_tokens": 60}, n=2, temperature=0.7, seed=3)
+    long = s3.SamplingParams(max_new_tokens=60, logprobs=0, ignore_eos=True, n=2, temperature=0.7, seed=3)
     growing = Request(PROMPTS[1][:33].tolist(), long)
     for cache_tokens in (None, 128):
         engine = Engine(

@@ -77,7 +77,7 @@ def test_other_splits_beside_that_for_training_are_told_of(tmp_path, caplog, nam
     for name in names:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(jsonl(name))
-    assert sorted(read(tmp_path)) == sorted(names)
+    assert sorted(map(str, read(tmp_path))) == sorted(names)
     assert f"not only what is named train is read: {names[1]}" in caplog.text
     caplog.clear()
     (tmp_path / names[0]).rename(tmp_path / "latest.jsonl")
