@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import rounding
 from parity import reference_logits, reference_model
 
 import smollm3_jax as s3
@@ -13,6 +14,7 @@ from smollm3_jax.commands.main import main
 from smollm3_jax.tokenizer import load_tokenizer
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("programs_as_users_run_them")]
+ROUNDINGS = 40  # the root of 1,536, the most terms that a sum of the demo's layers has
 PROMPT = "The capital of France is"
 
 
@@ -30,11 +32,17 @@ def tokens(demo_folder, corpus) -> np.ndarray:
 
 @pytest.mark.torch
 def test_logits_on_512_real_tokens(demo_folder, tokens):
+    model = s3.from_pretrained(demo_folder, "float32")
     with jax.default_matmul_precision("highest"):
-        got = np.asarray(s3.from_pretrained(demo_folder, "float32")(jnp.asarray(tokens)))
+        (bounded,) = rounding.shaken(lambda model: model(jnp.asarray(tokens)), model, ROUNDINGS)
     expected = reference_logits(reference_model(demo_folder), tokens)
-    assert np.abs(got - expected).max() <= 1e-3
-    assert (got.argmax(-1) == expected.argmax(-1)).all()
+    assert rounding.within(expected, bounded) <= 1
+    # Where two tokens are further apart than rounding moves them, both find the same one.
+    got, allowed = bounded
+    second, first = np.partition(got, -2, axis=-1)[..., -2:].transpose(2, 0, 1)
+    sure = first - second > 2 * allowed.max(axis=-1)
+    assert sure.mean() > 0.9
+    assert (got.argmax(-1) == expected.argmax(-1))[sure].all()
 
 
 @pytest.mark.torch
@@ -43,6 +51,8 @@ def test_bfloat16_is_as_good_as_transformers_own(demo_folder, tokens):
     exact = reference_logits(reference_model(demo_folder), tokens)
     theirs = np.abs(reference_logits(reference_model(demo_folder, "bfloat16"), tokens) - exact)
     ours = np.abs(np.asarray(s3.from_pretrained(demo_folder)(jnp.asarray(tokens))) - exact)
+    # Both round the same products and sums to 8 bits, and a processor changes but the last bits of the float32 before
+    # that: half as much again is for chance.
     assert ours.max() <= 1.5 * theirs.max()
     assert ours.mean() <= 1.5 * theirs.mean()
 
@@ -77,9 +87,9 @@ def test_cached_decoding_equals_the_whole_forward(demo_folder, tokens):
 
     model = s3.from_pretrained(demo_folder, "float32")
     row = jnp.asarray(tokens[:, :24])
-    whole = np.asarray(model(row))
+    (bounded,) = rounding.shaken(lambda model: model(row), model, ROUNDINGS)
     cache, pieces = empty_cache(model.config, 1, 24, jnp.float32), []
     for start, end in [(0, 16), *((i, i + 1) for i in range(16, 24))]:
         logits, cache = model(row[:, start:end], cache=cache)
         pieces.append(np.asarray(logits))
-    assert np.abs(np.concatenate(pieces, axis=1) - whole).max() <= 2e-5 * np.abs(whole).max() + 1e-5
+    assert rounding.within(np.concatenate(pieces, axis=1), bounded) <= 1
