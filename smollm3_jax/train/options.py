@@ -46,13 +46,20 @@ DETERMINISTIC: dict[str, dict[str, Any]] = {
 }
 
 
-def compiler_options(platform: str, deterministic: bool = False) -> dict[str, Any] | None:
+# Where one processor stands for several devices, each must come to the collectives in the same order: else all threads
+# wait in one for a device that waits in another.
+SEVERAL = {"cpu": {"xla_cpu_enable_concurrency_optimized_scheduler": False}}
+
+
+def compiler_options(platform: str, deterministic: bool = False, devices: int = 1) -> dict[str, Any] | None:
     """What to compile a step with for a platform ("cpu", "tpu" or "gpu"); None leaves the compiler alone.
 
     Args:
       deterministic: two equal steps give equal bits, at some cost in speed on GPU. A CPU and a TPU do so anyway.
+      devices: how many the step runs on.
     """
-    return COMPILER_OPTIONS.get(platform, {}) | (DETERMINISTIC.get(platform, {}) if deterministic else {}) or None
+    options = COMPILER_OPTIONS.get(platform, {}) | (DETERMINISTIC.get(platform, {}) if deterministic else {})
+    return options | (SEVERAL.get(platform, {}) if devices > 1 else {}) or None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -179,6 +179,7 @@ def test_the_old_state_is_donated(config, batch):
 
 def test_equal_steps_give_equal_bits_on_a_cpu_whether_asked_to_or_not(config, batch):
     assert compiler_options("cpu", deterministic=True) is None  # there is nothing to change
+    assert compiler_options("cpu", devices=8) and compiler_options("tpu", devices=8) == compiler_options("tpu")
     assert compiler_options("tpu", deterministic=True) == compiler_options("tpu")
     assert compiler_options("gpu", deterministic=True)["xla_gpu_exclude_nondeterministic_ops"]
     optimizer = adamw(1e-3)

@@ -26,9 +26,11 @@ def program_for(run: Run, number: int, stage: Stage, batch: Batch) -> Compiled:
         lowered = train_step.lower(
             state, batch, objective=run.objective, optimizer=run.optimizer(number)[0], options=options
         )
-        platform = state.model.platform
+        sharding = state.model.sharding
+        devices = 1 if sharding is None else sharding.mesh.size
+        compile_with = compiler_options(state.model.platform, s.step.deterministic, devices)
         with run.monitor.busy("compiling the step"), memory_explained(state, batch):
-            run.programs[key] = lowered.compile(compiler_options(platform, s.step.deterministic))
+            run.programs[key] = lowered.compile(compile_with)
     return run.programs[key]
 
 

@@ -114,7 +114,8 @@ def _compute(run: Run, stop: Stop, sums: Sums) -> bool:
             continue
         batch = on_mesh(dataclasses.replace(host, reference=None), run.shapes.sharding)
         if program is None:
-            compile_with = compiler_options(model.platform, s.step.deterministic)
+            devices = 1 if model.sharding is None else model.sharding.mesh.size
+            compile_with = compiler_options(model.platform, s.step.deterministic, devices)
             how = {"options": options, "by_document": s.data.positions == "document"}
             program = _sums.lower(model, batch, **how).compile(compile_with)
         got = np.asarray(program(model, batch)).reshape(len(host.tokens), -1)[at[new, 0], at[new, 1]]
