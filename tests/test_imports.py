@@ -35,7 +35,6 @@ KERNEL = "one kernel: what its loops keep in registers has no name outside of th
 LONG_FILES = {
     "smollm3_jax/model.py": "the model in one piece, and its two calls typed twice",
     "smollm3_jax/generation/jsonl.py": "a file answered line by line, which goes on where it stopped",
-    "smollm3_jax/train/settings.py": "one table: every setting, its default, what it means, and its bounds",
 }
 LONG_FUNCTIONS = {
     "smollm3_jax/attention/paged_gpu.py _paged_attention": KERNEL,

@@ -54,7 +54,7 @@ def test_what_divides_in_dora_has_no_gradient():
     def total(b, fixed):
         used = w.replaced(b=nnx.Param(b, axes=(None, None)))
         length = lengths(w if fixed else used)
-        return (w.magnitude[...] / length * (x @ (plain(w.base) + w.scale * b @ w.a[...]).T)).sum()
+        return ((w.magnitude[...] / length)[None] * (x @ (plain(w.base) + w.scale * b @ w.a[...]).T)).sum()
 
     got = jax.grad(lambda b: adapted(x, w.replaced(b=nnx.Param(b, axes=(None, None)))).sum())(w.b[...])
     np.testing.assert_allclose(got, jax.grad(total)(w.b[...], True), rtol=1e-5)

@@ -9,19 +9,16 @@ from .shared import MODEL_HELP, count, folder, show
 
 
 def add(parser: argparse.ArgumentParser) -> None:
-    from ..train.settings import OVERFLOWS, SOURCE_FORMATS, TRAIN_ON, DataSettings
-
-    default = DataSettings()
     parser.add_argument("source", metavar="FILE", help="a file or folder of conversations, or of preferences")
     parser.add_argument("-m", "--model", required=True, metavar="MODEL", help=f"whose tokenizer: {MODEL_HELP}")
     parser.add_argument("--show", type=int, default=1, metavar="N", help="print the first N records (default: 1)")
-    length_help = f"tokens of a row, as data.length (default: {default.length})"
-    parser.add_argument("--length", type=count, default=default.length, metavar="N", help=length_help)
-    parser.add_argument("--overflow", choices=OVERFLOWS, default=default.overflow, help="as data.overflow")
-    parser.add_argument("--template", default="", metavar="FILE", help="as data.template")
-    parser.add_argument("--date", default=default.date, metavar="YYYY-MM-DD", help="as data.date")
-    parser.add_argument("--train-on", choices=TRAIN_ON, default=TRAIN_ON[0], help="as objective.train_on")
-    parser.add_argument("--format", choices=SOURCE_FORMATS, default="", help="where the files' names do not say it")
+    # What they may be, and what they are by default, the settings say, which take seconds to load.
+    parser.add_argument("--length", type=count, metavar="N", help="tokens of a row, as data.length")
+    parser.add_argument("--overflow", metavar="drop|truncate|split", help="as data.overflow")
+    parser.add_argument("--template", metavar="FILE", help="as data.template")
+    parser.add_argument("--date", metavar="YYYY-MM-DD", help="as data.date")
+    parser.add_argument("--train-on", metavar="assistant|all", default="assistant", help="as objective.train_on")
+    parser.add_argument("--format", metavar="NAME", help="as data.format, where the files' names do not say it")
     parser.add_argument("--json", action="store_true")
 
 
@@ -29,12 +26,15 @@ def run(args: argparse.Namespace) -> int:
     from ..config import ModelConfig
     from ..tokenizer import load_tokenizer
     from ..train.data.chat_data import describe
-    from ..train.settings import DataSettings, ObjectiveSettings, Settings
+    from ..train.settings import DataSettings, ModelSettings, ObjectiveSettings, RunSettings, Settings, check
     from ..weights.load import text_folder
 
     names = ("length", "overflow", "template", "date", "format")
-    data = DataSettings(path=args.source, **{name: getattr(args, name) for name in names})
-    settings = Settings(data=data, objective=ObjectiveSettings("sft", args.train_on))
+    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    data = DataSettings(path=args.source, **given)
+    run, model = RunSettings(dir="nowhere", steps=1), ModelSettings(path=args.model)
+    settings = Settings(run=run, model=model, data=data, objective=ObjectiveSettings("sft", args.train_on))
+    check(settings)
     texts = text_folder(folder(args.model))
     config = ModelConfig.from_hf(texts)
     show(args, describe(settings, load_tokenizer(texts, config), config, args.show), tables)

@@ -256,7 +256,7 @@ def test_too_little_memory_is_one_line(talking, tmp_path, capsys, monkeypatch, e
     one = ["generate", "--model", str(talking), "--prompt", "w5 w6"]
     many = [*one[:3], "--input", str(tmp_path / "in"), "--output", str(tmp_path / "out")]
     with monkeypatch.context() as patch:
-        patch.setattr("smollm3_jax.generation.engine.zeros", fail)
+        patch.setattr("smollm3_jax.generation.places.zeros", fail)
         for command in (one, many):
             assert main(command) == 3
             expected = r"smollm3: too little memory for 1 slot of 256 tokens; fewer new tokens \(max_new_tokens\), .*\n"

@@ -326,7 +326,7 @@ def one_of_a_kind_is_fast(forged):
     return pytest.param(forged, marks=[] if first else pytest.mark.slow, id=str(forged))
 
 
-@pytest.mark.parametrize("forged", map(one_of_a_kind_is_fast, FORGED))
+@pytest.mark.parametrize("forged", [one_of_a_kind_is_fast(forged) for forged in FORGED])
 def test_names_that_a_hub_makes_up(forged, server, pull, tmp_path):
     """A commit, a hash and a file's name become paths here: what is none of these is refused, and nothing written."""
     server.forged = forged
