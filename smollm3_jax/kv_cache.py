@@ -154,6 +154,8 @@ def write(
     # Whoever has the row next looks past what a sequence has left there, but no weight times NaN is NaN. Keys may be
     # anything: scores that do not count are replaced.
     v_BTKE = jnp.where(jnp.isfinite(v_BTKE), v_BTKE, jnp.zeros((), v_BTKE.dtype))
+    if sharding is not None:  # each device looks at its own: not the question and the values go to all of them
+        v_BTKE = sharding.constrain(v_BTKE, None if slot is not None else "batch", None, "kv_heads", None)
     k, k_scale = put(layer.k, layer.k_scale, k_BTKE)
     v, v_scale = put(layer.v, layer.v_scale, v_BTKE)
     return LayerCache(k, v, k_scale, v_scale)
