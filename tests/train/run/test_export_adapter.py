@@ -40,7 +40,13 @@ def place(tmp_path):
     return tmp_path
 
 
-@pytest.mark.parametrize("lora", [{"dropout": 0.1}, {"base": "int8", "dora": True}], ids=["dropout", "quantized"])
+@pytest.mark.parametrize(
+    "lora",
+    [
+        pytest.param({"dropout": 0.1}, id="dropout"),
+        pytest.param({"base": "int8", "dora": True}, id="quantized", marks=pytest.mark.slow),
+    ],
+)
 def test_a_run_goes_on_with_its_adapter_bit_for_bit(place, lora):
     """lerobot #3459, transformers #24818: a resume that discarded the adapter."""
     train(settings_in(place, **lora))
@@ -53,6 +59,7 @@ def test_a_run_goes_on_with_its_adapter_bit_for_bit(place, lora):
     assert checkpoint_digests(place / "parts", 4) == checkpoint_digests(place / "run", 4)
 
 
+@pytest.mark.slow
 def test_a_base_that_has_changed_is_refused(place):
     train(settings_in(place, steps=2))
     weights = place / "model" / "model.safetensors"
@@ -70,6 +77,7 @@ def test_a_base_that_has_changed_is_refused(place):
         train(settings_in(place, "other"), trainable="norm")
 
 
+@pytest.mark.slow
 @pytest.mark.torch
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 @pytest.mark.parametrize("lora", [{"rslora": True, "alpha": 3.0, "targets": ["q_proj", "down_proj"]}, {"dora": True}])
