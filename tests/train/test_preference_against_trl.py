@@ -16,7 +16,8 @@ from smollm3_jax.train.state import Batch, init_state
 from smollm3_jax.train.step import train_step
 from smollm3_jax.weights.save import tensors_of
 
-pytestmark = [pytest.mark.slow, pytest.mark.torch]
+# TRL sets what this transformers calls by another name.
+pytestmark = [pytest.mark.slow, pytest.mark.torch, pytest.mark.filterwarnings("ignore")]
 
 STEPS, PAIRS, MICRO_BATCHES = 20, 8, 2
 RATE, BETA = 1e-3, 0.3
