@@ -95,12 +95,13 @@ def run(script: Path, port: int, model: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("client, left", [("openai", 2), ("ai", 1)])
-def test_clients_of_npm(npm: Path, spoken: Running, client: str, left: int):
-    """Chat, streams, reasoning, tools, schemas, errors, and streams that are left: C4 to C8."""
+@pytest.mark.parametrize("client, left", [("openai", (1, 2)), ("ai", (1,))])
+def test_clients_of_npm(npm: Path, spoken: Running, client: str, left: tuple[int, ...]):
+    """Chat, streams, reasoning, tools, schemas, errors, and streams that are left: C4 to C8. (A busy machine may see
+    openai's second one, which is given up after 300 ms, before it has arrived.)"""
     run(npm / f"{client}.mjs", spoken.port, "SmolLM3-3B")
     spoken.until(spoken.is_at_rest)
-    assert spoken.service.metrics.cancelled.labels("disconnect")._value.get() == left
+    assert spoken.service.metrics.cancelled.labels("disconnect")._value.get() in left
 
 
 @pytest.mark.slow
