@@ -122,7 +122,7 @@ def test_decoding_undoes_encoding(released, text):
 
 @pytest.mark.parametrize("there", [True, False])
 def test_other_threads_run_while_a_long_text_is_tokenized(released: Tokenizer, there: bool):
-    """C2: a server's event loop is one of them. What comes is what comes of the text's parts, and the text again."""
+    """C2: a server's event loop is such a thread. The ids of the long text are those of its lines, and decode to it."""
     text = "The quick brown fox, 123 times: é 👋🏽.\n" * 10_000
     ids = released.encode("The quick brown fox, 123 times: é 👋🏽.\n") * 10_000
     found: list[Any] = []

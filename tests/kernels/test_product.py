@@ -138,8 +138,8 @@ def test_operands_in_registers(scheme, monkeypatch):
     simulate(monkeypatch)
     got = product_wgmma._unpack(product_wgmma.layout(), vectors, scales)
     assert len(got) == len(expected) == WEIGHT_SCHEMES[scheme] // 32
-    # int4's scale and minimum have 11 bits, and 128 + q has 8: in float32 what comes of them is exact. int8 times its
-    # scale is rounded once. Then both sides round the same number to bfloat16.
+    # int4: a scale and a minimum of 11 bits and 128 + q of 8 bits give a result that float32 holds exactly. int8: a
+    # product is rounded once. So both sides round the same float32 number to bfloat16.
     for one, other in zip(got, expected, strict=True):
         np.testing.assert_array_equal(one, other)
 

@@ -135,6 +135,11 @@ def with_template(tokenizer: Tokenizer, template: str) -> Tokenizer:
     return Tokenizer(tokenizer.backend, template, tokenizer.special_tokens, {"default": template}, tokenizer.rowless)
 
 
+def tokenizer_for(tokenizer: Tokenizer, template: str) -> Tokenizer:
+    """What a run encodes conversations with. template: data.template; "" is the tokenizer's own. Raises OptionError."""
+    return with_template(tokenizer, read_template(template)) if template else tokenizer
+
+
 def read_template(path: str) -> str:
     """A chat template's file, or one that the package ships, recipe:NAME. Raises OptionError."""
     shipped = path.startswith(SHIPPED)

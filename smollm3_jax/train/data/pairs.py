@@ -14,7 +14,7 @@ import numpy as np
 from ...config import ModelConfig
 from ...tokenizer import Tokenizer
 from ..settings import Settings
-from .conversations import Completion, preference_encoder, read_template, with_template
+from .conversations import Completion, preference_encoder, tokenizer_for
 from .windows import LONG, NOTHING, Item
 
 
@@ -23,8 +23,7 @@ def pair_items(
 ) -> Callable[[Mapping[str, Any], int, Counter[str]], list[Item]]:
     """What `Windows` encodes records of preferences with, as the settings have it."""
     data = settings.data
-    if data.template:
-        tokenizer = with_template(tokenizer, read_template(data.template))
+    tokenizer = tokenizer_for(tokenizer, data.template)
     encode = preference_encoder(tokenizer, config, date=data.date)
 
     def items(record: Mapping[str, Any], length: int, tally: Counter[str]) -> list[Item]:

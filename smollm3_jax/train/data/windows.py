@@ -19,7 +19,7 @@ from ...config import ModelConfig
 from ...errors import DataError
 from ...tokenizer import Tokenizer
 from ..settings import Settings
-from .conversations import Conversation, conversation_encoder, read_template, with_template
+from .conversations import Conversation, conversation_encoder, tokenizer_for
 from .packing import EndOfData
 from .records import BadRecord
 
@@ -91,8 +91,7 @@ def sft_items(
 ) -> Callable[[Mapping[str, Any], int, Counter[str]], list[Item]]:
     """What `Windows` encodes records of conversations with, as the settings have it."""
     data = settings.data
-    if data.template:
-        tokenizer = with_template(tokenizer, read_template(data.template))
+    tokenizer = tokenizer_for(tokenizer, data.template)
     encode = conversation_encoder(tokenizer, config, date=data.date, train_on=settings.objective.train_on)
 
     def items(record: Mapping[str, Any], length: int, tally: Counter[str]) -> list[Item]:

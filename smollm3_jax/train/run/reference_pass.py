@@ -39,7 +39,7 @@ from .stop import Stop
 
 log = logging.getLogger(__name__)
 
-# A piece of the sums is written after so many batches, or seconds.
+# The sums are written in pieces: one after BATCHES batches, or after SECONDS.
 BATCHES, SECONDS = 16, 10.0
 
 
@@ -143,7 +143,8 @@ def _sums(model: SmolLM3, batch: Batch, *, options: StepOptions, by_document: bo
 
 
 def _batches(run: Run, rows: int) -> Iterator[Batch]:
-    """Of so many rows: what the run reads of each source, an epoch at most; the last one's empty rows are 0."""
+    """Batches of `rows` rows with what the run reads of each source, an epoch at most. The last batch of a source is
+    filled with rows of zeros."""
     once = dataclasses.replace(run.settings, data=dataclasses.replace(run.settings.data, epochs=1))
     needed, length = _rows_needed(run), stage_at(run.settings, 0)[1].length
     for name, source in training_rows(once, run.batches.corpora, run.encode).items():
