@@ -96,12 +96,12 @@ def _compute(run: Run, stop: Stop, sums: Sums) -> bool:
         sums.belong_to(digest(named_arrays({"model": model}))[0])
     options = StepOptions(s.model.dtype, s.step.remat)
     program: Any = None
-    keys, values, batches, began = [], [], 0, time.monotonic()
-    fresh: set[int] = set()
+    new: dict[int, np.float32] = {}  # since the last piece
+    batches, began = 0, time.monotonic()
 
     def keep() -> None:
-        if keys:
-            sums.add(np.concatenate(keys), np.concatenate(values))
+        if new:
+            sums.add(np.array(list(new), np.int64), np.array(list(new.values()), np.float32))
             log.info("the reference's sums of %d completions", len(sums.known))
 
     for host in _batches(run, stage.rows // stage.micro_batches):
@@ -109,8 +109,8 @@ def _compute(run: Run, stop: Stop, sums: Sums) -> bool:
             return False
         found, at = keys_of(host)
         _, first = np.unique(found, return_index=True)
-        new = [i for i in sorted(first) if found[i] not in sums.known and int(found[i]) not in fresh]
-        if not new:
+        wanted = [i for i in sorted(first) if int(found[i]) not in sums.known and int(found[i]) not in new]
+        if not wanted:
             continue
         batch = on_mesh(dataclasses.replace(host, reference=None), run.shapes.sharding)
         if program is None:
@@ -118,17 +118,15 @@ def _compute(run: Run, stop: Stop, sums: Sums) -> bool:
             compile_with = compiler_options(model.platform, s.step.deterministic, devices)
             how = {"options": options, "by_document": s.data.positions == "document"}
             program = _sums.lower(model, batch, **how).compile(compile_with)
-        got = np.asarray(program(model, batch)).reshape(len(host.tokens), -1)[at[new, 0], at[new, 1]]
+        got = np.asarray(program(model, batch)).reshape(len(host.tokens), -1)[at[wanted, 0], at[wanted, 1]]
         if not np.isfinite(got).all():
             raise TrainingError("a completion's log-probability under the reference is not finite: is it sound?")
-        keys.append(found[new])
-        values.append(got)
-        fresh.update(found[new].tolist())
+        new.update(zip(found[wanted].tolist(), got, strict=True))
         batches += 1
         if batches == BATCHES or time.monotonic() - began > SECONDS:
             keep()
-            keys, values, batches, began = [], [], 0, time.monotonic()
-            fresh = set()
+            new.clear()
+            batches, began = 0, time.monotonic()
     keep()
     return True
 
