@@ -1,4 +1,5 @@
 import functools
+import gc
 import hashlib
 import os
 import re
@@ -33,6 +34,16 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 # Tiny models take longer to compile than to run: leave out what only makes programs fast. (LLVM's passes;
 # XLA's own stay, and so do the programs of test_real_weights.py.)
 jax.config.update("jax_disable_most_optimizations", True)
+
+# Fused loops are half of what is left. jax before 0.11 has an older compiler for them, which takes a tenth of the time;
+# the newer one is what users have: the pages' commands are compiled by it (test_docs.py), and all of `make test-light`.
+if jax.__version_info__ < (0, 11):
+    quick = "--xla_cpu_use_fusion_emitters=false"
+    os.environ["XLA_FLAGS"] = " ".join(filter(None, [os.environ.get("XLA_FLAGS"), quick]))
+
+# What jax and torch import is never garbage, and is half a million objects to look through.
+gc.freeze()
+gc.set_threshold(20_000, 20, 20)
 
 # As a caller may have it: several devices, and no dtype or rank that changes without being asked to.
 jax.config.update("jax_num_cpu_devices", 8)

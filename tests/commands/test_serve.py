@@ -161,14 +161,14 @@ def test_two_processes_are_one_server(tiny):
         return [json.loads(one)["choices"][0]["text"] for one in found]
 
     mesh = ("--slots", "2", "--context", "512", "--mesh", "tensor=2")
-    with started(tiny, *mesh, XLA_FLAGS="--xla_force_host_platform_device_count=2") as (_, port):
+    with started(tiny, *mesh, JAX_NUM_CPU_DEVICES="2") as (_, port):
         alone = texts(port)
     with listen("127.0.0.1", 0) as own:
         coordinator = f"127.0.0.1:{own.getsockname()[1]}"
     job = (*mesh, "--cache-tokens", "512", "--coordinator", coordinator, "--processes", "2", "--process")
     command = [sys.executable, "-m", "smollm3_jax", "serve", str(tiny), "--port", "0", *job, "1"]
     # Processes compile together, and must all do so.
-    one = {"XLA_FLAGS": "--xla_force_host_platform_device_count=1", "JAX_ENABLE_COMPILATION_CACHE": "false"}
+    one = {"JAX_NUM_CPU_DEVICES": "1", "JAX_ENABLE_COMPILATION_CACHE": "false"}
     with subprocess.Popen(command, env=os.environ | one, stderr=subprocess.PIPE, text=True) as second:
         try:
             with started(tiny, *job, "0", **one) as (first, port):

@@ -81,7 +81,7 @@ def outcome(
     """
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
     environment["JAX_ENABLE_COMPILATION_CACHE"] = "false"  # processes compile together, and must all do so
-    environment["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={2 // processes}"
+    environment["JAX_NUM_CPU_DEVICES"] = str(2 // processes)
     job = ("--coordinator", f"127.0.0.1:{free_port()}", "--processes", "2", "--process")
     own = [(*job, str(i), *own_words[i]) if processes > 1 else () for i in range(processes)]
     running = [

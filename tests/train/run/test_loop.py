@@ -167,7 +167,7 @@ def test_checkpoints_move_between_meshes(place, bounded):
         (6, "fsdp_tp", "fsdp=2,tensor=2"),
         (7, "tp", "tensor=4"),
     ):
-        env = environment(XLA_FLAGS="--xla_force_host_platform_device_count=4")
+        env = environment(JAX_NUM_CPU_DEVICES="4")
         train(place, run, "--resume", "auto", f"run.steps={steps}", f"mesh.rules={rules}", f"mesh.axes={axes}", env=env)
     train(place, run, "--resume", "auto")
     assert max(rounding.worst(losses(run).values(), bounded)) <= 1

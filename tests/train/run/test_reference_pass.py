@@ -154,7 +154,7 @@ def test_sums_of_another_model_are_not_gone_on_with(place, corpus):
 def test_devices_and_micro_batches_train_the_same(place, corpus, undisturbed):
     """Packed over eight devices, and in two parts: the losses of one device within float32's rounding."""
     for name, words, env in (
-        ("eight", ["data.rows=8", "run.steps=20"], {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}),
+        ("eight", ["data.rows=8", "run.steps=20"], {"JAX_NUM_CPU_DEVICES": "8"}),
         ("one", ["data.rows=8", "run.steps=20"], {}),
         ("parts", ["data.rows=8", "run.steps=20", "step.micro_batches=4"], {}),
     ):
