@@ -178,6 +178,7 @@ def test_a_save_that_fails_in_the_background_ends_the_run(place):
     assert max(losses(run)) <= 4  # the next save at the latest
 
 
+@FULL
 def test_many_saves_take_no_more_memory(place):
     """C10."""
     run = place / "many"
