@@ -131,7 +131,7 @@ def compiled_as_for_users() -> Iterator[None]:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What takes minutes each is skipped where FULL is not set. Files that take longest first, so that no process is left
+    """What is marked full is skipped where FULL is not set. Files that take longest first, so that no process is left
     with one at the end; then those with slow tests."""
     if not os.environ.get("FULL"):
         for item in items:

@@ -22,7 +22,7 @@ PAIRS = {
     ),
     "v5e-2x2-serve_tp": lambda: plan_decode(proxy(2), "v5e:2x2", "serve_tp", 16, 4096, prompt=1024),
 }
-LONG, QUICK = {"v5p-2x2x2-fsdp_tp"}, {"v5e-2x2-serve_tp"}
+LONG, QUICK = {"v5p-2x2x2-fsdp_tp", "v5e-4x4-fsdp"}, {"v5e-2x2-serve_tp"}
 
 
 def held(report):
@@ -56,6 +56,7 @@ def test_collectives_and_memory_are_those_of_the_golden_files(pair):
 
 @needs_libtpu
 @pytest.mark.slow
+@FULL
 def test_the_golden_files_see_a_lost_axis(monkeypatch):
     """Activations whose constraint forgets that rows are split."""
     constrain = Sharding.constrain
