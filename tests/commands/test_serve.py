@@ -185,6 +185,7 @@ def test_two_processes_are_one_server(tiny):
             second.kill()
 
 
+@FULL
 @pytest.mark.slow
 def test_the_demo_model_from_its_start_to_its_end(demo_folder):
     """A conversation with a real model, by curl's means and by OpenAI's client."""
