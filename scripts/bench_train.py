@@ -150,6 +150,10 @@ def measure(engines: list[str], settings: dict[str, Any], rounds: int) -> dict[s
     return found
 
 
+def _ratio(one: dict[str, Any], other: dict[str, Any]) -> dict[str, float]:
+    return {key: one[key] / other[key] for key in ("tokens_per_second", "peak_bytes")}
+
+
 def main() -> int:
     if sys.argv[1:2] == ["--serve"]:
         serve(sys.argv[2], json.loads(sys.argv[3]))
@@ -184,12 +188,8 @@ def main() -> int:
             "peak_bytes": max(step["peak_bytes"] for step in steps),
             "first_loss": steps[0]["loss"],
         }
-
-    def ratio(one: str, other: str) -> dict[str, float]:
-        return {key: rows[one][key] / rows[other][key] for key in ("tokens_per_second", "peak_bytes")}
-
-    ratios = {f"ours / {peer}": ratio(ENGINES[0], peer) for peer in args.peer}
-    ratios |= {f"{one} / {BESIDE[one]}": ratio(one, BESIDE[one]) for one in added}
+    ratios = {f"ours / {peer}": _ratio(rows[ENGINES[0]], rows[peer]) for peer in args.peer}
+    ratios |= {f"{one} / {BESIDE[one]}": _ratio(rows[one], rows[BESIDE[one]]) for one in added}
     plan = None
     if args.plan:
         command = [sys.executable, "-m", "smollm3_jax", "plan", "train", "--topology", args.plan, "--json"]
@@ -202,8 +202,8 @@ def main() -> int:
         figures = (f"{row['seconds']:.2f}", f"{row['tokens_per_second']:.0f}", f"{row['peak_bytes'] / 2**30:.2f}")
         table.add_row(engine, *figures, f"{row['first_loss']:.4f}")
     Console().print(table)
-    for name, found_ratio in ratios.items():
-        speed, memory = found_ratio["tokens_per_second"], found_ratio["peak_bytes"]
+    for name, ratio in ratios.items():
+        speed, memory = ratio["tokens_per_second"], ratio["peak_bytes"]
         print(f"{name}: {speed:.3f} x tokens/s, {memory:.2f} x memory")
     if plan is not None:
         modelled = plan["modelled"]
