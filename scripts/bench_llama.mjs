@@ -29,7 +29,7 @@ function answer(content) {
 
 // A context with room for `length` tokens in each of `rows` sequences, for as long as `use` runs; exact: all in float32.
 async function withContext(rows, length, exact, use) {
-    const room = Math.ceil(length / 256) * 256, float32 = llama._bindings.getGgmlType("f32");
+    const room = Math.ceil(length / 256) * 256, float32 = llama._bindings.getGgmlType("F32");
     const context = new AddonContext(model, {
         contextSize: rows * room, sequences: rows, batchSize: CHUNK, threads: Number(threads),
         ...exact
