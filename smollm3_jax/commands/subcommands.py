@@ -12,7 +12,7 @@ COMMANDS = {
     "generate": ("continue a text, or answer a message", "MODEL -p TEXT"),
     "chat": ("talk with a model in the terminal; /help lists what it understands", "MODEL"),
     "serve": ("answer OpenAI's clients over HTTP, and a page to chat in", "MODEL"),
-    "convert": ("rewrite a checkpoint as a Hugging Face folder", "SRC DST"),
+    "convert": ("rewrite a checkpoint as a Hugging Face folder, or as a .gguf file", "SRC DST"),
     "quantize": ("rewrite a checkpoint with quantized weights", "SRC DST --weights SCHEME"),
     "merge": ("make one model of several, or of a model and its adapter", "MODEL=WEIGHT MODEL=WEIGHT --out DIR"),
     "verify": (
