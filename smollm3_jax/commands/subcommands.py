@@ -20,6 +20,7 @@ COMMANDS = {
         "MODEL (--against REFERENCE | --goldens)",
     ),
     "perplexity": ("how well a model predicts text, computed as it would generate it", "MODEL --text FILE.jsonl"),
+    "eval": ("answer lm-evaluation-harness's tasks, and grade the answers", "MODEL --tasks T[,T]"),
     "train": (
         "continue pretraining, or fine-tune, in a run folder that a restart goes on from",
         "--config FILE.toml|RECIPE [section.key=value ...]",
