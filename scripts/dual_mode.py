@@ -6,7 +6,7 @@
 Fine-tuning on short tasks in both modes; APO on pairs that a checker makes of two samples; the mean of two checkpoints;
 0.9 of that and 0.1 of the model that it began with. Then five models by whether they keep to the mode, by accuracy, by
 what the checker passes on held-out prompts, and by perplexity in six languages. modes/dual-mode.toml fixes the rest.
-The same command again goes on with a run that was stopped; docs/dual-mode.md says more. The picture is DIR/report.png.
+The same command again goes on with a run that was stopped. docs/dual-mode.md says more.
 """
 
 import argparse
@@ -26,7 +26,7 @@ RECIPE = Path(__file__).parent / "modes" / "dual-mode.toml"
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="all that the run makes; 6 GB")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="all that the run makes")
     parser.add_argument("--seed", type=int, default=0, help="of the tasks, the order of the data, and the samples")
     parser.add_argument(
         "--recipe", type=Path, default=RECIPE, metavar="FILE.toml", help="default: modes/dual-mode.toml"

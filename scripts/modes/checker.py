@@ -56,7 +56,7 @@ def _result(kind: str, text: str) -> str:
     """The last thing in a text that looks like an answer of that kind; of letters with any separators, "a b c"."""
     shape = SHAPES.get(kind, NUMBER)
     if shape is LETTERS:
-        text = re.sub(r"\s*(?:,|->|-|\band\b)\s*|\s+", " ", text.lower())
+        text = re.sub(r"(?:\s*(?:,|->|-|\band\b)\s*|\s)+", " ", text.lower())
     elif shape is NUMBER:
         text = re.sub(r"(?<=\d),(?=\d{3}\b)", "", text)
     found = shape.findall(text)

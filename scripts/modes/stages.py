@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -198,5 +199,6 @@ def _report(run: Run) -> None:
         "processor_seconds": sum(line["processor_seconds"] for line in read_lines(run.folder / "stages.jsonl")),
     }
     found = summary(run.recipe, run.seed, models, about)
-    draw(found, run.folder / "report.png")
+    if find_spec("matplotlib"):
+        draw(found, run.folder / "report.png")
     write(run.folder / "report.json", json.dumps(found, indent=1))
