@@ -38,6 +38,9 @@ def main(argv: list[str] | None = None) -> int:
     except SmolLM3Error as error:
         print(f"dual-mode: {error}", file=sys.stderr)
         return 3
+    except KeyboardInterrupt:
+        print("dual-mode: stopped; the same command goes on from here", file=sys.stderr)
+        return 130
     found = json.loads((args.out / "report.json").read_text())
     if args.json:
         print(json.dumps(found))
