@@ -35,7 +35,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 # XLA's own stay, and so do the programs of test_real_weights.py.)
 jax.config.update("jax_disable_most_optimizations", True)
 
-# Fused loops are half of what is left. jax before 0.11 has an older compiler for them, which takes a tenth of the time;
+# Fused loops are half of what is left. jax before 0.11 has an older compiler for them, which takes a fraction of the time;
 # the newer one is what users have: the pages' commands are compiled by it (test_docs.py), and all of `make test-light`.
 if jax.__version_info__ < (0, 11):
     quick = "--xla_cpu_use_fusion_emitters=false"
