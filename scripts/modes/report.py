@@ -34,15 +34,16 @@ def show(found: Mapping[str, Any], console: Console) -> None:
     first = Table("model", *RATES, title=f"{found['held_out']} held-out prompts in both modes, {share}")
     for name, row in found["models"].items():
         first.add_row(name, *(_spelled(row[rate], "{:.0%}") for rate in RATES))
-    languages = list(next(iter(found["models"].values()))["perplexity"])
-    second = Table("model", *languages, title="perplexity")
-    for name, row in found["models"].items():
-        second.add_row(name, *(_spelled(row["perplexity"][language], "{:.2f}") for language in languages))
+    second = Table("language", *found["models"], title="perplexity")
+    perplexities = [row["perplexity"] for row in found["models"].values()]
+    for language in perplexities[0]:
+        second.add_row(language, *(_spelled(of[language], "{:.1f}") for of in perplexities))
     console.print(first, second, soft_wrap=True)
     for one in found["expected"]:
         against = "" if one["of"] == one["against"] else f" over {one['against']}"
         bound = f"above {one['above']:g}" if "above" in one else f"below {one['below']:g}"
-        where = f"{one['measure']} of {one['of']}{against} {_spelled(one, '{:+.3f}')}, expected {bound}"
+        measure = "logarithm of perplexity" if one["measure"] == "perplexity" else one["measure"]
+        where = f"{measure} of {one['of']}{against} {_spelled(one, '{:+.3f}')}, expected {bound}"
         console.print(f"{'held' if one['held'] else 'did not hold'}: {one['what']} ({where})", soft_wrap=True)
     console.print(f"{found['pairs']} pairs of {found['prompts']} prompts; {found['seconds'] / 60:.0f} minutes in all")
 
@@ -53,11 +54,11 @@ def _spelled(of: Mapping[str, float], form: str) -> str:
 
 
 def draw(found: Mapping[str, Any], path: Path) -> None:
-    """A picture of the table: shares on the left, perplexities over the first model's on the right."""
+    """A picture of the table: shares on the left, perplexities on the right."""
     import matplotlib
 
     matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib import pyplot, ticker
 
     models = found["models"]
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(12, 4.5), layout="constrained")
@@ -69,18 +70,17 @@ def draw(found: Mapping[str, Any], path: Path) -> None:
         for i, (model, row) in enumerate(models.items()):
             cells = [of(row, name) for name in names]
             at = [x + (i - (len(models) - 1) / 2) * 0.16 for x in range(len(names))]
-            values = [cell["value"] for cell in cells]
-            errors = [
-                [cell["value"] - cell["low"] for cell in cells],
-                [cell["high"] - cell["value"] for cell in cells],
-            ]
-            axes.errorbar(at, values, errors, fmt="o", capsize=3, label=model)
+            axes.vlines(at, [cell["low"] for cell in cells], [cell["high"] for cell in cells], colors=f"C{i}")
+            axes.plot(at, [cell["value"] for cell in cells], "o", color=f"C{i}", label=model)
         axes.set_xticks(range(len(names)), [name.replace("accuracy ", "accuracy\n") for name in names])
         axes.grid(axis="y", alpha=0.3)
     left.set_ylim(-0.02, 1.02)
     left.set_title(f"held-out answers (seed {found['seed']}, {found['interval']:.0%} intervals)")
     right.set_yscale("log")
+    right.yaxis.set_minor_formatter(ticker.ScalarFormatter())
+    right.yaxis.set_major_formatter(ticker.ScalarFormatter())
     right.set_title("perplexity")
-    left.legend()
+    handles, labels = left.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
     figure.savefig(path, dpi=120)
     pyplot.close(figure)

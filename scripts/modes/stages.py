@@ -119,7 +119,7 @@ def _train(run: Run, name: str, start: Path, data: Path) -> Path:
         key: str(value) if isinstance(value, Path) else value for key, value in given.items()
     }
     config = run.folder / f"{name}.toml"
-    write(config, "".join(f"{key} = {json.dumps(value)}\n" for key, value in settings.items()))
+    write(config, "".join(f"{key} = {json.dumps(value, ensure_ascii=False)}\n" for key, value in settings.items()))
     smollm3("train", "--config", config, "--resume", "auto")
     return run.folder / f"run-{name}"
 
