@@ -1,6 +1,6 @@
 """Teaches the demo model SmolLM3's two modes, and measures what each part of it brought.
 
-    python scripts/dual_mode.py --seed 0 --out DIR            # 100 minutes of two cores
+    python scripts/dual_mode.py --seed 0 --out DIR            # about an hour of processor time
     python scripts/dual_mode.py --seed 0 --out DIR --json     # the table as JSON; a done run is only shown
 
 Fine-tuning on short tasks in both modes; APO on pairs that a checker makes of two samples; the mean of two checkpoints;
