@@ -24,6 +24,7 @@ from .report import draw, summary
 TEMPLATE = Path(__file__).with_name("dual-mode.jinja")
 MODELS = ("base", "sft", "apo", "soup", "merged")
 DTYPE = ("--dtype", "float32")
+SLOTS = ("--slots", "32")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,20 +115,20 @@ def _base(run: Run) -> None:
 
 def _train(run: Run, name: str, start: Path, data: Path) -> Path:
     """The run folder of a training run of the recipe's settings, once it is done."""
-    given = {"run.dir": run.folder / f"run-{name}", "run.seed": run.seed, "model.path": start, "data.path": data}
-    settings = dict(_flat(run.recipe[name])) | {
-        key: str(value) if isinstance(value, Path) else value for key, value in given.items()
-    }
+    folder = run.folder / f"run-{name}"
+    given = {"run.dir": str(folder), "run.seed": run.seed, "model.path": str(start), "data.path": str(data)}
+    settings = {**dict(flat(run.recipe[name])), **given}
     config = run.folder / f"{name}.toml"
     write(config, "".join(f"{key} = {json.dumps(value, ensure_ascii=False)}\n" for key, value in settings.items()))
     smollm3("train", "--config", config, "--resume", "auto")
-    return run.folder / f"run-{name}"
+    return folder
 
 
-def _flat(table: dict[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
+def flat(table: dict[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
+    """("section.key", value) of each value in a table of tables."""
     for key, value in table.items():
         if isinstance(value, dict):
-            yield from _flat(value, f"{path}{key}.")
+            yield from flat(value, f"{path}{key}.")
         else:
             yield f"{path}{key}", value
 
@@ -141,7 +142,7 @@ def _samples(run: Run) -> None:
     """Samples of the fine-tuned model, and the pairs that the checker makes of them."""
     answers = run.folder / "samples.jsonl"
     prompts = run.folder / "data" / "prompts.jsonl"
-    smollm3("generate", "-m", run.model("sft"), *DTYPE, "--input", prompts, "--output", answers)
+    smollm3("generate", "-m", run.model("sft"), *DTYPE, *SLOTS, "--input", prompts, "--output", answers)
     template = TEMPLATE.read_text()
     pairs = list(pairs_of(read_lines(answers), lambda messages: render(template, messages, add_generation_prompt=True)))
     if not pairs:
@@ -177,7 +178,7 @@ def _measure(run: Run, name: str) -> None:
     data, spoken = run.folder / "data", run.recipe["dialogues"]
     (run.folder / "measures").mkdir(exist_ok=True)
     model = ("-m", run.model(name), *DTYPE)
-    smollm3("generate", *model, "--input", data / "held-out.jsonl", "--output", _answers(run, name))
+    smollm3("generate", *model, *SLOTS, "--input", data / "held-out.jsonl", "--output", _answers(run, name))
     length = str(spoken["tokens"])
     most = str(spoken["tokens"] * spoken["texts"] * len(spoken["languages"]))
     text = ("--text", data / "texts.jsonl", "--length", length, "--max-tokens", most)

@@ -272,7 +272,7 @@ def small(recipe, model):
 
 def test_the_recipe_is_one_that_smollm3_train_reads(tmp_path):
     for name in ("sft", "apo"):
-        words = [f"{key}={json.dumps(value)}" for key, value in stages._flat(RECIPE[name])]
+        words = [f"{key}={json.dumps(value)}" for key, value in stages.flat(RECIPE[name])]
         (tmp_path / "empty.toml").write_text("")
         settings = read_settings(
             str(tmp_path / "empty.toml"), [*words, "run.dir=x", "model.path=demo", "data.path=y.jsonl"]
