@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from .files import judged
+from .data import judged
 
 Numbers = dict[str, np.ndarray]  # by measure: float64 [R + 1], first of what was measured, then of each draw
 THINKING = "accuracy of thinking over that without"

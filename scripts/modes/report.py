@@ -8,6 +8,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from smollm3_jax.files import new_file
+
 from .measure import RATES, Numbers, expectations, interval
 
 
@@ -82,5 +84,6 @@ def draw(found: Mapping[str, Any], path: Path) -> None:
     right.set_title("perplexity")
     handles, labels = left.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
-    figure.savefig(path, dpi=120)
+    with new_file(path) as file:
+        figure.savefig(file, format="png", dpi=120)
     pyplot.close(figure)

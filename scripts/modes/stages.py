@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import resource
-import shutil
 import subprocess
 import sys
 import time
@@ -14,10 +13,10 @@ from typing import Any
 
 from smollm3_jax.chat.template import render
 from smollm3_jax.errors import OptionError, TrainingError
-from smollm3_jax.files import new_folder, write
+from smollm3_jax.files import append, new_folder, write
 from smollm3_jax.weights.demo import model_folder
 
-from .files import make_data, pairs_of, read_lines, write_lines
+from .data import make_data, pairs_of, read_lines, write_lines
 from .measure import Numbers, nats, rates
 from .report import draw, summary
 
@@ -79,8 +78,7 @@ def run_stages(run: Run) -> None:
             make()
         finally:
             took = {"seconds": time.monotonic() - wall, "processor_seconds": _processor_seconds() - before}
-            with (run.folder / "stages.jsonl").open("a") as file:
-                file.write(json.dumps({"stage": name, "done": result.exists(), **took}) + "\n")
+            append(run.folder / "stages.jsonl", json.dumps({"stage": name, "done": result.exists(), **took}) + "\n")
 
 
 def _processor_seconds() -> float:
@@ -109,8 +107,10 @@ def _base(run: Run) -> None:
     """The model that all begins with: the recipe's, with the template of the two modes."""
     source = model_folder(run.recipe["model"])
     with new_folder(run.model("base")) as new:
-        shutil.copytree(source, new, dirs_exist_ok=True)
-        shutil.copyfile(TEMPLATE, new / "chat_template.jinja")
+        for path in source.iterdir():
+            if path.is_file():
+                write(new / path.name, path.read_bytes())
+        write(new / "chat_template.jinja", TEMPLATE.read_bytes())
 
 
 def _train(run: Run, name: str, start: Path, data: Path) -> Path:

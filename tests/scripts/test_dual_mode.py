@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
 import dual_mode
 from modes import dialogues, report, stages
 from modes.checker import check
-from modes.files import make_data, pairs_of, read_lines, write_lines
+from modes.data import make_data, pairs_of, read_lines, write_lines
 from modes.measure import THINKING, draws, expectations, interval, nats, rates
 from modes.tasks import DAYS, KINDS, draw_tasks, modes
 
