@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import tiny
+from proxies import FULL
 
 import smollm3_jax as s3
 from smollm3_jax.commands.main import main
@@ -99,7 +100,7 @@ def test_a_small_model_finds_what_transformers_finds(small, tasks, tmp_path, cap
     assert all(task in table for task in TASKS) and "acc_norm" in table
 
 
-@pytest.mark.slow
+@FULL
 @pytest.mark.torch
 def test_the_demo_model_finds_what_transformers_finds(demo_folder, tasks, tmp_path, programs_as_users_run_them):
     found = evaluated(demo_folder, tasks, tmp_path)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from proxies import FULL
 from rich.console import Console
 from tiny import chat_checkpoint
 
@@ -306,7 +307,7 @@ def test_seeds_share_held_out_questions_and_no_others(tmp_path, monkeypatch):
         assert not held_out & {line["id"]["question"] for line in asked}
 
 
-@pytest.mark.slow
+@FULL
 def test_the_whole_command_on_a_tiny_model(tmp_path, monkeypatch, capsys):
     """It stops where the checker passes nothing, as of random weights; with pairs from elsewhere it goes on there."""
     monkeypatch.setattr(dialogues, "corpus", lambda: write_corpus(tmp_path / "corpus.whl"))

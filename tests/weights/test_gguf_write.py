@@ -524,7 +524,10 @@ def assert_llama_cpp_agrees(folder: Path, path: Path, texts: list[str]) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("changes", [{}, {"rope_scaling": YARN | {"factor": 4.0}}], ids=["plain", "yarn"])
+@pytest.mark.parametrize(
+    "changes",
+    [pytest.param({}, id="plain"), pytest.param({"rope_scaling": YARN | {"factor": 4.0}}, id="yarn", marks=FULL)],
+)
 def test_llama_cpp_computes_smollm3(full_release, tmp_path, changes):
     """With SmolLM3's tokenizer, and NoPE on the fourth and eighth layer."""
     folder = tmp_path / "hf"
@@ -538,9 +541,9 @@ def test_llama_cpp_computes_smollm3(full_release, tmp_path, changes):
     assert_llama_cpp_agrees(folder, tmp_path / "m.gguf", [*TEXTS, *SIX])
 
 
-@pytest.mark.slow
+@FULL
 @pytest.mark.usefixtures("programs_as_users_run_them")
-@pytest.mark.parametrize("nope", [pytest.param(False, id="demo"), pytest.param(True, id="demo with NoPE", marks=FULL)])
+@pytest.mark.parametrize("nope", [False, True], ids=["demo", "demo with NoPE"])
 def test_llama_cpp_computes_the_demo(demo_folder, tmp_path, nope):
     shutil.copytree(demo_folder, tmp_path / "hf")
     if nope:

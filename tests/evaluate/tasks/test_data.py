@@ -1,12 +1,12 @@
 """The tasks that need no hub."""
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tiny
+from proxies import FULL
 
 from smollm3_jax.commands.main import main
 from smollm3_jax.errors import OptionError
@@ -63,9 +63,8 @@ def test_the_command_finds_them(small, tmp_path, capsys):
     assert results["smollm3_languages"]["bits_per_byte,none"] == pytest.approx(sum(parts) / 6)
 
 
-@pytest.mark.slow
+@FULL
 @pytest.mark.torch
-@pytest.mark.skipif(not os.environ.get("FULL"), reason="a minute of a CPU; FULL=1")
 def test_the_demo_model_finds_needles_as_in_transformers(demo_folder, programs_as_users_run_them):
     pytest.importorskip("torch")
     from lm_eval.evaluator import simple_evaluate

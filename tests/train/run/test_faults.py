@@ -112,14 +112,9 @@ def undisturbed(place):
     return run
 
 
-@pytest.mark.parametrize(
-    ("kind", "seed"),
-    [
-        pytest.param(kind, seed, marks=[] if (kind, seed) == ("adapter", 0) else FULL)
-        for kind in KILLED
-        for seed in range(4)
-    ],
-)
+@FULL
+@pytest.mark.parametrize("kind", KILLED)
+@pytest.mark.parametrize("seed", range(4))
 def test_adapters_go_on_after_kills_at_random_points(place, undisturbed, kind, seed):
     """Two kills in each run; then the end is that of the run that nothing disturbs, bit for bit."""
     corpus, wanted = undisturbed(kind)
