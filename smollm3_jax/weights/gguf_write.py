@@ -307,7 +307,7 @@ def _differing(path: Path, checksums: dict[str, int]) -> str | None:
     except ValueError:
         return "the header"
     for entry in entries:
-        raw = np.memmap(path, np.uint8, "r", entry.start, (entry.nbytes,)) if entry.nbytes else b""
+        raw = np.memmap(path, np.uint8, "r", entry.start, (entry.nbytes,)).data if entry.nbytes else b""
         if zlib.crc32(raw) != checksums.get(entry.name):
             return f"tensor {entry.name}"
     return None
