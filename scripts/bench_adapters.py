@@ -11,6 +11,7 @@ import statistics
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -24,6 +25,7 @@ from smollm3_jax.generation.prompts import SERVING_PIECES
 from smollm3_jax.generation.requests import Request
 from smollm3_jax.generation.sampling import SamplingParams
 from smollm3_jax.model import SmolLM3
+from smollm3_jax.tokenizer import Tokenizer, tokenizer_of
 from smollm3_jax.weights.key_map import PROJECTIONS, hf_tensors
 from smollm3_jax.weights.peft import adapter_config, write_adapter
 from smollm3_jax.weights.served import attach, read_served
@@ -40,10 +42,11 @@ def write_random(folder: Path, config: ModelConfig, rank: int, seed: int) -> str
     return str(folder)
 
 
-def started(model: SmolLM3, slots: int, calls: int) -> Engine:
+def started(model: SmolLM3, tokenizer: Tokenizer | None, slots: int, calls: int) -> Engine:
     """An engine all slots of which decode, for as many calls."""
     new, names = MAX_STEPS * (calls + 2), (None, *model.adapters)
-    engine = Engine(model, slots=slots, context=64 + new, prefill_tokens=None, piece_sizes=SERVING_PIECES)
+    shape: dict[str, Any] = {"slots": slots, "context": 64 + new, "piece_sizes": SERVING_PIECES}
+    engine = Engine(model, tokenizer=tokenizer, prefill_tokens=None, **shape)
     params = SamplingParams(temperature=0, max_new_tokens=new, ignore_eos=True)
     for slot in range(slots):
         engine.submit(Request(f"Slot {slot} tells a story of", params, adapter=names[slot % len(names)]))
@@ -64,7 +67,7 @@ def main() -> None:
         own = (Path(folder) / f"adapter-{i}" for i in range(arguments.adapters))
         words = [write_random(path, model.config, arguments.rank, i) for i, path in enumerate(own)]
         several = attach(model, read_served(words, "base"))
-    engines = [started(one, arguments.slots, arguments.calls) for one in (model, several)]
+    engines = [started(one, tokenizer_of(model), arguments.slots, arguments.calls) for one in (model, several)]
     seconds: list[list[float]] = [[], []]
     for _ in range(arguments.calls):
         for engine, taken in zip(engines, seconds, strict=True):
