@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 
 # What dimensions of arrays are called: parameters', activations' and the cache's.
 LOGICAL_AXES = (
-    *("layers", "embed", "heads", "kv_heads", "head", "mlp", "vocab", "rank"),
+    *("layers", "embed", "heads", "kv_heads", "head", "mlp", "vocab", "rank", "adapters"),
     *("batch", "length", "residual"),
     *("cache_heads", "context"),
 )

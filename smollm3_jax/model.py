@@ -29,7 +29,7 @@ from . import rope, xla_cpu
 from .attention import attention, cached_attention
 from .config import GenerationConfig, ModelConfig
 from .kv_cache import CacheView, KVCache, LayerCache
-from .lora import LoraWeight, adapted, in_dtype
+from .lora import LoraStack, LoraWeight, adapted, adapted_each, in_dtype
 from .quantize import Weight, linear, lookup, quantize_weight, scheme_of
 from .rms_norm import norm_for, rms_norm, widened
 
@@ -90,6 +90,8 @@ class SmolLM3(nnx.Module):
         self.generation_config = generation_config or GenerationConfig.from_hf({}, config)
         # Static, as the configs are: what is compiled for one mesh is never taken for another.
         self.sharding = sharding
+        # The names of those that sequences can choose among, the first of which is number 1; see `weights.served`.
+        self.adapters: tuple[str, ...] = ()
         self.embed = _weight(config, "embed", ("vocab", "embed"), rngs, dtype)
         self.layers: Block | nnx.List[Block] = Block(config, rngs=rngs, dtype=dtype)
         self.norm = nnx.Param(jnp.ones(config.hidden_size, dtype), axes=("embed",))
@@ -376,11 +378,17 @@ def block(
 
 
 def _linear(
-    x: Array, weight: Weight | LoraWeight, bias: nnx.Param | None, contracted: int = 1, sharding: Sharding | None = None
+    x: Array,
+    weight: Weight | LoraWeight | LoraStack,
+    bias: nnx.Param | None,
+    contracted: int = 1,
+    sharding: Sharding | None = None,
 ) -> Array:
     """The products and the bias are added up in float32, then rounded once to x's dtype."""
     if isinstance(weight, LoraWeight):
         out = adapted(x, weight, contracted, sharding)
+    elif isinstance(weight, LoraStack):
+        out = adapted_each(x, weight, contracted, sharding)
     elif bias is None:
         return linear(x, weight, contracted, sharding=sharding, dtype=x.dtype)
     else:

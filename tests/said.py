@@ -29,7 +29,8 @@ def deltas(
 
     The log-probability of the token at place i is -i / 8, and the likeliest tokens are those with the ids 0, 1, ...
     """
-    model: Any = SimpleNamespace(config=server.config, generation_config=server.generation_config)
+    own = {"generation_config": server.generation_config, "adapters": tuple(server.adapters)}
+    model: Any = SimpleNamespace(config=server.config, **own)
     of = sequence.Sequence(model, 0, sample, request, server.tokenizer)
     found, ids = [], ids[: request.params.max_new_tokens]
     for start, end in pairwise(sorted({0, len(ids), *(cut for cut in cuts if cut < len(ids))})):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from smollm3_jax.lora import LoraWeight, adapted, in_dtype, lengths, plain
+from smollm3_jax.lora import LoraStack, LoraWeight, adapted, adapted_each, for_each, in_dtype, lengths, plain
 from smollm3_jax.quantize import quantize_weight
 
 
@@ -45,6 +45,38 @@ def test_one_product_is_that_of_the_whole_weight(shape, contracted, scheme, dora
     assert got.shape == (2, 200, *shape[:-contracted]) and got.dtype == jnp.float32
     want = np.asarray(x, np.float64).reshape(2, 200, -1) @ whole(w, contracted).T
     np.testing.assert_allclose(got.reshape(want.shape), want, rtol=0, atol=2e-5 * np.abs(want).max())
+
+
+@pytest.mark.parametrize(
+    ("shape", "contracted", "scheme"), [((2, 3, 32), 1, None), ((6, 4, 8), 2, None), ((6, 64), 1, "int4")]
+)
+def test_each_sequence_adds_its_own(shape, contracted, scheme):
+    """Exactly nothing for the base; bit for bit the same whatever the others add."""
+    random, (out, inner) = np.random.RandomState(2), (shape[:-contracted], shape[-contracted:])
+    a, b = random.standard_normal((2, 4, *inner)), random.standard_normal((*out, 2, 4))
+    base = weight(shape, contracted, scheme).base
+    stack = LoraStack(base, *(nnx.Param(jnp.asarray(x, jnp.float32), axes=(None,) * x.ndim) for x in (a, b)))
+    x = jnp.asarray(random.standard_normal((4, 5, *inner)), jnp.float32)
+    nothing = np.asarray(adapted_each(x, stack, contracted), np.float64)
+
+    def added(*numbers):
+        tree = for_each({"w": stack, "n": jnp.ones(3)}, jnp.array(numbers))
+        got = adapted_each(x[: len(numbers)], tree["w"], contracted)
+        assert got.shape == (len(numbers), 5, *out) and got.dtype == jnp.float32 and stack.number is None
+        return np.asarray(got)
+
+    def want(i, number):
+        low = np.asarray(x[i], np.float64).reshape(5, -1) @ a[number - 1].reshape(4, -1).T
+        return nothing[i] + (low @ b[..., number - 1, :].reshape(-1, 4).T).reshape(nothing[i].shape)
+
+    got = added(2, 0, 1, 2)
+    np.testing.assert_array_equal(got[1], np.asarray(nothing[1], np.float32))
+    for i, number in ((0, 2), (2, 1), (3, 2)):
+        np.testing.assert_allclose(got[i], want(i, number), rtol=0, atol=2e-5 * np.abs(got[i]).max())
+    np.testing.assert_array_equal(got[0], added(2, 1, 0, 1)[0])
+    # One alone is another program.
+    np.testing.assert_allclose(added(2)[0], want(0, 2), rtol=0, atol=2e-5 * np.abs(got[0]).max())
+    np.testing.assert_allclose(added(0)[0], nothing[0], rtol=0, atol=2e-5 * np.abs(nothing[0]).max())
 
 
 def test_what_divides_in_dora_has_no_gradient():

@@ -1,6 +1,7 @@
 """Tiny random checkpoints that cover every option of the config; weights come from a frozen random stream."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,8 @@ from safetensors.numpy import save_file
 
 from smollm3_jax.config import ModelConfig
 from smollm3_jax.tokenizer import Tokenizer, build_tokenizer
-from smollm3_jax.weights.key_map import hf_tensors
+from smollm3_jax.weights.key_map import PROJECTIONS, hf_tensors
+from smollm3_jax.weights.peft import adapter_config, write_adapter
 
 BASE: dict[str, Any] = {
     "model_type": "smollm3",
@@ -170,6 +172,30 @@ def tiny_checkpoint(folder: Path, name: str = "plain", seed: int = 0, dtype: str
     if "torch_dtype" in raw:
         raw["torch_dtype"] = dtype
     return write_checkpoint(folder, raw, random_tensors(raw, seed, dtype))
+
+
+def tiny_adapter(
+    folder: Path,
+    base: Path,
+    raw: dict[str, Any] | None = None,
+    rank: int = 4,
+    targets: Sequence[str] = tuple(PROJECTIONS),
+    seed: int = 0,
+    **more: Any,
+) -> Path:
+    """Writes a PEFT folder, large enough to matter, of a model of this config ("plain"); returns the folder.
+
+    more: fields of adapter_config.json.
+    """
+    random, parts = np.random.RandomState(seed), {}
+    for name, hf in hf_tensors(ModelConfig.from_hf(raw or raw_config("plain"))).items():
+        if name.split(".")[-2] in targets:
+            n, k = hf.shape
+            a, b = (random.standard_normal(shape).astype(np.float32) * 0.1 for shape in ((rank, k), (n, rank)))
+            magnitude = {"magnitude": 1 + random.rand(n).astype(np.float32)} if more.get("use_dora") else {}
+            parts[name] = {"a": a, "b": b} | magnitude
+    write_adapter(folder, adapter_config(str(base), targets, rank, 8, **more), parts, {})
+    return folder
 
 
 def random_tokens(raw: dict[str, Any], batch: int, length: int, seed: int = 0) -> np.ndarray:

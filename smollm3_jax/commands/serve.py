@@ -28,10 +28,14 @@ KEY_VARIABLE = "SMOLLM3_API_KEY"
 SLOTS = 8
 # What fits beside a model of 3B parameters on most devices, unless the model's own context is shorter.
 CONTEXT = 8192
+SERVED_HELP = (
+    "a PEFT folder (LoRA) to serve as a model of its own, NAME or the folder's name, times SCALE (default: 1); may be "
+    "repeated"
+)
 
 
 def add(parser: argparse.ArgumentParser) -> None:
-    add_model(parser)
+    add_model(parser, SERVED_HELP)
     add_job(parser)
     group = parser.add_argument_group("server")
     group.add_argument(
@@ -71,26 +75,29 @@ def add(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from ..generation.hosts import is_follower
     from ..support import how_to_install
+    from ..weights.served import read_served
 
     if missing := [name for name in NEEDED if importlib.util.find_spec(name) is None]:
         raise SupportError(f"{missing[0]} is not installed, which serving needs: {how_to_install('serve')}")
     keys = _keys(args)
-    if len(args.adapter) > 1:
-        raise OptionError(
-            "--adapter: one is folded into the model that is served; serve others from processes of theirs"
-        )
     if args.max_queue is not None and args.max_queue < 0:
         raise OptionError(f"--max-queue is {args.max_queue}; it must be 0 (nothing waits) or more")
     if not 0 <= args.drain_timeout < 1e6:
         raise OptionError(f"--drain-timeout is {args.drain_timeout}; it must be a number of seconds, 0 or more")
+    adapters = read_served(args.adapter, _name(args))
     join_if_asked(args)
     if is_follower():  # process 0 drains, and then says that it is over
         for number in (signal.SIGTERM, signal.SIGINT):  # Ctrl-C reaches all processes of a terminal
             signal.signal(number, signal.SIG_IGN)
-    with opened(args) as model:
+    with opened(args, adapters) as model:
         if model is not None:
-            _serve(args, keys, *model)
+            _serve(args, keys, {one.name: str(one.adapter.folder) for one in adapters}, *model)
     return 0
+
+
+def _name(args: argparse.Namespace) -> str:
+    """What requests call the model."""
+    return args.name or (Path(args.model).name if Path(args.model).exists() else args.model)
 
 
 def _keys(args: argparse.Namespace) -> list[str]:
@@ -120,6 +127,7 @@ def _is_this_machine(host: str) -> bool:
 def _serve(
     args: argparse.Namespace,
     keys: list[str],
+    adapters: dict[str, str],
     checkpoint: "Checkpoint",
     tokenizer: "Tokenizer",
     load: "Callable[[], SmolLM3]",
@@ -139,8 +147,7 @@ def _serve(
     context = min(most, CONTEXT) if args.context is None else args.context
     if context > most:
         raise OptionError(f"--context is {context}; the model has been trained for {most} (--yarn FACTOR stretches it)")
-    name = args.name or (Path(args.model).name if Path(args.model).exists() else args.model)
-    server = Server(name, tokenizer, checkpoint.config, checkpoint.generation_config, context)
+    server = Server(_name(args), tokenizer, checkpoint.config, checkpoint.generation_config, context, adapters)
 
     def make() -> Engine:
         shape = {"slots": args.slots, "context": context, "cache_dtype": args.cache, "piece_sizes": SERVING_PIECES}

@@ -8,7 +8,7 @@ import json
 import math
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +18,8 @@ from ..config import DTYPES, WEIGHT_SCHEMES, with_yarn
 from ..screen_text import UNSEEN, plain
 
 MODEL_HELP = "a model folder, a .gguf file, a hub id such as HuggingFaceTB/SmolLM3-3B (or ORG/NAME@REVISION), or demo"
+
+ADAPTER_HELP = "a PEFT folder (LoRA, DoRA) to fold into the model, times SCALE (default: 1); may be repeated"
 
 # Seconds that the processes of a job wait for each other, and after which a silent one is lost.
 WAIT = 300
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
     from ..tokenizer import Tokenizer
     from ..weights.load import Checkpoint
     from ..weights.peft import Adapter
+    from ..weights.served import ServedAdapter
 
 
 # As other programs write them.
@@ -68,11 +71,11 @@ def add_model_name(
     parser.set_defaults(model_needed=needed)
 
 
-def add_model(parser: argparse.ArgumentParser) -> None:
-    """The model and how it is held in memory; see `open_model`."""
+def add_model(parser: argparse.ArgumentParser, of_adapters: str = ADAPTER_HELP) -> None:
+    """The model and how it is held in memory; see `open_model`. of_adapters: the help about them."""
     group = parser.add_argument_group("model")
     add_model_name(parser, group)
-    add_adapter(group)
+    add_adapter(group, of_adapters)
     add_dtype(group, "default: the checkpoint's own")
     group.add_argument("--weights", choices=WEIGHT_SCHEMES, help="quantize the weights at loading")
     group.add_argument("--cache", type=dtype, choices=("bfloat16", "int8"), help="what keys and values are kept in")
@@ -80,10 +83,9 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     add_mesh(group)
 
 
-def add_adapter(group: Any) -> None:
+def add_adapter(group: Any, help: str = ADAPTER_HELP) -> None:
     """Adapters of the model; see `adapters_of`."""
-    adapter_help = "a PEFT folder (LoRA, DoRA) to fold into the model, times SCALE (default: 1); may be repeated"
-    group.add_argument("--adapter", action="append", default=[], metavar="[NAME=]DIR[:SCALE]", help=adapter_help)
+    group.add_argument("--adapter", action="append", default=[], metavar="[NAME=]DIR[:SCALE]", help=help)
 
 
 def adapters_of(args: argparse.Namespace) -> "list[tuple[Adapter, float]]":
@@ -166,9 +168,14 @@ def join_if_asked(args: argparse.Namespace) -> None:
 
 
 @contextlib.contextmanager
-def opened(args: argparse.Namespace) -> "Iterator[tuple[Checkpoint, Tokenizer, Callable[[], SmolLM3]] | None]":
+def opened(
+    args: argparse.Namespace, served: "Sequence[ServedAdapter] | None" = None
+) -> "Iterator[tuple[Checkpoint, Tokenizer, Callable[[], SmolLM3]] | None]":
     """The model of `add_model`, and what loads it; in a job None on the processes that have followed process 0 to the
     end.
+
+    Args:
+      served: adapters that lie beside the model; None folds those of `add_adapter` into it.
 
     Raises:
       SmolLM3Error: of any process of the job, on all of them.
@@ -179,8 +186,8 @@ def opened(args: argparse.Namespace) -> "Iterator[tuple[Checkpoint, Tokenizer, C
 
     require_devices()
     if jax.process_count() == 1:
-        checkpoint, tokenizer = open_model(args)
-        yield checkpoint, tokenizer, functools.partial(load_model, args, checkpoint)
+        checkpoint, tokenizer = open_model(args, served)
+        yield checkpoint, tokenizer, functools.partial(load_model, args, checkpoint, served)
         return
     from ..generation import engine, hosts
     from ..job import agree, raise_everywhere
@@ -188,9 +195,9 @@ def opened(args: argparse.Namespace) -> "Iterator[tuple[Checkpoint, Tokenizer, C
     own = ("process", "coordinator", "quiet", "verbose")
     agree("options", {name: str(value) for name, value in vars(args).items() if name not in own})
     with raise_everywhere():
-        checkpoint, tokenizer = open_model(args)
+        checkpoint, tokenizer = open_model(args, served)
     with raise_everywhere():
-        model = load_model(args, checkpoint)
+        model = load_model(args, checkpoint, served)
     try:
         if hosts.is_follower():
             engine.follow(model, tokenizer)
@@ -270,27 +277,35 @@ def folder(model: str, revision: str | None = None, token: str | None = None) ->
     return model_folder(model, revision, token)
 
 
-def open_model(args: argparse.Namespace) -> "tuple[Checkpoint, Tokenizer]":
-    """The model of `add_model` as it will be loaded, headers only."""
+def open_model(
+    args: argparse.Namespace, served: "Sequence[ServedAdapter] | None" = None
+) -> "tuple[Checkpoint, Tokenizer]":
+    """The model of `add_model` as it will be loaded, headers only; served: as for `opened`."""
     from ..support import require_devices
     from ..tokenizer import load_tokenizer
     from ..weights.load import open_checkpoint, text_folder, with_adapters
+    from ..weights.served import check_served
 
     require_devices()
     mesh_of(args)
-    adapters = adapters_of(args)
+    adapters = adapters_of(args) if served is None else []
     path = folder(args.model)
     checkpoint = open_checkpoint(path)
+    check_served(checkpoint.config, served or ())
     checkpoint = with_adapters(checkpoint, adapters) if adapters else checkpoint
     if args.yarn is not None:
         checkpoint = dataclasses.replace(checkpoint, config=with_yarn(checkpoint.config, args.yarn))
     return checkpoint, load_tokenizer(text_folder(path), checkpoint.config)
 
 
-def load_model(args: argparse.Namespace, checkpoint: "Checkpoint") -> "SmolLM3":
+def load_model(
+    args: argparse.Namespace, checkpoint: "Checkpoint", served: "Sequence[ServedAdapter] | None" = None
+) -> "SmolLM3":
     from ..weights.load import load
+    from ..weights.served import attach
 
-    return load(checkpoint, args.dtype, **({"weights": args.weights} if args.weights else {}), **mesh_of(args))
+    model = load(checkpoint, args.dtype, **({"weights": args.weights} if args.weights else {}), **mesh_of(args))
+    return attach(model, served) if served else model
 
 
 def say(text: object = "", end: str = "\n") -> None:

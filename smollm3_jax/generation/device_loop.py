@@ -21,6 +21,7 @@ from sharding.arrays import shardings, spec
 from sharding.rules import Sharding
 
 from ..kv_cache import KVCache, copy_row
+from ..lora import for_each
 from ..model import SmolLM3
 from .hosts import on_every_host
 from .sampling import MAX_LOGPROBS, MAX_STOP_IDS, SamplingState, choose, log_probabilities
@@ -43,7 +44,8 @@ class Slots:
     token: int32 [B], what each feeds next; active: bool [B]; generated, limit: int32 [B], how many tokens
     it has, and may have; stop_ids: int32 [B, M], padded with -1; think_ids: int32 [B, 2], the tokens that
     open and close thinking (-1: none); thinking: bool [B]; think_left: int32 [B], how many more tokens it
-    may think (negative: any number).
+    may think (negative: any number); adapter: int32 [B], the number of the model's adapter that each has, 0 for none;
+    None where the model has no adapters.
     """
 
     token: Any
@@ -55,10 +57,14 @@ class Slots:
     thinking: Any
     think_left: Any
     choice: SamplingState
+    adapter: Any = None
 
 
-def slot_specs(batch: int, vocab_size: int) -> Any:
-    """Slots of ArraySpecs: what has an entry for each token of the vocabulary lies as the logits do."""
+def slot_specs(batch: int, vocab_size: int, adapters: bool = False) -> Any:
+    """Slots of ArraySpecs: what has an entry for each token of the vocabulary lies as the logits do.
+
+    adapters: whether the model has any.
+    """
     index, flag = spec(jnp.int32, batch=batch), spec(bool, batch=batch)
     return Slots(
         token=index,
@@ -70,6 +76,7 @@ def slot_specs(batch: int, vocab_size: int) -> Any:
         thinking=flag,
         think_left=index,
         choice=SamplingState.specs(batch, vocab_size),
+        adapter=index if adapters else None,
     )
 
 
@@ -78,7 +85,8 @@ def as_they_came(slots: Slots, sharding: Sharding | None) -> Slots:
     be compiled anew, and what was donated not be used."""
     if sharding is None:
         return slots
-    return jax.lax.with_sharding_constraint(slots, shardings(slot_specs(*slots.choice.counts.shape), sharding))
+    specs = slot_specs(*slots.choice.counts.shape, adapters=slots.adapter is not None)
+    return jax.lax.with_sharding_constraint(slots, shardings(specs, sharding))
 
 
 @jax.tree_util.register_dataclass
@@ -113,6 +121,7 @@ def prefill(
     tokens_1T: Array,
     next_T: Array,
     count: Array,
+    adapter: Array | None = None,
     *,
     logprobs: bool = False,
 ) -> tuple[KVCache, PromptLogprobs | None]:
@@ -124,10 +133,12 @@ def prefill(
       tokens_1T: int32 [1, T], padded at the end.
       next_T: int32 [T], the token that follows each: what log-probabilities are of.
       count: how many tokens are real.
+      adapter: int32, the number of the model's adapter that it is for, 0 for none; None where the model has none.
 
     Returns:
       The cache, and log-probabilities if asked for.
     """
+    model = for_each(model, None if adapter is None else adapter[None])
     segments_1T = (jnp.arange(tokens_1T.shape[1], dtype=jnp.int32) < count).astype(jnp.int32)[None]
     cache = dataclasses.replace(cache, length=cache.length.at[slot].set(0 if start is None else start))
     x_1TD, cache = model.hidden(tokens_1T, segment_ids=segments_1T, cache=cache, slot=slot, past=start is not None)
@@ -179,6 +190,7 @@ def hold(slots: Slots, constrained_B: Array, forbidden_BW: Array, *, sharding: S
 @functools.partial(jax.jit, donate_argnames=("cache", "slots"), compiler_options=COMPILER_OPTIONS)
 def decode(model: SmolLM3, cache: KVCache, slots: Slots, steps: Array) -> tuple[KVCache, Slots, DecodedTokens]:
     """Up to `steps` (at most MAX_STEPS) tokens for each active slot; ends early when none is left."""
+    model = for_each(model, slots.adapter)
     batch = slots.token.shape[0]
     width = min(MAX_LOGPROBS, model.config.vocab_size)
     chosen = DecodedTokens(

@@ -33,7 +33,7 @@ from .prompt_lookup import decode_lookup, remember
 from .prompts import Prefixes, pieces
 from .prompts import piece_sizes as sizes_for
 from .requests import Delta, Request, as_json, check_request, from_json, with_ids
-from .sequence import Prefill, Sequence, held_back
+from .sequence import Prefill, Sequence, adapter_number, held_back
 from .stats import Stats, counted
 
 log = logging.getLogger(__name__)
@@ -165,6 +165,7 @@ class Engine:
         request = with_ids(request, self.model.config, self.tokenizer, name)
         own = self.model.config, self.model.generation_config
         check_request(*own, request, self.tokenizer, self.context, self.lookup, name)
+        adapter_number(self.model, request.adapter)
         number, self._submitted = self._submitted, self._submitted + 1
         if self._leads:
             self._events.append(["submit", as_json(request)])
@@ -201,10 +202,10 @@ class Engine:
         with in_step(), self._stats.timed(), self._memory():
             self._cache = self._places.placed(self._cache)
             for size in self.piece_sizes:
-                tokens, count = np.zeros((2, size), np.int32), np.int32(size)
+                tokens = np.zeros((2, size), np.int32)
+                piece = zero, zero, tokens[:1], tokens[1], np.int32(size), self._nothing.adapter
                 for logprobs in (False, True):
-                    place = self.model, self._cache, zero, zero
-                    self._cache, _ = prefill(*place, tokens[:1], tokens[1], count, logprobs=logprobs)
+                    self._cache, _ = prefill(self.model, self._cache, *piece, logprobs=logprobs)
             self._cache = self._places.warm_up(self._cache)
             self._place(0, self._nothing, 0)
             if self._history is not None:
@@ -309,7 +310,7 @@ class Engine:
         """Gives the first that waits a slot; False if its places are not to be had yet."""
         sequence, slot = self._waiting[0], self._free[0]
         # Log-probabilities of a prompt only the model has.
-        salt = None if sequence.wants_prompt else sequence.request.cache_salt
+        salt = None if sequence.wants_prompt else sequence.salt
         begun = self._places.begin(self._cache, slot, salt, sequence.prompt[:-1], sequence.places(MAX_STEPS))
         if begun is None:
             return False
@@ -335,11 +336,12 @@ class Engine:
             whole = self._lazy and count == len(prompt) - 1
             self._cache = self._places.placed(self._cache)
             place = self.model, self._cache, np.int32(at.slot), None if whole else np.int32(start)
-            self._cache, values = prefill(*place, tokens[:1], tokens[1], np.int32(count), logprobs=wanted)
+            rest = tokens[:1], tokens[1], np.int32(count), at.sequence.adapter
+            self._cache, values = prefill(*place, *rest, logprobs=wanted)
             if values is not None:
                 at.logprobs.append((values, count))
             else:
-                self._places.keep(self._cache, at.slot, at.sequence.request.cache_salt, prompt[: start + count])
+                self._places.keep(self._cache, at.slot, at.sequence.salt, prompt[: start + count])
             self._stats.prompt_tokens += count
             self._stats.programs[f"prefill of {padded} tokens" + (" with log-probabilities" if wanted else "")] += 1
             if start + count < len(prompt) - 1:

@@ -54,7 +54,8 @@ def empty(
     """
     history = spec(jnp.int32, batch=slots, places=capacity) if drafts else None
     cache = cache_specs(model.config, slots, capacity, cache_dtype, pool)
-    made = zeros((cache, slot_specs(slots, model.config.vocab_size), history), model.sharding)
+    of_slots = slot_specs(slots, model.config.vocab_size, bool(model.adapters))
+    made = zeros((cache, of_slots, history), model.sharding)
     if model.sharding is not None:
         return made
     devices = list(model.norm[...].devices())

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from ..kv_cache import KVCache
+from ..lora import for_each
 from ..model import SmolLM3
 from .device_loop import COMPILER_OPTIONS, MAX_STEPS, Slots, as_they_came
 from .hosts import on_every_host
@@ -70,6 +71,7 @@ def decode_lookup(
       cache, slots and history; the new tokens int32 [B, MAX_STEPS + D], -1 after the last of each; and
       int32 [2]: how many tokens were drafted, and how many of them accepted.
     """
+    model = for_each(model, slots.adapter)
     batch = slots.token.shape[0]
     rows_B1 = jnp.arange(batch, dtype=jnp.int32)[:, None]
     places_1T = jnp.arange(draft + 1, dtype=jnp.int32)[None]

@@ -22,6 +22,7 @@ class Request:
     ends: ids that end it beside the model's own, unless params.ignore_eos; see `chat_ends`.
     cache_salt: beginnings of prompts are shared among requests of one salt; it changes no answer.
     grammar: None, or what the answer must be, after any thinking that it begins with; see `grammar`.
+    adapter: the name of one of the model's adapters; None is the model without any. See `weights.served`.
     """
 
     prompt: Sequence[int] | str
@@ -29,6 +30,7 @@ class Request:
     ends: Sequence[int] = ()
     cache_salt: str = ""
     grammar: str | None = None
+    adapter: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -213,11 +215,11 @@ def begins_thinking(tokenizer: Tokenizer | None, turn: Sequence[Any]) -> bool:
 def as_json(request: Request) -> dict[str, Any]:
     """A request whose prompt is ids, ready for JSON; `from_json` makes it again."""
     params = dataclasses.asdict(request.params) | {"logit_bias": list(request.params.logit_bias.items())}
-    own = {"ends": list(request.ends), "cache_salt": request.cache_salt, "grammar": request.grammar}
-    return {"prompt": list(request.prompt), "params": params} | own
+    own = {name: getattr(request, name) for name in ("cache_salt", "grammar", "adapter")}
+    return {"prompt": list(request.prompt), "params": params, "ends": list(request.ends)} | own
 
 
 def from_json(content: Mapping[str, Any]) -> Request:
     params = content["params"] | {"logit_bias": {token: value for token, value in content["params"]["logit_bias"]}}
-    rest = {"cache_salt": content["cache_salt"], "grammar": content["grammar"]}
+    rest = {name: content[name] for name in ("cache_salt", "grammar", "adapter")}
     return Request(content["prompt"], SamplingParams(**params), tuple(content["ends"]), **rest)

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from ..errors import OptionError
 from ..model import SmolLM3
 from ..tokenizer import Tokenizer
 from .device_loop import PromptLogprobs, Slots
@@ -25,6 +26,9 @@ class Sequence:
         self.index, self.sample, self.request, self.tokenizer = index, sample, request, tokenizer
         self.prompt = request.prompt
         self.vocab_size = model.config.vocab_size
+        self.adapter = adapter_number(model, request.adapter)
+        # What an adapter has made of a prompt is nothing to another.
+        self.salt = f"{self.adapter or 0} {request.cache_salt}"
         self.stop_ids = stop_ids(model.config, model.generation_config, request, tokenizer)
         self.think_ids = think_ids(tokenizer)
         ends = end_ids(model.config, model.generation_config, request)
@@ -77,6 +81,7 @@ class Sequence:
             thinking=np.bool_(self.thinking),
             think_left=np.int32(-1 if budget is None else budget),
             choice=SamplingState.of(params, prompt, self.sample, self.vocab_size),
+            adapter=self.adapter,
         )
 
     def take_prompt(self, pieces: list[tuple[PromptLogprobs, int]]) -> None:
@@ -173,6 +178,20 @@ class Sequence:
             )
             for i in steps
         )
+
+
+def adapter_number(model: SmolLM3, name: str | None) -> np.int32 | None:
+    """The number of an adapter of the model, 0 for the model without one; None where it has no adapters.
+
+    Raises:
+      OptionError: it has none of this name.
+    """
+    if name is None:
+        return np.int32(0) if model.adapters else None
+    if name not in model.adapters:
+        there = f"it has {', '.join(model.adapters)}" if model.adapters else "it has none"
+        raise OptionError(f"adapter is {name!r}, and the model has no adapter of this name: {there}")
+    return np.int32(1 + model.adapters.index(name))
 
 
 @dataclasses.dataclass

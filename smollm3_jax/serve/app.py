@@ -310,9 +310,7 @@ def _routes(service: Service) -> Iterable[Route]:
     async def model(request: Request) -> Response:
         if not (name := request.path_params["name"]):
             return await models(request)
-        if name != service.server.name:
-            raise ApiError(404, f"there is no model {name[:100]!r} here", param="model", code="model_not_found")
-        return _json(model_body(service.server, service.started))
+        return _json(model_body(service.server, service.started, name))
 
     async def tokens(request: Request) -> Response:
         return _json(await service.texts(tokenize, await read_json(request, service.off_the_loop)))

@@ -32,7 +32,7 @@ REFUSED = {
 
 def parse(body: dict[str, Any], server: Server) -> Job:
     """Raises ApiError, OptionError."""
-    fields, stream, told, given = shared_fields(body, server, REFUSED)
+    server, fields, stream, told, given = shared_fields(body, server, REFUSED)
     if fields.take("modalities", list, ["text"]) != ["text"]:
         raise fields.error("modalities", "['text'], which is all that this model writes")
     given |= _logprobs(fields)
@@ -71,7 +71,7 @@ class ChatReply:
 
     def __init__(self, server: Server, request: Request, wishes: Wishes, told: str):
         self._server, self._request, self._told = server, request, told
-        self._head = {"id": f"chatcmpl-{secrets.token_hex(12)}", "created": int(time.time()), "model": server.name}
+        self._head = {"id": f"chatcmpl-{secrets.token_hex(12)}", "created": int(time.time()), "model": server.model}
         self._head["seed"] = request.params.seed
         self._choices = [_Choice(server, request, wishes) for _ in range(request.params.n)]
 

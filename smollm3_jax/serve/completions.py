@@ -23,7 +23,7 @@ REFUSED = {
 
 def parse(body: dict[str, Any], server: Server) -> Job:
     """Raises ApiError, OptionError."""
-    fields, stream, told, given = shared_fields(body, server, REFUSED)
+    server, fields, stream, told, given = shared_fields(body, server, REFUSED)
     logprobs = fields.take("logprobs", int)
     if logprobs is not None and not 0 <= logprobs <= MAX_LOGPROBS:
         raise fields.error("logprobs", f"a whole number from 0 to {MAX_LOGPROBS}")
@@ -94,7 +94,7 @@ class CompletionsReply:
     ):
         self._requests, self._told, self._streams = requests, told, streams
         self._head = {"id": f"cmpl-{secrets.token_hex(12)}", "object": "text_completion", "created": int(time.time())}
-        self._head |= {"model": server.name, "seed": requests[0].params.seed}
+        self._head |= {"model": server.model, "seed": requests[0].params.seed}
         texts = [""] * len(requests) if echo is None else echo
         self._prompts = [_Prompt(server, request) for request in requests]
         self._choices = [

@@ -1,6 +1,7 @@
 """What the two halves of the server say to each other: jobs in, deltas in, events and bodies out."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any, Protocol
 
 from ..config import GenerationConfig, ModelConfig
@@ -14,13 +15,33 @@ DONE: Event = (None, "[DONE]")
 
 @dataclasses.dataclass(frozen=True)
 class Server:
-    """The model that answers. name: what clients call it; context: the most tokens of a request and its answer."""
+    """The models that answer: one, and adapters of it.
+
+    name: what clients call the one; context: the most tokens of a request and its answer; adapters: what clients call
+    each -> the folder that it was read from; adapter: which of them a request is for, None is the one without.
+    """
 
     name: str
     tokenizer: Tokenizer = dataclasses.field(repr=False)
     config: ModelConfig = dataclasses.field(repr=False)
     generation_config: GenerationConfig = dataclasses.field(repr=False)
     context: int
+    adapters: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    adapter: str | None = None
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of all models."""
+        return self.name, *self.adapters
+
+    @property
+    def model(self) -> str:
+        """The name of the model that a request is for."""
+        return self.name if self.adapter is None else self.adapter
+
+    def answering_as(self, name: str) -> "Server":
+        """The same for a request for another of its models."""
+        return dataclasses.replace(self, adapter=None if name == self.name else name)
 
 
 class Reply(Protocol):

@@ -7,19 +7,29 @@ from .contract import Server
 from .conversation import check_messages, encode_messages, read_template_fields
 from .errors import bad
 from .fields import Fields, check_json
-from .params import check_ids, check_model
+from .params import check_ids, check_model, unknown_model
 from .tools import read_tools
 
 
 def models_body(server: Server, created: int) -> dict[str, Any]:
-    """The models that there are: one. created: when it was loaded, in seconds of Unix time."""
-    return {"object": "list", "data": [model_body(server, created)]}
+    """The models that there are, the base first. created: when they were loaded, in seconds of Unix time."""
+    return {"object": "list", "data": [model_body(server, created, name) for name in server.names]}
 
 
-def model_body(server: Server, created: int) -> dict[str, Any]:
-    """What /v1/models/NAME says of the model; max_model_len: tokens of a request and its answer."""
-    found = {"id": server.name, "object": "model", "created": created, "owned_by": "smollm3-jax"}
-    return found | {"max_model_len": server.context}
+def model_body(server: Server, created: int, name: str) -> dict[str, Any]:
+    """What /v1/models/NAME says of a model, in vLLM's fields.
+
+    max_model_len: tokens of a request and its answer; of an adapter `root` is its folder, and `parent` the model that
+    it is of.
+
+    Raises:
+      ApiError: there is no such model.
+    """
+    if name not in server.names:
+        raise unknown_model(name, server)
+    found = {"id": name, "object": "model", "created": created, "owned_by": "smollm3-jax"}
+    of = {"root": server.adapters.get(name, name), "parent": server.name if name in server.adapters else None}
+    return found | of | {"max_model_len": server.context}
 
 
 def tokenize(body: Any, server: Server) -> dict[str, Any]:

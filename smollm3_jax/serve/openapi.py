@@ -23,7 +23,7 @@ NOTHING: Schema = {"enum": [None, False, "", [], {}]}  # a field that is not don
 
 
 def described(version: str, server: Server) -> dict[str, Any]:
-    """The description, with the limits of the model that is served.
+    """The description, with the names and limits of the models that are served.
 
     version: the package's.
     """
@@ -37,8 +37,8 @@ def described(version: str, server: Server) -> dict[str, Any]:
             "/v1/responses": _post("ResponsesRequest", "Response", "An answer to input items.", streams=True),
             "/tokenize": _post("TokenizeRequest", "Tokens", "The tokens of a text or of messages."),
             "/detokenize": _post("DetokenizeRequest", "Prompt", "The text of tokens."),
-            "/v1/models": _get("Models", "The model that is served."),
-            "/v1/models/{model}": _get("Model", "The same by its name.", path="model"),
+            "/v1/models": _get("Models", "The models that are served."),
+            "/v1/models/{model}": _get("Model", "One of them by its name.", path="model"),
             "/health": _get(None, "Whether answers come."),
             "/ready": _get(None, "Whether requests are taken."),
             "/metrics": _get(None, "Prometheus metrics."),
@@ -158,7 +158,7 @@ def _shared(server: Server) -> dict[str, Schema]:
     biases = {"propertyNames": {"pattern": "^(0|[1-9][0-9]*)$"}}
     biases |= {"additionalProperties": _within(-FLOAT32, FLOAT32, "number")}
     return {
-        "model": _one_of(server.name),
+        "model": _one_of(*server.names),
         **numbers,
         "top_k": _within(-1, 2**31 - 1),
         "seed": _within(0, 2**32 - 1),
@@ -213,7 +213,7 @@ def _items() -> Schema:
 def _requests(server: Server) -> dict[str, Schema]:
     """What the bodies of requests may hold."""
     ids = _within(0, server.config.vocab_size - 1)
-    text, model = {"type": "string", "minLength": 1}, {"model": _one_of(server.name)}
+    text, model = {"type": "string", "minLength": 1}, {"model": _one_of(*server.names)}
     prompts = _any_of(text, _list(ids, 1), _list(_any_of(text, _list(ids, 1)), 1, MAX_PROMPTS))
     of_messages = {
         **model,
@@ -305,6 +305,7 @@ def _answers() -> dict[str, Schema]:
     response = {"id": TEXT, "object": _one_of("response"), "created_at": COUNT, "model": TEXT, "output": _list(item)}
     response |= {"status": _one_of("completed", "incomplete"), "usage": OBJECT}
     model = {"id": TEXT, "object": _one_of("model"), "created": COUNT, "owned_by": TEXT, "max_model_len": COUNT}
+    model |= {"root": TEXT, "parent": _or_null(TEXT)}
     return {
         "ChatCompletion": _object(of_chat, {}),
         "Completion": _object(of_completion, {}),

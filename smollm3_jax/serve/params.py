@@ -27,19 +27,29 @@ NAMES |= {"max_new_tokens": "max_tokens", "suppress_tokens": "logit_bias (-100 e
 NAMES |= {"thinking": "reasoning_effort", "enable_thinking": "chat_template_kwargs", "num_predict": "max_tokens"}
 
 
-def check_model(fields: Fields, server: Server) -> None:
-    """Raises ApiError: the body asks for another model."""
+def check_model(fields: Fields, server: Server) -> Server:
+    """The server for the model that the body asks for; without a name that is the base.
+
+    Raises:
+      ApiError: there is no such model.
+    """
     name = fields.take("model", str, server.name)
-    if name != server.name:
-        message = f"the model {name!r:.100} does not exist; this server has {server.name!r}"
-        raise ApiError(404, message, param="model", code="model_not_found")
+    if name not in server.names:
+        raise unknown_model(name, server)
+    return server.answering_as(name)
+
+
+def unknown_model(name: str, server: Server) -> ApiError:
+    there = ", ".join(map(repr, server.names))
+    message = f"the model {name!r:.100} does not exist; this server has {there}"
+    return ApiError(404, message, param="model", code="model_not_found")
 
 
 def shared_fields(
     body: dict[str, Any], server: Server, refused: Mapping[str, str]
-) -> tuple[Fields, bool, str, dict[str, Any]]:
-    """What every body that asks for an answer begins with: its fields, of which these are read now, `stream_options`,
-    and `sampling_fields`.
+) -> tuple[Server, Fields, bool, str, dict[str, Any]]:
+    """What every body that asks for an answer begins with: the model, the body's fields, of which these are read now,
+    `stream_options`, and `sampling_fields`.
 
     Args:
       refused: fields that are not done here, and why.
@@ -48,10 +58,10 @@ def shared_fields(
       ApiError: one of them cannot be kept.
     """
     fields = Fields(body)
-    check_model(fields, server)
+    server = check_model(fields, server)
     fields.refuse(refused)
     fields.ignore(*WITHOUT_EFFECT)
-    return fields, *stream_options(fields), sampling_fields(fields)
+    return server, fields, *stream_options(fields), sampling_fields(fields)
 
 
 def sampling_fields(fields: Fields) -> dict[str, Any]:
@@ -172,6 +182,6 @@ def make_request(
     limit = context - len(prompt) if limit is None else limit
     own = server.config, server.generation_config
     params: SamplingParams = with_defaults(own[1], own[0].vocab_size, max_new_tokens=limit, **given)
-    request = Request(prompt, params, **options)
+    request = Request(prompt, params, adapter=server.adapter, **options)
     check_request(*own, request, server.tokenizer, context, name=prompt_name)
     return request

@@ -36,7 +36,7 @@ _NAMES |= {"response_format": "text.format", "reasoning_effort": "reasoning.effo
 
 def parse(body: dict[str, Any], server: Server) -> Job:
     """Raises ApiError, OptionError."""
-    fields, stream, _, given = shared_fields(body, server, REFUSED)
+    server, fields, stream, _, given = shared_fields(body, server, REFUSED)
     fields.ignore("prompt_cache_retention", "prompt_cache_options")
     if fields.take("truncation", str, "disabled") != "disabled":
         raise fields.error("truncation", "'disabled': this server leaves nothing out")
@@ -93,7 +93,7 @@ class ResponsesReply:
         self._request, self._spoken = request, Spoken(server, request, wishes)
         params = request.params
         self._head = {"id": f"resp_{secrets.token_hex(12)}", "object": "response", "created_at": int(time.time())}
-        self._head |= {"model": server.name, "seed": params.seed, "temperature": params.temperature}
+        self._head |= {"model": server.model, "seed": params.seed, "temperature": params.temperature}
         self._head |= {"top_p": params.top_p, **_tools_said(wishes.tools), **said}
         self._head |= {"error": None, "previous_response_id": None, "background": False, "truncation": "disabled"}
         self._head |= {"store": False, "completed_at": None, "incomplete_details": None}

@@ -183,17 +183,25 @@ def folded(tensors: Mapping[str, StoredTensor], adapters: Sequence[tuple[Adapter
     """
     out = dict(tensors)
     for adapter, _ in adapters:
-        for name, part in adapter.parts.items():
-            shape = (part.b.shape[0], part.a.shape[1])
-            if name not in tensors or tensors[name].shape != shape:
-                there = f"is {list(tensors[name].shape)}" if name in tensors else "is not in it"
-                raise CheckpointFormatError(
-                    f"{adapter.folder} is an adapter of another model: it has {name} {list(shape)}, which {there}"
-                )
+        check_base(adapter, {name: tensor.shape for name, tensor in tensors.items()})
     for name in {name: None for adapter, _ in adapters for name in adapter.parts}:
         parts = [(adapter.parts[name], scale) for adapter, scale in adapters if name in adapter.parts]
         out[name] = dataclasses.replace(tensors[name], read=functools.partial(_sum, tensors[name], parts))
     return out
+
+
+def check_base(adapter: Adapter, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """
+    Raises:
+      CheckpointFormatError: the adapter is of another model than one whose tensors have these shapes.
+    """
+    for name, part in adapter.parts.items():
+        shape = (part.b.shape[0], part.a.shape[1])
+        if shapes.get(name) != shape:
+            there = f"is {list(shapes[name])}" if name in shapes else "is not in it"
+            raise CheckpointFormatError(
+                f"{adapter.folder} is an adapter of another model: it has {name} {list(shape)}, which {there}"
+            )
 
 
 def _sum(tensor: StoredTensor, parts: Sequence[tuple[LowRank, float]]) -> np.ndarray:

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from proxies import FULL
 from serving import QUICK, next_line, started
-from tiny import talking_checkpoint
+from tiny import raw_config, talking_checkpoint, tiny_adapter
 
 from smollm3_jax.commands import serve
 from smollm3_jax.commands.main import main
@@ -26,6 +26,11 @@ from smollm3_jax.serve.run import listen
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory) -> Path:
     return talking_checkpoint(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def adapter(tiny) -> Path:
+    return tiny_adapter(tiny.parent / "adapter", tiny)
 
 
 def ask(port: int, path: str, body: object = None, **headers: str) -> tuple[int, str]:
@@ -48,10 +53,13 @@ def streaming(port: int) -> Iterator[http.client.HTTPResponse]:
             yield answer
 
 
-def test_it_answers_and_ends_when_its_streams_have(tiny):
+def test_it_answers_and_ends_when_its_streams_have(tiny, adapter):
     """S17."""
-    with started(tiny, "--slots", "2", "--name", "mine", "--log-requests") as (process, port):
-        assert json.loads(ask(port, "/v1/models")[1])["data"][0]["id"] == "mine"
+    options = ("--name", "mine", "--adapter", f"sea={adapter}:0.5", "--log-requests")
+    with started(tiny, "--slots", "2", *options) as (process, port):
+        assert [one["id"] for one in json.loads(ask(port, "/v1/models")[1])["data"]] == ["mine", "sea"]
+        asked = {"model": "sea", "prompt": "w5", "max_tokens": 3}
+        assert json.loads(ask(port, "/v1/completions", asked)[1])["model"] == "sea"
         assert ask(port, "/ready")[0] == 200
         with streaming(port) as answer:
             process.terminate()
@@ -87,6 +95,20 @@ def test_options_that_cannot_be(tiny, options, told, capsys, monkeypatch):
     except SystemExit as end:
         code = end.code
     assert code == 2 and told in capsys.readouterr().err
+
+
+def test_adapters_that_cannot_be_served(tiny, adapter, tmp_path, capsys):
+    twice = ["--adapter", str(adapter), "--adapter", f"adapter={adapter}"]
+    assert main(["serve", str(tiny), *twice]) == 2
+    assert "two models are called 'adapter'; name this one: NAME=" in capsys.readouterr().err
+    assert main(["serve", str(tiny), "--name", "sea", "--adapter", f"sea={adapter}"]) == 2
+    assert main(["serve", str(tiny), "--adapter", str(tmp_path / "nowhere")]) == 2
+    dora = tiny_adapter(tmp_path / "dora", tiny, use_dora=True)
+    assert main(["serve", str(tiny), "--adapter", str(dora)]) == 3
+    assert f"(smollm3 merge BASE --adapter {dora} --out OUT)" in capsys.readouterr().err
+    other = tiny_adapter(tmp_path / "other", tiny, raw_config("plain") | {"intermediate_size": 128})
+    assert main(["serve", str(tiny), "--adapter", str(other)]) == 3
+    assert "other is an adapter of another model" in capsys.readouterr().err
 
 
 def test_a_port_that_is_taken(tiny, capsys):

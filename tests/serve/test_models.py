@@ -13,7 +13,7 @@ TOOL = {"type": "function", "function": {"name": "now"}}
 
 def test_models(server):
     body = models_body(server, 5)
-    assert body["object"] == "list" and body["data"] == [model_body(server, 5)]
+    assert body["object"] == "list" and body["data"] == [model_body(server, 5, server.name)]
     assert Model.model_validate(body["data"][0], strict=True).id == server.name
 
 

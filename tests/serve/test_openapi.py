@@ -139,7 +139,7 @@ def test_other_answers_are_described(server, description):
     for name, body in (
         ("Error", error.value.body()),
         ("Models", models_body(server, 1)),
-        ("Model", model_body(server, 1)),
+        ("Model", model_body(server, 1, server.name)),
         ("Tokens", tokens),
         ("Prompt", detokenize({"tokens": tokens["tokens"]}, server)),
     ):

@@ -10,37 +10,24 @@ import numpy as np
 import parity
 import pytest
 from safetensors.numpy import load_file, save_file
-from tiny import random_tensors, random_tokens, raw_config, talking_checkpoint, tiny_checkpoint, write_checkpoint
+from tiny import (
+    random_tensors,
+    random_tokens,
+    raw_config,
+    talking_checkpoint,
+    tiny_adapter,
+    tiny_checkpoint,
+    write_checkpoint,
+)
 
 import smollm3_jax as s3
 from smollm3_jax.commands.main import main
 from smollm3_jax.errors import CheckpointFormatError, HubError, OptionError
 from smollm3_jax.weights import peft
-from smollm3_jax.weights.key_map import PROJECTIONS, hf_tensors
 from smollm3_jax.weights.load import load, open_checkpoint, with_adapters
 
 RAW = raw_config("plain")
 KINDS: dict[str, Any] = {"lora": {}, "rslora": {"use_rslora": True}, "dora": {"use_dora": True}}
-
-
-def random_parts(raw, rank=4, seed=0, dora=False, targets=tuple(PROJECTIONS)):
-    """Adapters large enough to matter, by Hugging Face's names."""
-    random = np.random.RandomState(seed)
-    parts = {}
-    for name, hf in hf_tensors(s3.ModelConfig.from_hf(raw)).items():
-        if name.split(".")[-2] not in targets:
-            continue
-        n, k = hf.shape
-        a, b = (random.standard_normal(shape).astype(np.float32) * 0.1 for shape in ((rank, k), (n, rank)))
-        parts[name] = {"a": a, "b": b} | ({"magnitude": 1 + random.rand(n).astype(np.float32)} if dora else {})
-    return parts
-
-
-def write(folder, base, raw=RAW, rank=4, targets=tuple(PROJECTIONS), **more):
-    parts = random_parts(raw, rank, dora=bool(more.get("use_dora")), targets=targets)
-    config = peft.adapter_config(str(base), targets, rank, 8, **more)
-    peft.write_adapter(folder, config, parts, {})
-    return folder
 
 
 def change(folder, **keys):
@@ -57,7 +44,7 @@ def base(tmp_path_factory):
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 @pytest.mark.parametrize("kind", KINDS)
 def test_ours_answers_the_same_under_peft_and_comes_back(base, tmp_path, kind):
-    folder = write(tmp_path / "adapter", base, **KINDS[kind])
+    folder = tiny_adapter(tmp_path / "adapter", base, **KINDS[kind])
     reference = parity.peft_model(base, folder)
     tokens = random_tokens(RAW, 2, 12)
     want = parity.reference_logits(reference, tokens)
@@ -106,7 +93,7 @@ def test_one_made_by_peft_answers_the_same_here(base, tmp_path, kind):
 def test_a_bfloat16_merge_errs_no_more_than_pefts(tmp_path, kind):
     """peft #1388, unsloth #3091: merges in bfloat16 differ from the adapter. Here: added in float32, rounded once."""
     base = tiny_checkpoint(tmp_path / "base", "plain", dtype="bfloat16")
-    folder = write(tmp_path / "adapter", base, **KINDS[kind])
+    folder = tiny_adapter(tmp_path / "adapter", base, **KINDS[kind])
     assert main(["merge", str(base), "--adapter", str(folder), "--out", str(tmp_path / "out")]) == 0
     ours, was = load_file(tmp_path / "out" / "model.safetensors"), load_file(base / "model.safetensors")
     state = parity.peft_model(base, folder, "bfloat16").merge_and_unload().state_dict()
@@ -131,7 +118,7 @@ def test_a_bfloat16_merge_errs_no_more_than_pefts(tmp_path, kind):
 def test_tied_embeddings_survive_and_the_scale_counts(tmp_path):
     """peft #2777, transformers #45127, unsloth #9331: tied embeddings lost at a merge."""
     base = talking_checkpoint(tmp_path / "base")
-    folder = write(tmp_path / "adapter", base)
+    folder = tiny_adapter(tmp_path / "adapter", base)
     assert main(["merge", str(base), "--adapter", f"it={folder}:0.5", "--out", str(tmp_path / "out")]) == 0
     found, was = load_file(tmp_path / "out" / "model.safetensors"), load_file(base / "model.safetensors")
     assert found.keys() == was.keys() and "lm_head.weight" not in found
@@ -144,7 +131,7 @@ def test_tied_embeddings_survive_and_the_scale_counts(tmp_path):
 
 def test_wherever_a_model_is_named(tmp_path, capsys):
     base = talking_checkpoint(tmp_path / "base")
-    folder = write(tmp_path / "adapter", base)
+    folder = tiny_adapter(tmp_path / "adapter", base)
 
     def said(*words):
         assert main(["generate", *map(str, words), "-p", "w5 w6", "--max-new-tokens", "8", "--temperature", "0"]) == 0
@@ -163,7 +150,7 @@ def test_wherever_a_model_is_named(tmp_path, capsys):
 
 
 def test_a_quantized_base_becomes_plain(base, tmp_path):
-    folder = write(tmp_path / "adapter", base)
+    folder = tiny_adapter(tmp_path / "adapter", base)
     assert main(["quantize", str(base), str(tmp_path / "q"), "--weights", "int8"]) == 0
     whole = with_adapters(open_checkpoint(tmp_path / "q"), [(peft.read_adapter(folder), 1.0)])
     exact = with_adapters(open_checkpoint(base), [(peft.read_adapter(folder), 1.0)])
@@ -173,7 +160,7 @@ def test_a_quantized_base_becomes_plain(base, tmp_path):
 
 
 def test_an_adapter_of_another_model(base, tmp_path):
-    folder = write(tmp_path / "adapter", base)
+    folder = tiny_adapter(tmp_path / "adapter", base)
     raw = RAW | {"intermediate_size": 128}
     write_checkpoint(tmp_path / "wide", raw, random_tensors(raw))
     with pytest.raises(
@@ -204,7 +191,7 @@ def test_an_adapter_of_another_model(base, tmp_path):
     ],
 )
 def test_what_is_refused(base, tmp_path, keys, said):
-    folder = write(tmp_path / "adapter", base)
+    folder = tiny_adapter(tmp_path / "adapter", base)
     change(folder, **keys)
     with pytest.raises(CheckpointFormatError, match=said):
         peft.read_adapter(folder)
@@ -212,7 +199,7 @@ def test_what_is_refused(base, tmp_path, keys, said):
 
 @pytest.mark.parametrize("name", ["lm_head.lora_A.weight", "model.embed_tokens.lora_embedding_A", "model.norm.weight"])
 def test_tensors_that_are_not_read_are_refused(base, tmp_path, name):
-    folder = write(tmp_path / "adapter", base)
+    folder = tiny_adapter(tmp_path / "adapter", base)
     tensors = load_file(folder / peft.WEIGHTS)
     save_file(tensors | {f"base_model.model.{name}": np.ones((4, 64), np.float32)}, folder / peft.WEIGHTS)
     why = "untie" if "norm" not in name else "LoRA and DoRA on projections are"
@@ -225,7 +212,7 @@ def test_tensors_that_are_not_read_are_refused(base, tmp_path, name):
     [("{}:much", "'much' is no scale"), ("x={}/nowhere", "no adapter's folder"), ("{}/..", "no adapter's folder")],
 )
 def test_words_that_name_no_adapter(base, tmp_path, word, said):
-    folder = write(tmp_path / "adapter", base)
+    folder = tiny_adapter(tmp_path / "adapter", base)
     with pytest.raises(OptionError, match=said):
         peft.parse_adapter(word.format(folder))
     assert peft.parse_adapter(f"{folder}:0.25") == ("adapter", folder, 0.25)
