@@ -19,10 +19,14 @@ import time
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
+if TYPE_CHECKING:
+    from smollm3_jax.config import ModelConfig
+
+T = TypeVar("T")
 Tokens = list[list[int]]
 
 
@@ -99,7 +103,7 @@ def answer(engine: Engine, command: dict[str, Any]) -> dict[str, Any]:
     return {"seconds": all_ - one, "first_seconds": one, "tokens": tokens}
 
 
-def _timed(function: Callable[..., Any], *arguments: Any) -> tuple[float, Any]:
+def _timed(function: Callable[..., T], *arguments: Any) -> tuple[float, T]:
     started = time.perf_counter()
     result = function(*arguments)
     return time.perf_counter() - started, result
@@ -181,7 +185,7 @@ def write_gguf(folder: Path, path: Path, kind: str, done: Callable[[int], None] 
     writer.close()
 
 
-def _writer(path: Path, config: Any) -> Any:
+def _writer(path: Path, config: "ModelConfig") -> Any:
     """A gguf.GGUFWriter that has been told the shape of a model."""
     import gguf
 

@@ -6,6 +6,8 @@ learns the length of each output channel's row.
 Shapes: r rank, N output channels, K inputs.
 """
 
+from typing import TypeVar
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -15,6 +17,8 @@ from jax.typing import DTypeLike
 from sharding.rules import Sharding
 
 from .quantize import QuantizedWeight, Weight, dequantize, linear
+
+T = TypeVar("T")
 
 
 class LoraWeight(nnx.Module):
@@ -57,7 +61,7 @@ def is_special(x: object) -> bool:
     return isinstance(x, QuantizedWeight | LoraWeight)
 
 
-def in_dtype(tree: object, dtype: DTypeLike) -> object:
+def in_dtype(tree: T, dtype: DTypeLike) -> T:
     """A model, or a part of it, with what is not quantized in another dtype; DoRA's lengths stay float32, of which
     every number of an output is made."""
 

@@ -63,7 +63,7 @@ class TrainSetting:
                 f"{parts * self.options.micro_batches}"
             )
         tokens = shapes(spec(jnp.int32, batch=self.batch, row=self.length), self.sharding)
-        return state, Batch(tokens, tokens)
+        return state, Batch(tokens, tokens)  # pyright: ignore[reportArgumentType]
 
     def compile(self) -> Compiled:
         state, batch = self.arguments
