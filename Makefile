@@ -39,7 +39,8 @@ test-slow: setup
 # What compilers take longest for, plans, training and decoding at SmolLM3's full depth, for pods too, and more of what
 # is drawn at random. (Compiled for GPUs: FULL=1 make test-light MARKS=gpu, as .ci/run has it.)
 test-full: setup
-	FULL=1 $(CPU) $(BIN)/python -m pytest $(TOGETHER) tests/plan tests/test_compiled_ahead.py tests/train/run
+	FULL=1 $(CPU) $(BIN)/python -m pytest $(TOGETHER) -m full
+	FULL=1 $(CPU) $(BIN)/python -m pytest tests/test_docs.py
 
 # `make test` in an environment without torch and transformers: parity is that with the stored goldens.
 test-light: $(VENV)/dev.stamp

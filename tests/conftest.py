@@ -35,8 +35,8 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 # XLA's own stay, and so do the programs of test_real_weights.py.)
 jax.config.update("jax_disable_most_optimizations", True)
 
-# Fused loops are half of what is left. jax before 0.11 has an older compiler for them, which takes a fraction of the time;
-# the newer one is what users have: the pages' commands are compiled by it (test_docs.py), and all of `make test-light`.
+# Fused loops are half of what is left. jax before 0.11 has an older compiler for them, which takes a fraction of that.
+# The newer one is what users have: it compiles the commands of the pages (test_docs.py), and all of `make test-light`.
 if jax.__version_info__ < (0, 11):
     quick = "--xla_cpu_use_fusion_emitters=false"
     os.environ["XLA_FLAGS"] = " ".join(filter(None, [os.environ.get("XLA_FLAGS"), quick]))
@@ -131,7 +131,12 @@ def compiled_as_for_users() -> Iterator[None]:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files that take longest first, so that no process is left with one at the end; then those with slow tests."""
+    """What is marked full is skipped where FULL is not set. Files that take longest first, so that no process is left
+    with one at the end; then those with slow tests."""
+    if not os.environ.get("FULL"):
+        for item in items:
+            if item.get_closest_marker("full"):
+                item.add_marker(pytest.mark.skip(reason="takes minutes: `make test-full`"))
     slow = {item.path for item in items if item.get_closest_marker("slow")}
 
     def turn(item: pytest.Item) -> tuple[int, bool]:

@@ -1,14 +1,13 @@
 """Which compilers are here for devices that are not, and SmolLM3 with few layers, whose programs compile sooner."""
 
 import importlib.util
-import os
 
 import pytest
 
 from smollm3_jax.config import SMOLLM3_3B, ModelConfig
 
 SHORT = {"vocab_size": 1024, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
-FULL = pytest.mark.skipif(not os.environ.get("FULL"), reason="takes minutes: `make test-full`")
+FULL = pytest.mark.full
 needs_cuda = pytest.mark.skipif(
     importlib.util.find_spec("jax_cuda13_plugin") is None, reason="the compiler for NVIDIA GPUs is not installed"
 )

@@ -114,7 +114,7 @@ def tensor_parallel(layers, data):
         pytest.param("v6e:2x2", 4, 64, None, "bfloat16", marks=FULL),
         ("v5e:1x1", 1, 8, None, "bfloat16"),
         ("v5e:1x1", 1, 1, "int8", "int8"),
-        ("v6e:2x2", 4, 64, "int8", "int8"),
+        pytest.param("v6e:2x2", 4, 64, "int8", "int8", marks=FULL),
     ],
 )
 def test_decode_step(topology, tensor, batch, weights, cache, raw_config):
@@ -193,6 +193,7 @@ def test_prefill(raw_config):
     check_prefill(setting, 8192)
 
 
+@FULL
 def test_prefill_with_int8_weights(raw_config):
     setting = decoding(raw_config, "v6e:1x1", (1, 1), "serve_tp", 2, 1, 8192, "int8")
     check_prefill(setting, 2048, past=8192)

@@ -23,6 +23,7 @@ import pytest
 import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from proxies import FULL
 from rich.console import Console
 from tiny import random_tensors, raw_config, write_checkpoint
 from tokenizers import decoders, models, pre_tokenizers
@@ -666,6 +667,7 @@ COMMAND = [sys.executable, "-c", "import sys; from smollm3_jax.commands.main imp
 LOG_IN = "import fcntl, os, sys, termios; os.setsid(); fcntl.ioctl(0, termios.TIOCSCTTY, 0)\n"
 
 
+@FULL
 @pytest.mark.slow
 def test_by_pipe(demo_folder: Path):
     """As `printf ... | smollm3 chat --model demo`."""

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import rounding
+from proxies import FULL
 from tiny import talking_checkpoint
 
 import smollm3_jax as s3
@@ -150,6 +151,7 @@ def real(demo_folder, corpus, tmp_path_factory):
     return read_documents(path, load_tokenizer(demo_folder, s3.ModelConfig.from_hf(demo_folder)), 12 * 128, 128)
 
 
+@FULL
 @pytest.mark.slow
 @pytest.mark.usefixtures("programs_as_users_run_them")
 def test_int8_costs_the_demo_little(demo_folder, real):
@@ -160,6 +162,7 @@ def test_int8_costs_the_demo_little(demo_folder, real):
     assert report["perplexity"] <= 1.015 * reference
 
 
+@FULL
 @pytest.mark.slow
 @pytest.mark.usefixtures("programs_as_users_run_them")
 def test_int4_off_the_grid_is_no_worse_than_q4_1(demo_folder, real, tmp_path):

@@ -1,7 +1,7 @@
 """Plans for decoding: what fits, what is refused, and what a GPU would move."""
 
 import pytest
-from proxies import SHORT, needs_cuda, needs_libtpu, proxy
+from proxies import FULL, SHORT, needs_cuda, needs_libtpu, proxy
 
 from sharding import hlo
 from sharding.hardware import CHIPS
@@ -11,6 +11,7 @@ from smollm3_jax.plan.tables import tables
 
 @needs_libtpu
 @pytest.mark.slow
+@FULL
 def test_the_largest_batch_fits_and_the_next_is_refused():
     """Two layers with a short vocabulary: compiled at the batch that the plan names, and at a little more."""
     config = proxy(2, **SHORT)

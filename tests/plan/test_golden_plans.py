@@ -22,7 +22,7 @@ PAIRS = {
     ),
     "v5e-2x2-serve_tp": lambda: plan_decode(proxy(2), "v5e:2x2", "serve_tp", 16, 4096, prompt=1024),
 }
-LONG, QUICK = {"v5p-2x2x2-fsdp_tp"}, {"v5e-2x2-serve_tp"}
+QUICK = {"v5e-2x2-serve_tp"}
 
 
 def held(report):
@@ -39,12 +39,8 @@ def compare(found, golden):
     assert found["hbm"] == pytest.approx(golden["hbm"], rel=0.02)
 
 
-def marks(pair):
-    return [FULL] if pair in LONG else [] if pair in QUICK else [pytest.mark.slow]
-
-
 @needs_libtpu
-@pytest.mark.parametrize("pair", [pytest.param(pair, marks=marks(pair)) for pair in PAIRS])
+@pytest.mark.parametrize("pair", [pytest.param(pair, marks=[] if pair in QUICK else FULL) for pair in PAIRS])
 def test_collectives_and_memory_are_those_of_the_golden_files(pair):
     """WRITE_GOLDENS=1 writes them anew."""
     found, file = held(PAIRS[pair]()), GOLDENS / f"{pair}.json"
@@ -55,7 +51,7 @@ def test_collectives_and_memory_are_those_of_the_golden_files(pair):
 
 
 @needs_libtpu
-@pytest.mark.slow
+@FULL
 def test_the_golden_files_see_a_lost_axis(monkeypatch):
     """Activations whose constraint forgets that rows are split."""
     constrain = Sharding.constrain

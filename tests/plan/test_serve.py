@@ -3,7 +3,7 @@
 import types
 
 import pytest
-from proxies import SHORT, needs_cuda, needs_libtpu, proxy
+from proxies import FULL, SHORT, needs_cuda, needs_libtpu, proxy
 
 from sharding.arrays import total_bytes
 from sharding.hardware import CHIPS
@@ -80,6 +80,7 @@ def test_more_than_fits_is_refused_and_says_how_much_would(report):
 
 @needs_libtpu
 @pytest.mark.slow
+@FULL
 def test_rows_that_fit_alone_want_no_prefixes_kept():
     """Slots on four devices have rows. Of three layers these take more than two thirds of what there is."""
     config, shape = proxy(3, **SHORT), {"slots": 4 * SLOTS, "context": CONTEXT, "axes": {"data": 4}}

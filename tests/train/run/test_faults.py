@@ -66,7 +66,7 @@ def test_what_is_no_about_at_all_is_damage_too(whole, place):
     same_end(run, whole)
 
 
-@pytest.mark.parametrize("seconds", [-3600, 3600])
+@pytest.mark.parametrize("seconds", [pytest.param(-3600, marks=FULL), 3600])
 def test_a_clock_that_jumps_changes_nothing(whole, place, seconds):
     """T12: back or forth by an hour at every look at it, so during every save too."""
     clock, run = place / f"clock{seconds}", place / f"clocked{seconds}"
@@ -178,6 +178,7 @@ def test_a_save_that_fails_in_the_background_ends_the_run(place):
     assert max(losses(run)) <= 4  # the next save at the latest
 
 
+@FULL
 def test_many_saves_take_no_more_memory(place):
     """C10."""
     run = place / "many"
@@ -234,7 +235,7 @@ def nothing_is_lost(run):
     return int(saved.name) == max(losses(run))
 
 
-@pytest.mark.parametrize("terminated", [False, True])
+@pytest.mark.parametrize("terminated", [pytest.param(False, marks=FULL), True])
 def test_data_that_hangs_ends_the_run(place, terminated):
     """T10: The file becomes a pipe that nobody writes to."""
     name = f"hangs{terminated}"
@@ -260,7 +261,7 @@ def test_data_that_goes_away_ends_the_run(place):
     assert nothing_is_lost(place / "goes")
 
 
-@pytest.mark.parametrize("kind", ["parquet", "arrayrecord"])
+@pytest.mark.parametrize("kind", ["parquet", pytest.param("arrayrecord", marks=FULL)])
 def test_bad_rows_and_records_are_skipped(place, kind):
     """T8."""
     texts = [json.loads(line)["text"] for line in (place / "corpus.jsonl").read_text().splitlines()]
@@ -294,7 +295,7 @@ def test_bad_records_are_skipped_up_to_the_limit(place):
     assert "more than data.bad_records=0" in said
 
 
-@pytest.mark.parametrize("micro_batches", [1, 2])
+@pytest.mark.parametrize("micro_batches", [pytest.param(1, marks=FULL), 2])
 def test_steps_that_are_not_finite_are_skipped_then_end_the_run(place, micro_batches):
     """T5, T6: A learning rate that no model survives."""
     run = place / f"nan{micro_batches}"

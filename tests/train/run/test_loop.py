@@ -56,6 +56,7 @@ def test_a_termination_before_the_first_step_is_one_too(place):
     assert train(place, run, "--resume", "auto")["step"] == 8
 
 
+@FULL
 def test_terminations_at_random_points(whole, place):
     """T3: In compilation, steps, evaluations and saves: nothing is lost, and the end is that of the whole run."""
     run, draw = place / "terminations", random.Random(0)
@@ -158,15 +159,13 @@ def test_the_folder_that_comes_out_loads(whole, place):
     assert open_checkpoint(out).config.dtype == "bfloat16"
 
 
-def test_checkpoints_move_between_meshes(place, bounded):
+@pytest.mark.parametrize("meshes", [1, pytest.param(3, marks=FULL)])
+def test_checkpoints_move_between_meshes(place, bounded, meshes):
     """C7, T2: One device -> four, split one way -> two ways -> another -> one: the losses are those of one device."""
-    run = place / "meshes"
+    run = place / f"meshes{meshes}"
     train(place, run, "run.steps=2")
-    for steps, rules, axes in (
-        (4, "fsdp", "fsdp=4"),
-        (6, "fsdp_tp", "fsdp=2,tensor=2"),
-        (7, "tp", "tensor=4"),
-    ):
+    each = (4, "fsdp_tp", "fsdp=2,tensor=2"), (6, "fsdp", "fsdp=4"), (7, "tp", "tensor=4")
+    for steps, rules, axes in each[:meshes]:
         env = environment(JAX_NUM_CPU_DEVICES="4")
         train(place, run, "--resume", "auto", f"run.steps={steps}", f"mesh.rules={rules}", f"mesh.axes={axes}", env=env)
     train(place, run, "--resume", "auto")
