@@ -79,13 +79,16 @@ def enable() -> None:
 
     In a run of several processes the cache stays off. On some platforms processes compile together: one that
     loads what another compiles would leave it waiting. Such a run may name a folder that all of them share.
+
+    It stays off, too, where one CPU stands for several devices: a program that XLA loads (jax 0.10.2) no longer has the
+    order of its collectives, and then devices wait for each other in different ones for ever.
     """
     global _decided, _folder
     with _lock:
         _count()
         if not _decided:
             _decided = True
-            if not _configured() and jax.process_count() == 1:
+            if not _configured() and jax.process_count() == 1 and not _simulates_devices():
                 _folder = _open()
         if _folder is not None:
             _hear()
@@ -94,6 +97,10 @@ def enable() -> None:
 def _configured() -> bool:
     named = config.jax_compilation_cache_dir is not None or "JAX_COMPILATION_CACHE_DIR" in os.environ
     return named or not config.jax_enable_compilation_cache
+
+
+def _simulates_devices() -> bool:
+    return jax.default_backend() == "cpu" and jax.local_device_count() > 1
 
 
 def _open() -> Path | None:

@@ -11,8 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# Tests neither write to the user's cache of compiled programs nor depend on what is in it: what several of them
-# compile is kept for one run of the tests, for its workers and the commands they start.
+# Tests neither write to the user's cache of compiled programs nor depend on what is in it: what the commands that they
+# start compile is kept for one run of the tests.
 if "PYTEST_XDIST_WORKER" not in os.environ:
     _compiled = tempfile.TemporaryDirectory(prefix="smollm3-compiled-", ignore_cleanup_errors=True)
     os.environ["JAX_COMPILATION_CACHE_DIR"] = _compiled.name
@@ -47,6 +47,7 @@ gc.set_threshold(20_000, 20, 20)
 
 # As a caller may have it: several devices, and no dtype or rank that changes without being asked to.
 jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_enable_compilation_cache", False)  # for several devices on one CPU, see compile_cache.enable
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
@@ -121,13 +122,10 @@ LONG += ("test_compiled_ahead.py", "test_several_processes.py", "test_docs.py", 
 
 @pytest.fixture(scope="module")
 def compiled_as_for_users() -> Iterator[None]:
-    """For GPUs that are not there, with all optimizations. A program for a device that is not there can be
-    written to the cache of compiled programs, but not be read again."""
+    """For GPUs that are not there, with all optimizations."""
     jax.config.update("jax_disable_most_optimizations", False)
-    jax.config.update("jax_enable_compilation_cache", False)
     yield
     jax.config.update("jax_disable_most_optimizations", True)
-    jax.config.update("jax_enable_compilation_cache", True)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -26,6 +26,8 @@ def command(place, run, *words, corpus="corpus.jsonl"):
 def environment(**more):
     # Tiny models take longer to compile than to run.
     quick = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "true"}
+    if "JAX_NUM_CPU_DEVICES" in more:
+        quick["JAX_ENABLE_COMPILATION_CACHE"] = "false"  # see compile_cache.enable
     return {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", **quick, **more}
 
 

@@ -46,6 +46,7 @@ def folder(tmp_path, monkeypatch):
     monkeypatch.setenv("SMOLLM3_JAX_CACHE", str(tmp_path / "cache"))
     for name, value in {"_decided": False, "_folder": None, "_said": False}.items():
         monkeypatch.setattr(compile_cache, name, value)
+    monkeypatch.setattr(compile_cache, "_simulates_devices", lambda: False)  # the tests have eight
     reset_cache()
     yield tmp_path / "cache" / "compiled"
     for name, value in before.items():
@@ -121,7 +122,7 @@ def test_small_programs_get_no_file(folder):
 # Who configures JAX's own cache
 
 
-@pytest.mark.parametrize("how", ["option", "variable", "off", "processes"])
+@pytest.mark.parametrize("how", ["option", "variable", "off", "processes", "devices"])
 def test_the_callers_choice_stays(how, folder, tmp_path, monkeypatch):
     own = tmp_path / "own"
     if how == "option":
@@ -130,8 +131,10 @@ def test_the_callers_choice_stays(how, folder, tmp_path, monkeypatch):
         monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(own))
     elif how == "off":
         jax.config.update("jax_enable_compilation_cache", False)
-    else:
+    elif how == "processes":
         monkeypatch.setattr(jax, "process_count", lambda: 2)
+    else:
+        monkeypatch.setattr(compile_cache, "_simulates_devices", lambda: True)
     before = {name: getattr(jax.config, name) for name in OPTIONS}
     filters, show = list(warnings.filters), warnings.showwarning
     enable()
@@ -384,7 +387,7 @@ print(jax.device_count(), jax.jit(lambda x: (x * 2).sum())(jax.numpy.array([1.0,
 
 @pytest.mark.slow
 def test_the_second_start(tmp_path):
-    """With warnings as errors, and not a word of XLA's about processors; another topology compiles its own."""
+    """With warnings as errors, and not a word of XLA's about processors; several devices on one CPU keep nothing."""
 
     def start(devices: int) -> list[float]:
         variables = {
@@ -401,9 +404,7 @@ def test_the_second_start(tmp_path):
     devices, result, compiled, loaded = start(1)
     assert (devices, result, loaded) == (1, 6, 0) and compiled > 0
     assert start(1) == [1, 6, 0, compiled]
-    for entry in (tmp_path / "cache" / "compiled").iterdir():
-        truncated(entry)
-    assert start(2) == [2, 6, compiled, 0]
+    assert start(2) == start(2) == [2, 6, compiled, 0]
 
 
 # Once warm, nothing is compiled

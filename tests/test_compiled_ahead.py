@@ -188,6 +188,7 @@ def test_a_kernel_beside_split_weights(raw_config, monkeypatch):
         logits(None)
 
 
+@FULL
 def test_prefill(raw_config):
     setting = decoding(raw_config, "v5e:2x2", (1, 4), "serve_tp", 2, 16, 8192)
     check_prefill(setting, 8192)

@@ -33,14 +33,6 @@ NO_KERNEL = {
 }
 
 
-@pytest.fixture(scope="module", autouse=True)
-def nothing_kept():
-    """Without a device what was compiled can be written to the cache of compiled programs, and not be read again."""
-    jax.config.update("jax_enable_compilation_cache", False)
-    yield
-    jax.config.update("jax_enable_compilation_cache", True)
-
-
 @pytest.fixture(scope="module")
 def compiled(release, tmp_path_factory):
     """Compiles decoding for one H100: what is asked for, the program, and the compiler's list of what it launches."""

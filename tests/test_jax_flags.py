@@ -10,6 +10,7 @@ from typing import Any
 import jax_flags
 import numpy as np
 import pytest
+from proxies import FULL
 
 TESTS = Path(__file__).parent
 STRICT = {"JAX_NUMPY_DTYPE_PROMOTION": "strict", "JAX_NUMPY_RANK_PROMOTION": "raise"}
@@ -34,7 +35,7 @@ def expected(models: Path) -> dict[str, Any]:
     ("words", "flags"),
     [
         ([], {"JAX_ENABLE_X64": "1", **STRICT}),
-        (["x64"], OTHERS),
+        pytest.param(["x64"], OTHERS, marks=FULL),
     ],
     ids=["x64 and strict", "x64 by the caller"],
 )

@@ -162,14 +162,14 @@ def test_two_processes_are_one_server(tiny):
         return [json.loads(one)["choices"][0]["text"] for one in found]
 
     mesh = ("--slots", "2", "--context", "512", "--mesh", "tensor=2")
-    with started(tiny, *mesh, JAX_NUM_CPU_DEVICES="2") as (_, port):
+    kept = {"JAX_ENABLE_COMPILATION_CACHE": "false"}  # see compile_cache.enable; and processes must all compile
+    with started(tiny, *mesh, JAX_NUM_CPU_DEVICES="2", **kept) as (_, port):
         alone = texts(port)
     with listen("127.0.0.1", 0) as own:
         coordinator = f"127.0.0.1:{own.getsockname()[1]}"
     job = (*mesh, "--cache-tokens", "512", "--coordinator", coordinator, "--processes", "2", "--process")
     command = [sys.executable, "-m", "smollm3_jax", "serve", str(tiny), "--port", "0", *job, "1"]
-    # Processes compile together, and must all do so.
-    one = {"JAX_NUM_CPU_DEVICES": "1", "JAX_ENABLE_COMPILATION_CACHE": "false", **QUICK}
+    one = {"JAX_NUM_CPU_DEVICES": "1", **kept, **QUICK}
     with subprocess.Popen(command, env=os.environ | one, stderr=subprocess.PIPE, text=True) as second:
         try:
             with started(tiny, *job, "0", **one) as (first, port):

@@ -69,6 +69,7 @@ def test_a_gap_is_a_piece_and_a_call(report):
 
 @needs_libtpu
 @pytest.mark.slow
+@FULL
 def test_more_than_fits_is_refused_and_says_how_much_would(report):
     fit = report["tokens"]["fit"]
     more = on_one_chip(cache_tokens=fit + fit // 50)

@@ -104,6 +104,7 @@ def test_clients_of_npm(npm: Path, spoken: Running, client: str, left: tuple[int
     assert spoken.service.metrics.cancelled.labels("disconnect")._value.get() in left
 
 
+@FULL
 @pytest.mark.slow
 def test_clients_of_npm_and_a_real_model(npm: Path, demo: int):
     run(npm / "demo.mjs", demo, "demo")
@@ -167,6 +168,7 @@ def write_tasks(folder: Path) -> None:
         (folder / f"{task['name']}.yaml").write_text(PROSE.format(**task, data=data, metric=metric))
 
 
+@FULL
 @pytest.mark.slow
 def test_lm_eval_finds_what_the_model_says_offline(
     demo: int, demo_folder: Path, tmp_path: Path, programs_as_users_run_them: None

@@ -17,7 +17,7 @@ def start_job(place, run, count, *words, of_last=()):
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    env = environment(JAX_NUM_CPU_DEVICES=str(4 // count), JAX_ENABLE_COMPILATION_CACHE="false")
+    env = environment(JAX_NUM_CPU_DEVICES=str(4 // count))
     job = ["--coordinator", f"127.0.0.1:{port}", "--processes", str(count)]
     return [
         subprocess.Popen(
