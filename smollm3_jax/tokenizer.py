@@ -42,7 +42,7 @@ class Tokenizer:
     rowless: the added tokens that the model has no row for, by id; a text with one of them is refused.
     """
 
-    backend: "tokenizers.Tokenizer" = dataclasses.field(repr=False)
+    backend: Any = dataclasses.field(repr=False)
     chat_template: str | None = dataclasses.field(repr=False)
     special_tokens: dict[str, str]
     templates: Mapping[str, str] = dataclasses.field(default_factory=dict, repr=False)

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 from smollm3_jax import files
 
 if TYPE_CHECKING:
-    from jax.typing import ArrayLike
+    from numpy.typing import ArrayLike
 
 RESULTS = "results.jsonl"
 
