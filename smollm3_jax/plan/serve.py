@@ -234,8 +234,8 @@ def _largest_context(setting: ServeSetting) -> tuple[int, int]:
             tried = ServeSetting.of(decode, context, room)
             if tried.fits:
                 return context, room
-            # A compiler that refuses says to a hundredth of a gigabyte what it needs.
-            room = min(tried.room, room - max(setting.piece, room // 200))
+            # A compiler that refuses says to a hundredth of a gigabyte what it needs: it may be no less than there is.
+            room = tried.room if tried.room < room else room - max(setting.piece, room // 200)
         return 0, 0
     contexts = {most, max(setting.context, MIN_CAPACITY), *(1 << i for i in range(most.bit_length()))}
     for context in sorted((n for n in contexts if n >= MIN_CAPACITY), reverse=True):
