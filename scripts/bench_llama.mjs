@@ -27,11 +27,14 @@ function answer(content) {
     reply(JSON.stringify({...content, peak_bytes: peak}) + "\n");
 }
 
-// A context with room for `length` tokens in each of `rows` sequences, for as long as `use` runs.
-async function withContext(rows, length, use) {
-    const room = Math.ceil(length / 256) * 256;
+// A context with room for `length` tokens in each of `rows` sequences, for as long as `use` runs; exact: all in float32.
+async function withContext(rows, length, exact, use) {
+    const room = Math.ceil(length / 256) * 256, float32 = llama._bindings.getGgmlType("F32");
     const context = new AddonContext(model, {
-        contextSize: rows * room, sequences: rows, batchSize: CHUNK, threads: Number(threads), flashAttention: "auto"
+        contextSize: rows * room, sequences: rows, batchSize: CHUNK, threads: Number(threads),
+        ...exact
+            ? {flashAttention: false, kvCacheKeyType: float32, kvCacheValueType: float32}
+            : {flashAttention: "auto"}
     });
     if (!await context.init()) throw new Error("no context");
     try {
@@ -62,8 +65,9 @@ async function evaluate(context, rows, at) {
     return next;
 }
 
-async function measure({do: what, prompts, new: count = 0}) {
-    return withContext(prompts.length, prompts[0].length + count, async (context) => {
+async function measure({do: what, prompts, texts, new: count = 0, exact = false}) {
+    if (what === "tokenize") return {tokens: texts.map(text => [...model.tokenize(text, true)])};
+    return withContext(prompts.length, prompts[0].length + count, exact, async (context) => {
         let started = performance.now();
         let next = await evaluate(context, prompts, 0);
         if (what === "prefill") return {seconds: (performance.now() - started) / 1000};

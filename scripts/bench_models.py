@@ -6,14 +6,15 @@ import shutil
 from pathlib import Path
 
 import numpy as np
-from bench_peers import BenchError, write_gguf
+from bench_peers import BenchError
 
 from smollm3_jax.config import SMOLLM3_3B, ModelConfig
-from smollm3_jax.files import new_file, new_folder, write
+from smollm3_jax.files import new_folder, write
 from smollm3_jax.paths import cache_dir
-from smollm3_jax.progress import busy, progress
+from smollm3_jax.progress import progress
 from smollm3_jax.weights.key_map import hf_tensors
 from smollm3_jax.weights.safetensors import SINGLE, write_file
+from smollm3_jax.weights.save import convert
 from smollm3_jax.weights.stored import NUMPY_DTYPES, StoredTensor
 
 GIB = 2**30
@@ -57,9 +58,6 @@ def gguf_of(folder: Path, kind: str) -> Path:
     key = hashlib.sha256(json.dumps(state).encode()).hexdigest()[:12]
     path = cache_dir() / "bench" / f"{folder.resolve().name}-{key}.{kind}.gguf"
     if not path.is_file():
-        count = sum(int(np.prod(hf.shape)) for hf in hf_tensors(ModelConfig.from_hf(folder)).values())
-        _need_space(path.parent, int(count * {"F32": 4, "BF16": 2, "Q8_0": 34 / 32}[kind]))
         path.parent.mkdir(parents=True, exist_ok=True)
-        with new_file(path) as part, busy(f"writing {path}"):
-            write_gguf(folder, Path(part.name), kind)
+        convert(folder, path, gguf_type=kind.lower())
     return path

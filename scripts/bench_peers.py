@@ -7,7 +7,7 @@ A command is a line of JSON on stdin, its answer a line on stdout; before the fi
     {"do": "prefill", "prompts": [[1, 2, 3]]}          -> {"seconds": ..., "peak_bytes": ...}
     {"do": "decode", "prompts": [[1, 2, 3]], "new": 64} -> {"seconds": ..., "peak_bytes": ..., "tokens": [[...]]}
 
-bench_llama.mjs speaks the same protocol for llama.cpp, whose file `write_gguf` writes here.
+bench_llama.mjs speaks the same protocol for llama.cpp.
 """
 
 import dataclasses
@@ -16,15 +16,10 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
-
-import numpy as np
-
-if TYPE_CHECKING:
-    from smollm3_jax.config import ModelConfig
+from typing import Any, TypeVar
 
 T = TypeVar("T")
 Tokens = list[list[int]]
@@ -129,91 +124,6 @@ def serve(settings: dict[str, Any]) -> None:
     reply({"seconds": seconds, "versions": {name: version(name) for name in engine.packages}})
     for line in sys.stdin:
         reply(answer(engine, json.loads(line)))
-
-
-def write_gguf(folder: Path, path: Path, kind: str, done: Callable[[int], None] = lambda count: None) -> None:
-    """The model as llama.cpp reads it: matrices as `kind` (F32, BF16, Q8_0), vectors as F32, no vocabulary.
-
-    Streams tensor by tensor.
-
-    Args:
-      done: called with the parameters of each tensor written.
-
-    Raises:
-      BenchError: llama.cpp's graph for this architecture would compute another model.
-    """
-    import gguf
-    from gguf.quants import quantize
-
-    from smollm3_jax.weights.load import open_checkpoint
-
-    checkpoint = open_checkpoint(folder)
-    config = checkpoint.config
-    # llama.cpp has SmolLM3's pattern in its code, not in the file; scaled RoPE would need keys that are not written.
-    usual = tuple(config.model_type != "smollm3" or bool((i + 1) % 4) for i in range(config.num_hidden_layers))
-    if config.rope_layers != usual or config.rope_scaling or config.windows or config.head_dim % 2:
-        raise BenchError(f"{folder}: llama.cpp has no graph for its RoPE layers, RoPE scaling or sliding window")
-
-    def kind_of(shape: Sequence[int]) -> gguf.GGMLQuantizationType:
-        return gguf.GGMLQuantizationType["F32" if len(shape) == 1 else kind]
-
-    writer = _writer(path, config)
-    for tensor in checkpoint.tensors.values():
-        block, block_bytes = gguf.GGML_QUANT_SIZES[kind_of(tensor.shape)]
-        if tensor.shape[-1] % block:
-            raise BenchError(f"{folder}: rows of {tensor.name} are {tensor.shape[-1]} wide, which {kind} cannot hold")
-        count = int(np.prod(tensor.shape))
-        name = _gguf_name(tensor.name)
-        writer.add_tensor_info(
-            name, tensor.shape, np.dtype(np.float32), count // block * block_bytes, kind_of(tensor.shape)
-        )
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_ti_data_to_file()
-    heads = {".q_proj.": config.num_attention_heads, ".k_proj.": config.num_key_value_heads}
-    for tensor in checkpoint.tensors.values():
-        array = tensor.read()
-        for part, count in heads.items():
-            if part in tensor.name:  # llama.cpp rotates neighbours, Hugging Face halves
-                array = array.reshape(count, 2, config.head_dim // 2, -1).swapaxes(1, 2).reshape(array.shape)
-        rows = np.atleast_2d(array)
-        step = max(1, (1 << 24) // rows.shape[1])
-        parts = [rows[i : i + step].astype(np.float32) for i in range(0, len(rows), step)]
-        packed = np.concatenate([quantize(part, kind_of(tensor.shape)) for part in parts])
-        writer.write_tensor_data(packed.reshape(-1))
-        done(array.size)
-    writer.close()
-
-
-def _writer(path: Path, config: "ModelConfig") -> Any:
-    """A gguf.GGUFWriter that has been told the shape of a model."""
-    import gguf
-
-    writer = gguf.GGUFWriter(path, config.model_type)
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_key_length(config.head_dim)
-    writer.add_value_length(config.head_dim)
-    writer.add_rope_dimension_count(config.head_dim)
-    writer.add_rope_freq_base(config.rope_theta)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_vocab_size(config.vocab_size)
-    writer.add_tokenizer_model("no_vocab")  # token ids go in and come out
-    return writer
-
-
-def _gguf_name(hf_name: str) -> str:
-    from smollm3_jax.weights.key_map import TABLE
-
-    layer = re.search(r"\.(\d+)\.", hf_name)
-    names = {hf: gguf for _, hf, gguf in TABLE}
-    if layer is None:
-        return names[hf_name]
-    return names[hf_name.replace(layer[0], ".{}.", 1)].format(layer[1])
 
 
 if __name__ == "__main__":

@@ -1,12 +1,14 @@
 """A training step beside PyTorch's on this machine: seconds, tokens/s and peak memory, in one run.
 
     python scripts/bench_train.py [--model demo|DIR] [--peer transformers] [--dtype float32|bfloat16]
-        [--plan v5e:4x4] [--json]
+        [--post-training] [--plan v5e:4x4] [--json]
 
 Each engine is a process of its own that loads once and then takes steps in turn with the other: AdamW, clipping by the
 global norm, rows of random tokens. In bfloat16 PyTorch runs eager autocast over float32 weights; we cast the weights
-once a step. The loss of the first step is printed beside the times: both compute the same one. `--plan` adds what
-`smollm3 plan train` models of SmolLM3-3B's step on that topology; it runs nowhere.
+once a step. The loss of the first step is printed beside the times: both compute the same one. `--post-training` adds
+steps on the same rows with other objectives, and their ratios: fine-tuning, preferences whose reference's sums are
+stored, and fine-tuning of an adapter (rank 16, all projections). `--plan` adds what `smollm3 plan train` models of
+SmolLM3-3B's step on that topology; it runs nowhere.
 """
 
 import argparse
@@ -24,6 +26,9 @@ from rich.table import Table
 
 HERE = Path(__file__).resolve()
 ENGINES = ("smollm3_jax", "transformers")
+POST_TRAINING = ("sft", "preference", "lora")
+# What each is compared with.
+BESIDE = {"sft": "smollm3_jax", "preference": "sft", "lora": "sft"}
 WARM_UP = 2  # steps that compile, and touch memory for the first time
 
 
@@ -31,8 +36,10 @@ def serve(engine: str, settings: dict[str, Any]) -> None:
     """Answers every line of standard input with one step's seconds, loss and the peak of memory so far."""
     import numpy as np
 
-    tokens = np.random.RandomState(0).randint(0, 40_000, (settings["rows"], settings["length"])).astype(np.int64)
-    step = {"smollm3_jax": _ours, "transformers": _torch}[engine](settings, tokens)
+    tokens = (
+        np.random.RandomState(0).randint(0, settings["words"], (settings["rows"], settings["length"])).astype(np.int64)
+    )
+    step = _torch(settings, tokens) if engine == "transformers" else _ours(settings, tokens, engine)
     for _ in sys.stdin:
         begin = time.perf_counter()
         loss = step()
@@ -40,24 +47,46 @@ def serve(engine: str, settings: dict[str, Any]) -> None:
         print(json.dumps({"seconds": seconds, "loss": loss, "peak_bytes": _peak_bytes()}), flush=True)
 
 
-def _ours(settings: dict[str, Any], tokens: Any) -> Any:
+def _ours(settings: dict[str, Any], tokens: Any, engine: str) -> Any:
     import jax.numpy as jnp
+    import numpy as np
 
     import smollm3_jax as s3
+    from smollm3_jax.train import lora
+    from smollm3_jax.train.objectives.preference import Preference
+    from smollm3_jax.train.objectives.pretrain import Pretrain
+    from smollm3_jax.train.objectives.sft import Sft
     from smollm3_jax.train.optimizer import adamw
     from smollm3_jax.train.options import StepOptions
+    from smollm3_jax.train.settings import LoraSettings
     from smollm3_jax.train.state import Batch, init_state
     from smollm3_jax.train.step import train_step
+    from smollm3_jax.weights.load import open_checkpoint
 
-    model = s3.from_pretrained(settings["folder"], dtype="float32", stacked=True)
+    trainable = None
+    if engine == "lora":
+        opened, adapter = open_checkpoint(Path(settings["folder"])), LoraSettings(rank=16, base=settings["dtype"])
+        model = lora.attach(lora.load_base(opened, opened.config, adapter, None), adapter)
+        trainable = lora.TRAINED
+    else:
+        model = s3.from_pretrained(settings["folder"], dtype="float32", stacked=True)
     optimizer = adamw(1e-5, weight_decay=0.1)
     options = StepOptions(dtype=settings["dtype"], remat=settings["remat"])
-    batch = Batch(jnp.asarray(tokens, jnp.int32), jnp.ones(tokens.shape, jnp.int32))
-    box = [init_state(model, optimizer)]
+    # With other objectives: two completions with their prompts a row, of which the second half is learned.
+    place = np.broadcast_to(np.arange(tokens.shape[1]), tokens.shape)
+    half = tokens.shape[1] // 2
+    segments = np.where(settings["post_training"], 1 + place // half, 1).clip(max=2)
+    weights = (place % half >= half // 2).astype(np.float32)
+    more = {"smollm3_jax": (), "preference": (weights, np.zeros(tokens.shape, np.float32))}.get(engine, (weights,))
+    batch = Batch(
+        *(jnp.asarray(x, jnp.float32 if x.dtype == np.float32 else jnp.int32) for x in (tokens, segments, *more))
+    )
+    objective = {"smollm3_jax": Pretrain(), "preference": Preference("sigmoid")}.get(engine, Sft())
+    box = [init_state(model, optimizer, trainable)]
     del model
 
     def step() -> float:
-        box[0], metrics = train_step(box[0], batch, optimizer=optimizer, options=options)
+        box[0], metrics = train_step(box[0], batch, objective=objective, optimizer=optimizer, options=options)
         return float(metrics["loss"])
 
     return step
@@ -121,6 +150,10 @@ def measure(engines: list[str], settings: dict[str, Any], rounds: int) -> dict[s
     return found
 
 
+def _ratio(one: dict[str, Any], other: dict[str, Any]) -> dict[str, float]:
+    return {key: one[key] / other[key] for key in ("tokens_per_second", "peak_bytes")}
+
+
 def main() -> int:
     if sys.argv[1:2] == ["--serve"]:
         serve(sys.argv[2], json.loads(sys.argv[3]))
@@ -133,14 +166,19 @@ def main() -> int:
     parser.add_argument("--rows", type=int, default=4)
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--post-training", action="store_true", help="steps of the other objectives, and of an adapter")
     parser.add_argument("--plan", metavar="TOPOLOGY", help="add the modelled step of SmolLM3-3B there, like v5e:4x4")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
+    from smollm3_jax.config import ModelConfig
     from smollm3_jax.weights.demo import model_folder
 
     folder = str(model_folder(args.model))
-    settings = {key: getattr(args, key) for key in ("dtype", "remat", "rows", "length")} | {"folder": folder}
-    found = measure([ENGINES[0], *args.peer], settings, args.rounds)
+    words = min(40_000, ModelConfig.from_hf(Path(folder)).vocab_size)
+    settings = {key: getattr(args, key) for key in ("dtype", "remat", "rows", "length", "post_training")}
+    settings |= {"folder": folder, "words": words}
+    added = POST_TRAINING if args.post_training else ()
+    found = measure([ENGINES[0], *args.peer, *added], settings, args.rounds)
     rows = {}
     for engine, steps in found.items():
         seconds = statistics.median(step["seconds"] for step in steps[WARM_UP:])
@@ -150,14 +188,8 @@ def main() -> int:
             "peak_bytes": max(step["peak_bytes"] for step in steps),
             "first_loss": steps[0]["loss"],
         }
-    ours = rows[ENGINES[0]]
-    ratios = {
-        peer: {
-            "tokens_per_second": ours["tokens_per_second"] / rows[peer]["tokens_per_second"],
-            "peak_bytes": ours["peak_bytes"] / rows[peer]["peak_bytes"],
-        }
-        for peer in args.peer
-    }
+    ratios = {f"ours / {peer}": _ratio(rows[ENGINES[0]], rows[peer]) for peer in args.peer}
+    ratios |= {f"{one} / {BESIDE[one]}": _ratio(rows[one], rows[BESIDE[one]]) for one in added}
     plan = None
     if args.plan:
         command = [sys.executable, "-m", "smollm3_jax", "plan", "train", "--topology", args.plan, "--json"]
@@ -170,9 +202,9 @@ def main() -> int:
         figures = (f"{row['seconds']:.2f}", f"{row['tokens_per_second']:.0f}", f"{row['peak_bytes'] / 2**30:.2f}")
         table.add_row(engine, *figures, f"{row['first_loss']:.4f}")
     Console().print(table)
-    for peer, ratio in ratios.items():
+    for name, ratio in ratios.items():
         speed, memory = ratio["tokens_per_second"], ratio["peak_bytes"]
-        print(f"ours / {peer}: {speed:.2f} x tokens/s, {memory:.2f} x memory")
+        print(f"{name}: {speed:.3f} x tokens/s, {memory:.2f} x memory")
     if plan is not None:
         modelled = plan["modelled"]
         print(

@@ -20,6 +20,8 @@ from .errors import ConfigError, OptionError
 
 # What a folder of weights may be written as.
 FORMATS = ("safetensors", "torch")
+# What the matrices of a GGUF file may be written as.
+GGUF_TYPES = ("f32", "f16", "bf16", "q8_0", "q4_0", "q4_1")
 # How weights may be quantized (see quantize.py) -> how many inputs share a scale, None being all of them; and
 # what keys and values may be kept in besides the activations' dtype.
 WEIGHT_SCHEMES = {"int8": None, "int8-g64": 64, "int8-g32": 32, "int4": 32}

@@ -18,6 +18,16 @@ def write_corpus(path, documents=50, seed=0):
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
 
 
+def write_pairs(path, count=400, seed=0):
+    draw = random.Random(seed)
+
+    def words(least, most):
+        return " ".join(f"w{draw.randint(3, 159)}" for _ in range(draw.randint(least, most)))
+
+    lines = ({"prompt": words(1, 4), "chosen": f" {words(1, 4)}", "rejected": f" {words(1, 4)}"} for _ in range(count))
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
 def command(place, run, *words, corpus="corpus.jsonl"):
     settings = [f"run.dir={run}", f"model.path={place / 'model'}", f"data.path={place / corpus}"]
     return [sys.executable, "-m", "smollm3_jax", "train", "--config", place / "run.toml", *settings, *words]

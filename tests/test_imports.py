@@ -144,7 +144,7 @@ def test_files_and_functions_are_short_or_have_a_reason():
 
 def test_importing_loads_nothing_heavy():
     heavy = "torch transformers orbax grain tokenizers requests httpx aiohttp starlette uvicorn huggingface_hub"
-    heavy += " jax flax"
+    heavy += " lm_eval datasets jax flax"
     code = f"import sys, smollm3_jax; print(*sorted(set('{heavy}'.split()) & set(sys.modules)))"
     assert loaded(code) == set()
     assert loaded(f"import smollm3_jax as s; [getattr(s, n) for n in s.__all__]; {code}") <= {"jax", "flax"}

@@ -81,6 +81,9 @@ def parse(parser: Parser, words: list[str]) -> argparse.Namespace:
     args, rest = parser.parse_known_args(words)
     own = {leaf.prog.rpartition(" ")[2]: leaf for leaf in leaves(parser)}
     asked = own.get(words[0] if words else "", parser)  # of plan's, the one that is meant
+    if hasattr(args, "settings") and "=" in (getattr(args, "model_word", None) or ""):
+        args.settings.insert(0, args.model_word)
+        args.model_word = None
     # argparse takes optional words only where the first of them may stand, before any option.
     if hasattr(args, "settings") and not any(word.startswith("-") for word in rest):
         args.settings += rest

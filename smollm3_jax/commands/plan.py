@@ -45,6 +45,8 @@ def add(parser: argparse.ArgumentParser) -> None:
     remat_help = "what the backward pass computes again (default: as little as fits)"
     train.add_argument("--remat", metavar="POLICY", help=remat_help)
     train.add_argument("--micro-batches", type=count, default=1, metavar="N", help="default: 1")
+    words_help = "as of `smollm3 train`: objective.kind=sft, lora.rank=16, lora.base=int8 and the like"
+    train.add_argument("settings", nargs="*", metavar="section.key=value", help=words_help)
 
     decode = plan("decode", _plan_decode, "memory and modelled time of decoding and prefill", True)
     decode.add_argument("--rules", default="serve_tp", choices=STRATEGIES, help="default: serve_tp")
@@ -113,11 +115,16 @@ def _plan_train(args: argparse.Namespace) -> int:
     from sharding.mesh import parse_axes
 
     from ..plan.train import plan_train
+    from ..train.settings_file import read_words
 
+    settings = read_words(args.settings)
     axes = parse_axes(args.mesh) if args.mesh else None
     options = {"axes": axes, "slices": args.slices, "remat": args.remat, "micro_batches": args.micro_batches}
     report = plan_train(
-        _plan_config(args), args.topology, args.rules, args.batch, args.length, **options, dump=args.dump_hlo
+        *(_plan_config(args), args.topology, args.rules, args.batch, args.length),
+        **options,
+        settings=settings,
+        dump=args.dump_hlo,
     )
     return _show_plan(args, report)
 

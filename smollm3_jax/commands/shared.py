@@ -128,10 +128,10 @@ def mesh_of(args: argparse.Namespace) -> "dict[str, Any]":
     return {"mesh": mesh, "rules": rules}
 
 
-def add_source_and_target(parser: argparse.ArgumentParser) -> None:
+def add_source_and_target(parser: argparse.ArgumentParser, target_help: str = "the folder to write") -> None:
     """The arguments of commands that rewrite a model as a Hugging Face folder."""
     parser.add_argument("source", metavar="SRC", help=MODEL_HELP)
-    parser.add_argument("folder", metavar="DST", help="the folder to write")
+    parser.add_argument("folder", metavar="DST", help=target_help)
     parser.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="default: 5GB")
     parser.add_argument("--force", action="store_true", help="DST may be there: replace the model in it")
 

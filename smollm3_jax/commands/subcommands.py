@@ -12,7 +12,7 @@ COMMANDS = {
     "generate": ("continue a text, or answer a message", "MODEL -p TEXT"),
     "chat": ("talk with a model in the terminal; /help lists what it understands", "MODEL"),
     "serve": ("answer OpenAI's clients over HTTP, and a page to chat in", "MODEL"),
-    "convert": ("rewrite a checkpoint as a Hugging Face folder", "SRC DST"),
+    "convert": ("rewrite a checkpoint as a Hugging Face folder, or as a .gguf file", "SRC DST"),
     "quantize": ("rewrite a checkpoint with quantized weights", "SRC DST --weights SCHEME"),
     "merge": ("make one model of several, or of a model and its adapter", "MODEL=WEIGHT MODEL=WEIGHT --out DIR"),
     "verify": (
@@ -20,6 +20,7 @@ COMMANDS = {
         "MODEL (--against REFERENCE | --goldens)",
     ),
     "perplexity": ("how well a model predicts text, computed as it would generate it", "MODEL --text FILE.jsonl"),
+    "eval": ("answer lm-evaluation-harness's tasks, and grade the answers", "MODEL --tasks T[,T]"),
     "train": (
         "continue pretraining, or fine-tune, in a run folder that a restart goes on from",
         "--config FILE.toml|RECIPE [section.key=value ...]",

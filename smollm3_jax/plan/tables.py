@@ -40,6 +40,9 @@ def tables(report: dict[str, Any]) -> Iterator[RenderableType]:
         f"{slices}{_where(report)}, batch {report['batch']:,}: {_many(report['batch'], row)} of "
         f"{report.get('length', report.get('context')):,} tokens"
     )
+    if "trained" in report and (report["objective"], report["trained"]) != ("pretrain", report["parameters"]):
+        frozen = f", {report['parameters']:,} frozen" if report["trained"] < report["parameters"] else ""
+        yield f"objective {report['objective']}: {report['trained']:,} parameters trained{frozen}"
     for refusal in report.get("refused", ()):
         what = f"remat {refusal['remat']}, micro-batches {refusal['micro_batches']}"
         yield f"{what}: {three(refusal['needed'] / GIB)} GiB of {three(refusal['limit'] / GIB)}, refused"

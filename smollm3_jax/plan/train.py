@@ -21,14 +21,19 @@ from sharding.rules import Sharding
 from ..config import ModelConfig
 from ..errors import OptionError
 from ..files import write_output
+from ..train import lora
+from ..train.objectives import objective_of
 from ..train.optimizer import adamw
 from ..train.options import COMPILER_OPTIONS, REMAT, StepOptions
-from ..train.state import Batch, TrainState, init_state
+from ..train.settings import Settings
+from ..train.state import Batch, TrainState, count, init_state, split
 from ..train.step import train_step
 from ..weights.key_map import abstract_model, count_parameters
 from .devices import DoesNotFit, compile_for, sharding_for, topology
 from .report import assumptions, bound_by, collectives, program, times
 
+OF_ADAPTERS = "MFU: four operations for each frozen parameter and token, six for each trained one"
+PRETRAINING = Settings()
 _OPTIMIZER = adamw(2e-4)
 # Scores and mix; scores, their gradient, dq; scores, their gradient, dv, dk.
 _SPLASH_PRODUCTS = {"splash_mha_fwd": 2, "splash_mha_dq": 3, "splash_mha_dkv": 4}
@@ -36,7 +41,8 @@ _SPLASH_PRODUCTS = {"splash_mha_fwd": 2, "splash_mha_dq": 3, "splash_mha_dkv": 4
 
 @dataclasses.dataclass(frozen=True)
 class TrainSetting:
-    """One training step on one topology: batch rows of `length` tokens, over all devices."""
+    """One training step on one topology: batch rows of `length` tokens, over all devices; of the settings the
+    objective and the adapter."""
 
     config: ModelConfig
     chip: Chip
@@ -44,6 +50,12 @@ class TrainSetting:
     batch: int
     length: int
     options: StepOptions
+    settings: Settings = PRETRAINING
+
+    @property
+    def trainable(self) -> str | None:
+        """As in `TrainState`."""
+        return lora.TRAINED if self.settings.lora.rank else None
 
     @functools.cached_property
     def arguments(self) -> tuple[TrainState, Batch]:
@@ -52,8 +64,11 @@ class TrainSetting:
         Raises:
           OptionError: the rows do not divide over the devices and micro-batches.
         """
-        model = abstract_model(self.config, jnp.float32, sharding=self.sharding)
-        state = jax.eval_shape(lambda model: init_state(model, _OPTIMIZER), model)
+        if self.settings.lora.rank:
+            model = lora.planned(self.config, self.settings.lora, self.sharding)
+        else:
+            model = abstract_model(self.config, jnp.float32, sharding=self.sharding)
+        state = jax.eval_shape(lambda model: init_state(model, _OPTIMIZER, self.trainable), model)
         state = shapes(specs_of(state), self.sharding)
         parts = self.sharding.parts("batch")
         if self.batch % (parts * self.options.micro_batches):
@@ -62,8 +77,17 @@ class TrainSetting:
                 f"{self.options.micro_batches} micro-batches; make it a multiple of "
                 f"{parts * self.options.micro_batches}"
             )
-        tokens = shapes(spec(jnp.int32, batch=self.batch, row=self.length), self.sharding)
-        return state, Batch(tokens, tokens)  # pyright: ignore[reportArgumentType]
+        tokens, floats = (
+            shapes(spec(dtype, batch=self.batch, row=self.length), self.sharding) for dtype in (jnp.int32, jnp.float32)
+        )
+        kind = self.settings.objective.kind
+        more = {"pretrain": (), "sft": (floats,), "preference": (floats, floats)}[kind]
+        return state, Batch(tokens, tokens, *more)
+
+    @property
+    def trained(self) -> int:
+        """How many parameters are trained."""
+        return count(split(self.arguments[0].model, self.trainable)[0])
 
     def compile(self) -> Compiled:
         state, batch = self.arguments
@@ -71,6 +95,7 @@ class TrainSetting:
             train_step,
             state,
             batch,
+            objective=objective_of(self.settings),
             optimizer=_OPTIMIZER,
             options=self.options,
             sharding=self.sharding,
@@ -111,6 +136,7 @@ def plan_train(
     slices: int = 1,
     remat: str | None = None,
     micro_batches: int = 1,
+    settings: Settings = PRETRAINING,
     dump: Path | None = None,
 ) -> dict[str, Any]:
     """Compiles the training step for a topology and reports memory, collectives and the modelled time.
@@ -119,6 +145,8 @@ def plan_train(
       batch: rows of `length` tokens a step, over all devices.
       axes: of the mesh; None is the strategy's usual.
       remat: a key of REMAT; None takes the first, and so the one that recomputes least, that fits.
+      settings: whose objective and adapter it is, and nothing else of them; the frozen part of an adapter is as the
+        config says where lora.base does not.
       dump: a file for the compiled program.
 
     Returns:
@@ -128,7 +156,7 @@ def plan_train(
         raise OptionError(f"--remat is {remat!r}; choose one of {', '.join(REMAT)}")
     chip, devices = topology(topology_name, slices)
     sharding = sharding_for(config, devices, rules, axes, slices)
-    setting = TrainSetting(config, chip, sharding, batch, length, StepOptions(micro_batches=micro_batches))
+    setting = TrainSetting(config, chip, sharding, batch, length, StepOptions(micro_batches=micro_batches), settings)
     refused: list[dict[str, Any]] = []
     head = {
         "topology": topology_name,
@@ -138,7 +166,9 @@ def plan_train(
         "mesh": dict(sharding.mesh.shape),
         "batch": batch,
         "length": length,
+        "objective": settings.objective.kind,
         "parameters": count_parameters(config),
+        "trained": setting.trained,
         "refused": refused,
     }
     # With all devices' rows in one go whatever is not saved has to be small; "none" hardly ever is.
@@ -172,6 +202,8 @@ def _attempt(
 
 
 def _leaner(rules: str, sharding: Sharding) -> str:
+    if sharding.mesh.size == 1:
+        return "more devices, shorter rows, or less that is trained and kept: lora.rank=16 lora.base=int8"
     if sharding.parts("embed") == 1:
         return "the parameters are whole on every device: --rules fsdp splits them"
     if sharding.parts("length") == 1:
@@ -184,7 +216,8 @@ def _report(setting: TrainSetting, compiled: Compiled) -> dict[str, Any]:
     memory = hlo.memory(compiled)
     model = setting.model_of(compiled)
     tokens = setting.batch * setting.length
-    useful = 6 * count_parameters(setting.config) * tokens / setting.sharding.mesh.size
+    frozen = count_parameters(setting.config) if setting.trainable else 0
+    useful = (6 * setting.trained + 4 * frozen) * tokens / setting.sharding.mesh.size  # what is frozen has no gradient
     return {
         "remat": setting.options.remat,
         "micro_batches": setting.options.micro_batches,
@@ -205,7 +238,7 @@ def _report(setting: TrainSetting, compiled: Compiled) -> dict[str, Any]:
             "mfu": useful / (setting.chip.peak * model.seconds),
             "bound_by": bound_by(model),
         },
-        "assumptions": assumptions(setting.sharding),
+        "assumptions": [*assumptions(setting.sharding), *([OF_ADAPTERS] if setting.trainable else [])],
     }
 
 

@@ -146,6 +146,13 @@ def shapes_of(
     return jax.eval_shape(lambda model: attach(model, settings), model)
 
 
+def planned(config: ModelConfig, settings: LoraSettings, sharding: Sharding | None = None) -> SmolLM3:
+    """`shapes_of` where no checkpoint is read: one as its config.json says is in the config's dtype."""
+    dtype = config.dtype or "float32"
+    own = dtype if config.quantization is None else config.quantization.weights
+    return shapes_of(config, settings, settings.base or own, dtype, sharding=sharding)
+
+
 def load_base(
     checkpoint: Checkpoint, config: ModelConfig, settings: LoraSettings, sharding: Sharding | None
 ) -> SmolLM3:

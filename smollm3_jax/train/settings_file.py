@@ -17,6 +17,7 @@ from .settings import Settings, check
 SHIPPED = "recipe:"  # begins the path of a file that the package ships with its recipes
 RECIPES = Path(__file__).parent / "recipes"
 MOST_BYTES = 2**24  # of a file of settings
+PLANNED = ("objective", "lora")  # the sections that change a step beside what `smollm3 plan train` has options for
 
 T = TypeVar("T")
 
@@ -45,11 +46,7 @@ def read_settings(config: str, words: Sequence[str] = ()) -> Settings:
         raise OptionError(f"--config {config} cannot be read: {why(error)}") from None
     except (ValueError, RecursionError) as error:  # ValueError: also half a character, a number of 5,000 digits
         raise OptionError(f"{file}: not TOML: {error}") from None
-    for word in words:
-        _override(table, word)
-        alone: dict[str, Any] = {}
-        _override(alone, word)
-        parse(alone, f"the setting {word[:200]}")  # a mistake in it is none of the file's
+    _override_all(table, words)
     settings = parse(table, str(file))
     check(settings)
     if settings.data.path.startswith(SHIPPED):
@@ -58,9 +55,33 @@ def read_settings(config: str, words: Sequence[str] = ()) -> Settings:
     return settings
 
 
+def read_words(words: Sequence[str]) -> Settings:
+    """The settings of `section.key=value` words of the sections PLANNED over the defaults, for a step without a run.
+
+    Raises:
+      OptionError: another section; or as of `read_settings`.
+    """
+    table: dict[str, Any] = {"run": {"dir": "plan", "steps": 1}, "model": {"path": "plan"}, "data": {"path": "plan"}}
+    if others := [word for word in words if word.partition(".")[0] not in PLANNED]:
+        sections = ", ".join(f"{name}.KEY=VALUE" for name in PLANNED)
+        raise OptionError(f"{others[0]}: a plan takes {sections}; rows, mesh and the like are its options")
+    _override_all(table, words)
+    settings = parse(table)
+    check(settings)
+    return settings
+
+
 def parse(table: Mapping[str, Any], where: str = "settings") -> Settings:
     """Settings from what TOML or `as_table` gives."""
     return _fill(Settings, table, where, "")
+
+
+def _override_all(table: dict[str, Any], words: Sequence[str]) -> None:
+    for word in words:
+        _override(table, word)
+        alone: dict[str, Any] = {}
+        _override(alone, word)
+        parse(alone, f"the setting {word[:200]}")  # a mistake in it is none of the file's
 
 
 def _override(table: dict[str, Any], word: str) -> None:

@@ -1,4 +1,4 @@
-"""The tokenizer that a GGUF file carries, rebuilt as Hugging Face's tokenizer.json.
+"""The tokenizer that a GGUF file carries, rebuilt as Hugging Face's tokenizer.json; and the way back.
 
 Source of the pre-tokenizers and of what a missing key means: llama.cpp's src/llama-vocab.cpp.
 """
@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..errors import TokenizerError
-from ..tokenizer import typed
+from ..tokenizer import Tokenizer, typed
 from .gguf_header import metadata_value
 
 if TYPE_CHECKING:
     from tokenizers.pre_tokenizers import PreTokenizer
 
-CONTROL, USER_DEFINED, UNUSED = 3, 4, 5  # types of a token
+NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5  # types of a token
 # tokenizer.ggml.pre -> the regexes that cut a text, one after the other; "default" is llama.cpp's own.
 LLAMA3_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
@@ -112,3 +112,75 @@ def _pre_tokenizer(pre: str) -> "PreTokenizer":
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
     digits = pre_tokenizers.Digits(individual_digits=True)
     return pre_tokenizers.Sequence([digits, byte_level]) if pre == "smollm" else byte_level
+
+
+def tokenizer_metadata(tokenizer: Tokenizer, rows: int, ids: dict[str, int]) -> dict[str, Any]:
+    """The keys that carry a tokenizer and its chat templates, from which `tokenizer_files` rebuilds it.
+
+    Args:
+      rows: of the embedding; those that no token has get names of their own.
+      ids: special tokens' by their names in config.json.
+
+    Raises:
+      TokenizerError: what it does is not what llama.cpp would do by these keys.
+    """
+    spec = json.loads(tokenizer.backend.to_str())
+    if spec["model"]["type"] != "BPE":
+        raise TokenizerError(f"a GGUF file is written with a BPE tokenizer; this one is {spec['model']['type']}")
+    # llama-bpe is the first that fits SmolLM3. llama.cpp's own converter calls it smaug-bpe, since it adds no BOS, but
+    # then merges cut the words that tokenizer.json takes whole (ignore_merges).
+    pre = next((name for name in SPLITS if _spelled(_pre_tokenizer(name)) == spec["pre_tokenizer"]), None)
+    if pre is None:
+        raise TokenizerError(
+            "llama.cpp's name for this tokenizer's pre_tokenizer is not known here (known are "
+            f"{', '.join(SPLITS)}): llama.cpp's convert_hf_to_gguf.py may know it"
+        )
+    texts = [tokenizer.backend.id_to_token(i) for i in range(rows)]
+    added = tokenizer.backend.get_added_tokens_decoder()
+    types = [UNUSED if text is None else NORMAL for text in texts]
+    for i, token in added.items():
+        if i < rows:
+            types[i] = CONTROL if token.special else USER_DEFINED
+    bos = tokenizer.backend.encode("a").ids != tokenizer.backend.encode("a", add_special_tokens=False).ids
+    keys = {"model": "gpt2", "pre": pre, "tokens": [f"[PAD{i}]" if t is None else t for i, t in enumerate(texts)]}
+    keys |= {"token_type": types, "merges": [" ".join(pair) for pair in spec["model"]["merges"]], "add_bos_token": bos}
+    metadata = {f"tokenizer.ggml.{name}": value for name, value in keys.items()}
+    arrays = {"tokenizer.ggml.token_type": np.array(types, np.int32)}
+    rebuilt = tokenizer_files(metadata | arrays, ids)["tokenizer.json"]
+    own, other = (_essence(backend, rows) for backend in (tokenizer.backend, type(tokenizer.backend).from_str(rebuilt)))
+    if different := [name for name in own if own[name] != other[name]]:
+        raise TokenizerError(
+            f"llama.cpp's {pre} tokenizer is not this one: they differ in {', '.join(different)}; "
+            "llama.cpp's convert_hf_to_gguf.py may know another name for it"
+        )
+    templates = {f"tokenizer.chat_template.{name}": text for name, text in tokenizer.templates.items()}
+    if (default := templates.pop("tokenizer.chat_template.default", None)) is not None:
+        metadata["tokenizer.chat_template"] = default
+    if templates:
+        metadata["tokenizer.chat_templates"] = [name for name in tokenizer.templates if name != "default"]
+    return metadata | templates
+
+
+def _spelled(pre_tokenizer: Any) -> Any:
+    """A pre-tokenizer as tokenizer.json has it."""
+    from tokenizers import Tokenizer, models
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizer
+    return json.loads(tokenizer.to_str())["pre_tokenizer"]
+
+
+def _essence(backend: Any, rows: int) -> dict[str, Any]:
+    """All of a tokenizer that decides which ids a text becomes, and which text they."""
+    spec = json.loads(backend.to_str())
+    model = {name: value for name, value in spec["model"].items() if name != "vocab"}
+    model |= {name: None for name, value in model.items() if not value}  # an empty text, a 0 or a False does nothing
+    flags = ("id", "content", "special", "single_word", "lstrip", "rstrip")
+    return model | {
+        "vocab": {token: i for token, i in backend.get_vocab().items() if i < rows},
+        "added_tokens": [[token[flag] for flag in flags] for token in spec["added_tokens"] if token["id"] < rows],
+        "normalizer": spec["normalizer"],
+        "pre_tokenizer": spec["pre_tokenizer"],
+        "decoder": spec["decoder"] and spec["decoder"]["type"],
+        "post_processor": backend.encode("a").ids,
+    }

@@ -150,6 +150,11 @@ def _hf_dims(
     return lengths, tuple(name(group, length) for group, length in zip(groups, lengths, strict=True))
 
 
+def gguf_name(hf: HFTensor) -> str:
+    """What GGUF calls a tensor."""
+    return next(name for param, _, name in TABLE if param == hf.param).format(hf.layer)
+
+
 @functools.cache
 def _gguf_rows() -> dict[str, str]:
     return {gguf_name: hf_name for _, hf_name, gguf_name in TABLE}

@@ -12,15 +12,16 @@ from typing import Any
 
 import numpy as np
 
-from ..config import FORMATS, GenerationConfig, ModelConfig
+from ..config import FORMATS, GGUF_TYPES, GenerationConfig, ModelConfig
 from ..errors import CheckpointFormatError, OptionError, SaveError
 from ..files import carry, new_folder, write
 from ..model import SmolLM3
 from ..paths import user_path
 from ..progress import progress
 from . import hub, safetensors, torch_files
+from .gguf_write import check_file, write_gguf
 from .key_map import hf_tensors, locate, parameters
-from .load import Checkpoint, check_dtype, common_dtype, open_checkpoint, with_adapters
+from .load import Checkpoint, check_dtype, common_dtype, is_gguf, open_checkpoint, with_adapters
 from .peft import Adapter
 from .quantized import dequantize_tensors, quantize_tensors, with_scheme
 from .stored import StoredTensor, cast
@@ -32,7 +33,7 @@ _OLD_MODEL = re.compile(
 )
 # Names under which a user may expect a file, and what to do about it.
 _FILE_ENDINGS = {
-    ".gguf": "; llama.cpp's convert_hf_to_gguf.py makes a .gguf of a folder",
+    ".gguf": "; `smollm3 convert FOLDER FILE.gguf` makes a .gguf of it",
     **dict.fromkeys((".bin", ".pt", ".pth"), "; `convert --format torch` puts a state dict in it"),
     **dict.fromkeys((".safetensors", ".json", ".onnx", ".npz", ".zip", ".tar", ".gz"), ""),
 }
@@ -82,18 +83,34 @@ def convert(
     max_shard_size: int | str = "5GB",
     force: bool = False,
     adapters: Sequence[tuple[Adapter, float]] = (),
+    gguf_type: str | None = None,
 ) -> None:
-    """Rewrites a checkpoint (folder, .gguf, hub id) as a Hugging Face folder, tensor by tensor.
+    """Rewrites a checkpoint (folder, .gguf, hub id) as a Hugging Face folder or a .gguf file, tensor by tensor.
 
     Args:
+      folder: the folder to write, or the file, with a name that ends in .gguf; see `gguf_write.write_gguf`.
       dtype: cast every tensor to this, quantized ones too; None keeps each as it is (those that a GGUF
         holds quantized become float32).
       force: the folder may be there, and its model is replaced, tokenizer and templates included; it may be the source.
       adapters: are folded in, each times a number.
+      gguf_type: what a file's matrices become, one of GGUF_TYPES; None is the checkpoint's own dtype.
 
     Raises:
       SmolLM3Error: the source is unsound, or the folder cannot be written; it is then as it was.
     """
+    if is_gguf(user_path(folder)):
+        if dtype is not None or format != FORMATS[0] or max_shard_size != "5GB":
+            raise OptionError(
+                f"a .gguf file is one file, whose numbers --type says (gguf_type in Python: {', '.join(GGUF_TYPES)}); "
+                "dtype, format and max_shard_size are a folder's"
+            )
+        check_file(folder, force)
+        checkpoint = open_checkpoint(hub.resolve(source))
+        checkpoint = with_adapters(checkpoint, adapters) if adapters else checkpoint
+        write_gguf(checkpoint, folder, gguf_type, force)
+        return
+    if gguf_type is not None:
+        raise OptionError(f"--type {gguf_type} is of .gguf files: name one, such as {Path(folder).name}.gguf")
     checkpoint = _open(source, folder, force)
     checkpoint = with_adapters(checkpoint, adapters) if adapters else checkpoint
     config, tensors = checkpoint.config, list(checkpoint.tensors.values())

@@ -53,15 +53,16 @@ class StoredTensor:
 def cast(tensor: StoredTensor, dtype: str) -> StoredTensor:
     """The tensor in another dtype. Reading raises OptionError where float16 would overflow."""
 
-    def read() -> np.ndarray:
-        array = tensor.read()
-        with np.errstate(over="ignore"):
-            out = array.astype(NUMPY_DTYPES[dtype])
-        if dtype == "float16" and np.isinf(out).sum() > np.isinf(array).sum():
-            raise OptionError(f"tensor {tensor.name} holds numbers too large for float16; choose bfloat16 or float32")
-        return out
+    return dataclasses.replace(tensor, dtype=dtype, read=lambda: as_dtype(tensor.read(), dtype, tensor.name))
 
-    return dataclasses.replace(tensor, dtype=dtype, read=read)
+
+def as_dtype(array: np.ndarray, dtype: str, name: str) -> np.ndarray:
+    """A tensor's numbers, or some of them, in another dtype. Raises OptionError where float16 would overflow."""
+    with np.errstate(over="ignore"):
+        out = array.astype(NUMPY_DTYPES[dtype])
+    if dtype == "float16" and np.isinf(out).sum() > np.isinf(array).sum():
+        raise OptionError(f"tensor {name} holds numbers too large for float16; choose bfloat16 or float32")
+    return out
 
 
 def shown(name: object) -> str:

@@ -5,9 +5,13 @@ from collections import Counter
 import pytest
 from proxies import FULL, SHORT, needs_cuda, needs_libtpu, proxy
 
+from sharding.mesh import device_bytes
 from smollm3_jax.commands.main import main
 from smollm3_jax.config import SMOLLM3_3B, ModelConfig
-from smollm3_jax.plan.train import plan_train
+from smollm3_jax.plan.devices import sharding_for, topology
+from smollm3_jax.plan.train import TrainSetting, plan_train
+from smollm3_jax.train.options import StepOptions
+from smollm3_jax.train.settings_file import read_words
 from smollm3_jax.weights.key_map import count_parameters
 
 LAYERS = 4
@@ -21,11 +25,56 @@ LAYERS = 4
         (["--mesh", "fsdp=5"], "5 devices, but there are 16"),
         (["--rules", "tp", "--mesh", "fsdp=16"], "has no use for the mesh's axis 'fsdp'"),
         (["--remat", "some"], "choose one of none, dots"),
+        (["data.rows=3"], "data.rows=3: a plan takes objective.KEY=VALUE, lora.KEY=VALUE"),
+        (["--batch", "16", "lora.rank=4", "lora.base=int3"], "lora.base is 'int3'"),
+        (["lora.dora=true"], "lora.rank=0 means no adapter"),
+        (["objective.kind=sfd"], "objective.kind is 'sfd'"),
     ],
 )
 def test_mistakes_are_named(arguments, words, capsys):
     assert main(["plan", "train", *arguments]) == 2
     assert words in capsys.readouterr().err
+
+
+@needs_libtpu
+@pytest.mark.parametrize(
+    ("words", "arrays", "bytes_each"),
+    [
+        ([], 2, 4),
+        (["objective.kind=sft", "lora.rank=4"], 3, 2),
+        (["objective.kind=preference", "lora.rank=4", "lora.base=float32", "lora.targets=['q_proj']"], 4, 4),
+    ],
+)
+def test_what_a_step_takes_in(words, arrays, bytes_each):
+    """The batch of the objective, the base in its dtype, and moments of what is trained alone."""
+    chip, devices = topology("v5e:1x1")
+    config = proxy(2, **SHORT)
+    sharding = sharding_for(config, devices, "fsdp", None)
+    setting = TrainSetting(config, chip, sharding, 2, 64, StepOptions(), read_words(words))
+    state, batch = setting.arguments
+    assert device_bytes(batch) == arrays * 4 * 2 * 64
+    adapter = setting.trained if setting.trainable else 0
+    assert device_bytes(state.model) == bytes_each * count_parameters(config) + 4 * adapter
+    assert device_bytes(state.optimizer) - 8 * setting.trained < 64  # its count of steps
+    if adapter:
+        width, queries, inner = 2048, 16 * 128, 11008
+        each = [width + queries] if len(words) > 3 else [2 * (width + queries), 2 * (width + 512), 3 * (width + inner)]
+        assert adapter == 2 * 4 * sum(each)
+
+
+@needs_libtpu
+@pytest.mark.slow
+def test_an_adapters_step_multiplies_no_gradient_of_what_is_frozen():
+    """Two layers with a short vocabulary: two products for each frozen weight, and no float32 copy of it."""
+    config = proxy(2, **SHORT)
+    settings = read_words(["objective.kind=sft", "lora.rank=16"])
+    report = plan_train(config, "v5e:1x1", "fsdp", 1, 1024, remat="dots", settings=settings)
+    frozen, trained, width = count_parameters(config), report["trained"], 16 * 128
+    least = 1024 * (4 * frozen + 6 * trained + 2 * 6 * width * 1024 / 2)
+    assert 0.95 * least < report["program"]["flops"] < 1.2 * least
+    assert report["program"]["float32_products"] == 0
+    assert report["hbm"]["parameters"] == 2 * frozen + 4 * trained
+    assert report["hbm"]["temporaries"] < 4 * frozen
 
 
 @needs_cuda
@@ -101,3 +150,20 @@ def test_a_pod_sends_no_more_for_each_device():
         for name, rows in (("v5e:4x4", 16), ("v5e:16x16", 256))
     )
     assert sum(row["bytes"] for row in many) <= 1.2 * sum(row["bytes"] for row in few)
+
+
+@FULL
+@needs_libtpu
+def test_an_adapter_of_smollm3_fits_one_v5e_chip():
+    """All seven projections at rank 16 on a bfloat16 base, rows of 4,096."""
+    settings = read_words(["objective.kind=sft", "lora.rank=16", "lora.base=bfloat16"])
+    report = plan_train(RELEASED, "v5e:1x1", "fsdp", 1, 4096, settings=settings)
+    assert report["fits"] and report["trained"] == 30_228_480
+    assert report["hbm"]["total"] <= report["hbm"]["limit"]
+
+
+@FULL
+@needs_libtpu
+def test_sixteen_v5e_fine_tune_smollm3_on_rows_of_8192():
+    report = plan_train(RELEASED, "v5e:4x4", "fsdp", 16, 8192, settings=read_words(["objective.kind=sft"]))
+    assert report["fits"] and report["trained"] == count_parameters(RELEASED)

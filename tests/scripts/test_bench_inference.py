@@ -10,7 +10,7 @@ from tiny import tiny_checkpoint
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
 import bench_inference as bench
-from bench_peers import BenchError, write_gguf
+from bench_peers import BenchError
 
 from smollm3_jax.config import ModelConfig
 from smollm3_jax.weights.load import open_checkpoint
@@ -142,22 +142,16 @@ def test_an_engine_that_dies_is_quoted(tmp_path):
         bench.Worker("engine", command)
 
 
-@pytest.mark.parametrize("name", ["plain", "llama", "untied"])
-def test_the_gguf_is_the_same_model(name, tmp_path):
+@pytest.mark.parametrize("name", ["plain", "llama"])
+def test_the_gguf_is_the_same_model_and_written_once(name, tmp_path, monkeypatch):
+    monkeypatch.setenv("SMOLLM3_JAX_CACHE", str(tmp_path / "cache"))
     folder = tiny_checkpoint(tmp_path / "m", name)
-    write_gguf(folder, tmp_path / "m.gguf", "F32")
-    ours, theirs = open_checkpoint(folder), open_checkpoint(tmp_path / "m.gguf")
-    assert ours.tensors.keys() == theirs.tensors.keys()
-    for tensor in ours.tensors.values():
-        assert (tensor.read() == theirs.tensors[tensor.name].read()).all()
-    for field in ("rope_layers", "rope_theta", "rms_norm_eps", "num_key_value_heads", "tie_word_embeddings"):
-        assert getattr(ours.config, field) == getattr(theirs.config, field)
-
-
-@pytest.mark.parametrize("name", ["yarn", "interval_2", "sliding"])
-def test_what_llama_cpp_would_compute_differently_is_refused(name, tmp_path):
-    with pytest.raises(BenchError, match=r"llama\.cpp"):
-        write_gguf(tiny_checkpoint(tmp_path / "m", name), tmp_path / "m.gguf", "F32")
+    path = bench.gguf_of(folder, "F32")
+    written = path.stat().st_mtime_ns
+    assert bench.gguf_of(folder, "F32") == path and path.stat().st_mtime_ns == written
+    ours, theirs = open_checkpoint(folder).tensors, open_checkpoint(path).tensors
+    assert ours.keys() == theirs.keys()
+    assert all((tensor.read() == theirs[name].read()).all() for name, tensor in ours.items())
 
 
 @pytest.mark.slow

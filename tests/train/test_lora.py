@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+from collections import Counter
 
 import jax
 import jax.numpy as jnp
@@ -94,6 +95,21 @@ def test_a_step_changes_the_adapter_alone_whatever_its_base_is_kept_in(checkpoin
         assert x.dtype == before[name].dtype
     moments = {name for name in arrays(state.optimizer) if ".mu." in name or ".nu." in name}
     assert len(moments) == 2 * (len(before) - len(frozen))
+
+
+def test_what_is_frozen_takes_no_product_for_its_gradient(checkpoint, batch):
+    """Those of the head's and of a layer's weight are there where the whole model is trained."""
+    shapes = ("[160,64]", "[96,64]")
+
+    def products(model, trainable):
+        state = init_state(model, OPTIMIZER, trainable)
+        compiled = train_step.lower(state, batch, optimizer=OPTIMIZER, options=StepOptions("float32")).compile()
+        return Counter(re.findall(r"= f32(\[[\d,]+\])\S* (?:dot|custom-call)\(", compiled.as_text()))
+
+    whole = products(lora.load_base(checkpoint, checkpoint.config, SETTINGS, None), None)
+    adapted = products(model_of(checkpoint, SETTINGS), lora.TRAINED)
+    for shape in shapes:
+        assert whole[shape] > 0 == adapted[shape], (shape, whole, adapted)
 
 
 def test_a_quantized_folder_is_a_base_as_it_is(checkpoint, tmp_path):

@@ -753,8 +753,11 @@ def test_an_empty_folder_may_be_there(hf, tmp_path):
     assert (tmp_path / "out").stat().st_mode & 0o777 == 0o700
 
 
-@pytest.mark.parametrize("command", COMMANDS, ids=lambda words: words[0])
-@pytest.mark.parametrize("name", ["out.gguf", "out.GGUF", "m.safetensors", "pytorch_model.bin", "m.pt", "m.pth"])
+FILES = [(command, name) for command in COMMANDS for name in ("m.safetensors", "pytorch_model.bin", "m.pt", "m.pth")]
+FILES += [(COMMANDS[1], name) for name in ("out.gguf", "out.GGUF")]  # `convert` writes these
+
+
+@pytest.mark.parametrize(("command", "name"), FILES, ids=lambda of: of if isinstance(of, str) else of[0])
 def test_names_of_files(command, name, hf, tmp_path, capsys):
     """A folder of that name is not what was meant; where there is one already, it is."""
     assert main([*command, str(hf), str(tmp_path / name)]) == 2

@@ -8,6 +8,10 @@ from sharding.rules import PyTree
 
 from ...model import SmolLM3
 from ..options import StepOptions
+from ..settings import Settings
+from .preference import Preference
+from .pretrain import Pretrain
+from .sft import Sft
 
 
 class Objective(Protocol):
@@ -27,3 +31,12 @@ class Objective(Protocol):
           is what all others are divided by.
         """
         ...
+
+
+def objective_of(settings: Settings) -> Objective:
+    """What the settings minimise."""
+    o, by_document = settings.objective, settings.data.positions == "document"
+    if o.kind == "preference":
+        return Preference(o.loss, o.beta, by_document)
+    kind = {"pretrain": Pretrain, "sft": Sft}[o.kind]
+    return kind(settings.step.z_loss, by_document=by_document)

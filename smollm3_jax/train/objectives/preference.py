@@ -43,11 +43,13 @@ class Preference:
     def __call__(self, model: SmolLM3, batch: Batch, options: StepOptions) -> tuple[Array, dict[str, Array]]:
         """(the loss, {"pairs": how many, "tokens": that their completions have, "loss": as the first; "rewards/chosen"
         and "rewards/rejected": b D; "rewards/margins": their difference; "rewards/accuracies": 1 where it is positive;
-        "saturated": the share of a loss's logistic functions whose slope is less than SATURATED of that at 0}), sums
-        over the pairs of a batch, float32."""
+        "difference": |D|, the mean of the two completions', which is what rounding makes where the model is still the
+        reference; "saturated": the share of a loss's logistic functions whose slope is less than SATURATED of that at
+        0}), sums over the pairs of a batch, float32."""
         if batch.reference is None:
             raise TypeError("a batch of preferences has the reference's sums")
-        rewards_BP2 = self.beta * completion_sums(model, batch, options, self.by_document)
+        differences_BP2 = completion_sums(model, batch, options, self.by_document)
+        rewards_BP2 = self.beta * differences_BP2
         chosen_BP, rejected_BP = rewards_BP2[..., 0], rewards_BP2[..., 1]
         loss_BP, saturated_BP = of_rewards(self.loss, chosen_BP, rejected_BP)
         margin_BP = chosen_BP - rejected_BP
@@ -58,6 +60,7 @@ class Preference:
             "rewards/rejected": rejected_BP,
             "rewards/margins": margin_BP,
             "rewards/accuracies": (margin_BP > 0).astype(jnp.float32),
+            "difference": jnp.abs(differences_BP2).mean(axis=-1),
             "saturated": saturated_BP,
             "pairs": jnp.ones_like(loss_BP),
         }

@@ -41,9 +41,7 @@ def describe(settings: Settings, trainable: str | None = None) -> dict[str, Any]
     config = model_config(settings)
     model = abstract_model(config, "float32")
     if settings.lora.rank:
-        trainable, dtype = lora.TRAINED, config.dtype or "float32"
-        own = dtype if config.quantization is None else config.quantization.weights
-        model = lora.shapes_of(config, settings.lora, settings.lora.base or own, dtype)
+        trainable, model = lora.TRAINED, lora.planned(config, settings.lora)
     parameters, trained = count(model), count(split(model, trainable)[0])
     return {
         "steps": settings.run.steps,

@@ -31,10 +31,7 @@ from ..data.encode import encoder
 from ..data.mixture import Batches
 from ..data.pairs import pair_items
 from ..data.windows import sft_items
-from ..objectives import Objective
-from ..objectives.preference import Preference
-from ..objectives.pretrain import Pretrain
-from ..objectives.sft import Sft
+from ..objectives import Objective, objective_of
 from ..optimizer import adamw
 from ..reference import Sums
 from ..settings import Settings, Stage, stage_at, starts
@@ -134,15 +131,6 @@ def set_up(settings: Settings, trainable: str | None = None) -> Run:
         monitor=Monitor(folder, settings, environment()),
         progress=Progress(data=batches.state()),
     )
-
-
-def objective_of(settings: Settings) -> Objective:
-    """What the settings minimise."""
-    o, by_document = settings.objective, settings.data.positions == "document"
-    if o.kind == "preference":
-        return Preference(o.loss, o.beta, by_document)
-    kind = {"pretrain": Pretrain, "sft": Sft}[o.kind]
-    return kind(settings.step.z_loss, by_document=by_document)
 
 
 def template_digest(settings: Settings, tokenizer: Tokenizer) -> str:

@@ -263,6 +263,22 @@ def test_apo_begins_at_one(rules, loss, pairs):
     assert abs(other["loss"] - 1) > 1e-6
 
 
+def test_in_bfloat16_the_first_step_says_what_rounding_makes_of_it(pairs):
+    """The reference is the start, packed in another way, and its dtype is that of the step."""
+    options, model = StepOptions(dtype="bfloat16"), new_model(1)
+    sums = np.asarray(sums_of()(model, laid(*padded(pairs)), options))
+    rows, length = packed(pairs)
+    batch = laid(rows, length, sums[:, :1].reshape(len(rows), 2, 2))
+    metrics = jax.device_get(Preference("apo_zero", BETA)(model, batch, options)[1])
+    off = metrics["difference"] / metrics["pairs"]
+    assert 0 <= off < 0.5
+    # Logistic functions are nowhere steeper than a quarter.
+    assert abs(metrics["loss"] / metrics["pairs"] - 1) <= BETA / 2 * off + 1e-6
+    again = np.asarray(sums_of()(model, batch, options))
+    there = np.asarray(batch.segment_ids).max(axis=1, keepdims=True) // 2 > np.arange(again.shape[1])
+    assert off == pytest.approx(np.abs(again[there]).mean(), rel=1e-5)
+
+
 def test_a_pair_that_went_wrong_is_counted_as_saturated(pairs):
     """And rewards, margins and accuracies are those of the reference's sums."""
     rows, length = packed(pairs[:2])
@@ -278,4 +294,5 @@ def test_a_pair_that_went_wrong_is_counted_as_saturated(pairs):
     assert metrics["rewards/rejected"] == pytest.approx(0.3 * (10 + 2) / 2, rel=1e-5)
     assert metrics["rewards/margins"] == pytest.approx(0.3 * (-50 - 1) / 2, rel=1e-5)
     assert metrics["rewards/accuracies"] == 0
+    assert metrics["difference"] == pytest.approx((40 + 1 + 10 + 2) / 4, rel=1e-5)
     assert metrics["saturated"] == 0.25  # of four functions that of b D = -12

@@ -1,7 +1,9 @@
 """Damage, bad input and want, done to `smollm3 train` from outside."""
 
+import functools
 import json
 import os
+import random
 import resource
 import shutil
 import signal
@@ -14,7 +16,7 @@ import pytest
 import tiny
 from etils import epath
 from proxies import FULL
-from runs import command, environment, losses, same_end, start, train, write_corpus
+from runs import command, environment, losses, same_end, start, train, wait_for_step, write_corpus, write_pairs
 
 from smollm3_jax.train.run import checkpoint
 from smollm3_jax.weights.load import open_checkpoint
@@ -87,6 +89,44 @@ def test_a_dataset_shorter_than_a_batch(place):
     said = train(place, run, "data.epochs=1", "data.rows=16", corpus="short.jsonl", code=3)
     assert "data.epochs=1: so often read, the documents do not fill a batch of data.rows=16 rows" in said
     assert train(place, run, "run.steps=3", "data.rows=16", corpus="short.jsonl")["step"] == 3
+
+
+ADAPTED = ["lora.rank=4", "lora.dropout=0.1", "run.steps=300", "checkpoint.every=20"]
+KILLED = {
+    "adapter": [*ADAPTED, "lora.dora=true", "lora.base=int8"],
+    "preferences": [*ADAPTED, "objective.kind=preference", "data.length=32"],
+}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(place):
+    """kind -> (the name of its corpus, a run that nothing disturbs)."""
+    write_pairs(place / "pairs.jsonl")
+
+    @functools.cache
+    def run(kind):
+        corpus = {"preferences": "pairs.jsonl"}.get(kind, "corpus.jsonl")
+        train(place, place / kind, *KILLED[kind], corpus=corpus)
+        return corpus, place / kind
+
+    return run
+
+
+@FULL
+@pytest.mark.parametrize("kind", KILLED)
+@pytest.mark.parametrize("seed", range(4))
+def test_adapters_go_on_after_kills_at_random_points(place, undisturbed, kind, seed):
+    """Two kills in each run; then the end is that of the run that nothing disturbs, bit for bit."""
+    corpus, wanted = undisturbed(kind)
+    run, draw = place / f"{kind}-killed{seed}", random.Random(seed)
+    for first in (1, 110):
+        words = command(place, run, *KILLED[kind], "--resume", "auto", corpus=corpus)
+        process = subprocess.Popen(words, env=environment(), stderr=subprocess.DEVNULL)
+        wait_for_step(run, draw.randrange(first, first + 100))
+        process.kill()
+        assert process.wait() == -9 or max(losses(run)) == 300
+    train(place, run, *KILLED[kind], "--resume", "auto", corpus=corpus)
+    same_end(run, wanted, step=300)
 
 
 def test_nothing_begins_anew_where_all_is_damaged(whole, place):

@@ -10,23 +10,17 @@ import subprocess
 import pytest
 import tiny
 from etils import epath
-from runs import command, environment, losses, same_end, start, train, wait_for
+from proxies import FULL
+from runs import checkpoint_digests, command, environment, losses, same_end, start, train, wait_for, write_pairs
 
 from smollm3_jax.train.reference import Sums
+from smollm3_jax.train.run import loop
+from smollm3_jax.train.settings_file import parse
 
-STEPS, RECORDS = 60, 400
+STEPS = 60
 WORDS = ["objective.kind=preference", "objective.beta=0.05", "data.length=32", f"run.steps={STEPS}"]
 WORDS += ["checkpoint.every=10", "objective.loss=apo_zero"]
-
-
-def write_pairs(path, count=RECORDS, seed=0):
-    draw = random.Random(seed)
-
-    def words(least, most):
-        return " ".join(f"w{draw.randint(3, 159)}" for _ in range(draw.randint(least, most)))
-
-    lines = ({"prompt": words(1, 4), "chosen": f" {words(1, 4)}", "rejected": f" {words(1, 4)}"} for _ in range(count))
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+SEEDS = [0, *(pytest.param(seed, marks=FULL) for seed in (1, 2, 3))]
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +70,7 @@ def test_each_completion_has_its_own_sum_in_each_order_and_packing(place, corpus
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", SEEDS)
 def test_a_kill_in_the_reference_pass_changes_no_bit(place, corpus, undisturbed, seed):
     draw = random.Random(seed)
     run = place / f"killed-in-pass-{seed}"
@@ -95,7 +89,7 @@ def test_a_kill_in_the_reference_pass_changes_no_bit(place, corpus, undisturbed,
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", SEEDS)
 def test_a_kill_between_steps_changes_no_bit(place, corpus, undisturbed, seed):
     """Nor is the reference computed again: the model that it was of may be gone."""
     run = place / f"killed-in-steps-{seed}"
@@ -122,6 +116,43 @@ def test_a_signal_in_the_reference_pass_stops_the_run_and_it_goes_on(place, corp
     assert process.wait() == 75
     train(place, run, *WORDS, "--resume", "auto", corpus=corpus)
     same_end(run, undisturbed, step=STEPS)
+
+
+@pytest.mark.slow
+def test_an_adapters_reference_is_its_frozen_base(place, tmp_path):
+    """The sums are those of a separate reference, the whole model; the first loss is 1; and the run goes on from its
+    adapter and its sums bit for bit."""
+    write_pairs(tmp_path / "few.jsonl", count=20)
+    config = {
+        "model": {"path": str(place / "model"), "dtype": "float32"},
+        "data": {"path": str(tmp_path / "few.jsonl"), "length": 32, "rows": 8},
+        "objective": {"kind": "preference"},
+        "optimizer": {"learning_rate": 1e-2, "warmup_steps": 0, "schedule": "constant"},
+        "checkpoint": {"every": 3},
+    }
+
+    def run_in(name, steps=6, resume=False, **more):
+        run = {"dir": str(tmp_path / name), "steps": steps}
+        loop.train(parse({**config, **more, "run": run}), resume=resume)
+        return tmp_path / name
+
+    adapted = {"lora": {"rank": 4, "dropout": 0.1}}
+    whole = run_in("adapted", **adapted)
+    first, *_, last = lines_of(whole)
+    assert abs(first["loss"] - 1) <= 1e-6 and first["difference"] <= 1e-4
+    assert last["rewards/margins"] > 0 and last["difference"] > 0.01
+    separate, own = (sums_of(x).known for x in (run_in("separate", steps=1), whole))
+    assert own.keys() >= separate.keys() and len(separate) > 10
+    assert max(abs(own[key] - x) / abs(x) for key, x in separate.items()) <= 1e-6
+
+    parts = run_in("parts", steps=3, **adapted)
+    before = {path.name: path.stat().st_mtime_ns for path in (parts / "reference").glob("*.sums")}
+    run_in("parts", resume=True, **adapted)
+    pieces = {path.name: path.stat().st_mtime_ns for path in (parts / "reference").glob("*.sums")}
+    assert before.items() <= pieces.items()
+    assert losses(parts) == losses(whole) and checkpoint_digests(parts, 6) == checkpoint_digests(whole, 6)
+    arrays, _ = checkpoint_digests(whole, 6)
+    assert all(name.split(".")[-1] in ("a", "b") for name in arrays if name.startswith("model."))
 
 
 @pytest.mark.slow

@@ -1,0 +1,215 @@
+"""lm-evaluation-harness over our engine finds what it finds over transformers, its own HFLM."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+from proxies import FULL
+
+import smollm3_jax as s3
+from smollm3_jax.commands.main import main
+from smollm3_jax.evaluate.answers import Answers
+from smollm3_jax.generation.requests import Delta, Request
+
+pytest.importorskip("lm_eval", reason="lm-eval is not installed (the extra eval has it)")
+
+from lm_eval.api.instance import Instance
+
+from smollm3_jax.evaluate import harness
+
+TASKS = ("local_choices", "local_texts", "local_answers")
+BOUND = 1e-3
+
+
+@pytest.fixture(scope="session")
+def tasks(tmp_path_factory) -> Path:
+    """Three tasks, and their data."""
+    import datasets
+
+    source = Path(__file__).parents[1] / "data" / "tasks"
+    folder = tmp_path_factory.mktemp("tasks")
+    for file in source.glob("*.yaml"):
+        (folder / file.name).write_text(file.read_text().replace("DATA", str(source)))
+    datasets.config.HF_DATASETS_CACHE = folder / "cache"
+    return folder
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory, release) -> Path:
+    return tiny.chat_checkpoint(tmp_path_factory.mktemp("harness") / "small", release / "chat_template.jinja")
+
+
+def evaluated(model: Path, tasks: Path, output: Path, *options: str) -> dict[str, Any]:
+    common = ["--dtype", "float32", "--tasks", ",".join(TASKS), "--include-path", str(tasks), "--output", str(output)]
+    assert main(["eval", str(model), *common, *options]) == 0
+    [file] = output.rglob("results_*.json")
+    return json.loads(file.read_text())
+
+
+def samples(output: Path, task: str) -> list[dict[str, Any]]:
+    """What was written of a task, in the order of its questions."""
+    [file] = output.rglob(f"samples_{task}_*.jsonl")
+    return sorted(map(json.loads, file.read_text().splitlines()), key=lambda sample: sample["doc_id"])
+
+
+def by_transformers(model: Path, tasks: Path, **options: Any) -> dict[str, Any]:
+    pytest.importorskip("torch")
+    from lm_eval.evaluator import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+
+    lm = HFLM(pretrained=str(model), dtype="float32", device="cpu", batch_size=4, **options)
+    manager = TaskManager(include_path=str(tasks), include_defaults=False)
+    results: Any = simple_evaluate(model=lm, tasks=list(TASKS), task_manager=manager, bootstrap_iters=0)
+    assert results is not None
+    return results
+
+
+def compare(found: dict[str, Any], output: Path, reference: dict[str, Any]) -> None:
+    for task in TASKS:
+        theirs = sorted(reference["samples"][task], key=lambda sample: sample["doc_id"])
+        for ours, other in zip(samples(output, task), theirs, strict=True):
+            for mine, its in zip(ours["filtered_resps"], other["filtered_resps"], strict=True):
+                if task == "local_choices":
+                    assert float(mine[0]) == pytest.approx(its[0], abs=BOUND)
+                    assert mine[1] == str(its[1])
+                elif task == "local_texts":
+                    assert float(mine) == pytest.approx(its, abs=BOUND)
+                else:
+                    assert mine == its
+            assert ours["metrics"] == other["metrics"]
+            assert all(ours[name] == other[name] for name in ("acc", "acc_norm", "exact_match") if name in other)
+        for name, value in reference["results"][task].items():
+            if "stderr" not in name and isinstance(value, float):
+                assert found["results"][task][name] == pytest.approx(value, rel=1e-4)
+
+
+@pytest.mark.torch
+def test_a_small_model_finds_what_transformers_finds(small, tasks, tmp_path, capsys):
+    found = evaluated(small, tasks, tmp_path)
+    compare(
+        found,
+        tmp_path,
+        by_transformers(small, tasks, max_length=s3.from_pretrained(small).config.max_position_embeddings),
+    )
+    assert found["n-samples"]["local_choices"] == {"original": 6, "effective": 6}
+    table = capsys.readouterr().out
+    assert all(task in table for task in TASKS) and "acc_norm" in table
+
+
+@FULL
+@pytest.mark.torch
+def test_the_demo_model_finds_what_transformers_finds(demo_folder, tasks, tmp_path, programs_as_users_run_them):
+    found = evaluated(demo_folder, tasks, tmp_path)
+    compare(found, tmp_path, by_transformers(demo_folder, tasks))
+    assert found["results"]["local_choices"]["acc,none"] >= 0.5  # it is no model of random words
+
+
+def test_a_run_that_was_stopped_goes_on(small, tasks, tmp_path, monkeypatch):
+    whole = evaluated(small, tasks, tmp_path / "whole")
+    lines = (tmp_path / "whole" / "answers.jsonl").read_text().splitlines(keepends=True)
+    assert len(lines) == 1 + 15 + 5 + 4  # of choices, windows of texts, and answers, each once
+    (tmp_path / "part").mkdir()
+    (tmp_path / "part" / "answers.jsonl").write_text("".join(lines[:16]))
+    added: list[str] = []
+    add = Answers.add
+    monkeypatch.setattr(Answers, "add", lambda self, found: add(self, [added.append(one[0]) or one for one in found]))
+    part = evaluated(small, tasks, tmp_path / "part")
+    assert len(added) == len(lines) - 16
+    assert part["results"] == whole["results"]
+    for task in TASKS:
+        assert [s["resps"] for s in samples(tmp_path / "part", task)] == [
+            s["resps"] for s in samples(tmp_path / "whole", task)
+        ]
+    # Nothing is left to do, and nothing is done.
+    added.clear()
+    shutil.copy(tmp_path / "whole" / "answers.jsonl", tmp_path / "part" / "answers.jsonl")
+    shutil.rmtree(next(path for path in (tmp_path / "part").iterdir() if path.is_dir()))
+    assert evaluated(small, tasks, tmp_path / "part")["results"] == whole["results"]
+    assert added == []
+
+
+class Said:
+    """An engine that answers each prompt with the next of these texts, some letters a step."""
+
+    def __init__(self, texts: list[str]):
+        self.left, self.running, self.requests = list(texts), dict[int, str](), list[Request]()
+        self.cancelled: list[int] = []
+        self.has_room = True
+
+    def submit(self, request: Request, name: str) -> int:
+        self.requests.append(request)
+        self.running[len(self.requests) - 1] = self.left.pop(0)
+        return len(self.requests) - 1
+
+    def step(self) -> list[Delta]:
+        found = []
+        for number, text in list(self.running.items()):
+            said, self.running[number] = text[:5], text[5:]
+            reason = None if self.running[number] else "stop"
+            found.append(Delta(number, 0, (1,) * len(said), said, None, None, reason))
+            if reason:
+                del self.running[number]
+        return found
+
+    def cancel(self, number: int) -> None:
+        self.cancelled.append(number)
+        del self.running[number]
+
+    def close(self) -> None:
+        pass
+
+
+def test_thinking_is_not_graded_and_no_stop_is_looked_for_in_it(small, monkeypatch):
+    """lm-eval #3576, lighteval #790: what was graded was the thinking, or the answer had ended in it."""
+    texts = {
+        "<think>\nIs it 3? Question: no.\n\nNo.\n</think>\n\nIt is 4.\nQuestion: more": "It is 4.\n",
+        "<think>\nIt may be 4, or ": "",
+        "It is 4.\n\nQuestion: 2 + 3": "It is 4.\n\n",
+        "Well. <think>\nOh": "Well. ",
+    }
+    model, tokenizer = s3.from_pretrained(small), s3.load_tokenizer(small)
+    engine = Said(list(texts))
+    monkeypatch.setattr(harness, "Engine", lambda *_, **__: engine)
+    kwargs = {"until": ["Question:", "<|im_end|>"], "max_gen_toks": 9}
+    asked = [Instance("generate_until", {}, (f"{i} + 2?", kwargs), i) for i in range(len(texts))]
+    found = harness.EngineLM(model, tokenizer, Answers(None, {}), chat=True).generate_until(asked)
+    assert found == list(texts.values())
+    assert engine.cancelled == [2, 0]
+    assert all(request.params.stop == ["<|im_end|>"] for request in engine.requests)
+    # Without a chat all is the answer, and the engine stops by itself.
+    engine.left = ["<think> 4"]
+    assert harness.EngineLM(model, tokenizer, Answers(None, {})).generate_until(asked[:1]) == ["<think> 4"]
+    assert engine.requests[-1].params.stop == kwargs["until"]
+
+
+def test_samples_of_one_question_differ_and_are_found_again(small, tmp_path):
+    model, tokenizer = s3.from_pretrained(small), s3.load_tokenizer(small)
+    kwargs = {"do_sample": True, "temperature": 1.5, "top_p": 0.95, "max_gen_toks": 9, "until": []}
+    asked = [Instance("generate_until", {}, ("2 + 2?", kwargs), 0)] * 3
+    found = harness.EngineLM(model, tokenizer, Answers(None, {})).generate_until(asked)
+    assert len(set(found)) == 3
+    # One after the other they are the same: none depends on the others.
+    with Answers(tmp_path, {}) as answers:
+        lm = harness.EngineLM(model, tokenizer, answers)
+        assert [lm.generate_until(asked[: i + 1])[-1] for i in range(3)] == found
+
+
+def test_chats_are_those_of_transformers(small, release):
+    pytest.importorskip("transformers")
+    from transformers import AutoTokenizer
+
+    theirs = AutoTokenizer.from_pretrained(small)
+    model, tokenizer = s3.from_pretrained(small), s3.load_tokenizer(small)
+    chat = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": " 2 + 2? "}]
+    begun = [*chat, {"role": "assistant", "content": "It is"}]
+    for thinking in (True, False):
+        lm = harness.EngineLM(model, tokenizer, Answers(None, {}), chat=True, thinking=thinking)
+        options = {"tokenize": False, "enable_thinking": thinking}
+        text = theirs.apply_chat_template(chat, add_generation_prompt=True, **options)
+        assert lm.apply_chat_template(chat) == text
+        text = theirs.apply_chat_template(begun, continue_final_message=True, **options)
+        assert lm.apply_chat_template(begun, add_generation_prompt=False) == text
