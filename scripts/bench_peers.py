@@ -19,8 +19,9 @@ import time
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+T = TypeVar("T")
 Tokens = list[list[int]]
 
 
@@ -97,7 +98,7 @@ def answer(engine: Engine, command: dict[str, Any]) -> dict[str, Any]:
     return {"seconds": all_ - one, "first_seconds": one, "tokens": tokens}
 
 
-def _timed(function: Callable[..., Any], *arguments: Any) -> tuple[float, Any]:
+def _timed(function: Callable[..., T], *arguments: Any) -> tuple[float, T]:
     started = time.perf_counter()
     result = function(*arguments)
     return time.perf_counter() - started, result

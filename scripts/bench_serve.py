@@ -41,7 +41,7 @@ import httpx2
 import numpy as np
 from bench_report import machine
 from bench_serve_figures import Level, draw, summarize, table, told
-from bench_watch import Health, beside_a_long_prompt, spread
+from bench_watch import Ask, Health, beside_a_long_prompt, spread
 from rich.console import Console
 
 from smollm3_jax.files import write
@@ -211,7 +211,7 @@ async def load_with_long(
     """As `beside_a_long_prompt`: as many streams as the level says, and a prompt of --long words."""
     begin = time.perf_counter()
 
-    def asking(planned: Planned) -> Callable[[Callable[[], None]], Any]:
+    def asking(planned: Planned) -> Ask:
         return lambda on_token: ask(server, planned, lambda: time.perf_counter() - begin, on_token)
 
     async def metrics() -> str:

@@ -10,7 +10,6 @@ import os
 import statistics
 import time
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +23,7 @@ SHAPES = {"q, o": (576, 576, 2), "k, v": (576, 192, 2), "gate, up": (576, 1536, 
 ROUNDS = 9
 
 
-def seconds(*runs: Callable[[], Any]) -> list[float]:
+def seconds(*runs: Callable[[], object]) -> list[float]:
     """The median of each, taken in turn."""
     times: list[list[float]] = [[] for _ in runs]
     for _ in range(ROUNDS + 1):

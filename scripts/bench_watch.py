@@ -6,12 +6,14 @@ import itertools
 import re
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 from urllib.parse import urlsplit
 
 import numpy as np
 
+# Begins a stream, calls what it is given at each chunk with a token, and returns as `bench_serve.ask`.
+Ask = Callable[[Callable[[], None]], Awaitable[dict[str, Any]]]
 POLL_SECONDS = 0.02
 STEP = re.compile(r'^smollm3_step_seconds_(sum|count)\{kind="(\w+)"\} (\S+)$', re.MULTILINE)
 
@@ -76,14 +78,14 @@ def steps(before: str, after: str) -> dict[str, dict[str, float]]:
 
 
 async def beside_a_long_prompt(
-    asks: Sequence[Callable[[Callable[[], None]], Any]],
-    ask_long: Callable[[Callable[[], None]], Any],
-    metrics: Callable[[], Any],
+    asks: Sequence[Ask],
+    ask_long: Ask,
+    metrics: Callable[[], Awaitable[str]],
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Starts streams, and when all of them have tokens sends a long prompt, too.
 
     Args:
-      asks: each begins a stream, calls what it is given at each chunk with a token, and returns as `bench_serve.ask`.
+      asks: a stream each.
       ask_long: the same, of the long prompt.
       metrics: the text of /metrics; "" from a server that has none.
 

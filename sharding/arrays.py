@@ -5,14 +5,13 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
-from .rules import LOGICAL_AXES, Sharding
+from .rules import LOGICAL_AXES, PyTree, Sharding
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,10 +34,10 @@ def spec(dtype: DTypeLike, **axes: int) -> ArraySpec:
     return ArraySpec(tuple(axes.values()), jnp.dtype(dtype), names)
 
 
-def specs_of(tree: Any) -> Any:
+def specs_of(tree: PyTree) -> PyTree:
     """ArraySpecs of a tree of parameters, or of an optimizer's state; what is no parameter is never split."""
 
-    def described(x: Any) -> Any:
+    def described(x: nnx.Variable | jax.ShapeDtypeStruct) -> nnx.Variable | ArraySpec:
         if not isinstance(x, nnx.Variable):
             return ArraySpec(x.shape, x.dtype, (None,) * len(x.shape))
         value = x.get_value()
@@ -49,7 +48,7 @@ def specs_of(tree: Any) -> Any:
     return jax.tree.map(described, tree, is_leaf=lambda x: isinstance(x, nnx.Variable))
 
 
-def shardings(specs: Any, sharding: Sharding) -> Any:
+def shardings(specs: PyTree, sharding: Sharding) -> PyTree:
     """A tree of NamedShardings.
 
     Raises:
@@ -58,7 +57,7 @@ def shardings(specs: Any, sharding: Sharding) -> Any:
     return _each(lambda name, x: sharding.named(name, x.axes, x.shape), specs)
 
 
-def shapes(specs: Any, sharding: Sharding) -> Any:
+def shapes(specs: PyTree, sharding: Sharding) -> PyTree:
     """A tree of ShapeDtypeStructs, with their shardings: what a program can be compiled for."""
 
     def shape(name: str, x: ArraySpec) -> jax.ShapeDtypeStruct:
@@ -67,7 +66,7 @@ def shapes(specs: Any, sharding: Sharding) -> Any:
     return _each(shape, specs)
 
 
-def zeros(specs: Any, sharding: Sharding | None) -> Any:
+def zeros(specs: PyTree, sharding: Sharding | None) -> PyTree:
     """A tree of arrays of zeros, each made where it lies; None is the default device."""
     leaves, tree = jax.tree.flatten(specs)
     out = None if sharding is None else tuple(jax.tree.leaves(shardings(specs, sharding)))
@@ -78,11 +77,11 @@ def _zeros(specs: tuple[ArraySpec, ...]) -> tuple[jax.Array, ...]:
     return tuple(jnp.zeros(x.shape, x.dtype) for x in specs)
 
 
-def total_bytes(specs: Any) -> int:
+def total_bytes(specs: PyTree) -> int:
     """Of all arrays of a tree, each counted once however many devices have it."""
     return sum(x.nbytes for x in jax.tree.leaves(specs))
 
 
-def _each(function: Callable[[str, ArraySpec], Any], specs: Any) -> Any:
+def _each(function: Callable[[str, ArraySpec], object], specs: PyTree) -> PyTree:
     name = functools.partial(jax.tree_util.keystr, simple=True, separator=".")
     return jax.tree_util.tree_map_with_path(lambda path, x: function(name(path), x), specs)

@@ -15,6 +15,7 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import Mesh
 
+from .rules import PyTree
 from .strategies import AXES, STRATEGIES, ShardingError
 
 log = logging.getLogger(__name__)
@@ -220,6 +221,6 @@ def _in_a_job() -> bool:
     return "," in os.environ.get("TPU_WORKER_HOSTNAMES", "") or any(os.environ.get(name) for name in named)
 
 
-def device_bytes(tree: Any) -> int:
+def device_bytes(tree: PyTree) -> int:
     """Bytes of a tree of arrays, or of shapes with shardings, on one of their devices."""
     return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))

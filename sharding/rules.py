@@ -9,7 +9,7 @@ import functools
 import logging
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeAlias, TypeVar
 
 import jax
 import numpy as np
@@ -20,6 +20,11 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from .strategies import ALL_AXES, ALL_BUT_DATA, STRATEGIES, Rules, ShardingError
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+# Nested tuples, lists, dictionaries, dataclasses and modules, as jax.tree takes them, for which Python has no type.
+# What the leaves are a docstring says; a function that gives back a tree of the kind that it took has a TypeVar.
+PyTree: TypeAlias = Any
 
 # What dimensions of arrays are called: parameters', activations' and the cache's.
 LOGICAL_AXES = (
@@ -67,7 +72,7 @@ class Sharding:
         return cls(mesh, tuple(sorted((axis, _mesh_axes(target, mesh)) for axis, target in rules.items())))
 
     @classmethod
-    def of_array(cls, x: Any) -> "Sharding | None":
+    def of_array(cls, x: object) -> "Sharding | None":
         """The mesh that an array lies on, and no rules: what is computed there, every device computes whole.
 
         It keeps kernels, which the compiler cannot divide, apart from arrays that it does. None for what lies on
@@ -146,7 +151,7 @@ class Sharding:
                 )
         return NamedSharding(self.mesh, self.spec(*axes))
 
-    def shard_map(self, function: Callable[..., Any], in_specs: Any, out_specs: Any) -> Callable[..., Any]:
+    def shard_map(self, function: Callable[..., T], in_specs: PyTree, out_specs: PyTree) -> Callable[..., T]:
         """The function as every device runs it, on its own parts of the arguments."""
         # What a kernel returns carries no proof of being equal on several devices: check_vma would ask for it.
         return jax.shard_map(function, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)

@@ -208,7 +208,7 @@ def _hear() -> None:
     show = warnings.showwarning
     if getattr(show, "__module__", None) != __name__:
 
-        def hear(message: Any, *others: Any, **options: Any) -> None:
+        def hear(message: Warning | str, *others: Any, **options: Any) -> None:
             if not _report(str(message)):
                 show(message, *others, **options)
 
@@ -243,7 +243,7 @@ def _count() -> None:
         jax.monitoring.register_event_listener(_on_event)
 
 
-def _on_duration(event: str, duration_secs: float, **_: Any) -> None:
+def _on_duration(event: str, duration_secs: float, **_: object) -> None:
     global _requests
     if event in COMPILING:
         _add_span(time.perf_counter() - duration_secs, time.perf_counter())
@@ -261,7 +261,7 @@ def _add_span(begin: float, end: float) -> None:
             _spans[:2] = [(_spans[0][0], _spans[0][0] + sum(span[1] - span[0] for span in _spans[:2]))]
 
 
-def _on_event(event: str, **_: Any) -> None:
+def _on_event(event: str, **_: object) -> None:
     global _hits
     if event == "/jax/compilation_cache/cache_hits":
         _hits += 1

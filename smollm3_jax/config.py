@@ -375,7 +375,7 @@ def _check(condition: bool, message: str) -> None:
         raise ConfigError(message)
 
 
-def _check_floats(owner: Any, fields: Iterable[str]) -> None:
+def _check_floats(owner: object, fields: Iterable[str]) -> None:
     for field in fields:
         value, (low, high) = getattr(owner, field), FLOAT_RANGES[field]
         _check(value is None or low <= value <= high, f"{field} is {value}; it must be from {low:g} to {high:g}")

@@ -113,7 +113,7 @@ def _model_below(folder: Path) -> str | None:
     return f"holds models in folders of its own: give {below[0].parent}{more}"
 
 
-def typed(raw: Mapping[str, Any], field: str, kind: Any, *default: Any) -> Any:
+def typed(raw: Mapping[str, Any], field: str, kind: type | tuple[type, ...], *default: Any) -> Any:
     """raw[field] checked for its type; null counts as absent, which is an error without a default.
 
     Raises:
@@ -133,11 +133,11 @@ def typed(raw: Mapping[str, Any], field: str, kind: Any, *default: Any) -> Any:
     return value
 
 
-def _name(kind: Any) -> str:
+def _name(kind: type | tuple[type, ...]) -> str:
     return " or ".join(k.__name__ for k in kind) if isinstance(kind, tuple) else kind.__name__
 
 
-def _short(value: Any) -> str:
+def _short(value: object) -> str:
     """A value of a file as an error shows it: of hostile ones, the beginning."""
     text = repr(value)
     return text if len(text) <= 200 else f"{text[:200]}..."

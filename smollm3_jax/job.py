@@ -4,17 +4,17 @@ import contextlib
 import hashlib
 import json
 from collections.abc import Iterator
-from typing import Any
 
 import jax
 import numpy as np
+from numpy.typing import ArrayLike
 
 from .errors import SmolLM3Error, TrainingError
 
 MESSAGE_BYTES = 500
 
 
-def gathered(value: Any) -> np.ndarray:
+def gathered(value: ArrayLike) -> np.ndarray:
     """A value of each process, [processes, ...]; all have to call it."""
     if jax.process_count() == 1:
         return np.asarray(value)[None]
@@ -23,7 +23,7 @@ def gathered(value: Any) -> np.ndarray:
     return multihost_utils.process_allgather(np.asarray(value))
 
 
-def agree(what: str, value: Any) -> None:
+def agree(what: str, value: object) -> None:
     """Raises TrainingError where a value, ready for JSON, is another on some processes, and names them."""
     text = json.dumps(value, sort_keys=True)
     all_of_them = gathered(np.frombuffer(hashlib.sha256(text.encode()).digest()[:8], np.uint32))

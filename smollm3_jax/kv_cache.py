@@ -11,16 +11,16 @@ Shapes: B rows (slots), S capacity, T new tokens, K key-value heads, E head widt
 """
 
 import dataclasses
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jax.experimental.layout import Layout, with_layout_constraint
+from jax.typing import DTypeLike
 
 from sharding.arrays import spec, zeros
-from sharding.rules import Sharding, platform_of
+from sharding.rules import PyTree, Sharding, platform_of
 
 from .config import ModelConfig
 
@@ -96,7 +96,9 @@ class CacheView:
         return KVCache(layers, length_B, cache.table)
 
 
-def cache_specs(config: ModelConfig, batch: int, capacity: int, dtype: Any, pool: tuple[int, int] | None = None) -> Any:
+def cache_specs(
+    config: ModelConfig, batch: int, capacity: int, dtype: DTypeLike, pool: tuple[int, int] | None = None
+) -> PyTree:
     """A KVCache of ArraySpecs: `capacity` tokens in each of `batch` rows; dtype int8 stores it quantized.
 
     Args:
@@ -114,7 +116,7 @@ def cache_specs(config: ModelConfig, batch: int, capacity: int, dtype: Any, pool
 
 
 def empty_cache(
-    config: ModelConfig, batch: int, capacity: int, dtype: Any, sharding: Sharding | None = None
+    config: ModelConfig, batch: int, capacity: int, dtype: DTypeLike, sharding: Sharding | None = None
 ) -> KVCache:
     """A cache of dense rows without a token.
 

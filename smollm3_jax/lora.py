@@ -8,7 +8,7 @@ For serving, adapters of several models lie beside one weight, and each sequence
 Shapes: r rank, N output channels, K inputs, A adapters, B sequences, T tokens of each.
 """
 
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,8 @@ from jax.typing import DTypeLike
 from sharding.rules import Sharding
 
 from .quantize import QuantizedWeight, Weight, dequantize, linear
+
+T = TypeVar("T")
 
 
 class LoraWeight(nnx.Module):
@@ -84,7 +86,7 @@ def is_special(x: object) -> bool:
     return isinstance(x, QuantizedWeight | LoraWeight | LoraStack)
 
 
-def in_dtype(tree: object, dtype: DTypeLike) -> object:
+def in_dtype(tree: T, dtype: DTypeLike) -> T:
     """A model, or a part of it, with what is not quantized in another dtype; DoRA's lengths stay float32, of which
     every number of an output is made."""
 

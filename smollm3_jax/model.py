@@ -12,7 +12,7 @@ K key-value heads, E head width, V vocabulary, L layers.
 import copy
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple, overload
+from typing import Any, NamedTuple, TypeVar, overload
 
 import chex
 import jax
@@ -32,6 +32,8 @@ from .kv_cache import CacheView, KVCache, LayerCache
 from .lora import LoraStack, LoraWeight, adapted, adapted_each, in_dtype
 from .quantize import Weight, linear, lookup, quantize_weight, scheme_of
 from .rms_norm import norm_for, rms_norm, widened
+
+T = TypeVar("T")
 
 
 class Block(nnx.Module):
@@ -141,7 +143,7 @@ class SmolLM3(nnx.Module):
         segment_ids: Array | None = None,
         cache: None = None,
         *,
-        remat: Callable[..., Any] | None = None,
+        remat: Callable[..., bool] | None = None,
     ) -> tuple[Array, None]: ...
 
     @overload
@@ -165,7 +167,7 @@ class SmolLM3(nnx.Module):
         *,
         slot: Array | None = None,
         past: bool | None = None,
-        remat: Callable[..., Any] | None = None,
+        remat: Callable[..., bool] | None = None,
     ) -> tuple[Array, KVCache | None]:
         """The model up to its final norm: [B, T, D] for `unembed`, and the cache (None without one).
 
@@ -267,7 +269,7 @@ def _run_layers(
     past: bool | None = None,
     *,
     keep_states: bool = False,
-    remat: Callable[..., Any] | None = None,
+    remat: Callable[..., bool] | None = None,
 ) -> _Layers:
     """Embedding and all blocks."""
     view = None if cache is None else CacheView.of(cache, segments_BT, slot, past)
@@ -278,7 +280,7 @@ def _run_layers(
     norm = _norm_for(model, tokens_BT, cache)
 
     def step(x_BTD: Array, layer: _Layer) -> tuple[Array, tuple[Array | None, LayerCache | None]]:
-        where: Any = {"window": layer.window, "sharding": model.sharding}
+        where: dict[str, Any] = {"window": layer.window, "sharding": model.sharding}
 
         def attend(q_BTHE: Array, k_BTKE: Array, v_BTKE: Array) -> tuple[Array, LayerCache | None]:
             if view is not None and layer.cached is not None:
@@ -288,7 +290,7 @@ def _run_layers(
             return attention(q_BTHE, k_BTKE, v_BTKE, segments_BT=segments_BT, **where), None
 
         # They have the activations' dtype, but where training leaves it to us.
-        weights: Any = layer.weights if cache is not None else in_dtype(layer.weights, x_BTD.dtype)
+        weights = layer.weights if cache is not None else in_dtype(layer.weights, x_BTD.dtype)
         x_BTD, cached = block(model.config, weights, x_BTD, attend, model.sharding, norm)
         return x_BTD, (x_BTD if keep_states else None, cached)
 
@@ -299,7 +301,11 @@ def _run_layers(
 
 
 def _layer_by_layer(
-    step: Callable[..., Any], model: SmolLM3, x_BTD: Array, cache: KVCache | None, remat: Callable[..., Any] | None
+    step: Callable[[Array, _Layer], tuple[Array, tuple[Array | None, Any]]],
+    model: SmolLM3,
+    x_BTD: Array,
+    cache: KVCache | None,
+    remat: Callable[..., bool] | None,
 ) -> tuple[Array, Array | None, tuple[LayerCache, ...]]:
     """step(x_BTD, layer) -> (x_BTD, (state or None, cached or None)) through all layers: the last x_BTD, the states
     [L, B, T, D] if there are any, and the layers' caches, if there is one."""
@@ -350,10 +356,10 @@ def block(
     config: ModelConfig,
     p: Block,
     x_BTD: Array,
-    attend: Callable[..., tuple[Array, Any]],
+    attend: Callable[[Array, Array, Array], tuple[Array, T]],
     sharding: Sharding | None = None,
     norm: Callable[..., Array] = rms_norm,
-) -> tuple[Array, Any]:
+) -> tuple[Array, T]:
     """One layer. `attend` maps q, k and v to attention's output [B, T, H, E] and what it wants kept."""
 
     def placed(x_BTD: Array) -> Array:

@@ -1,14 +1,13 @@
 """How deep values from JSON may be nested."""
 
 from collections.abc import Mapping
-from typing import Any
 
 from .errors import OptionError
 
 MAX_DEPTH = 100  # of lists and objects in each other
 
 
-def check_depth(value: Any, where: str) -> None:
+def check_depth(value: object, where: str) -> None:
     """Refuses what would exhaust the stack of those that walk through it.
 
     Raises:

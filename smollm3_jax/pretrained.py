@@ -7,6 +7,8 @@ from typing import Any
 
 from jax.sharding import Mesh
 
+from sharding.strategies import Rules
+
 from .errors import unknown_name
 from .model import SmolLM3
 from .tokenizer import Tokenizer, build_tokenizer, carry_tokenizer
@@ -37,13 +39,13 @@ def from_pretrained(
     model: str | Path,
     dtype: Any = None,
     mesh: Mesh | None = None,
-    rules: str | Mapping[str, Any] | None = None,
+    rules: str | Rules | None = None,
     *,
     weights: str | None = None,
     stacked: bool = False,
     revision: str | None = None,
     token: str | None = None,
-    **other: Any,
+    **other: object,
 ) -> SmolLM3:
     """Loads a model, tensor by tensor, straight to where each one stays.
 

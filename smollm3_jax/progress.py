@@ -6,9 +6,12 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING
 
 from .screen_text import plain
+
+if TYPE_CHECKING:
+    from rich.progress import TextColumn
 
 SECONDS_BETWEEN_LINES = 10
 # False with --quiet.
@@ -41,7 +44,7 @@ def busy(what: str) -> Iterator[None]:
         yield
 
 
-def _description() -> Any:
+def _description() -> "TextColumn":
     from rich.progress import TextColumn
 
     return TextColumn("{task.description}", markup=False)

@@ -122,7 +122,9 @@ def _product_forward(platform: str, written: DTypeLike, x_RK: Array, w_NK: Array
     return _plain_product(platform, x_RK, w_NK, written), (x_RK, w_NK)
 
 
-def _product_backward(platform: str, _: Any, kept: tuple[Array, Array], gradient_RN: Array) -> tuple[Array, Array]:
+def _product_backward(
+    platform: str, _: DTypeLike, kept: tuple[Array, Array], gradient_RN: Array
+) -> tuple[Array, Array]:
     x_RK, w_NK = kept
     gradient_RN = gradient_RN.astype(x_RK.dtype)
     w_gradient_NK = _dot(gradient_RN, x_RK, 0, 0, _written(platform, w_NK.dtype)).astype(w_NK.dtype)

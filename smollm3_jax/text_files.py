@@ -83,7 +83,7 @@ def read(path: Path) -> bytes:
         return _all(blocks(file, path), path).removeprefix(codecs.BOM_UTF8)
 
 
-def _all(pieces: Iterator[bytes], name: Any) -> bytes:
+def _all(pieces: Iterator[bytes], name: object) -> bytes:
     parts, left = [], _MOST
     for piece in pieces:
         parts.append(piece)
@@ -92,7 +92,7 @@ def _all(pieces: Iterator[bytes], name: Any) -> bytes:
     return b"".join(parts)
 
 
-def blocks(file: IO[bytes], name: Any) -> Iterator[bytes]:
+def blocks(file: IO[bytes], name: object) -> Iterator[bytes]:
     """What `read` gives, piece by piece, of an open file, with UTF-8's mark if it has one. Raises as `read` does."""
     with _unpacked(file, name) as stream:
         head = _read(stream, name, HEAD)
@@ -114,7 +114,7 @@ def blocks(file: IO[bytes], name: Any) -> Iterator[bytes]:
             raise DataError(f"{name} is not text in UTF-8: {error}") from None
 
 
-def _read(stream: Any, name: Any, size: int = _BLOCK) -> bytes:
+def _read(stream: IO[bytes], name: object, size: int = _BLOCK) -> bytes:
     try:
         return stream.read(size)
     except (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile) as error:
@@ -127,7 +127,7 @@ def _read(stream: Any, name: Any, size: int = _BLOCK) -> bytes:
 
 
 @contextlib.contextmanager
-def _unpacked(file: IO[bytes], name: Any) -> Iterator[Any]:
+def _unpacked(file: IO[bytes], name: object) -> Iterator[IO[bytes]]:
     head = file.read(HEAD)
     file.seek(0)
     kind = compression_of(head)

@@ -9,12 +9,15 @@ import re
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .config import ModelConfig
 from .errors import OptionError, SmolLM3Error, TextTooLong, TokenizerError
 from .file_kind import what_it_is
 from .tokenizer_files import NAMES, TEMPLATES, chat_templates, read_file, special_tokens_of
+
+if TYPE_CHECKING:
+    import tokenizers
 
 # A model may have more embedding rows than its tokenizer has tokens: trainers round the vocabulary up, to a
 # multiple of 64 or 128 and at most (Megatron's 128 for each of 8 tensor-parallel ranks) of 1024. Rounding up
@@ -56,7 +59,7 @@ class Tokenizer:
         token_id = self.backend.token_to_id(text)
         return token_id if token_id in self._added and self._added[token_id].special else None
 
-    def template(self, tools: Sequence[Any] | None = None) -> str:
+    def template(self, tools: Sequence[object] | None = None) -> str:
         """The chat template: the one named "tool_use" where there are tools and such a template, as in transformers.
 
         Raises:
@@ -89,7 +92,9 @@ class Tokenizer:
         """
         return self.encoding(text, add_special_tokens, context=context).ids
 
-    def encoding(self, text: str, add_special_tokens: bool = True, *, context: int | None = None) -> Any:
+    def encoding(
+        self, text: str, add_special_tokens: bool = True, *, context: int | None = None
+    ) -> "tokenizers.Encoding":
         """As `encode`, with all that `tokenizers` says of each token."""
         self.check_length(text, context)
         try:
@@ -199,7 +204,7 @@ class Tokenizer:
         return {}
 
     @functools.cached_property
-    def _added(self) -> Mapping[int, Any]:
+    def _added(self) -> "Mapping[Any, tokenizers.AddedToken]":
         return self.backend.get_added_tokens_decoder()
 
     @functools.cached_property
@@ -222,15 +227,15 @@ def _byte_of() -> dict[str, int]:
 
 
 # What came along with a model, beside the module: in it, it would be static metadata, and part of every jit's key.
-_of_model: "weakref.WeakKeyDictionary[Any, Callable[[], Tokenizer | None]]" = weakref.WeakKeyDictionary()
+_of_model: "weakref.WeakKeyDictionary[object, Callable[[], Tokenizer | None]]" = weakref.WeakKeyDictionary()
 
 
-def carry_tokenizer(model: Any, load: Callable[[], Tokenizer | None]) -> None:
+def carry_tokenizer(model: object, load: Callable[[], Tokenizer | None]) -> None:
     """Makes `tokenizer_of(model)` what `load` gives when it is first asked for."""
     _of_model[model] = functools.cache(load)
 
 
-def tokenizer_of(model: Any) -> Tokenizer | None:
+def tokenizer_of(model: object) -> Tokenizer | None:
     """The tokenizer that came with a model, or None.
 
     Raises:
@@ -309,7 +314,7 @@ def build_tokenizer(files: Mapping[str, bytes], folder: str | Path, config: Mode
     return Tokenizer(backend, templates.get("default"), named, templates, beyond)
 
 
-def _check_vocabulary(path: Path, backend: Any, config: ModelConfig) -> dict[int, str]:
+def _check_vocabulary(path: Path, backend: "tokenizers.Tokenizer", config: ModelConfig) -> dict[int, str]:
     """The added tokens that the model has no row for, by id: they came after its training, for padding, say."""
     rows = config.vocab_size
     added = {i: token.content for i, token in backend.get_added_tokens_decoder().items()}
@@ -331,7 +336,7 @@ _FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 
 def _add_tokens(
     path: Path,
-    backend: Any,
+    backend: "tokenizers.Tokenizer",
     config: ModelConfig | None,
     named: Mapping[str, str],
     extra: Sequence[str],
@@ -344,7 +349,7 @@ def _add_tokens(
     from tokenizers import AddedToken
 
     known = {token.content: token for token in backend.get_added_tokens_decoder().values()}
-    new: dict[str, Any] = {}
+    new: dict[str, AddedToken] = {}
     for entry in added:
         flags = {flag: entry[flag] for flag in _FLAGS if isinstance(entry.get(flag), bool)}
         token = AddedToken(entry["content"], **{"normalized": not flags.get("special", False)} | flags)

@@ -128,11 +128,11 @@ def _named(raw: Mapping[str, Any], where: Path) -> tuple[dict[str, Any], list[An
     return (found | more | extra, []) if isinstance(extra, dict) else (found | more, list(extra))
 
 
-def _is_token(name: str, token: Any) -> bool:
+def _is_token(name: str, token: object) -> bool:
     return name.endswith("_token") and _content(token) is not None
 
 
-def _content(token: Any) -> str | None:
+def _content(token: object) -> str | None:
     """The text of a token in either spelling; None for what is none, as half a surrogate pair."""
     token = token.get("content") if isinstance(token, dict) else token
     return token if isinstance(token, str) and not re.search(r"[\ud800-\udfff]", token) else None

@@ -53,8 +53,9 @@ def losses(folder: Path, options: StepOptions, z_loss: float = 0.0) -> list[list
     model = load(open_checkpoint(folder), "float32", stacked=True)
     optimizer = adamw(schedule("wsd", 1e-2, 10, 2, 3))
     state = init_state(model, optimizer)
-    tokens = np.arange(64, dtype=np.int32).reshape(4, 16) % 150 + 3
-    batch = Batch(tokens, np.repeat(np.array([[1] * 9 + [2] * 5 + [0] * 2], np.int32), 4, axis=0))
+    tokens: Any = np.arange(64, dtype=np.int32).reshape(4, 16) % 150 + 3
+    segments: Any = np.repeat(np.array([[1] * 9 + [2] * 5 + [0] * 2], np.int32), 4, axis=0)
+    batch = Batch(tokens, segments)
     out = []
     for _ in range(2):
         state, metrics = train_step(state, batch, objective=Pretrain(z_loss), optimizer=optimizer, options=options)

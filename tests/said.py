@@ -36,7 +36,7 @@ def deltas(
     for start, end in pairwise(sorted({0, len(ids), *(cut for cut in cuts if cut < len(ids))})):
         piece, places = np.array([ids[start:end]]), np.arange(start, end)
         tops = np.broadcast_to(np.arange(MAX_LOGPROBS), (1, end - start, MAX_LOGPROBS))
-        chosen = SimpleNamespace(tokens=piece, logprobs=-places[None] / 8, top_ids=tops, top_logprobs=-tops / 8.0)
+        chosen: Any = SimpleNamespace(tokens=piece, logprobs=-places[None] / 8, top_ids=tops, top_logprobs=-tops / 8.0)
         found.append(of.take(0, chosen))
         if found[-1].finish_reason is not None:
             break

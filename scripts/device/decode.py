@@ -121,7 +121,7 @@ def random_cache(cache: KVCache) -> KVCache:
 
 def active_slots(model: SmolLM3, batch: int) -> Slots:
     """Slots in the middle of an answer that does not end, chosen greedily."""
-    one = Slots(
+    fields: dict[str, Any] = dict(
         token=np.int32(3),
         active=np.bool_(True),
         generated=np.int32(0),
@@ -132,5 +132,6 @@ def active_slots(model: SmolLM3, batch: int) -> Slots:
         think_left=np.int32(-1),
         choice=SamplingState.of(SamplingParams(temperature=0.0), [3], 0, model.config.vocab_size),
     )
+    one = Slots(**fields)
     slots = jax.device_put(jax.tree.map(lambda x: np.repeat(np.asarray(x)[None], batch, axis=0), one))
     return dataclasses.replace(slots, token=3 + jnp.arange(batch, dtype=jnp.int32))

@@ -1,7 +1,6 @@
 """Whether a training step's gradients are right: float32's against the CPU's, bfloat16's against float32's."""
 
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -34,12 +33,12 @@ def batch_of(model: SmolLM3, length: int) -> Batch:
 
 
 @functools.partial(jax.jit, static_argnames="options")
-def gradients(model: SmolLM3, batch: Batch, options: StepOptions) -> Any:
+def gradients(model: SmolLM3, batch: Batch, options: StepOptions) -> SmolLM3:
     """Of the summed cross-entropy."""
     return jax.grad(lambda m: Pretrain()(m, batch, options)[0])(model)
 
 
-def exact_gradients(model: SmolLM3, batch: Batch) -> Any:
+def exact_gradients(model: SmolLM3, batch: Batch) -> SmolLM3:
     with jax.default_matmul_precision("highest"):
         return gradients(model, batch, StepOptions(dtype="float32"))
 

@@ -1,11 +1,11 @@
 """Whether quantized weights compute what their dequantized ones do, for as many rows as there are ways to compute."""
 
 import dataclasses
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.tree_util import KeyPath
 
 from smollm3_jax.model import SmolLM3
 from smollm3_jax.quantize import dequantize
@@ -46,7 +46,7 @@ def dequantized_model(model: SmolLM3) -> SmolLM3:
     config = dataclasses.replace(model.config, quantization=None)
     plain = abstract_model(config, "float32", stacked=False)
 
-    def filled(path: Any, param: nnx.Variable) -> nnx.Variable:
+    def filled(path: KeyPath, param: nnx.Variable) -> nnx.Variable:
         name = jax.tree_util.keystr(path, simple=True, separator=".")
         if name in stored:
             return param.replace(stored[name].astype(jnp.float32))

@@ -5,7 +5,6 @@ import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import jax
 
@@ -17,7 +16,7 @@ TOP = 25
 MOST_BYTES = 15 * 2**20  # a larger trace is left there
 
 
-def profile(run: Run, case: str, call: Callable[[], Any], calls: int) -> None:
+def profile(run: Run, case: str, call: Callable[[], object], calls: int) -> None:
     """Says which kernels took longest in one `call`, in microseconds, and keeps the trace beside the results.
 
     Args:

@@ -20,9 +20,12 @@ import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from smollm3_jax import files
+
+if TYPE_CHECKING:
+    from numpy.typing import ArrayLike
 
 RESULTS = "results.jsonl"
 
@@ -40,7 +43,7 @@ class Run:
     tiny: bool = False
     cuda_graphs: bool = True
 
-    def say(self, kind: str, case: str, **values: Any) -> None:
+    def say(self, kind: str, case: str, **values: object) -> None:
         """Writes a line of results, at once, and prints it."""
         line: dict[str, Any] = {"part": self.part, "kind": kind, "case": case, **values}
         line |= {"tiny": True} if self.tiny else {}
@@ -60,7 +63,7 @@ class Run:
         self.say("done", case)
         return True
 
-    def check(self, case: str, error: float, bound: float, **values: Any) -> None:
+    def check(self, case: str, error: float, bound: float, **values: object) -> None:
         """A comparison: it passed if the error is at most the bound, which NaN never is."""
         self.say("parity", case, error=error, bound=bound, passed=bool(error <= bound), **values)
 
@@ -82,7 +85,7 @@ def lines(out: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
 
-def timed(run: Callable[[], Any], rounds: int, warm_up: int = 2, before: Callable[[], Any] | None = None) -> dict:
+def timed(run: Callable[[], object], rounds: int, warm_up: int = 2, before: Callable[[], object] | None = None) -> dict:
     """ms, ms_min, ms_max: the median and the spread of what `run`, which waits for its result, takes.
 
     Args:
@@ -104,7 +107,7 @@ def scaled(times: dict[str, float], factor: float) -> dict[str, float]:
     return {name: value * factor for name, value in times.items()}
 
 
-def relative(found: Any, expected: Any) -> float:
+def relative(found: "ArrayLike", expected: "ArrayLike") -> float:
     """||found - expected|| / ||expected||, computed on the default device; NaN if anything in it is."""
     import jax.numpy as jnp
 

@@ -10,8 +10,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.typing import DTypeLike
 
-from sharding.rules import Sharding
+from sharding.rules import PyTree, Sharding
 from smollm3_jax.config import SMOLLM3_3B, ModelConfig
 from smollm3_jax.model import SmolLM3
 from smollm3_jax.train.state import state_shardings
@@ -44,7 +45,7 @@ def config(tiny: bool, layers: int | None = None, weights: str | None = None) ->
 
 
 def random_model(
-    config: ModelConfig, dtype: Any = "bfloat16", *, stacked: bool = False, sharding: Sharding | None = None
+    config: ModelConfig, dtype: DTypeLike = "bfloat16", *, stacked: bool = False, sharding: Sharding | None = None
 ) -> SmolLM3:
     """A model with random weights of a trained one's size, made on the device array by array.
 
@@ -66,7 +67,7 @@ def random_model(
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2, 3))
-def _random(key: Array, role: str, shape: tuple[int, ...], dtype: Any) -> Array:
+def _random(key: Array, role: str, shape: tuple[int, ...], dtype: DTypeLike) -> Array:
     """Standard deviation 0.02, as SmolLM3's initializer has it; quantized weights too, once scaled.
 
     role: "norm", "scale", "minimum" or "weight"; each is compiled once a shape, not once a layer.
@@ -96,7 +97,7 @@ def packed_segments(batch: int, length: int, documents: int = 6, padding: int = 
     return jnp.where(index_1T < length - padding, segments, 0).astype(jnp.int32)
 
 
-def held_bytes(tree: Any) -> int:
+def held_bytes(tree: PyTree) -> int:
     """Of all arrays of a tree."""
     return sum(x.nbytes for x in jax.tree.leaves(tree))
 

@@ -5,11 +5,14 @@
 
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING
 
 from . import shape, torch_model
 from .decode import CASES, MAX_STEPS, ROUNDS, TINY_CASES, name_of
 from .run import Run, scaled, timed
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 ENGINE = "gpt-fast's way"
 
@@ -65,9 +68,10 @@ def captured(step: Callable[[], None]) -> Callable[[], None]:
     return graph.replay
 
 
-def decoder(run: Run, batch: int, held: int, capacity: int) -> tuple[Callable[[], None], Any]:
+def decoder(run: Run, batch: int, held: int, capacity: int) -> "tuple[Callable[[], None], Tensor]":
     """(chooses one token for every row, the tensor of where it goes); weights and cache are random."""
     import torch
+    from torch import Tensor
     from torch.nn import functional
 
     raw, device = shape.raw_config(run.tiny), torch_model.device(run)
@@ -77,17 +81,19 @@ def decoder(run: Run, batch: int, held: int, capacity: int) -> tuple[Callable[[]
     )
     sizes = (heads * head, kv_heads * head, kv_heads * head)
 
-    def random(*dims: int) -> Any:
+    def random(*dims: int) -> Tensor:
         return 0.02 * torch.randn(*dims, device=device, dtype=torch.bfloat16)
 
-    def norm(x: Any, weight: Any) -> Any:
+    def norm(x: Tensor, weight: Tensor) -> Tensor:
         return functional.rms_norm(x, (width,), weight, raw["rms_norm_eps"])
 
-    def rotate(x: Any, cos: Any, sin: Any) -> Any:
+    def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         first, second = x.chunk(2, -1)
         return torch.cat((first * cos - second * sin, second * cos + first * sin), -1)
 
-    def layer(x: Any, w: list[Any], keys: Any, values: Any, cos: Any, sin: Any, position: Any, mask: Any) -> Any:
+    def layer(
+        x: Tensor, w: list, keys: Tensor, values: Tensor, cos: Tensor, sin: Tensor, position: Tensor, mask: Tensor
+    ) -> Tensor:
         qkv, o, gate_up, down, attn_norm, mlp_norm = w
         parts = (norm(x, attn_norm) @ qkv.T).split(sizes, -1)
         q, k, v = (part.view(batch, 1, -1, head).transpose(1, 2) for part in parts)

@@ -18,7 +18,7 @@ from smollm3_jax.plan.train import TrainSetting
 from smollm3_jax.train.data.prefetch import on_mesh
 from smollm3_jax.train.optimizer import adamw
 from smollm3_jax.train.options import StepOptions, compiler_options
-from smollm3_jax.train.state import Batch, init_state
+from smollm3_jax.train.state import Batch, TrainState, init_state
 from smollm3_jax.train.step import train_step
 
 from . import shape
@@ -47,7 +47,7 @@ class Training:
 
     compiled: Compiled
     batch: Batch
-    state: Any
+    state: Any  # a TrainState
 
     def step(self) -> float:
         """One step, waited for: its loss."""
@@ -55,14 +55,14 @@ class Training:
         return float(metrics["loss"])
 
 
-def prepared(run: Run, rows: int, deterministic: bool = False) -> tuple[Training, Callable[[], Any]]:
+def prepared(run: Run, rows: int, deterministic: bool = False) -> tuple[Training, Callable[[], TrainState]]:
     """The step of `rows` rows a device, compiled, and what makes its first state again: always the same one."""
     config, devices = shape.config(run.tiny), jax.device_count()
     sharding = Sharding.of(make_mesh({"fsdp": -1}), "fsdp").fitted(config.axis_sizes) if devices > 1 else None
     length, rows = TINY_LENGTH if run.tiny else LENGTH, rows * devices
     optimizer = adamw(1e-5)
 
-    def first_state() -> Any:
+    def first_state() -> TrainState:
         return init_state(shape.random_model(config, "float32", stacked=True, sharding=sharding), optimizer)
 
     state = first_state()
@@ -87,7 +87,7 @@ def one(run: Run, case: str, rows: int) -> None:
         say_modelled(run, case, training.compiled, setting.model_of)
 
 
-def say_speed(run: Run, case: str, training: Training, times: dict[str, float], **more: Any) -> None:
+def say_speed(run: Run, case: str, training: Training, times: dict[str, float], **more: object) -> None:
     config, (rows, length) = training.state.model.config, training.batch.tokens.shape
     flops, product = shape.training_flops(config, rows, length) / jax.device_count(), run.ceiling("product")
     memory, chip = hlo.memory(training.compiled), chip_of(jax.devices()[0])
@@ -108,7 +108,7 @@ def say_speed(run: Run, case: str, training: Training, times: dict[str, float], 
     )
 
 
-def digest(state: Any) -> int:
+def digest(state: TrainState) -> int:
     """A number that two states share if all their bits are equal, and by chance alone if they are not."""
 
     def of(x: jax.Array) -> jax.Array:

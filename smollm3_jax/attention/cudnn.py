@@ -7,6 +7,7 @@ JAX, which is used here alone, and only in the versions that `nvidia.py` names.
 Shapes: B batch, T query length, S key length, H query heads, K key-value heads, E head width, M ranges of a row.
 """
 
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import jax
@@ -92,7 +93,7 @@ def _operands(q_BTHE: Array, k_BSKE: Array, ranges: Ranges | None) -> tuple[Arra
     return none, *lengths, offsets(ranges.q_first, q_BTHE), offsets(ranges.kv_first, k_BSKE), none, none
 
 
-def _options(private: Any, q_BTHE: Array, causal: bool, ranges: Ranges | None) -> dict[str, Any]:
+def _options(private: ModuleType, q_BTHE: Array, causal: bool, ranges: Ranges | None) -> dict[str, Any]:
     kind = ("NO_MASK", "CAUSAL", "PADDING", "PADDING_CAUSAL")[2 * (ranges is not None) + causal]
     options = {
         "scale": q_BTHE.shape[-1] ** -0.5,

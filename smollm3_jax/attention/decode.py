@@ -3,11 +3,10 @@
 Shapes: B batch, T query length, S key length, H query heads, K key-value heads, G = H / K, E head width.
 """
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.typing import DTypeLike
 
 from sharding.rules import Sharding
 
@@ -66,7 +65,7 @@ def cache_scores(q_BTHE: Array, cache: LayerCache, length_B: Array, window: Arra
     return jnp.where(seen_BTS[None, :, :, None], scores, jnp.finfo(jnp.float32).min)
 
 
-def cache_mix(weights_KBTGS: Array, cache: LayerCache, dtype: Any) -> Array:
+def cache_mix(weights_KBTGS: Array, cache: LayerCache, dtype: DTypeLike) -> Array:
     """The sum of the cache's values by weight, float32 [B, T, K, G, E]."""
     if cache.v_scale is not None:
         weights_KBTGS = weights_KBTGS * cache.v_scale[:, :, None, None, :]
@@ -77,5 +76,5 @@ def cache_mix(weights_KBTGS: Array, cache: LayerCache, dtype: Any) -> Array:
     return out.reshape(kv_heads, batch, length, group, -1).transpose(1, 2, 0, 3, 4)
 
 
-def _values(stored: Array, dtype: Any) -> Array:
+def _values(stored: Array, dtype: DTypeLike) -> Array:
     return stored.astype(dtype) if stored.dtype == jnp.int8 else stored

@@ -5,7 +5,7 @@ Shapes: B batch, T query length, S key length, H query heads, K key-value heads,
 
 import itertools
 from collections.abc import Callable
-from typing import Any
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +14,8 @@ from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 
 from .parts import Part
+
+T = TypeVar("T")
 
 # What the float32 scores of one call may take; longer sequences go through a few queries at a time.
 SCORE_BYTES = 2**28
@@ -71,19 +73,19 @@ def _by_token(x_BKGTx: Array) -> Array:
 
 
 def _in_pieces(
-    mix: Callable[..., Any],
+    mix: Callable[[Array, Array, Array, Array], T],
     q_BTHE: Array,
     k_BTKE: Array,
     v_BTKE: Array,
     segments: tuple[Array, ...],
     window: Array | None,
     order: np.ndarray | None,
-) -> Any:
+) -> T:
     """mix(q_BKGtE, k_BKsE, v_BKsE, seen_Bts) of all queries, some at a time: its arrays [B, K, G, t, x] by token."""
     batch, length, heads, _ = q_BTHE.shape
     q_BKGTE, k_BKSE, v_BKSE = _by_head(q_BTHE, k_BTKE, v_BTKE)
 
-    def some(keys: int, q_BKGtE: Array, index_t: Array, *q_segments_Bt: Array) -> Any:
+    def some(keys: int, q_BKGtE: Array, index_t: Array, *q_segments_Bt: Array) -> T:
         kv_index_1S = jnp.arange(keys, dtype=jnp.int32)[None]
         seen_BtS = (kv_index_1S <= index_t[:, None])[None]
         for segments_Bt in q_segments_Bt:
@@ -93,7 +95,7 @@ def _in_pieces(
             seen_BtS &= (index_t[:, None] - kv_index_1S)[None] < window
         return mix(q_BKGtE, k_BKSE[:, :, :keys], v_BKSE[:, :, :keys], seen_BtS)
 
-    def piece(first: int, end: int) -> Any:
+    def piece(first: int, end: int) -> T:
         """Of the queries of a piece of the row: as few at a time as their scores allow."""
         # What comes after a piece's end is hidden from it. Where queries lie in another order, they see any key.
         keys = end if order is None else length

@@ -7,7 +7,7 @@ Shapes: B batch, T query length, S key length, H query heads, K key-value heads,
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,7 @@ import numpy as np
 from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 
-from sharding.rules import Sharding
+from sharding.rules import PyTree, Sharding
 
 from .. import nvidia
 from . import cudnn
@@ -285,7 +285,9 @@ def _documents_backward(
     return _all_calls(some, number_X, len(q_BTHE))
 
 
-def _all_calls(some: Callable[[Array | int], tuple[Any, Any]], number_X: Array, batch: int) -> Any:
+def _all_calls(
+    some: Callable[[Array | int], tuple[tuple[Array, ...], tuple[Array, ...]]], number_X: Array, batch: int
+) -> PyTree:
     """What all calls give together: `some` maps a call's number to its arrays, and where they are the call's own.
 
     Nearly always the first is the only one: how many there are is known when the step runs.

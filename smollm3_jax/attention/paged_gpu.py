@@ -10,7 +10,7 @@ in the pool, N pages of a row, S keys of a block, C splits.
 
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +28,9 @@ PROGRAMS = 256
 TILE = 16
 # Stands for minus infinity: differences of it are numbers.
 LOWEST = -1e38
+
+# A jax.Ref, also where one of a LayerCache of refs is, whose fields say Array.
+Ref: TypeAlias = Any
 
 
 def step(
@@ -115,7 +118,7 @@ class Tiles:
         # A power of two, as the merge takes them all at once.
         return cls(group, page, page * pages, block, 1 << (splits.bit_length() - 1))
 
-    def held(self, length_ref: Any, row: Any) -> tuple[Any, Any, Any]:
+    def held(self, length_ref: Ref, row: Array) -> tuple[Array, Array, Array]:
         """How many tokens a row held, whether there is a place for the new one, and how many splits have work."""
         length = jnp.minimum(length_ref[row], self.capacity)
         return length, length < self.capacity, jnp.clip(pl.cdiv(length, self.block), 1, self.splits)
@@ -123,14 +126,14 @@ class Tiles:
 
 def _paged_attention(
     tiles: Tiles,
-    q_ref: Any,
-    k_ref: Any,
-    v_ref: Any,
-    angles: tuple[Any, Any],
-    length_ref: Any,
-    table_ref: Any,
+    q_ref: Ref,
+    k_ref: Ref,
+    v_ref: Ref,
+    angles: tuple[Ref, Ref],
+    length_ref: Ref,
+    table_ref: Ref | None,
     old: LayerCache,
-    parts: tuple[Any, ...],
+    parts: tuple[Ref, ...],
     new: LayerCache,
 ) -> None:
     """The program of a row, a key-value head and a split, which has the blocks split, split + C, split + 2 C, ...
@@ -142,7 +145,7 @@ def _paged_attention(
     dtype, scaling, pages = q_ref.dtype, q_ref.shape[-1] ** -0.5, old.k.shape[1]
     group_X = jnp.arange(max(TILE, pl.next_power_of_2(tiles.group)))
 
-    def found(index: Any) -> tuple[Any, Any, Any]:
+    def found(index: Array) -> tuple[Array, Array, Array]:
         """Where the row's token of this index lies."""
         page = row if table_ref is None else table_ref[row, index // tiles.page]
         return head, page, index % tiles.page
@@ -160,7 +163,7 @@ def _paged_attention(
     total_X = jnp.where(writes, jnp.ones_like(score_X), 0.0)
     out_XE = jnp.where(writes, jnp.broadcast_to(v_E[None, :], q_XE.shape), 0.0)
 
-    def body(i: Any, so_far: tuple[Any, Any, Any]) -> tuple[Any, Any, Any]:
+    def body(i: Array, so_far: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         most_X, total_X, out_XE = so_far
         start = (split + i * tiles.splits) * tiles.block
         head, page, at = found(start)
@@ -191,7 +194,7 @@ def _paged_attention(
         _store(ref, at, result.astype(ref.dtype), (group_X < tiles.group) & (split < working))
 
 
-def _merge(tiles: Tiles, length_ref: Any, parts: tuple[Any, Any, Any], out_ref: Any) -> None:
+def _merge(tiles: Tiles, length_ref: Ref, parts: tuple[Ref, Ref, Ref], out_ref: Ref) -> None:
     """The program of a row and a head: one softmax of what the splits with work found."""
     row, head = pl.program_id(0), pl.program_id(1)
     there_C = jnp.arange(tiles.splits) < tiles.held(length_ref, row)[2]
@@ -202,7 +205,7 @@ def _merge(tiles: Tiles, length_ref: Any, parts: tuple[Any, Any, Any], out_ref: 
     out_ref[row, head] = out_E.astype(out_ref.dtype)
 
 
-def _turned(ref: Any, row: Any, head: Any, angles: tuple[Any, Any]) -> Array:
+def _turned(ref: Ref, row: Array, head: Array, angles: tuple[Ref, Ref]) -> Array:
     """RoPE, as `rope.rotate` computes it, of one head [E] or several [X, E]: read twice instead of cut in halves."""
     half = ref.shape[-1] // 2
     lane_E = jnp.arange(2 * half)
@@ -216,7 +219,7 @@ def _turned(ref: Any, row: Any, head: Any, angles: tuple[Any, Any]) -> Array:
     return own * cos + other * sin
 
 
-def _put(x_E: Array, ref: Any, scale_ref: Any, place: tuple[Any, Any, Any], writes: Any) -> Array:
+def _put(x_E: Array, ref: Ref, scale_ref: Ref | None, place: tuple[Array, Array, Array], writes: Array) -> Array:
     """Stores a key or value where `writes`; returns it as the cache has it, in float32."""
     lanes = pl.ds(0, x_E.shape[0])
     wide_E = x_E.astype(jnp.float32)
@@ -245,16 +248,16 @@ def _dot(x: Array, y: Array, contracted: int) -> Array:
     return jax.lax.dot_general(x, y, dims, precision=precision, preferred_element_type=jnp.float32)
 
 
-def _load(ref: Any, place: tuple[Any, ...], there: Any) -> Array:
+def _load(ref: Ref, place: tuple[Array | slice | pl.Slice, ...], there: Array) -> Array:
     """A block whose first dimension `there` masks: zeros elsewhere, where memory may hold anything."""
     view = ref.at[place]
     return triton.load(view, mask=_over_all(there, view.shape), other=0)
 
 
-def _store(ref: Any, place: tuple[Any, ...], values: Array, there: Any) -> None:
+def _store(ref: Ref, place: tuple[Array | slice | pl.Slice, ...], values: Array, there: Array) -> None:
     triton.store(ref.at[place], values, mask=_over_all(there, values.shape))
 
 
-def _over_all(mask: Any, shape: tuple[int, ...]) -> Array:
+def _over_all(mask: Array, shape: tuple[int, ...]) -> Array:
     """A mask of the leading dimensions, or of none, over all of them."""
     return jnp.broadcast_to(mask.reshape(mask.shape + (1,) * (len(shape) - mask.ndim)), shape)

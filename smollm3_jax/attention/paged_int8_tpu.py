@@ -7,13 +7,13 @@ Shapes: B rows, T = 1, H query heads, K key-value heads, G = H / K, E head width
 """
 
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
+from jax.typing import DTypeLike
 
 from ..kv_cache import LayerCache, capacity_of
 
@@ -24,7 +24,12 @@ SUBLANES = 8
 
 
 def paged_int8(
-    q_B1HE: Array, cache: LayerCache, length_B: Array, table_BN: Array | None = None, *, interpret: Any = False
+    q_B1HE: Array,
+    cache: LayerCache,
+    length_B: Array,
+    table_BN: Array | None = None,
+    *,
+    interpret: bool | pltpu.InterpretParams = False,
 ) -> Array:
     """Attention of one new token a row, which the cache holds already: [B, 1, H, E] in q's dtype.
 
@@ -42,15 +47,15 @@ def paged_int8(
     # A full row wrote nothing, and has no block after its last.
     seen_B = jnp.minimum(length_B + 1, capacity)
 
-    def of_row(row: Any, step: Any, *refs: Any) -> tuple[Any, ...]:
+    def of_row(row: Array, step: Array, *refs: jax.Ref) -> tuple[Array | int, ...]:
         return row, 0, 0, 0
 
-    def of_block(row: Any, step: Any, *refs: Any) -> tuple[Any, ...]:
+    def of_block(row: Array, step: Array, *refs: jax.Ref) -> tuple[Array | int, ...]:
         # After a row's last block the same is named again, which fetches nothing.
         found, place = _found(block, page, row, step, *refs)
         return 0, found, place, 0
 
-    def of_scales(row: Any, step: Any, *refs: Any) -> tuple[Any, ...]:
+    def of_scales(row: Array, step: Array, *refs: jax.Ref) -> tuple[Array | int, ...]:
         found, place = _found(block, page, row, step, *refs)
         return 0, jax.lax.div(found, sublanes), place
 
@@ -80,7 +85,7 @@ def paged_int8(
     return out_BKGE.reshape(q_B1HE.shape).astype(q_B1HE.dtype)
 
 
-def _found(block: int, page: int, row: Any, step: Any, seen_ref: Any, *table: Any) -> tuple[Any, Any]:
+def _found(block: int, page: int, row: Array, step: Array, seen_ref: jax.Ref, *table: jax.Ref) -> tuple[Array, Array]:
     """The page that a step's block of a row lies in, and which of its blocks that is."""
     number = jnp.minimum(step, jax.lax.div(seen_ref[row] - 1, block))
     if not table:
@@ -88,7 +93,7 @@ def _found(block: int, page: int, row: Any, step: Any, seen_ref: Any, *table: An
     return table[0][row, jax.lax.div(number, page // block)], jax.lax.rem(number, page // block)
 
 
-def _kernel(block: int, page: int, sublanes: int, dtype: Any, *refs: Any) -> None:
+def _kernel(block: int, page: int, sublanes: int, dtype: DTypeLike, *refs: jax.Ref) -> None:
     """One block of a row, all heads: the softmax goes on from the block before.
 
     Args:

@@ -5,7 +5,7 @@ Shapes: B batch, T query length, S key length, H query heads, K key-value heads,
 
 import functools
 import math
-from typing import Any
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
@@ -13,10 +13,13 @@ import numpy as np
 from jax import Array
 from jax.sharding import NamedSharding
 
-from sharding.rules import Sharding, balanced_order
+from sharding.rules import PyTree, Sharding, balanced_order
 
 from ..kv_cache import LayerCache, capacity_of
 from .parts import Part
+
+if TYPE_CHECKING:
+    from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_kernel import SplashAttentionKernel
 
 # A TPU's vectors are so wide: splash wants lengths that they divide.
 LANES = 128
@@ -28,7 +31,7 @@ QUERY_TILES = TILES[1:]
 PAGES = (512, 256, 128)
 
 
-def splash(kernel: Any, q_BTHE: Array, k_BSKE: Array, v_BSKE: Array, *segments: Array) -> Any:
+def splash(kernel: "SplashAttentionKernel", q_BTHE: Array, k_BSKE: Array, v_BSKE: Array, *segments: Array) -> PyTree:
     """JAX's splash attention kernel for TPU: no array of T x S."""
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel
 
@@ -65,7 +68,7 @@ def splash_part(
 
 
 def splash_over_length(
-    kernel: Any,
+    kernel: "SplashAttentionKernel",
     q_BTHE: Array,
     k_BSKE: Array,
     v_BSKE: Array,
@@ -84,7 +87,7 @@ def splash_over_length(
     def whole(x: Array) -> Array:
         return jax.lax.all_gather(x, sharding.mesh_axes("length"), axis=1, tiled=True)[:, np.argsort(order)]
 
-    def part(kernel: Any, q_BTHE: Array, k_BSKE: Array, v_BSKE: Array, *segments: Array) -> Array:
+    def part(kernel: "SplashAttentionKernel", q_BTHE: Array, k_BSKE: Array, v_BSKE: Array, *segments: Array) -> Array:
         return splash(kernel, q_BTHE, whole(k_BSKE), whole(v_BSKE), *segments[:1], *map(whole, segments[1:]))
 
     tables = kernel.manual_sharding_spec(NamedSharding(sharding.mesh, sharding.spec(None, "length")))
@@ -96,7 +99,7 @@ def splash_over_length(
 @functools.lru_cache(maxsize=64)
 def splash_kernel(
     heads: int, length: int, shards: int = 1, *, past: int | None = None, normalizers: bool = False
-) -> Any:
+) -> "SplashAttentionKernel":
     """The kernel for `length` queries and their own keys, all padded to LANES, which may be on `shards` devices; or for
     `past` keys, all of which are before the queries. normalizers: it returns (out, (those of the softmax,)).
 

@@ -6,6 +6,7 @@ import json
 import re
 import signal
 from collections.abc import Callable, Generator, Iterator
+from types import FrameType
 from typing import Any
 
 from .. import files
@@ -369,7 +370,7 @@ def _stoppable(chat: Chat, shown: Answer) -> Iterator[Callable[[], bool]]:
         return
     presses: list[int] = []
 
-    def press(number: int, frame: Any) -> None:
+    def press(number: int, frame: FrameType | None) -> None:
         presses.append(number)
         shown.status.update("stopping after this step")
         if len(presses) > 1:

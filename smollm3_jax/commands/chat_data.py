@@ -2,10 +2,13 @@
 
 import argparse
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..screen_text import plain
 from .shared import MODEL_HELP, count, folder, show
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -41,7 +44,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def tables(report: dict[str, Any]) -> Iterator[Any]:
+def tables(report: dict[str, Any]) -> "Iterator[RenderableType]":
     """The same for people."""
     from rich.table import Table
 
@@ -63,7 +66,7 @@ def tables(report: dict[str, Any]) -> Iterator[Any]:
         yield f"record {entry['record']}: {plain(entry['why'])}"
 
 
-def _record(record: dict[str, Any]) -> Iterator[Any]:
+def _record(record: dict[str, Any]) -> "Iterator[RenderableType]":
     from rich.text import Text
 
     side = f", {record['side']}" if record["side"] else ""

@@ -42,7 +42,7 @@ class Parser(argparse.ArgumentParser):
             if not name.startswith("--") and (f"-{name}" in names or name[:2] not in self._option_string_actions):
                 self.error(f"there is no option {name}{did_you_mean(f'-{name}', names)}")
 
-    def _check_value(self, action: argparse.Action, value: Any) -> None:
+    def _check_value(self, action: argparse.Action, value: object) -> None:
         if action.choices is not None and value not in action.choices:
             names = list(map(str, action.choices))
             close = did_you_mean(str(value), names)

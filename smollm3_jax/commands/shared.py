@@ -10,7 +10,7 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 from sharding.strategies import STRATEGIES
 
@@ -27,8 +27,13 @@ HEARTBEAT = 100
 # How a model that only answers is spread, unless another strategy is named.
 SERVING = "serve_tp"
 
+T = TypeVar("T")
+# What takes options: a parser, or a group of its options, whose class argparse does not name in public.
+Options: TypeAlias = argparse.ArgumentParser | argparse._ArgumentGroup
+
 if TYPE_CHECKING:
-    from rich.console import Console
+    from rich.console import Console, RenderableType
+    from rich.text import Text
 
     from ..generation.sampling import SamplingParams
     from ..model import SmolLM3
@@ -58,12 +63,12 @@ def dtype(text: str) -> str:
     return _DTYPE_ALIASES.get(text.lower(), text)
 
 
-def add_dtype(parser: Any, help: str, default: str | None = None) -> None:
+def add_dtype(parser: Options, help: str, default: str | None = None) -> None:
     parser.add_argument(*("--dtype",), type=dtype, choices=DTYPES, default=default, help=f"bf16, fp16 or fp32; {help}")
 
 
 def add_model_name(
-    parser: argparse.ArgumentParser, group: Any = None, help: str = MODEL_HELP, needed: bool = True
+    parser: argparse.ArgumentParser, group: Options | None = None, help: str = MODEL_HELP, needed: bool = True
 ) -> None:
     """The model as a word of its own or after -m; main.py makes `args.model` of either."""
     parser.add_argument("model_word", nargs="?", metavar="MODEL", help=help)
@@ -83,7 +88,7 @@ def add_model(parser: argparse.ArgumentParser, of_adapters: str = ADAPTER_HELP) 
     add_mesh(group)
 
 
-def add_adapter(group: Any, help: str = ADAPTER_HELP) -> None:
+def add_adapter(group: Options, help: str = ADAPTER_HELP) -> None:
     """Adapters of the model; see `adapters_of`."""
     group.add_argument("--adapter", action="append", default=[], metavar="[NAME=]DIR[:SCALE]", help=help)
 
@@ -95,7 +100,7 @@ def adapters_of(args: argparse.Namespace) -> "list[tuple[Adapter, float]]":
     return [(read_adapter(folder), scale) for _, folder, scale in map(parse_adapter, args.adapter)]
 
 
-def add_mesh(group: Any) -> None:
+def add_mesh(group: Options) -> None:
     """How the model lies on several devices; see `mesh_of`."""
     mesh_help = "spread the model over this mesh of all devices (-1: what is left); default: the first device alone"
     group.add_argument("--mesh", metavar="AXIS=N,...", help=mesh_help)
@@ -225,10 +230,10 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("sampling")
     own = "default: the model's generation_config.json"
 
-    def option(name: str, kind: Any, metavar: str, help: str, *others: str) -> None:
+    def option(name: str, kind: Callable[[str], object], metavar: str, help: str, *others: str) -> None:
         group.add_argument(name, *others, type=kind, metavar=metavar, help=help)
 
-    def several(name: str, kind: Any, metavar: str, help: str) -> None:
+    def several(name: str, kind: Callable[[str], object], metavar: str, help: str) -> None:
         group.add_argument(name, type=kind, metavar=metavar, help=f"{help}; may be repeated", action="append")
 
     option("--max-new-tokens", int, "N", f"{own}, or 128", "--max-tokens")
@@ -313,13 +318,13 @@ def say(text: object = "", end: str = "\n") -> None:
     print(plain(text, lines=True) if sys.stdout.isatty() else text, end=end, flush=True)
 
 
-def print_json(content: Any) -> None:
+def print_json(content: object) -> None:
     lines = json.dumps(content, ensure_ascii=False, indent=2).split("\n")
     # JSON's own spelling, of half a surrogate pair, too.
     print("\n".join(UNSEEN.sub(lambda match: f"\\u{ord(match[0]):04x}", line) for line in lines))
 
 
-def show(args: argparse.Namespace, report: Any, tables: Callable[[Any], Iterable[Any]]) -> None:
+def show(args: argparse.Namespace, report: T, tables: "Callable[[T], Iterable[RenderableType]]") -> None:
     """A report as JSON with --json, else the tables that are made of it."""
     if args.json:
         print_json(report)
@@ -334,7 +339,7 @@ def console() -> "Console":
     from rich.console import Console
 
     class Plain(Console):
-        def render_str(self, text: str, **options: Any) -> Any:
+        def render_str(self, text: str, **options: Any) -> "Text":
             return super().render_str(plain(text, lines=True), **options)
 
         def on_broken_pipe(self) -> None:

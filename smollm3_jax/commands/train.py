@@ -6,7 +6,7 @@ import logging
 import os
 import shlex
 import sys
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from ..screen_text import plain as plain_text
 from .shared import HEARTBEAT, WAIT, add_job, console, join, print_json, show
@@ -15,7 +15,7 @@ from .shared import HEARTBEAT, WAIT, add_job, console, join, print_json, show
 class _List(argparse.Action):
     """Prints every setting, and ends, as --help does."""
 
-    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> NoReturn:
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> NoReturn:
         from rich.table import Table
 
         from ..train.settings import listed

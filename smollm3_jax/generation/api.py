@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from jax.typing import DTypeLike
 
 from ..errors import OptionError, unknown_name
 from ..model import SmolLM3
@@ -22,7 +23,7 @@ log = logging.getLogger(__name__)
 
 def generate(
     model: SmolLM3,
-    prompts: Any,
+    prompts: str | Iterable[str] | Iterable[Iterable[int]],
     params: SamplingParams | None = None,
     *,
     tokenizer: Tokenizer | None = None,
@@ -71,7 +72,7 @@ def generate(
     return found[0] if isinstance(prompts, str) and params.n == 1 else found
 
 
-def _rows(prompts: Any) -> list[Any]:
+def _rows(prompts: Iterable[Any]) -> list[Any]:
     """The prompts of a list, an array of ids [B, T], ...
 
     Raises:
@@ -111,7 +112,7 @@ def stream(
     max_slots: int = 64,
     capacity: int | None = None,
     piece_sizes: tuple[int, ...] | None = None,
-    cache_dtype: Any = None,
+    cache_dtype: DTypeLike | None = None,
     steps: int = MAX_STEPS,
     lookup: int = 0,
     stats: Stats | None = None,

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from sharding.arrays import shardings, spec
-from sharding.rules import Sharding
+from sharding.rules import PyTree, Sharding
 
 from ..kv_cache import KVCache, copy_row
 from ..lora import for_each
@@ -28,7 +28,7 @@ from .sampling import MAX_LOGPROBS, MAX_STOP_IDS, SamplingState, choose, log_pro
 
 # On a GPU all of a call's tokens are one CUDA graph, so that nothing of them is launched by the host; by default a loop
 # is none, and every turn of it waits for the host. Only the whole list of kinds works. Other platforms ignore it.
-COMPILER_OPTIONS: dict[str, Any] = {
+COMPILER_OPTIONS: dict[str, bool | str] = {
     "xla_gpu_enable_command_buffer": "FUSION,CUBLAS,CUBLASLT,CUDNN,CUSTOM_CALL,DYNAMIC_SLICE_FUSION,CONDITIONAL,WHILE"
 }
 
@@ -48,25 +48,25 @@ class Slots:
     None where the model has no adapters.
     """
 
-    token: Any
-    active: Any
-    generated: Any
-    limit: Any
-    stop_ids: Any
-    think_ids: Any
-    thinking: Any
-    think_left: Any
+    token: Array
+    active: Array
+    generated: Array
+    limit: Array
+    stop_ids: Array
+    think_ids: Array
+    thinking: Array
+    think_left: Array
     choice: SamplingState
-    adapter: Any = None
+    adapter: Array | None = None
 
 
-def slot_specs(batch: int, vocab_size: int, adapters: bool = False) -> Any:
+def slot_specs(batch: int, vocab_size: int, adapters: bool = False) -> PyTree:
     """Slots of ArraySpecs: what has an entry for each token of the vocabulary lies as the logits do.
 
     adapters: whether the model has any.
     """
     index, flag = spec(jnp.int32, batch=batch), spec(bool, batch=batch)
-    return Slots(
+    fields: dict[str, Any] = dict(
         token=index,
         active=flag,
         generated=index,
@@ -78,6 +78,7 @@ def slot_specs(batch: int, vocab_size: int, adapters: bool = False) -> Any:
         choice=SamplingState.specs(batch, vocab_size),
         adapter=index if adapters else None,
     )
+    return Slots(**fields)
 
 
 def as_they_came(slots: Slots, sharding: Sharding | None) -> Slots:
@@ -93,12 +94,13 @@ def as_they_came(slots: Slots, sharding: Sharding | None) -> Slots:
 @dataclasses.dataclass(frozen=True)
 class DecodedTokens:
     """What one call of `decode` chose: tokens int32 [B, N], -1 after a sequence's end; their
-    log-probabilities float32 [B, N]; the likeliest ids and log-probabilities [B, N, 20] where asked for."""
+    log-probabilities float32 [B, N]; the likeliest ids and log-probabilities [B, N, 20] where asked for. Of drafts
+    all but the tokens are None."""
 
-    tokens: Any
-    logprobs: Any
-    top_ids: Any
-    top_logprobs: Any
+    tokens: Array
+    logprobs: Array
+    top_ids: Array
+    top_logprobs: Array
 
 
 @jax.tree_util.register_dataclass
@@ -107,9 +109,9 @@ class PromptLogprobs:
     """Of a piece's tokens: what the model gave the token that follows each, float32 [T], and the likeliest ids and
     log-probabilities there [T, 20]."""
 
-    next: Any
-    top_ids: Any
-    top: Any
+    next: Array
+    top_ids: Array
+    top: Array
 
 
 @functools.partial(jax.jit, static_argnames="logprobs", donate_argnames="cache")

@@ -19,6 +19,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
 from ..compile_cache import enable
 from ..errors import OptionError, OutOfMemoryError, memory_for
@@ -73,7 +74,7 @@ class Engine:
         tokenizer: Tokenizer | None = None,
         slots: int = 64,
         context: int,
-        cache_dtype: Any = None,
+        cache_dtype: DTypeLike | None = None,
         steps: int = MAX_STEPS,
         lookup: int = 0,
         prefill_tokens: int | None = 1,
@@ -120,7 +121,7 @@ class Engine:
         self._prefill: Prefill | None = None
         self._submitted, self._short = 0, False  # short: the first that waits does so for pages
         self._ended: list[int] = []  # slots of sequences that are over, on the host
-        self._events: list[Any] = []  # since the last step, for the other processes
+        self._events: list[list[Any]] = []  # since the last step, for the other processes
         self.drafted, self.accepted, self.preemptions = 0, 0, 0
         drafting = f", {lookup} drafted" if lookup else ""
         self._program = f"decoding of {of}, up to {steps} tokens a call{drafting}"
@@ -221,7 +222,7 @@ class Engine:
         if self._leads and not broken():
             broadcast({"kind": "close"})
 
-    def follow(self, events: list[Any]) -> None:
+    def follow(self, events: list[list[Any]]) -> None:
         """On the other processes: the step that process 0 makes, after what it was asked before."""
         for kind, content in events:
             if kind == "cancel":
@@ -291,7 +292,7 @@ class Engine:
         self._cache, self._state, self._history, tokens, tally = decode_lookup(*arguments, draft=self.lookup)
         tried, kept = jax.device_get(tally)
         self.drafted, self.accepted = self.drafted + int(tried), self.accepted + int(kept)
-        return DecodedTokens(jax.device_get(tokens), None, None, None)
+        return DecodedTokens(jax.device_get(tokens), None, None, None)  # pyright: ignore[reportArgumentType]
 
     def _admit(self) -> None:
         """Puts prompts into free slots, piece by piece; while anything decodes, at most `prefill_tokens` and what the

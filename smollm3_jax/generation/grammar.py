@@ -14,13 +14,17 @@ import logging
 import re
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NoReturn
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 
 from ..errors import OptionError
 from ..support import how_to_install
 from ..tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
 # Between the parts of a JSON text: nothing, a space, or a line break and an indentation. A model that may write any
 # number of spaces sometimes writes nothing else.
@@ -92,7 +96,7 @@ def tool_calls(tools: Sequence[Mapping[str, Any]], *, names: Sequence[str] | Non
     return _checked(f"start: {calls}\ncall: open ({body}) close\n{_TAGS}{''.join(bodies)}", "the tools")
 
 
-def _arguments(schema: Any, what: str) -> Any:
+def _arguments(schema: object, what: str) -> dict[str, Any]:
     """A tool's schema, of an object alone: without one, of an empty object."""
     schema = {"type": "object", "properties": {}} if schema is None else schema
     if not isinstance(schema, Mapping):
@@ -103,7 +107,7 @@ def _arguments(schema: Any, what: str) -> Any:
     return schema | ({"additionalProperties": False} if "properties" in schema and not _MORE & schema.keys() else {})
 
 
-def _schema(schema: Any, what: str) -> tuple[str, str]:
+def _schema(schema: object, what: str) -> tuple[str, str]:
     """A schema as JSON with our options in it, and its grammar."""
     schema = {} if schema is True else schema
     if not isinstance(schema, Mapping):
@@ -151,7 +155,7 @@ def check_grammar(grammar: str, tokenizer: Tokenizer | None) -> None:
     vocabulary_of(tokenizer).begin(grammar)
 
 
-def _compiled(tokens: Any, end: int, grammar: str) -> Any:
+def _compiled(tokens: "LLTokenizer", end: int, grammar: str) -> "LLMatcher":
     """A matcher at the beginning of a grammar that fits these tokens, for `deep_copy`.
 
     Raises:
@@ -172,7 +176,7 @@ def _compiled(tokens: Any, end: int, grammar: str) -> Any:
     return matcher
 
 
-def _next(matcher: Any, tokens: Any, end: int) -> np.ndarray:
+def _next(matcher: "LLMatcher", tokens: "LLTokenizer", end: int) -> np.ndarray:
     """What may come next, as bits int32 [W of the tokenizer]."""
     said = _library().numpy.allocate_token_bitmask(1, tokens.vocab_size)
     if not matcher.is_stopped():
@@ -186,14 +190,14 @@ def _ids(row: np.ndarray) -> list[int]:
     return np.flatnonzero(np.unpackbits(row.view(np.uint8), bitorder="little")).tolist()
 
 
-def _dead(matcher: Any, following: np.ndarray) -> str:
+def _dead(matcher: "LLMatcher", following: np.ndarray) -> str:
     """Why an answer can neither go on nor end here; "" if it can."""
     if not matcher.is_error() and (following.any() or matcher.is_accepting()):
         return ""
     return " ".join((matcher.get_error() or "no token continues it").split())[:500]
 
 
-def _limits() -> Any:
+def _limits() -> "LLParserLimits":
     """Of what llguidance does for one grammar; verbose errors would have what users wrote in the log.
 
     Its own limit of items for one token, a quarter of this, is too low for an object of 200 optional properties.
@@ -211,14 +215,14 @@ class Vocabulary:
     int32 [W]; compiled: fitted grammar -> a matcher at its beginning, the last MAX_KEPT kept, see `_compiled`.
     """
 
-    tokens: Any
+    tokens: "LLTokenizer"
     end: int
     has_tags: bool
     line_breaks: tuple[int, ...]
     completing: Mapping[int, np.ndarray]
-    compiled: Callable[[str], Any]
+    compiled: Callable[[str], "LLMatcher"]
 
-    def begin(self, grammar: str) -> Any:
+    def begin(self, grammar: str) -> "LLMatcher":
         """A matcher of an answer's own, cheap where the grammar was here before.
 
         Raises:
@@ -280,7 +284,7 @@ def _vocabulary(tokenizer: Tokenizer) -> Vocabulary:
     )
 
 
-def _completing(tokens: Any) -> dict[int, np.ndarray]:
+def _completing(tokens: "LLTokenizer") -> dict[int, np.ndarray]:
     found = {said: np.zeros(-(-tokens.vocab_size // 32), np.int32) for said in range(1, len(_CLOSE))}
     firsts = set(_CLOSE[1:])
     for token in range(tokens.vocab_size):
@@ -376,7 +380,7 @@ def _set(row: np.ndarray, token: int, value: bool) -> None:
     word[:] = word | bit if value else word & ~bit
 
 
-def _library() -> Any:
+def _library() -> ModuleType:
     """llguidance.
 
     Raises:

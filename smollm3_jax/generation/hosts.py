@@ -8,7 +8,7 @@ import contextlib
 import contextvars
 import json
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -18,6 +18,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 from sharding.rules import Sharding
 
 from ..sizes import power_of_two_from
+
+T = TypeVar("T")
 
 
 def is_follower() -> bool:
@@ -87,7 +89,7 @@ def spans_hosts(sharding: Sharding | None) -> bool:
     return sharding is not None and len({device.process_index for device in sharding.mesh.devices.flat}) > 1
 
 
-def on_every_host(tree: Any, sharding: Sharding | None) -> Any:
+def on_every_host(tree: T, sharding: Sharding | None) -> T:
     """Inside a program: arrays that the processes are to read, whole on each of them where there are several."""
     if sharding is None or not spans_hosts(sharding):
         return tree

@@ -22,6 +22,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from jax.typing import DTypeLike
+
 from ..config import ModelConfig
 from ..errors import DataError, OptionError, SaveError, SmolLM3Error
 from ..file_kind import what_it_is
@@ -124,7 +126,7 @@ class Batch:
     def __enter__(self) -> "Batch":
         return self
 
-    def __exit__(self, *_: Any) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def close(self) -> None:
@@ -147,7 +149,7 @@ class Batch:
         *,
         slots: int | None = None,
         context: int | None = None,
-        cache_dtype: Any = None,
+        cache_dtype: DTypeLike | None = None,
     ) -> None:
         """Answers the lines that are left; with slots and a context as a server with the same does, to the bit.
 
@@ -280,7 +282,7 @@ class Batch:
         return dataclasses.replace(request, grammar=grammar)
 
     def _encode(
-        self, config: ModelConfig, tokenizer: Tokenizer, prompt: Any, messages: Any
+        self, config: ModelConfig, tokenizer: Tokenizer, prompt: str | None, messages: object
     ) -> tuple[list[int], tuple[int, ...]]:
         """Token ids of a line's messages or else of its prompt, and what ends the answer."""
         limit = config.max_position_embeddings

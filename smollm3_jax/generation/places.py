@@ -8,11 +8,11 @@ import dataclasses
 import heapq
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
 from sharding.arrays import spec, zeros
 from sharding.rules import Sharding
@@ -43,10 +43,10 @@ def empty(
     model: SmolLM3,
     slots: int,
     capacity: int,
-    cache_dtype: Any,
+    cache_dtype: DTypeLike,
     pool: tuple[int, int] | None = None,
     drafts: bool = False,
-) -> tuple[KVCache, Slots, Any]:
+) -> tuple[KVCache, Slots, jax.Array | None]:
     """Cache, slots and (for drafts) history, where calls of `decode` leave them: else its second call compiles anew.
 
     Args:
@@ -295,7 +295,13 @@ class Pages:
 
 
 def places_for(
-    model: SmolLM3, slots: int, capacity: int, cache_dtype: Any, pool: tuple[int, int] | None, kept: int, piece: int
+    model: SmolLM3,
+    slots: int,
+    capacity: int,
+    cache_dtype: DTypeLike,
+    pool: tuple[int, int] | None,
+    kept: int,
+    piece: int,
 ) -> Rows | Pages:
     """What says where sequences lie.
 

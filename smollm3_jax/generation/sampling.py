@@ -10,7 +10,7 @@ Shapes: B slots, V vocabulary, N listed ids (padded with -1).
 import dataclasses
 import functools
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -19,6 +19,7 @@ import numpy as np
 from jax import Array
 
 from sharding.arrays import spec
+from sharding.rules import PyTree
 
 from ..config import GenerationConfig
 from ..errors import ConfigError, OptionError, unknown_name
@@ -44,7 +45,7 @@ ELSEWHERE = {
     "sharding": "nothing in its place: the model knows where it lies (model.sharding)",
 }
 # What generation_config.json may ask for that is not done here -> the values that ask for nothing.
-NOT_DONE: dict[str, tuple[Any, ...]] = {
+NOT_DONE: dict[str, tuple[object, ...]] = {
     **dict.fromkeys(("no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "min_length", "min_new_tokens"), (0,)),
     **dict.fromkeys(("num_beams", "num_beam_groups", "num_return_sequences"), (0, 1)),
     **dict.fromkeys(("guidance_scale", "typical_p", "encoder_repetition_penalty"), (1,)),
@@ -107,7 +108,7 @@ class SamplingParams:
     prompt_logprobs: bool = False
     max_thinking_tokens: int | None = None
 
-    def __new__(cls, *_: Any, **given: Any) -> "SamplingParams":
+    def __new__(cls, *_: object, **given: object) -> "SamplingParams":
         known = [field.name for field in dataclasses.fields(cls)]
         for name in given:
             if name not in known:
@@ -119,7 +120,7 @@ class SamplingParams:
             if not ok:
                 raise OptionError(f"{field} is {getattr(self, field)!r:.200}; it must be {must}")
 
-        def number(field: str, ok: Any, must: str) -> None:
+        def number(field: str, ok: Callable[[float], bool], must: str) -> None:
             value = getattr(self, field)
             check(_is_float32(value) and ok(value), field, must)
 
@@ -221,24 +222,24 @@ class SamplingState:
     forbidden: bool [B, V], if a slot is constrained the tokens that its grammar does not have next.
     """
 
-    temperature: Any
-    top_k: Any
-    top_p: Any
-    min_p: Any
-    repetition: Any
-    presence: Any
-    frequency: Any
-    seed: Any
-    logprobs: Any
-    bias_ids: Any
-    biases: Any
-    in_prompt: Any
-    counts: Any
-    constrained: Any
-    forbidden: Any
+    temperature: Array
+    top_k: Array
+    top_p: Array
+    min_p: Array
+    repetition: Array
+    presence: Array
+    frequency: Array
+    seed: Array
+    logprobs: Array
+    bias_ids: Array
+    biases: Array
+    in_prompt: Array
+    counts: Array
+    constrained: Array
+    forbidden: Array
 
     @classmethod
-    def specs(cls, batch: int, vocab_size: int) -> Any:
+    def specs(cls, batch: int, vocab_size: int) -> PyTree:
         """A SamplingState of ArraySpecs."""
         number, index = spec(jnp.float32, batch=batch), spec(jnp.int32, batch=batch)
         fields: dict[str, Any] = {name: number for name in ("temperature", "top_p", "min_p")}
@@ -248,17 +249,18 @@ class SamplingState:
         fields |= {"biases": spec(jnp.float32, batch=batch, biases=MAX_BIASES)}
         fields |= {name: spec(bool, batch=batch, vocab=vocab_size) for name in ("in_prompt", "forbidden")}
         fields |= {"constrained": spec(bool, batch=batch)}
-        return cls(**fields, counts=spec(jnp.int32, batch=batch, vocab=vocab_size))
+        fields |= {"counts": spec(jnp.int32, batch=batch, vocab=vocab_size)}
+        return cls(**fields)
 
     @classmethod
     def of(cls, params: SamplingParams, prompt: Sequence[int], sample: int, vocab_size: int) -> "SamplingState":
-        """One slot's, without the leading B."""
+        """One slot's, without the leading B, as NumPy has them."""
         biases = [*params.logit_bias.items(), *((token, -np.inf) for token in params.suppress_tokens)]
         biases += [(-1, 0.0)] * (MAX_BIASES - len(biases))
         in_prompt = np.zeros(vocab_size, bool)
         in_prompt[np.asarray(prompt)] = True
         f32 = np.float32
-        return cls(
+        fields: dict[str, Any] = dict(
             temperature=f32(params.temperature),
             top_k=np.int32(params.top_k),
             top_p=f32(params.top_p),
@@ -275,6 +277,7 @@ class SamplingState:
             constrained=np.bool_(False),
             forbidden=np.zeros(vocab_size, bool),
         )
+        return cls(**fields)
 
 
 def choose(logits_BV: Array, choice: SamplingState, step_B: Array) -> Array:
@@ -355,7 +358,7 @@ def cut(logits_BV: Array, top_k_B: Array, top_p_B: Array, min_p_B: Array) -> Arr
     return jax.lax.cond((min_p_B > 0).any(), min_p, lambda x: x, logits_BV)
 
 
-def _keep_above(logits_BV: Array, enough: Any) -> Array:
+def _keep_above(logits_BV: Array, enough: Callable[[Array], Array]) -> Array:
     """-inf below the highest threshold at which the mask of what is kept (>= threshold) is `enough` in each row.
 
     Found exactly, by bisection over the bits of float32 in their order as numbers: 32 passes.
@@ -366,7 +369,7 @@ def _keep_above(logits_BV: Array, enough: Any) -> Array:
         bits_B1 = jnp.where(order_B1 < 0, order_B1 ^ 0x7FFFFFFF, order_B1)
         return jax.lax.bitcast_convert_type(bits_B1, jnp.float32)
 
-    def halve(_: Any, bounds: tuple[Array, Array]) -> tuple[Array, Array]:
+    def halve(_: Array, bounds: tuple[Array, Array]) -> tuple[Array, Array]:
         low, high = bounds  # enough at low, not at high
         middle = (low >> 1) + (high >> 1) + (low & high & 1)
         good = enough(logits_BV >= threshold(middle))

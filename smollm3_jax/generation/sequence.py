@@ -10,7 +10,7 @@ import numpy as np
 from ..errors import OptionError
 from ..model import SmolLM3
 from ..tokenizer import Tokenizer
-from .device_loop import PromptLogprobs, Slots
+from .device_loop import DecodedTokens, PromptLogprobs, Slots
 from .grammar import Matcher
 from .requests import Delta, Logprob, Request, begins_thinking, end_ids, last_turn, stop_ids, think_ids
 from .sampling import MAX_STOP_IDS, SamplingState
@@ -71,7 +71,7 @@ class Sequence:
         """Its state on the device, without the leading B."""
         params, prompt = self.request.params, self.prompt
         budget = params.max_thinking_tokens
-        return Slots(
+        fields: dict[str, Any] = dict(  # NumPy's arrays, until they come to the device
             token=np.int32(prompt[-1]),
             active=np.bool_(True),
             generated=np.int32(0),
@@ -83,6 +83,7 @@ class Sequence:
             choice=SamplingState.of(params, prompt, self.sample, self.vocab_size),
             adapter=self.adapter,
         )
+        return Slots(**fields)
 
     def take_prompt(self, pieces: list[tuple[PromptLogprobs, int]]) -> None:
         """What the pieces of its prompt gave, each with how many of its tokens are real."""
@@ -95,7 +96,7 @@ class Sequence:
                 for ids, top in zip(values.top_ids[:count], values.top[:count], strict=True)
             )
 
-    def take(self, slot: int, chosen: Any) -> Delta:
+    def take(self, slot: int, chosen: DecodedTokens) -> Delta:
         """What a call of `decode` chose for it; nothing of what it has said before."""
         row = chosen.tokens[slot]
         new = [int(token) for token in row[row >= 0]]
@@ -161,7 +162,7 @@ class Sequence:
         out, self.handed_out = self.text[self.handed_out : end], end
         return out
 
-    def _logprobs(self, slot: int, chosen: Any, steps: range) -> tuple[Logprob, ...] | None:
+    def _logprobs(self, slot: int, chosen: DecodedTokens, steps: range) -> tuple[Logprob, ...] | None:
         wanted = self.request.params.logprobs
         if wanted is None:
             return None

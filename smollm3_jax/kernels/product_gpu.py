@@ -13,8 +13,8 @@ Shapes: R rows of activations, N output channels, K inputs, G groups; C channels
 
 import functools
 import operator
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +23,9 @@ from jax import Array
 from jax.experimental import pallas as pl
 
 from ..sizes import power_of_two_up_to
+
+if TYPE_CHECKING:
+    from jax.extend.mlir import ir
 
 # Takes cost estimates, and has `store`, for which plain assignments to memory stand before.
 NEW = jax.__version_info__ >= (0, 12)
@@ -35,6 +38,9 @@ WARPS, LANES = 4, 32
 SHARED_TILES = 4
 # As many vectors of 16 bytes may be on their way to a lane's registers.
 VECTORS = 16
+
+# How Mosaic lays an array out over a warpgroup's registers; the class of layouts with parameters is not public.
+Layout: TypeAlias = Any
 
 
 def geometry(rows: int, channels: int, groups: int) -> tuple[int, int, int] | None:
@@ -54,7 +60,7 @@ def product(
     scale_NG: Array,
     minimum_NG: Array | None,
     cost: pl.CostEstimate | None = None,
-    interpret: Any = None,
+    interpret: object = None,
 ) -> Array:
     """x w^T, float32 [R, N], of a weight as QuantizedWeight has it, reshaped to matrices; B bytes a channel.
 
@@ -77,13 +83,13 @@ def product(
     tiles = -(-groups // (lanes * sharing))  # of each warpgroup
     ahead = max(1, min(tiles, VECTORS // (own * vectors * rows)))
 
-    def quantized_product(x_ref: Any, values_ref: Any, scale_ref: Any, *rest: Any) -> None:
+    def quantized_product(x_ref: jax.Ref, values_ref: jax.Ref, scale_ref: jax.Ref, *rest: Any) -> None:
         minimum_ref = None if minimum_NG is None else rest[0]
         out_ref, *shared = rest if minimum_NG is None else rest[1:]
         group = jax.lax.axis_index("warpgroup")
         mine = pl.ds(jax.lax.axis_index("program") * tile, tile)
 
-        def fetch(i: Any) -> tuple:
+        def fetch(i: Array | int) -> tuple:
             """The i-th tile of this warpgroup. What lies past the last group is moved back, and does not count."""
             first = (group * tiles + i) * lanes
             at = pl.ds(jnp.minimum(first, groups - lanes), lanes)
@@ -91,7 +97,7 @@ def product(
             scales = [load(ref.at[mine, at], layout=layout_CL) for ref in (scale_ref, minimum_ref) if ref is not None]
             return first, at, weight, scales
 
-        def add(sums: tuple, first: Any, at: Any, weight: list, scales: list) -> tuple:
+        def add(sums: tuple, first: Array, at: pl.Slice, weight: list, scales: list) -> tuple:
             scales = [scale.astype(jnp.float32) for scale in scales]
             if groups % (lanes * sharing):
                 index_CL = plgpu.broadcasted_iota(jnp.int32, (tile, lanes), 1, layout=layout_CL)
@@ -109,7 +115,7 @@ def product(
                 out.append(sums[r] + scales[0] * dot(weight[0], x) + (scales[1] - 128 * scales[0]) * total_CL)
             return tuple(out)
 
-        def some(i: Any, sums: tuple, count: int = ahead) -> tuple:
+        def some(i: Array | int, sums: tuple, count: int = ahead) -> tuple:
             for fetched in [fetch(i * ahead + j) for j in range(count)]:
                 sums = add(sums, *fetched)
             return sums
@@ -152,7 +158,7 @@ def _sum(arrays: Iterable[Array]) -> Array:
     return functools.reduce(operator.add, arrays)
 
 
-def kernel_of(body: Any, cost: pl.CostEstimate | None, **how: Any) -> Any:
+def kernel_of(body: Callable[..., None], cost: pl.CostEstimate | None, **how: Any) -> Callable[..., Array]:
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
     if NEW:
@@ -160,7 +166,7 @@ def kernel_of(body: Any, cost: pl.CostEstimate | None, **how: Any) -> Any:
     return plgpu.kernel(body, **how)
 
 
-def store(ref: Any, value: Array) -> None:
+def store(ref: jax.Ref, value: Array) -> None:
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
     if NEW:
@@ -169,7 +175,7 @@ def store(ref: Any, value: Array) -> None:
         ref[...] = value
 
 
-def _layout(lanes: int) -> Any:
+def _layout(lanes: int) -> Layout:
     """The layout of [C, L, 16]: a lane has 16 bytes, `lanes` of a warp lie along groups, the rest along channels."""
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
@@ -180,7 +186,7 @@ def _layout(lanes: int) -> Any:
     return plgpu.Layout.TILED(tiling, warp_dims=(-6,), lane_dims=(-3, -2), vector_dim=-1)
 
 
-def _dot_interpreted(_: Any, bytes_CL16: Array, x: list[Array]) -> Array:
+def _dot_interpreted(_: Layout, bytes_CL16: Array, x: list[Array]) -> Array:
     """What `_dot` computes."""
     if len(x) == 1:
         return (x[0][None] * bytes_CL16.astype(jnp.float32)).sum(axis=2)
@@ -189,7 +195,7 @@ def _dot_interpreted(_: Any, bytes_CL16: Array, x: list[Array]) -> Array:
     return _sum((part[None] * number).sum(axis=2) for part, number in zip(x, numbers, strict=True))
 
 
-def _dot(layout_CL16: Any, bytes_CL16: Array, x: list[Array]) -> Array:
+def _dot(layout_CL16: Layout, bytes_CL16: Array, x: list[Array]) -> Array:
     """Inner products of each 16 bytes with activations, float32 [C, L].
 
     One [L, 16] of activations: bytes are int8. Two: bytes hold two numbers q of four bits, the low ones for the first
@@ -208,7 +214,7 @@ def _dot(layout_CL16: Any, bytes_CL16: Array, x: list[Array]) -> Array:
         four_words = ir.VectorType.get((4,), ir.IntegerType.get_signless(32))
         x = [[vector.extract(part.registers.item(), [], [i]) for i in range(16)] for part in parts]
 
-        def products(vector_16: Any) -> Any:
+        def products(vector_16: "ir.Value") -> "ir.Value":
             words = vector.bitcast(four_words, vector_16)
             sums: list[Any] = [None] * 4
             for j in range(4):
@@ -229,7 +235,7 @@ def _dot(layout_CL16: Any, bytes_CL16: Array, x: list[Array]) -> Array:
     return inline(bytes_CL16, *x)
 
 
-def numbers_of(word: Any, int4: bool) -> list[list[Any]]:
+def numbers_of(word: "ir.Value", int4: bool) -> "list[list[ir.Value]]":
     """In MLIR, what the four bytes of a word hold, as float32: int8; or 128 + q of their low and of their high bits."""
     from jax.extend.mlir import ir
     from jax.extend.mlir.dialects import arith, vector
@@ -238,10 +244,10 @@ def numbers_of(word: Any, int4: bool) -> list[list[Any]]:
     one_word, one_float = (ir.VectorType.get((1,), dtype) for dtype in (int32, float32))
     four_bytes = ir.VectorType.get((4,), ir.IntegerType.get_signless(8))
 
-    def constant(bits: int) -> Any:
+    def constant(bits: int) -> "ir.Value":
         return arith.constant(int32, ir.IntegerAttr.get(int32, bits - (bits >> 31 << 32)))
 
-    def as_bytes(word: Any) -> Any:
+    def as_bytes(word: "ir.Value") -> "ir.Value":
         return vector.bitcast(four_bytes, vector.broadcast(one_word, word))
 
     # int4: 128 + q, which is 0x4300 0000 | q << 16. int8: 32768 + 128 + q, which is 0x4700 0000 | 128 + q << 8,

@@ -63,7 +63,7 @@ def product(
     step = LANES if scale_NG is None else width // (groups * halves) * SUBLANES
     ahead = max(1, BYTES // step)
 
-    def quantized_product(x_ref: Any, values_ref: Any, *refs: Any) -> None:
+    def quantized_product(x_ref: jax.Ref, values_ref: jax.Ref, *refs: jax.Ref) -> None:
         stored, out_ref, scales = refs[: len(scales_GN)], refs[len(scales_GN)], refs[len(scales_GN) + 1 :]
         for ref, wide in zip(stored, scales, strict=True):
             wide[...] = jnp.repeat(_float32(ref[...]), halves, axis=0)

@@ -12,7 +12,7 @@ C = 64 channels of a program, S parts of the sums.
 
 import functools
 import operator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +20,10 @@ import numpy as np
 from jax import Array
 from jax.experimental import pallas as pl
 
-from .product_gpu import PROGRAMS, kernel_of, store
+from .product_gpu import PROGRAMS, Layout, kernel_of, store
+
+if TYPE_CHECKING:
+    from jax.extend.mlir import ir
 
 ROWS = 64
 CHANNELS = 64
@@ -41,7 +44,7 @@ def product(
     scale_NG: Array,
     minimum_NG: Array | None,
     cost: pl.CostEstimate | None = None,
-    interpret: Any = None,
+    interpret: object = None,
 ) -> Array:
     """x w^T, float32 [R, N], of bfloat16 activations and a weight as QuantizedWeight has it, reshaped to matrices.
 
@@ -65,14 +68,14 @@ def product(
     unpack = functools.partial(_unpack_interpreted if interpret else _unpack, layout_CL16)
     load: Any = functools.partial(plgpu.load, optimized=False)
 
-    def quantized_product(x_ref: Any, values_ref: Any, scale_ref: Any, *rest: Any) -> None:
+    def quantized_product(x_ref: jax.Ref, values_ref: jax.Ref, scale_ref: jax.Ref, *rest: Any) -> None:
         minimum_ref = None if minimum_NG is None else rest[0]
         out_ref, x_smem, sums_smem, arrived, done, *interpreted = rest if minimum_NG is None else rest[1:]
         group, share = jax.lax.axis_index("warpgroup"), jax.lax.axis_index("share")
         mine = pl.ds(jax.lax.axis_index("program") * CHANNELS, CHANNELS)
         first = (share * WARPGROUPS + group) * steps
 
-        def fetch(i: Any, j: int) -> tuple:
+        def fetch(i: Array, j: int) -> tuple:
             """Fetches step i into buffer j. What lies past the last group is moved back, and does not count."""
             step = jnp.minimum(first + i, groups // GROUPS - 1)
             at = pl.ds(step * GROUPS, GROUPS)
@@ -91,7 +94,7 @@ def product(
             index_CL = plgpu.broadcasted_iota(jnp.int32, (CHANNELS, GROUPS), 1, layout=layout_CL16.reduce((2,)))
 
             @pl.loop(0, steps // ahead)
-            def _(i: Any) -> None:
+            def _(i: Array) -> None:
                 fetched = [fetch(i * ahead + j, j) for j in range(ahead)]
                 for j, (past, weight, scales) in enumerate(fetched):
                     counts_CL = index_CL >= past * GROUPS
@@ -140,7 +143,7 @@ def product(
     return out_SNR.sum(axis=0).T[:rows]
 
 
-def layout() -> Any:
+def layout() -> Layout:
     """The layout of [C, 4, 16]: of each 16 channels of a warp, a lane has one group of two, 8 apart."""
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
@@ -148,7 +151,7 @@ def layout() -> Any:
     return plgpu.Layout.TILED(tiling, warp_dims=(-9,), lane_dims=(-3, -2), vector_dim=-1)
 
 
-def _unpack_interpreted(_: Any, weight: list[Array], scales: list[Array]) -> list[Array]:
+def _unpack_interpreted(_: Layout, weight: list[Array], scales: list[Array]) -> list[Array]:
     """What `_unpack` computes."""
     if len(scales) == 2:
         numbers = jnp.concatenate([weight[0] & 15, weight[0] >> 4], axis=2).astype(jnp.float32)
@@ -159,7 +162,7 @@ def _unpack_interpreted(_: Any, weight: list[Array], scales: list[Array]) -> lis
     return list(whole.reshape(-1, CHANNELS, 128))
 
 
-def _unpack(layout_CL16: Any, weight: list[Array], scales: list[Array]) -> list[Array]:
+def _unpack(layout_CL16: Layout, weight: list[Array], scales: list[Array]) -> list[Array]:
     """bfloat16 [C, 128], for every 32 numbers of a group: column 8 j + 2 l + e is number 2 j + e of lane l's group.
 
     Args:
@@ -191,7 +194,7 @@ def _unpack(layout_CL16: Any, weight: list[Array], scales: list[Array]) -> list[
                 vector.extract(array.registers.reshape(2)[channel], [], [0]) for array in arrays[len(weight) :]
             ]
             base = [arith.subf(m, arith.mulf(scale, _float(128.0))) for m in minimum]
-            found: list[Any] = []
+            found: list[ir.Value] = []
             for array in arrays[: len(weight)]:
                 vector_16 = vector.bitcast(words, array.registers.reshape(2)[channel])
                 by_word = [numbers_of(vector.extract(vector_16, [], [i]), int4) for i in range(4)]
@@ -206,7 +209,7 @@ def _unpack(layout_CL16: Any, weight: list[Array], scales: list[Array]) -> list[
     return list(inline(*weight, *scales))
 
 
-def _float(x: float) -> Any:
+def _float(x: float) -> "ir.Value":
     from jax.extend.mlir import ir
     from jax.extend.mlir.dialects import arith
 

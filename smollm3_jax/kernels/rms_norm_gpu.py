@@ -1,7 +1,6 @@
 """RMSNorm of one token on a GPU as one kernel, where XLA makes two, in Pallas through Triton."""
 
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -40,7 +39,7 @@ def rms_norm(
     return kernel(*arrays).reshape(x_11D.shape)
 
 
-def _rms_norm(eps: float, weight_ref: Any, *refs: Any) -> None:
+def _rms_norm(eps: float, weight_ref: jax.Ref, *refs: jax.Ref) -> None:
     *x_refs, out_ref = refs
     x_D = functools.reduce(jnp.add, (ref[...] for ref in x_refs))
     wide_D = x_D.astype(jnp.float32)

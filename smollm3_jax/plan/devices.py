@@ -108,7 +108,7 @@ def compile_for(
     function: Wrapped,
     *arguments: Any,
     sharding: Sharding,
-    compiler_options: Mapping[str, Any] | None = None,
+    compiler_options: Mapping[str, bool | str] | None = None,
     what: str = "compiling",
     **more: Any,
 ) -> Compiled:

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from rich.console import RenderableType
 from rich.table import Column, Table
 
 from sharding.hardware import GIB
@@ -31,7 +32,7 @@ def _many(number: int, what: str) -> str:
     return f"{number:,} {what}{'' if number == 1 else 's'}"
 
 
-def tables(report: dict[str, Any]) -> Iterator[Any]:
+def tables(report: dict[str, Any]) -> Iterator[RenderableType]:
     """What `plan train` and `plan decode` print of their reports."""
     slices = f"{report['slices']} slices of " if report.get("slices", 1) > 1 else ""
     row = "row" if "length" in report else "slot"
@@ -65,7 +66,7 @@ def tables(report: dict[str, Any]) -> Iterator[Any]:
     yield "assumed: " + "; ".join(report["assumptions"])
 
 
-def serve_tables(report: dict[str, Any]) -> Iterator[Any]:
+def serve_tables(report: dict[str, Any]) -> Iterator[RenderableType]:
     """What `plan serve` prints of its report."""
     yield (
         f"{_where(report)}, {_many(report['slots'], 'slot')}, context {report['context']:,}, "
@@ -120,7 +121,7 @@ def _program(program: dict[str, Any], what: str) -> Table:
     return table
 
 
-def _collectives(rows: list[dict[str, Any]]) -> Any:
+def _collectives(rows: list[dict[str, Any]]) -> RenderableType:
     if not rows:
         return "no collectives"
     across = any(row["bytes_across_slices"] for row in rows)
@@ -144,7 +145,7 @@ def _times(modelled: dict[str, Any]) -> Table:
     return table
 
 
-def memory_tables(report: dict[str, Any]) -> Iterator[Any]:
+def memory_tables(report: dict[str, Any]) -> Iterator[RenderableType]:
     """Weights by format and the cache by context, to the byte; both together in GiB. Nothing is wider than 80."""
     contexts = list(report["cache"]["bfloat16"])
     yield f"{report['parameters']:,} parameters, batch {report['batch']:,}"
@@ -204,7 +205,7 @@ def draw_memory(report: dict[str, Any], file: Path) -> None:
     write_output(file, drawn.getvalue())
 
 
-def scale_tables(report: dict[str, Any]) -> Iterator[Any]:
+def scale_tables(report: dict[str, Any]) -> Iterator[RenderableType]:
     """How a step grows with the devices; SmolLM3's own run below."""
     table = Table("devices", "topology", "step ms", "MFU", "GiB", "MB sent", "exposed MB")
     for step in report["steps"]:

@@ -9,7 +9,7 @@ import logging
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, TypeVar
 
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.applications import Starlette
@@ -34,6 +34,8 @@ from .worker import Worker
 from .write import Write, as_json, framed, in_pieces
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 RETRY_AFTER = {"Retry-After": "2"}
 KEEP_ALIVE_SECONDS = 15.0
@@ -140,11 +142,11 @@ class Service:
         ticket.requests = [dataclasses.replace(request, cache_salt=salt) for request in job.requests]
         ticket.tokens = tokens
 
-    async def texts(self, function: Callable[[Any, Server], Any], body: Any) -> bytes:
+    async def texts(self, function: Callable[[Any, Server], object], body: object) -> bytes:
         """The JSON of what tokenizes without the model; raises as `off_the_loop` and the function do."""
         return await self.off_the_loop(lambda: in_pieces(function(body, self.server)))
 
-    async def off_the_loop(self, function: Callable[..., Any], *args: Any) -> Any:
+    async def off_the_loop(self, function: Callable[..., T], *args: Any) -> T:
         """Calls it in one of the few threads that render and tokenize. At most as many calls wait for one as requests
         may be under way, those of clients that have left included.
 
@@ -285,7 +287,7 @@ def _log(scope: Scope, ticket: Ticket) -> None:
 # --- the other routes -------------------------------------------------------------------------------------
 
 
-def _json(content: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:
+def _json(content: object, status: int = 200, headers: dict[str, str] | None = None) -> Response:
     body = content if isinstance(content, bytes) else as_json(content)
     return Response(body, status, headers, "application/json")
 

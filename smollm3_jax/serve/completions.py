@@ -133,7 +133,7 @@ class CompletionsReply:
         cached = sum(max(choice.sample.cached for choice in of_prompt) for of_prompt in self._choices)
         return found | {"prompt_tokens_details": {"cached_tokens": cached}}
 
-    def _chunk(self, number: int, text: str, logprobs: Any, finish_reason: str | None) -> Event:
+    def _chunk(self, number: int, text: str, logprobs: dict[str, Any] | None, finish_reason: str | None) -> Event:
         choice = {"index": number, "text": text, "logprobs": logprobs, "finish_reason": finish_reason}
         counted = {"usage": self._usage() if self._told == "each" else None} if self._told else {}
         return None, self._head | {"choices": [choice]} | counted

@@ -23,7 +23,7 @@ class Connection(HttpToolsProtocol):
         self._fields = 0  # bytes of its address and fields, which may all be there at once
         self._requests = 0
 
-    def connection_made(self, transport: Any) -> None:
+    def connection_made(self, transport: asyncio.Transport) -> None:
         super().connection_made(transport)
         self._expect_request()
 

@@ -51,7 +51,7 @@ class Fields:
       where: its path in the body; "" is the body itself.
     """
 
-    def __init__(self, value: Any, where: str = ""):
+    def __init__(self, value: object, where: str = ""):
         if not isinstance(value, dict):
             raise bad(f"{where} is {shown(value)}; it must be an object", where)
         self.where = where

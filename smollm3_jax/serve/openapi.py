@@ -101,7 +101,7 @@ def _within(low: float, high: float | None = None, kind: str = "integer") -> Sch
     return {"type": kind, "minimum": low} | ({} if high is None else {"maximum": high})
 
 
-def _one_of(*values: Any) -> Schema:
+def _one_of(*values: object) -> Schema:
     return {"enum": list(values)}
 
 

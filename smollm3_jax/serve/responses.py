@@ -135,15 +135,15 @@ class ResponsesReply:
             "total_tokens": found["total_tokens"],
         }
 
-    def _event(self, name: str, /, **fields: Any) -> Event:
+    def _event(self, name: str, /, **fields: object) -> Event:
         number, self._number = self._number, self._number + 1
         return name, {"type": name, "sequence_number": number, **fields}
 
-    def _of_item(self, name: str, /, **fields: Any) -> Event:
+    def _of_item(self, name: str, /, **fields: object) -> Event:
         """An event about the last item."""
         return self._event(name, output_index=len(self._output) - 1, **fields)
 
-    def _of_part(self, name: str, /, **fields: Any) -> Event:
+    def _of_part(self, name: str, /, **fields: object) -> Event:
         """An event about the text of the last item."""
         return self._of_item(name, item_id=self._output[-1]["id"], content_index=0, **fields)
 

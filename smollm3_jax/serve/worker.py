@@ -17,7 +17,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, TypeVar
 
 from ..errors import SmolLM3Error
 from ..generation.device_loop import MAX_STEPS
@@ -29,6 +29,8 @@ from .metrics import Metrics
 from .ticket import Ticket
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 # Tokens a call while a slot is free: a new request waits for no more than one call.
 FEW_STEPS = 4
@@ -219,7 +221,7 @@ class Worker:
 
     # --- the engine's thread ------------------------------------------------------------------------------
 
-    def _say(self, call: Callable[[Any], None], what: Any) -> None:
+    def _say(self, call: Callable[[T], None], what: T) -> None:
         try:
             self._loop.call_soon_threadsafe(call, what)
         except RuntimeError:  # the event loop has ended: nobody listens

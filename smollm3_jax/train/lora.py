@@ -8,17 +8,18 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
+from sharding.rules import Sharding
+
 from ..config import DTYPES, WEIGHT_SCHEMES, GenerationConfig, ModelConfig
 from ..lora import LoraWeight, lengths
 from ..model import Block, SmolLM3
-from ..quantize import QuantizedWeight
+from ..quantize import QuantizedWeight, Weight
 from ..weights.key_map import EMBED_NAME, HEAD_NAME, PROJECTIONS, abstract_model, hf_tensors
 from ..weights.load import Checkpoint, common_dtype, fill
 from ..weights.quantized import dequantize_tensors, quantize_tensors, with_scheme
@@ -64,7 +65,7 @@ def attach(model: SmolLM3, settings: LoraSettings, seed: int = 0) -> SmolLM3:
 
 
 def _fresh(
-    base: Any, contracted: int, settings: LoraSettings, key: Array, parameter: Callable[..., nnx.Param]
+    base: Weight, contracted: int, settings: LoraSettings, key: Array, parameter: Callable[..., nnx.Param]
 ) -> LoraWeight:
     """parameter(array, *axes) is one that lies where it should."""
     axes = (base.values if isinstance(base, QuantizedWeight) else base).get_metadata("axes")
@@ -113,7 +114,11 @@ def base_of(checkpoint: Checkpoint, settings: LoraSettings) -> str:
 
 
 def abstract_base(
-    config: ModelConfig, base: str, dtype: str, generation: GenerationConfig | None = None, sharding: Any = None
+    config: ModelConfig,
+    base: str,
+    dtype: str,
+    generation: GenerationConfig | None = None,
+    sharding: Sharding | None = None,
 ) -> SmolLM3:
     """The stacked base without arrays. Quantized are the layers' weights; embedding and head stay plain, as the loss
     wants them.
@@ -134,25 +139,27 @@ def shapes_of(
     base: str,
     dtype: str,
     generation: GenerationConfig | None = None,
-    sharding: Any = None,
+    sharding: Sharding | None = None,
 ) -> SmolLM3:
     """What `attach` makes of `abstract_base`, without arrays."""
     model = abstract_base(config, base, dtype, generation, sharding)
     return jax.eval_shape(lambda model: attach(model, settings), model)
 
 
-def planned(config: ModelConfig, settings: LoraSettings, sharding: Any = None) -> SmolLM3:
+def planned(config: ModelConfig, settings: LoraSettings, sharding: Sharding | None = None) -> SmolLM3:
     """`shapes_of` where no checkpoint is read: one as its config.json says is in the config's dtype."""
     dtype = config.dtype or "float32"
     own = dtype if config.quantization is None else config.quantization.weights
     return shapes_of(config, settings, settings.base or own, dtype, sharding=sharding)
 
 
-def load_base(checkpoint: Checkpoint, config: ModelConfig, settings: LoraSettings, sharding: Any) -> SmolLM3:
+def load_base(
+    checkpoint: Checkpoint, config: ModelConfig, settings: LoraSettings, sharding: Sharding | None
+) -> SmolLM3:
     """`abstract_base` with its arrays, read straight to where they stay."""
     base, plain_config = base_of(checkpoint, settings), dataclasses.replace(config, quantization=None)
     model = abstract_base(config, base, common_dtype(checkpoint.tensors), checkpoint.generation_config, sharding)
-    plain: Mapping[str, Any] = checkpoint.tensors
+    plain: Mapping[str, StoredTensor] = checkpoint.tensors
     if checkpoint.config.quantization is not None:
         plain = dequantize_tensors(checkpoint.config, checkpoint.tensors)[1]
     where, tensors = hf_tensors(plain_config), dict(plain)

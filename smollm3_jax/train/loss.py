@@ -88,7 +88,9 @@ def _loss(z_loss: float, by_words: bool, sharding: Sharding | None, *arrays: Arr
     return _everywhere(z_loss, by_words, sharding, False, *arrays)[0]
 
 
-def _forward(z_loss: float, by_words: bool, sharding: Sharding | None, *arrays: Array) -> tuple[Any, tuple]:
+def _forward(
+    z_loss: float, by_words: bool, sharding: Sharding | None, *arrays: Array
+) -> tuple[tuple[Array, Array], tuple]:
     sums, *gradients = _everywhere(z_loss, by_words, sharding, True, *arrays)
     return sums, tuple(gradients)
 
@@ -226,7 +228,7 @@ def _on_device(
     """((both sums), gradient of x, gradient of head) of these tokens; the gradients only if asked for."""
     count, (words, width) = labels_BT.size, head_VD.shape
 
-    def step(carry: Any, chunk: tuple) -> tuple:
+    def step(carry: tuple, chunk: tuple) -> tuple:
         x_tD, labels_t, weights_t = chunk
         logits_tV, normalizer_t, nll_t = _chunk(head_VD, at, x_tD, labels_t)
         loss_t = nll_t + z_loss * normalizer_t**2

@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
 
 import jax
 
@@ -12,7 +11,7 @@ import jax
 _INPUT = "input_bits"  # on a CPU; elsewhere a layer's input is kept in any case
 _ATTENTION = (_INPUT, "attention", "attention_residuals")
 _QKV = ("q", "k", "v", *_ATTENTION)
-REMAT: dict[str, Callable[..., Any] | None] = {
+REMAT: dict[str, Callable[..., bool] | None] = {
     "none": None,
     "dots": jax.checkpoint_policies.save_only_these_names(*_QKV, "gate", "up"),
     "qkv": jax.checkpoint_policies.save_only_these_names(*_QKV),
@@ -28,7 +27,7 @@ REMAT: dict[str, Callable[..., Any] | None] = {
 # What the compiler is told, by platform. On TPU products wait for whole gathered weights, which arrive ahead of
 # their use, instead of going through pieces as these arrive. Each weight's gradient is reduced while the next one's
 # product runs: that takes all three of the other options, as reductions that were combined into one stay synchronous.
-COMPILER_OPTIONS: dict[str, dict[str, Any]] = {
+COMPILER_OPTIONS: dict[str, dict[str, bool | str]] = {
     "tpu": {
         "xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000",
         "xla_enable_async_all_reduce": "true",
@@ -41,7 +40,7 @@ COMPILER_OPTIONS: dict[str, dict[str, Any]] = {
 # algorithm, which a program's text does not show (scripts/on_device.py compares the bits). With it XLA does not time
 # kernels against each other, so that products are left to cuBLAS and its heuristics: Triton's, untimed, would be slow,
 # and from 0.11 on XLA refuses to choose among them without a device.
-DETERMINISTIC: dict[str, dict[str, Any]] = {
+DETERMINISTIC: dict[str, dict[str, bool | str]] = {
     "gpu": {"xla_gpu_exclude_nondeterministic_ops": True, "xla_gpu_enable_triton_gemm": False},
 }
 
@@ -51,7 +50,7 @@ DETERMINISTIC: dict[str, dict[str, Any]] = {
 SEVERAL = {"cpu": {"xla_cpu_enable_concurrency_optimized_scheduler": False}}
 
 
-def compiler_options(platform: str, deterministic: bool = False, devices: int = 1) -> dict[str, Any] | None:
+def compiler_options(platform: str, deterministic: bool = False, devices: int = 1) -> dict[str, bool | str] | None:
     """What to compile a step with for a platform ("cpu", "tpu" or "gpu"); None leaves the compiler alone.
 
     Args:

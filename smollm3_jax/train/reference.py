@@ -71,12 +71,12 @@ class Sums:
             write(self.folder / f"{self._pieces:08d}.sums", self._seal(payload) + payload)
         self._pieces += 1
 
-    def is_done(self, needed: Any) -> bool:
+    def is_done(self, needed: object) -> bool:
         """Whether a pass over this data, ready for JSON, has ended, and nothing of it was lost since."""
         done = self.folder / "done.json"
         return done.exists() and _json(done) == {"of": json.loads(json.dumps(needed)), "count": len(self.known)}
 
-    def done(self, needed: Any) -> None:
+    def done(self, needed: object) -> None:
         """A pass over this data has ended."""
         if self._writes:
             write(self.folder / "done.json", json.dumps({"of": needed, "count": len(self.known)}))

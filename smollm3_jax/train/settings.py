@@ -250,7 +250,7 @@ def _listed(kind: Any, path: str = "") -> typing.Iterator[dict[str, Any]]:
             yield from _listed(inner, f"{name}{several}.")
 
 
-def as_table(settings: Any) -> Any:
+def as_table(settings: Settings | Stage) -> dict[str, Any]:
     """Dictionaries, lists and plain values, ready for JSON and for `parse`."""
     return dataclasses.asdict(settings)
 
@@ -312,7 +312,7 @@ def check(settings: Settings) -> None:
     _check_values(as_table(s))
 
 
-def _check_values(value: Any, path: str = "") -> None:
+def _check_values(value: object, path: str = "") -> None:
     """Refuses what no setting can be: a negative number, an infinite one, more than a device counts to, half a text."""
     if isinstance(value, dict | list | tuple):
         for key, inner in value.items() if isinstance(value, dict) else enumerate(value):

@@ -100,7 +100,7 @@ def _override(table: dict[str, Any], word: str) -> None:
     table[keys[-1]] = value
 
 
-def _fill(kind: type[T], table: Any, where: str, path: str) -> T:
+def _fill(kind: type[T], table: object, where: str, path: str) -> T:
     """A dataclass from a table of its fields."""
     if not isinstance(table, Mapping):
         raise OptionError(f"{where}: {path or 'the file'} must be a table")
@@ -129,7 +129,7 @@ def _value(hint: Any, value: Any, where: str, path: str) -> Any:
     raise OptionError(f"{where}: {path} = {value!r} must be of type {wanted}")
 
 
-def _meant(path: str, key: str, value: Any, hints: Mapping[str, Any]) -> str | None:
+def _meant(path: str, key: str, value: object, hints: Mapping[str, Any]) -> str | None:
     """What may have been meant by a name that is not there: its namesake of another section, or one like it."""
     near = difflib.get_close_matches(key, hints, 1)
     wanted = next(iter(value), key) if not path and isinstance(value, Mapping) else key

@@ -12,9 +12,10 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 from jax import Array
+from jax.tree_util import KeyPath
 
 from sharding.arrays import shardings, specs_of
-from sharding.rules import Sharding
+from sharding.rules import PyTree, Sharding
 
 from ..errors import OptionError
 from ..model import SmolLM3
@@ -42,7 +43,7 @@ class TrainState:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Batch:
-    """Packed rows.
+    """Packed rows: on the host NumPy's arrays, in a step JAX's.
 
     tokens: int32 [B, T].
     segment_ids: int32 [B, T]; 0 is padding, other values name documents.
@@ -52,18 +53,18 @@ class Batch:
       gives all of the completion's weighted tokens.
     """
 
-    tokens: Any
-    segment_ids: Any
-    weights: Any = None
+    tokens: Array
+    segment_ids: Array
+    weights: Any = None  # an Array or None, as the objective wants it
     reference: Any = None
 
 
-def init_state(model: Any, optimizer: optax.GradientTransformation, trainable: str | None = None) -> TrainState:
+def init_state(model: SmolLM3, optimizer: optax.GradientTransformation, trainable: str | None = None) -> TrainState:
     """The state before the first step. It keeps the model's arrays; the step donates them."""
     return TrainState(model, optimizer.init(split(model, trainable)[0]), jnp.zeros((), jnp.int32), trainable)
 
 
-def split(model: Any, trainable: str | None) -> tuple[Any, Any]:
+def split(model: SmolLM3, trainable: str | None) -> tuple[PyTree, PyTree]:
     """(the trained part, the frozen part) of a model: each is the model without the other's arrays.
 
     Raises:
@@ -77,8 +78,8 @@ def split(model: Any, trainable: str | None) -> tuple[Any, Any]:
     if not matches:
         raise OptionError(f"trainable is {trainable!r}, which matches no parameter; they are {', '.join(names)}")
 
-    def part(trained: bool) -> Any:
-        def kept(path: Any, x: nnx.Variable) -> nnx.Variable:
+    def part(trained: bool) -> PyTree:
+        def kept(path: KeyPath, x: nnx.Variable) -> nnx.Variable:
             name = jax.tree_util.keystr(path, simple=True, separator=".")
             return x if (trainable is None or bool(re.fullmatch(trainable, name))) == trained else x.replace(None)
 
@@ -87,12 +88,12 @@ def split(model: Any, trainable: str | None) -> tuple[Any, Any]:
     return part(True), part(False)
 
 
-def merge(trained: Any, frozen: Any) -> Any:
+def merge(trained: PyTree, frozen: PyTree) -> SmolLM3:
     """The model that `split` took apart."""
     return jax.tree.map(lambda a, b: b if a is None else a, trained, frozen, is_leaf=lambda x: x is None)
 
 
-def count(model: Any) -> int:
+def count(model: PyTree) -> int:
     """How many numbers the arrays of a model, or of a part of one, have."""
     return sum(x.size for x in jax.tree.leaves(model))
 
@@ -103,6 +104,6 @@ def updates_of(state: TrainState) -> Array:
     return counts[0][1] if counts else jnp.zeros((), jnp.int32)
 
 
-def state_shardings(tree: Any, sharding: Sharding) -> Any:
+def state_shardings(tree: PyTree, sharding: Sharding) -> PyTree:
     """NamedShardings for a tree of parameters or of an optimizer's state: each lies as its parameter does."""
     return shardings(specs_of(tree), sharding)

@@ -5,12 +5,13 @@ Shapes: M micro-batches.
 
 import dataclasses
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax import Array
+
+from sharding.rules import PyTree
 
 from .lora import with_dropout
 from .objectives import Objective
@@ -59,16 +60,16 @@ def train_step(
 
 
 def _gradients(
-    trained: Any, frozen: Any, batch: Batch, objective: Objective, options: StepOptions, key: Array
-) -> tuple[tuple[tuple[Array, dict[str, Array]], Any], Array]:
+    trained: PyTree, frozen: PyTree, batch: Batch, objective: Objective, options: StepOptions, key: Array
+) -> tuple[tuple[tuple[Array, dict[str, Array]], PyTree], Array]:
     """((sums, gradients of the trained part), how many micro-batches were not finite)."""
 
-    def sums(trained: Any, batch: Batch, key: Array) -> tuple[Array, dict[str, Array]]:
+    def sums(trained: PyTree, batch: Batch, key: Array) -> tuple[Array, dict[str, Array]]:
         return objective(with_dropout(merge(trained, frozen), key), batch, options)
 
     gradient = jax.value_and_grad(sums, has_aux=True)
 
-    def is_bad(found: Any) -> Array:
+    def is_bad(found: tuple[tuple[Array, dict[str, Array]], PyTree]) -> Array:
         return ~jnp.isfinite(found[0][0] + optax.tree.norm(found[1]))
 
     if options.micro_batches == 1:

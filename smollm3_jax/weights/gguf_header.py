@@ -8,6 +8,7 @@ supplies the sizes of the block formats. Source of the layout: ggml's docs/gguf.
 import importlib
 import math
 from pathlib import Path
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -41,7 +42,7 @@ class Entry(NamedTuple):
     nbytes: int
 
 
-def gguf_package(module: str = "gguf") -> Any:
+def gguf_package(module: str = "gguf") -> ModuleType:
     """The package gguf, or a module of it, imported at its first use: nothing but GGUF files needs it.
 
     Raises:
@@ -133,7 +134,7 @@ def read_header(path: Path) -> tuple[dict[str, Any], list[Entry]]:
     return metadata, [entry._replace(start=start + entry.start) for entry in entries.values()]
 
 
-def _read_entry(reader: _Reader, gguf: Any) -> Entry:
+def _read_entry(reader: _Reader, gguf: ModuleType) -> Entry:
     """The next tensor's entry, whose `start` counts from where the first tensor begins."""
     name = reader.text()
     if not 1 <= (rank := reader.number(4)) <= 4:

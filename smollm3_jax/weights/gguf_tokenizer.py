@@ -4,13 +4,16 @@ Source of the pre-tokenizers and of what a missing key means: llama.cpp's src/ll
 """
 
 import json
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ..errors import TokenizerError
 from ..tokenizer import Tokenizer, typed
 from .gguf_header import metadata_value
+
+if TYPE_CHECKING:
+    from tokenizers.pre_tokenizers import PreTokenizer
 
 NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5  # types of a token
 # tokenizer.ggml.pre -> the regexes that cut a text, one after the other; "default" is llama.cpp's own.
@@ -100,7 +103,7 @@ def _chat_templates(metadata: dict[str, Any]) -> str | list[dict[str, str]] | No
     return [{"name": name, "template": text} for name, text in texts.items()]
 
 
-def _pre_tokenizer(pre: str) -> Any:
+def _pre_tokenizer(pre: str) -> "PreTokenizer":
     from tokenizers import Regex, pre_tokenizers
 
     if SPLITS[pre]:

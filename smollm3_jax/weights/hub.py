@@ -190,7 +190,7 @@ def _check_names(response: Any) -> None:
     """Raises HubError if a name in a hub's answer, which the library puts into paths, is none."""
     headers = response.headers
 
-    def check(name: str, value: Any, pattern: str) -> None:
+    def check(name: str, value: object, pattern: str) -> None:
         if not isinstance(value, str) or not re.fullmatch(pattern, value, re.ASCII):
             raise HubError(f"the hub's answer is unsound: its {name} is {value!r:.80}; nothing of it was used")
 

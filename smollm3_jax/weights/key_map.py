@@ -76,7 +76,7 @@ def parameters(model: SmolLM3) -> dict[str, nnx.Param]:
     return {param: found.pop(param) for param in ordered if param in found} | found
 
 
-def locate(hf: HFTensor, params: Mapping[str, Any]) -> tuple[str, int | None]:
+def locate(hf: HFTensor, params: Mapping[str, object]) -> tuple[str, int | None]:
     """The path of the parameter that holds an HF tensor, and its index there if layers are stacked."""
     if hf.layer is None or hf.param in params:
         return hf.param, hf.layer
@@ -93,7 +93,7 @@ def abstract_model(
     """The model with `jax.ShapeDtypeStruct`s in place of arrays; its layers as one stack, or one by one."""
 
     def build() -> SmolLM3:
-        own: Any = {"dtype": dtype, "generation_config": generation_config, "sharding": sharding}
+        own: dict[str, Any] = {"dtype": dtype, "generation_config": generation_config, "sharding": sharding}
         model = SmolLM3(config, rngs=nnx.Rngs(0), **own)
         return model if stacked else unstacked(model)
 

@@ -19,6 +19,7 @@ from jax.sharding import Mesh, SingleDeviceSharding
 from jax.sharding import Sharding as Placement
 
 from sharding.rules import Sharding
+from sharding.strategies import Rules
 
 from .. import files
 from ..config import DTYPES, GenerationConfig, ModelConfig
@@ -270,7 +271,7 @@ def common_dtype(tensors: Mapping[str, StoredTensor]) -> str:
     return max(sizes, key=lambda dtype: sizes[dtype])
 
 
-def check_dtype(dtype: Any) -> str:
+def check_dtype(dtype: object) -> str:
     """The name of a supported dtype, given as a name or as numpy's, jax's or torch's object.
 
     Raises:
@@ -286,7 +287,7 @@ def load(
     checkpoint: Checkpoint,
     dtype: Any = None,
     mesh: Mesh | None = None,
-    rules: str | Mapping[str, Any] | None = None,
+    rules: str | Rules | None = None,
     *,
     weights: str | None = None,
     stacked: bool = False,

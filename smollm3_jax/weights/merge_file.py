@@ -169,7 +169,7 @@ def value_at(setting: Setting, what: str, name: str, depth: float) -> float:
     return before + (at - low) * (after - before)
 
 
-def _table(raw: Any, where: str, known: tuple[str, ...]) -> Mapping[str, Any]:
+def _table(raw: object, where: str, known: tuple[str, ...]) -> Mapping[str, Any]:
     if not isinstance(raw, Mapping):
         raise OptionError(f"{where} must be a table of {', '.join(known)}")
     for key in raw:
@@ -180,7 +180,7 @@ def _table(raw: Any, where: str, known: tuple[str, ...]) -> Mapping[str, Any]:
     return raw
 
 
-def _name(raw: Any, what: str, of: str = "the name of a model") -> str:
+def _name(raw: object, what: str, of: str = "the name of a model") -> str:
     if not isinstance(raw, str) or not raw:
         raise OptionError(f"{what} is {shown(repr(raw))}; give {of}")
     return raw

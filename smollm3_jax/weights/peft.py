@@ -10,7 +10,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -20,6 +20,8 @@ from ..files import new_folder, write
 from . import safetensors
 from .key_map import PROJECTIONS
 from .stored import NUMPY_DTYPES, StoredTensor, shown
+
+T = TypeVar("T")
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 # A projection's part -> what its tensor is called after the module's name.
@@ -164,7 +166,7 @@ def _low_rank(folder: Path, config: Mapping[str, Any], name: str, tensors: Mappi
     return LowRank(a, b, magnitude, alpha / (math.sqrt(rank) if config["use_rslora"] else rank))
 
 
-def _of_pattern(patterns: Any, module: str, default: Any) -> Any:
+def _of_pattern(patterns: Mapping[str, T] | None, module: str, default: T) -> T:
     """What the first pattern that fits a module's name says, as in PEFT; else the default."""
     for pattern, value in (patterns or {}).items():
         if re.match(rf"(.*\.)?({pattern})$", module):
@@ -215,7 +217,7 @@ def _sum(tensor: StoredTensor, parts: Sequence[tuple[LowRank, float]]) -> np.nda
     return w_NK.astype(NUMPY_DTYPES[tensor.dtype])
 
 
-def adapter_config(base: str, targets: Sequence[str], rank: int, alpha: float, **more: Any) -> dict[str, Any]:
+def adapter_config(base: str, targets: Sequence[str], rank: int, alpha: float, **more: object) -> dict[str, Any]:
     """What adapter_config.json says of an adapter of this package's; more: what differs from a plain LoRA's."""
     return {
         "peft_type": "LORA",

@@ -56,7 +56,9 @@ def quantize_tensors(config: ModelConfig, tensors: Mapping[str, StoredTensor]) -
     return out
 
 
-def _part(name: str, hf: HFTensor, part: str, source: StoredTensor, scales: Callable[[], Any]) -> StoredTensor:
+def _part(
+    name: str, hf: HFTensor, part: str, source: StoredTensor, scales: Callable[[], tuple[np.ndarray, Any]]
+) -> StoredTensor:
     def read() -> np.ndarray:
         scale, minimum = scales()
         if part != "values":

@@ -195,7 +195,7 @@ def index_content(shards: Sequence[Sequence[StoredTensor]], names: Sequence[str]
     }
 
 
-def write_file(path: Path, tensors: Sequence[StoredTensor], done: Any = None) -> None:
+def write_file(path: Path, tensors: Sequence[StoredTensor], done: Callable[[int], None] | None = None) -> None:
     """Writes one file, holding one tensor at a time, and reads back what was written.
 
     Args:

@@ -5,6 +5,7 @@ import re
 import warnings
 import zipfile
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,7 @@ INDEX = "pytorch_model.bin.index.json"
 SINGLE = "pytorch_model.bin"
 
 
-def _torch() -> Any:
+def _torch() -> ModuleType:
     try:
         import torch
     except ImportError:

@@ -1,6 +1,7 @@
 """The device's loop against a loop in Python over the whole model, one token at a time."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +26,7 @@ def model(tmp_path_factory) -> s3.SmolLM3:
 
 def slot(prompt, limit, stop=(), think=(-1, -1), budget=-1) -> Slots:
     """A greedy sequence's state, without the leading B."""
-    return Slots(
+    fields: dict[str, Any] = dict(
         token=np.int32(prompt[-1]),
         active=np.bool_(True),
         generated=np.int32(0),
@@ -36,6 +37,7 @@ def slot(prompt, limit, stop=(), think=(-1, -1), budget=-1) -> Slots:
         think_left=np.int32(budget),
         choice=SamplingState.of(SamplingParams(logprobs=1), prompt, 0, VOCAB),
     )
+    return Slots(**fields)
 
 
 def started(model, prompts, given):

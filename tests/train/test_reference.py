@@ -1,4 +1,5 @@
 import json
+from typing import Any
 
 import numpy as np
 import pytest
@@ -93,8 +94,8 @@ def test_sums_come_to_their_completions_whatever_the_order(tmp_path):
     """trl #2423, #7083: by what a completion is, not by where it stands."""
     sums = begun(tmp_path)
     sums.add(np.array([7, 8, 9]), np.array([-1.5, -2.5, -3.5], np.float32))
-    segments = np.array([[1, 1, 2, 2, 2, 0], [1, 1, 1, 2, 2, 2]], np.int32)
-    keys = np.array([[9, 9, 7, 7, 7, 0], [8, 8, 8, 9, 9, 9]])
+    segments: Any = np.array([[1, 1, 2, 2, 2, 0], [1, 1, 1, 2, 2, 2]], np.int32)
+    keys: Any = np.array([[9, 9, 7, 7, 7, 0], [8, 8, 8, 9, 9, 9]])
     batch = Batch(segments + 10, segments, segments.astype(np.float32), keys)
     got = sums.filled(batch)
     assert got.tokens is batch.tokens and got.reference.dtype == np.float32

@@ -2,7 +2,7 @@
 
 import codecs
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -79,7 +79,7 @@ def describe(settings: Settings, tokenizer: Tokenizer, config: ModelConfig, show
     }
 
 
-def _encoder(settings: Settings, tokenizer: Tokenizer, config: ModelConfig) -> Any:
+def _encoder(settings: Settings, tokenizer: Tokenizer, config: ModelConfig) -> Callable[[Any], dict[str, Conversation]]:
     """A record -> its conversations by name: one without a name, or chosen and rejected."""
     data = settings.data
     if data.template:

@@ -219,7 +219,7 @@ def read_manifest(manifest: epath.Path | os.PathLike[str]) -> Any:
         return None
 
 
-def is_ours(manifest: Any) -> bool:
+def is_ours(manifest: object) -> bool:
     """Whether `smollm3 tokenize` writes such manifests."""
     return isinstance(manifest, dict) and isinstance(manifest.get("inputs"), dict)
 

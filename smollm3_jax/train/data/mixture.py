@@ -16,10 +16,10 @@ from ...errors import DataError
 from ..settings import Settings, Source, stage_at
 from ..state import Batch
 from .files import OptionNames, find_files, stem
-from .packing import EndOfData, Rows
+from .packing import EndOfData, Numbered, Rows
 from .records import grain
 from .sources import Documents, open_documents
-from .windows import Windows
+from .windows import Item, Windows
 
 log = logging.getLogger(__name__)
 ALL = "all"  # what the sources are called together, with data.concatenate
@@ -96,7 +96,7 @@ class Batches:
         number, stage = stage_at(self._settings, step)
         if number != self._stage:
             self._stage, self._mixed = number, dict.fromkeys(self._rows, 0)
-        rows: list[Any] = []
+        rows: list[Item] = []
         try:
             while len(rows) < stage.rows:
                 rows.append(self._rows[self._draw(stage.weights)].next(stage.length))
@@ -105,7 +105,7 @@ class Batches:
                 raise
             # Whole conversations: the last of them are worth a batch, in which empty rows count for nothing.
             rows += [tuple(np.zeros_like(column) for column in rows[0])] * (stage.rows - len(rows))
-        return Batch(*(np.stack(part) for part in zip(*rows, strict=True)))
+        return Batch(*(np.stack(part) for part in zip(*rows, strict=True)))  # pyright: ignore[reportArgumentType]
 
     def _draw(self, weights: Mapping[str, float]) -> str:
         """The corpus that lacks most rows of its share."""
@@ -153,7 +153,9 @@ def option_names(settings: Settings, name: str) -> OptionNames:
     return OptionNames(f"{of}.field", f"{of}.format", "data.max_document_bytes")
 
 
-def training_rows(settings: Settings, corpora: Mapping[str, Documents], encode: Callable[..., Any]) -> dict[str, Any]:
+def training_rows(
+    settings: Settings, corpora: Mapping[str, Documents], encode: Callable[..., Any]
+) -> dict[str, Rows | Windows]:
     """Endless rows (`Rows` or `Windows`) of the documents that are not held out, shuffled anew in each epoch: by
     source, or of all sources together under the name of ALL."""
     data, nth = settings.data, settings.data.eval_every_nth
@@ -164,7 +166,7 @@ def training_rows(settings: Settings, corpora: Mapping[str, Documents], encode: 
             raise DataError(
                 f"source {name}: all of its documents are held out: raise data.eval_every_nth, or add documents"
             )
-    documents: dict[str, Any] = dict(corpora)
+    documents: dict[str, Documents] = dict(corpora)
     if data.concatenate:
         begins = np.cumsum([0, *(len(corpus) for corpus in corpora.values())])
         parts = [
@@ -174,8 +176,8 @@ def training_rows(settings: Settings, corpora: Mapping[str, Documents], encode: 
         numbers = {ALL: _Numbers(np.concatenate(parts))}
         documents = {ALL: Documents([(len(x), x.__getitem__) for x in corpora.values()], tuple(corpora), ())}
 
-    def order(kept: Any) -> Any:
-        drawn: Any = grain().MapDataset.source(kept).seed(settings.run.seed)
+    def order(kept: _Kept | _Numbers) -> Numbered[int]:
+        drawn = grain().MapDataset.source(kept).seed(settings.run.seed)
         return (drawn.shuffle() if data.shuffle else drawn).repeat()
 
     seed = settings.run.seed if data.shuffle else None
@@ -185,7 +187,7 @@ def training_rows(settings: Settings, corpora: Mapping[str, Documents], encode: 
     }
 
 
-def held_out_rows(settings: Settings, batches: Batches, encode: Callable[..., Any]) -> dict[str, Any]:
+def held_out_rows(settings: Settings, batches: Batches, encode: Callable[..., Any]) -> dict[str, Rows | Windows]:
     """The documents held out, by name, in their order and once; each call begins anew."""
     data = settings.data
     if data.eval_path:
@@ -193,7 +195,7 @@ def held_out_rows(settings: Settings, batches: Batches, encode: Callable[..., An
         whole = Source(path=data.eval_path, field=field, format=data.eval_format)
         words = OptionNames("data.field", "data.eval_format", "data.max_document_bytes")
         corpora = {"held out": open_documents("held out", whole, data.max_document_bytes, words)}
-        orders: dict[str, Any] = {name: range(len(corpus)) for name, corpus in corpora.items()}
+        orders = {name: range(len(corpus)) for name, corpus in corpora.items()}
     elif data.eval_every_nth:
         corpora = dict(batches.corpora)
         orders = {name: range(0, len(corpus), data.eval_every_nth) for name, corpus in corpora.items()}
@@ -208,20 +210,25 @@ def held_out_rows(settings: Settings, batches: Batches, encode: Callable[..., An
 def _rows(
     settings: Settings,
     name: str,
-    documents: Any,
+    documents: Documents,
     encode: Callable[..., Any],
-    order: Any,
+    order: Numbered[int],
     epoch: int,
     epochs: int,
     seed: int | None,
 ) -> Rows | Windows:
-    options = {"order": order, "epoch": epoch, "epochs": epochs, "bad_records": settings.data.bad_records}
+    options: dict[str, Any] = {
+        "order": order,
+        "epoch": epoch,
+        "epochs": epochs,
+        "bad_records": settings.data.bad_records,
+    }
     if settings.objective.kind == "pretrain":
         return Rows(name, documents, encode, **options)
     return Windows(name, documents, encode, seed=seed, **options)
 
 
-def _numbers(count: int, nth: int, fraction: float) -> Any:
+def _numbers(count: int, nth: int, fraction: float) -> "_Kept | _Numbers":
     """The numbers below `count` that are trained on, but for every n-th (0: none is left out); a fraction of them is
     drawn as the datasets library shuffles, with the seed 0, so that it is the one that SmolLM3's authors drew."""
     if fraction == 1:

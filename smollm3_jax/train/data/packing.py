@@ -5,16 +5,23 @@ same rows follow on any number of hosts.
 """
 
 import logging
-from collections.abc import Sequence
-from typing import Any
+from typing import Protocol, TypeVar
 
 import numpy as np
 
 from ...errors import DataError
 from .encode import Encode
-from .records import BadRecord
+from .records import BadRecord, Document
+
+T_co = TypeVar("T_co", covariant=True)
 
 log = logging.getLogger(__name__)
+
+
+class Numbered(Protocol[T_co]):
+    """What a list, `sources.Documents` and grain's data sets have in common."""
+
+    def __getitem__(self, index: int, /) -> T_co: ...
 
 
 class EndOfData(Exception):
@@ -32,10 +39,10 @@ class Rows:
     def __init__(
         self,
         name: str,
-        documents: Any,
+        documents: Numbered[Document],
         encode: Encode,
         *,
-        order: Sequence[int] | Any,
+        order: Numbered[int],
         epoch: int,
         epochs: int = 0,
         bad_records: int = 0,

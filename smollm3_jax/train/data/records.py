@@ -94,7 +94,7 @@ def lacking(count: int, read: Callable[[int], Document]) -> BadRecord | None:
     return next((reason for reason in reasons if isinstance(reason, NoField)), next(iter(reasons), None))
 
 
-def _value(record: Any, field: str, where: str, options: OptionNames) -> Any:
+def _value(record: object, field: str, where: str, options: OptionNames) -> Any:
     if not isinstance(record, dict):
         raise NoField(f"{where}: a {type(record).__name__} where an object with {field!r} should be")
     if field in record:
@@ -252,7 +252,7 @@ def _records(file: epath.Path) -> Any:
         raise DataError(f"{file} is no ArrayRecord file: {str(error).splitlines()[0][:200]}") from None
 
 
-def text_of(value: Any, where: str) -> str:
+def text_of(value: object, where: str) -> str:
     """A document's text. Raises BadRecord if it is none, or blank; where: the record, for the reason."""
     if isinstance(value, bytes):  # a column of bytes
         try:

@@ -17,14 +17,14 @@ from ...files import new_file, write
 from ...progress import tally
 from ...tokenizer import load_tokenizer
 from ..settings import Source
-from .encode import encoder
+from .encode import Encode, encoder
 from .files import MANIFEST, is_ours, read_manifest, refuse_within
 from .records import BadRecord
-from .sources import open_documents
+from .sources import Documents, open_documents
 
 MAX_BYTES = 100_000_000
-_documents: Any
-_encode: Any
+_documents: Documents
+_encode: Encode
 
 
 def tokenize(
@@ -109,7 +109,7 @@ def _write_shards(
     return totals, last
 
 
-def _require_same(manifest: Path, *inputs: Any) -> None:
+def _require_same(manifest: Path, *inputs: dict[str, Any]) -> None:
     """Raises OptionError if a folder's manifest is another program's, or has none of these inputs."""
     before = read_manifest(manifest)
     if not is_ours(before):

@@ -20,7 +20,7 @@ from ...errors import DataError
 from ...tokenizer import Tokenizer
 from ..settings import Settings
 from .conversations import Conversation, conversation_encoder, tokenizer_for
-from .packing import EndOfData
+from .packing import EndOfData, Numbered
 from .records import BadRecord
 
 log = logging.getLogger(__name__)
@@ -118,10 +118,10 @@ class Windows:
     def __init__(
         self,
         name: str,
-        documents: Any,
+        documents: Numbered[Any],
         encode: Callable[[Any, int, Counter[str]], list[Item]],
         *,
-        order: Sequence[int] | Any,
+        order: Numbered[int],
         epoch: int,
         epochs: int = 0,
         bad_records: int = 0,

@@ -1,8 +1,10 @@
 """What a training step minimises: one file an objective."""
 
-from typing import Any, Protocol
+from typing import Protocol
 
 from jax import Array
+
+from sharding.rules import PyTree
 
 from ...model import SmolLM3
 from ..options import StepOptions
@@ -18,7 +20,7 @@ class Objective(Protocol):
     Sums, not means: micro-batches are added up, and what is minimised is the quotient of all.
     """
 
-    def __call__(self, model: SmolLM3, batch: Any, options: StepOptions) -> tuple[Array, dict[str, Array]]:
+    def __call__(self, model: SmolLM3, batch: PyTree, options: StepOptions) -> tuple[Array, dict[str, Array]]:
         """
         Args:
           model: float32 parameters, trained and frozen ones; only the trained ones get gradients.

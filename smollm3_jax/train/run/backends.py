@@ -2,7 +2,6 @@
 
 import logging
 from collections.abc import Callable, Mapping
-from typing import Any
 
 from etils import epath
 
@@ -37,7 +36,7 @@ def wandb(settings: Settings) -> Callable[[int, Mapping[str, float]], None] | No
     return _forgiving("wandb", lambda step, values: run.log(dict(values), step=step))
 
 
-def _forgiving(name: str, write: Callable[[int, Mapping[str, float]], Any]) -> Callable[..., None]:
+def _forgiving(name: str, write: Callable[[int, Mapping[str, float]], object]) -> Callable[..., None]:
     """The same backend, which after its first failure logs a warning and is not called again."""
     works = True
 

@@ -13,13 +13,16 @@ import os
 import re
 import sys
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from etils import epath
 from jax import Array
+from jax.tree_util import KeyPath
+
+from sharding.rules import PyTree
 
 from ...errors import OptionError, SmolLM3Error, TrainingError
 from ...files import remove
@@ -27,6 +30,8 @@ from ...job import raise_everywhere
 from ...paths import is_remote
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 FORMAT = 1
 _NAME = re.compile(r"[0-9]{8}|[1-9][0-9]{8,}")
@@ -62,7 +67,7 @@ class Checkpoints:
         handler = ocp.CompositeCheckpointHandler(composite_options=options, **handlers)
         self._writer = ocp.AsyncCheckpointer(handler, async_options=_PATIENT)
 
-    def save(self, step: int, state: Any, about: Mapping[str, Any]) -> None:
+    def save(self, step: int, state: PyTree, about: Mapping[str, Any]) -> None:
         """Begins to write; returns when the arrays are on the host.
 
         Args:
@@ -184,7 +189,7 @@ def read_about(folder: epath.Path, step: int) -> dict[str, Any]:
     return content
 
 
-def restore(folder: epath.Path, step: int, like: Any, under: str = "") -> Any:
+def restore(folder: epath.Path, step: int, like: T, under: str = "") -> T:
     """The arrays of a checkpoint, verified.
 
     Args:
@@ -229,12 +234,12 @@ def restore(folder: epath.Path, step: int, like: Any, under: str = "") -> Any:
     return jax.tree.unflatten(jax.tree.structure(like), [found[name] for name in wanted])
 
 
-def named_arrays(tree: Any) -> dict[str, Any]:
+def named_arrays(tree: PyTree) -> dict[str, Array]:
     """The leaves of a tree by their paths in it ("model.layers.q"), in its order."""
     return {_name(path): x for path, x in jax.tree_util.tree_flatten_with_path(tree)[0]}
 
 
-def _name(path: Any) -> str:
+def _name(path: KeyPath) -> str:
     words = [str(getattr(key, "name", getattr(key, "key", getattr(key, "idx", key)))) for key in path]
     return ".".join(word for word in words if word != "value")
 
@@ -246,7 +251,7 @@ def digest(arrays: Mapping[str, Array]) -> tuple[dict[str, str], dict[str, bool]
     return words, {name: bool(finite[name]) for name in arrays}
 
 
-def digest_of(tree: Any) -> str:
+def digest_of(tree: PyTree) -> str:
     """One digest of all arrays of a tree, the same on any mesh."""
     digests, _ = digest(named_arrays(tree))
     return hashlib.sha256("".join(name + digests[name] for name in sorted(digests)).encode()).hexdigest()

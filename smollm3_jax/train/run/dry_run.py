@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
+from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
@@ -76,7 +77,7 @@ def model_config(settings: Settings) -> ModelConfig:
     return ModelConfig.from_hf(text_folder(demo.model_folder(name)))
 
 
-def tables(report: dict[str, Any]) -> Iterator[Any]:
+def tables(report: dict[str, Any]) -> Iterator[RenderableType]:
     """The same for people."""
     memory = report["memory"]
     yield (

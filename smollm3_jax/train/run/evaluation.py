@@ -54,7 +54,7 @@ def _next_batch(rows: Rows | Windows, count: int, length: int) -> Batch | None:
     if not found:
         return None
     found += [tuple(map(np.zeros_like, found[0]))] * (count - len(found))
-    return Batch(*(np.stack(part) for part in zip(*found, strict=True)))
+    return Batch(*(np.stack(part) for part in zip(*found, strict=True)))  # pyright: ignore[reportArgumentType]
 
 
 @functools.partial(jax.jit, static_argnames=("objective", "dtype"))

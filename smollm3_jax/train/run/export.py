@@ -78,7 +78,9 @@ def export(
     return found
 
 
-def _restored(run: epath.Path, step: int | None, average: int, restore: Callable[[epath.Path, int], Any]) -> Any:
+def _restored(
+    run: epath.Path, step: int | None, average: int, restore: Callable[[epath.Path, int], Any]
+) -> tuple[list[int], Any]:
     """(the steps, what `restore` makes of the newest sound one up to `step`, or the mean of several)."""
     saved = run / "checkpoints"
     there = checkpoints.steps(saved)

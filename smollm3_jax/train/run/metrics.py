@@ -52,7 +52,7 @@ def _line(text: bytes) -> dict[str, Any] | None:
     return line if sound and math.isfinite(line["bad"]) and math.isfinite(line["tokens"]) else None
 
 
-def _is_number(x: Any) -> bool:
+def _is_number(x: object) -> bool:
     return isinstance(x, float) or (isinstance(x, int) and abs(x) < 2**63)
 
 

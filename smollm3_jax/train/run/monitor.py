@@ -9,7 +9,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 from etils import epath
@@ -21,6 +21,9 @@ from ..settings import Settings, as_table
 from . import backends
 from .metrics import as_text, known_lines, read_lines
 from .report import write_report
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
 
 log = logging.getLogger(__name__)
 
@@ -45,7 +48,7 @@ class Monitor:
         self._skips = 0
         self._begin = self._timed = self._said = time.monotonic()
         self._start = 0
-        self._bar: Any = None
+        self._bar: Progress | None = None
         self._backends: list[Callable[[int, Mapping[str, float]], None]] = []
         self._profiling = False
         self._unwritten: dict[str, str] = {}

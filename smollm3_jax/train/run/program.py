@@ -2,12 +2,12 @@
 
 import contextlib
 from collections.abc import Iterator
-from typing import Any
 
 from jax.stages import Compiled
 
 from sharding.hardware import GIB
 from sharding.mesh import device_bytes
+from sharding.rules import PyTree
 
 from ...errors import TrainingError, lacks_memory
 from ..options import StepOptions, compiler_options
@@ -38,7 +38,7 @@ def program_for(run: Run, number: int, stage: Stage, batch: Batch) -> Compiled:
 def memory_explained(state: TrainState, batch: Batch) -> Iterator[None]:
     """Turns a lack of memory into TrainingError: what takes it, and three ways out."""
 
-    def share(tree: Any) -> str:
+    def share(tree: PyTree) -> str:
         return f"{device_bytes(tree) / GIB:.2f} GiB"
 
     parts = f"parameters {share(state.model)}, optimizer {share(state.optimizer)}, batch {share(batch)}"

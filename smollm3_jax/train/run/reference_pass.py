@@ -13,12 +13,12 @@ import logging
 import math
 import time
 from collections.abc import Iterator
-from typing import Any
 
 import jax
 import numpy as np
 from jax import Array
 from jax.sharding import NamedSharding, PartitionSpec
+from jax.stages import Compiled
 
 from ...errors import OptionError, TrainingError
 from ...job import agree, raise_everywhere
@@ -26,12 +26,13 @@ from ...model import SmolLM3
 from ...tokenizer import load_tokenizer
 from ..data.conversations import read_template
 from ..data.mixture import training_rows
-from ..data.packing import EndOfData
+from ..data.packing import EndOfData, Rows
 from ..data.prefetch import on_mesh
+from ..data.windows import Windows
 from ..objectives.preference import completion_sums
 from ..options import StepOptions, compiler_options
 from ..reference import Sums, keys_of
-from ..settings import stage_at, starts
+from ..settings import Settings, stage_at, starts
 from ..state import Batch
 from .checkpoint import digest, named_arrays
 from .setup import Run, open_model
@@ -82,7 +83,7 @@ def reference_sums(run: Run, stop: Stop) -> Sums | None:
     return sums
 
 
-def _of_reference(run: Run) -> Any:
+def _of_reference(run: Run) -> Settings:
     s = run.settings
     model = dataclasses.replace(s.model, path=s.objective.reference, config="")
     return dataclasses.replace(s, model=model)
@@ -95,7 +96,7 @@ def _compute(run: Run, stop: Stop, sums: Sums) -> bool:
         model = (open_model(_of_reference(run))[2] if s.objective.reference else run.load)()
         sums.belong_to(digest(named_arrays({"model": model}))[0])
     options = StepOptions(s.model.dtype, s.step.remat)
-    program: Any = None
+    program: Compiled | None = None
     new: dict[int, np.float32] = {}  # since the last piece
     batches, began = 0, time.monotonic()
 
@@ -147,7 +148,7 @@ def _batches(run: Run, rows: int) -> Iterator[Batch]:
     needed, length = _rows_needed(run), stage_at(run.settings, 0)[1].length
     for name, source in training_rows(once, run.batches.corpora, run.encode).items():
 
-        def read(source: Any = source) -> Iterator[tuple[np.ndarray, ...]]:
+        def read(source: Rows | Windows = source) -> Iterator[tuple[np.ndarray, ...]]:
             try:
                 while True:
                     yield source.next(length)
@@ -157,7 +158,7 @@ def _batches(run: Run, rows: int) -> Iterator[Batch]:
         limited = itertools.islice(read(), needed[name])
         while part := list(itertools.islice(limited, rows)):
             part += [tuple(map(np.zeros_like, part[0]))] * (rows - len(part))
-            yield Batch(*map(np.stack, zip(*part, strict=True)))
+            yield Batch(*map(np.stack, zip(*part, strict=True)))  # pyright: ignore[reportArgumentType]
 
 
 def _rows_needed(run: Run) -> dict[str, int]:

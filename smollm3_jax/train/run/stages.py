@@ -2,7 +2,7 @@
 
 import copy
 import dataclasses
-from typing import Any
+from typing import TypeVar
 
 import jax
 import optax
@@ -11,6 +11,8 @@ from ...config import ModelConfig
 from ...model import SmolLM3
 from ..optimizer import schedule
 from ..settings import Settings, Stage, starts
+
+T = TypeVar("T")
 
 
 def begin_of(settings: Settings, stage: int) -> int:
@@ -29,10 +31,10 @@ def _fresh(settings: Settings) -> list[int]:
     return [0, *(s.start for s in settings.stages if s.reset_optimizer)]
 
 
-def with_config(tree: Any, config: ModelConfig) -> Any:
+def with_config(tree: T, config: ModelConfig) -> T:
     """The same arrays, in models of another config: of a state those of the optimizer too."""
 
-    def swapped(x: Any) -> Any:
+    def swapped(x: object) -> object:
         if not isinstance(x, SmolLM3):
             return x
         out = copy.copy(x)

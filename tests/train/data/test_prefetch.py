@@ -70,7 +70,8 @@ def test_a_thread_that_fails_or_hangs_is_told_of():
 
 
 def test_a_batch_goes_onto_one_device_as_it_is():
-    host = Batch(np.arange(6, dtype=np.int32).reshape(2, 3), np.ones((2, 3), np.int32))
+    tokens: Any = np.arange(6, dtype=np.int32).reshape(2, 3)
+    host = Batch(tokens, np.ones_like(tokens))
     batch = on_mesh(host, None)
     assert all(isinstance(x, jax.Array) for x in jax.tree.leaves(batch))
     np.testing.assert_array_equal(batch.tokens, host.tokens)

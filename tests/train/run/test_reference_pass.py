@@ -131,23 +131,23 @@ def test_an_adapters_reference_is_its_frozen_base(place, tmp_path):
         "checkpoint": {"every": 3},
     }
 
-    def run_in(name, steps=6, resume=False, **more):
+    def run_in(name, more, steps=6, resume=False):
         run = {"dir": str(tmp_path / name), "steps": steps}
         loop.train(parse({**config, **more, "run": run}), resume=resume)
         return tmp_path / name
 
     adapted = {"lora": {"rank": 4, "dropout": 0.1}}
-    whole = run_in("adapted", **adapted)
+    whole = run_in("adapted", adapted)
     first, *_, last = lines_of(whole)
     assert abs(first["loss"] - 1) <= 1e-6 and first["difference"] <= 1e-4
     assert last["rewards/margins"] > 0 and last["difference"] > 0.01
-    separate, own = (sums_of(x).known for x in (run_in("separate", steps=1), whole))
+    separate, own = (sums_of(x).known for x in (run_in("separate", {}, steps=1), whole))
     assert own.keys() >= separate.keys() and len(separate) > 10
     assert max(abs(own[key] - x) / abs(x) for key, x in separate.items()) <= 1e-6
 
-    parts = run_in("parts", steps=3, **adapted)
+    parts = run_in("parts", adapted, steps=3)
     before = {path.name: path.stat().st_mtime_ns for path in (parts / "reference").glob("*.sums")}
-    run_in("parts", resume=True, **adapted)
+    run_in("parts", adapted, resume=True)
     pieces = {path.name: path.stat().st_mtime_ns for path in (parts / "reference").glob("*.sums")}
     assert before.items() <= pieces.items()
     assert losses(parts) == losses(whole) and checkpoint_digests(parts, 6) == checkpoint_digests(whole, 6)
