@@ -24,6 +24,7 @@ import smollm3_jax as s3
 from smollm3_jax.evaluate.answers import Answers
 from smollm3_jax.evaluate.harness import EngineLM
 from smollm3_jax.evaluate.suite import FOLDER
+from smollm3_jax.files import write_output
 from smollm3_jax.weights.demo import model_folder
 
 ENDS = (" It is so.", " Nobody knows why it is like this.", " no", " and the next day all was as it had been before.")
@@ -80,7 +81,7 @@ def main() -> None:
         table.add_row(method, *(f"{of[name]:.2f}" for name in ("smollm3_jax", "HFLM", "ratio")))
     Console().print(table)
     if args.out:
-        args.out.write_text(json.dumps({**vars(args), "out": None, "figures": figures}, indent=2))
+        write_output(args.out, json.dumps({**vars(args), "out": None, "figures": figures}, indent=2))
 
 
 if __name__ == "__main__":

@@ -123,8 +123,7 @@ class Engine:
         self._ended: list[int] = []  # slots of sequences that are over, on the host
         self._events: list[list[Any]] = []  # since the last step, for the other processes
         self.drafted, self.accepted, self.preemptions = 0, 0, 0
-        drafting = f", {lookup} drafted" if lookup else ""
-        self._program = f"decoding of {of}, up to {steps} tokens a call{drafting}"
+        self._program = f"decoding of {of}, up to {steps} tokens a call" + (f", {lookup} drafted" if lookup else "")
         log.info("%s; prompts in pieces of %d to %d", of, self.piece_sizes[0], self.piece_sizes[-1])
 
     @property

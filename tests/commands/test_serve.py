@@ -142,7 +142,7 @@ def test_processes_that_follow_leave_signals_to_the_first(tiny, monkeypatch):
     met = []
 
     @contextlib.contextmanager
-    def opened(args):
+    def opened(args, served):
         met.extend(signal.getsignal(number) for number in numbers)
         yield None
 
