@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import rounding
 import tiny
 
 from sharding.mesh import make_mesh
@@ -144,12 +145,15 @@ def test_dropout_is_drawn_anew_in_each_step_and_again_in_the_same(checkpoint, ba
 @pytest.mark.parametrize("rules", ["fsdp", "tp", "fsdp_tp"])
 @pytest.mark.parametrize("settings", [SETTINGS, LoraSettings(rank=4, dora=True, base="int8")])
 def test_every_strategy_computes_the_same(checkpoint, batch, rules, settings):
-    want, losses = steps(model_of(checkpoint, settings), batch, 2)
+    want, _ = steps(model_of(checkpoint, settings), batch, 2)
+    losses = rounding.shaken(
+        lambda model: steps(jax.tree.map(jnp.copy, model), batch, 2)[1], model_of(checkpoint, settings)
+    )
     axes = {"fsdp": {"fsdp": 8}, "tp": {"data": 4, "tensor": 2}, "fsdp_tp": {"fsdp": 4, "tensor": 2}}[rules]
     sharding = Sharding.of(make_mesh(axes), rules).fitted(checkpoint.config.axis_sizes)
     model = model_of(checkpoint, settings, sharding)
     state, found = steps(model, batch, 2)
-    np.testing.assert_allclose(found, losses, rtol=1e-6)
+    assert max(rounding.worst(found, losses)) <= 1
     trained = split(state.model, lora.TRAINED)[0]
     assert any(any(x.sharding.spec) for x in jax.tree.leaves(trained))  # laid out by the table
     for name, x in arrays(trained).items():
