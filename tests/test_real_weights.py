@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import rounding
 from parity import reference_logits, reference_model
+from proxies import FULL
 
 import smollm3_jax as s3
 from smollm3_jax.commands.main import main
@@ -70,6 +71,7 @@ def test_greedy_text_equals_transformers(demo_folder, tokens):
         assert new == expected[0, len(prompt) :].tolist()
 
 
+@FULL
 def test_it_knows_the_capital_of_france(demo_folder, capsys):
     arguments = ["generate", "--model", str(demo_folder), "--dtype", "float32", "--temperature", "0", "--json"]
     assert main([*arguments, "--prompt", PROMPT, "--max-new-tokens", "4"]) == 0

@@ -63,7 +63,7 @@ def test_what_a_step_takes_in(words, arrays, bytes_each):
 
 
 @needs_libtpu
-@pytest.mark.slow
+@FULL
 def test_an_adapters_step_multiplies_no_gradient_of_what_is_frozen():
     """Two layers with a short vocabulary: two products for each frozen weight, and no float32 copy of it."""
     config = proxy(2, **SHORT)

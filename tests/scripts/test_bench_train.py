@@ -6,12 +6,13 @@ import sys
 from pathlib import Path
 
 import pytest
+from proxies import FULL
 from tiny import talking_checkpoint
 
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts/bench_train.py"
 
 
-@pytest.mark.slow
+@FULL
 def test_steps_of_post_training_are_compared_in_one_run(tmp_path):
     folder = talking_checkpoint(tmp_path / "m", num_hidden_layers=1)
     words = ["--model", folder, "--post-training", "--rows", "2", "--length", "32", "--rounds", "2", "--json"]

@@ -51,7 +51,8 @@ def whole(place):
     return place / "whole"
 
 
-@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=FULL) for seed in (1, 2, 3))])
+@FULL
+@pytest.mark.parametrize("seed", range(4))
 def test_kills_at_random_points(whole, place, seed):
     """Four kills in each run; then the end is that of the run that nothing disturbs, bit for bit."""
     run, draw = place / f"killed{seed}", random.Random(seed)
@@ -77,6 +78,7 @@ def test_what_a_run_on_conversations_keeps(whole):
     assert losses(whole)[10] < losses(whole)[1]
 
 
+@FULL
 def test_the_last_batch_of_the_last_epoch_is_a_batch(place):
     """Rows that the data does not fill are empty: each record is trained on in each epoch."""
     tokens = {}
