@@ -46,10 +46,13 @@ class Logprob:
 class Delta:
     """What came of one sequence since the last time.
 
-    request, sample: which one; token_ids: new ones only; text: new text, if there is a tokenizer;
-    logprobs: of token_ids, if asked for; prompt_logprobs: once, with the first delta, if asked for;
+    request, sample: which one.
+    token_ids: new ones only.
+    text: new text, if there is a tokenizer.
+    logprobs: of token_ids, if asked for.
+    prompt_logprobs: once, with the first delta, if asked for.
     finish_reason: with the last delta "stop", "length", or "error" if its grammar could not be kept, or the model's
-    numbers were NaN; else None.
+      numbers were NaN; else None.
 
     With the first delta come prompt_top, of each of prompt_logprobs the likeliest ids with theirs, if params.logprobs
     asks for some, and cached_tokens, how many tokens of the prompt were kept from an earlier one.

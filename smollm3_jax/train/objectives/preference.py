@@ -32,8 +32,9 @@ class Preference:
 
     apo_zero: [1 - s(b D_w)] + s(b D_l). apo_down: s(b D_w) + [1 - s(b (D_w - D_l))]. sigmoid: -log s(b (D_w - D_l)).
 
-    loss: one of `settings.LOSSES`. beta: how closely to stay at the reference; the higher, the closer. by_document:
-    positions count from 0 in each completion with its prompt, not through the row.
+    loss: one of `settings.LOSSES`.
+    beta: how closely to stay at the reference; the higher, the closer.
+    by_document: positions count from 0 in each completion with its prompt, not through the row.
     """
 
     loss: str = "apo_zero"
