@@ -6,7 +6,7 @@ import re
 from .tasks import DAYS
 
 OPEN, CLOSE = "<think>", "</think>"
-# Of each kind of task, what its answer looks like: the last of these in what is said to the user counts.
+# What an answer looks like, by kind of task. The last match after the thinking counts.
 NUMBER = re.compile(r"-?\d+")
 DAY = re.compile("|".join(DAYS))
 LETTERS = re.compile(r"\b[a-z](?: [a-z])+\b")
@@ -38,7 +38,7 @@ def check(kind: str, answer: str, text: str, thinking: bool, finished: bool) -> 
 
 
 def said(text: str) -> str:
-    """What is said to the user: all that comes after the thinking."""
+    """The part of an answer that the user sees: all after the thinking."""
     return text.rpartition(CLOSE)[2].strip()
 
 

@@ -113,7 +113,7 @@ KINDS: dict[str, Callable[[random.Random], Task]] = {
 
 
 def modes(count: int) -> list[bool]:
-    """Whether each of so many drawn tasks is to be thought about: every kind comes in both modes."""
+    """The mode of each of `count` drawn tasks, True for /think: every kind of task comes in both modes."""
     return [bool((i + i // len(KINDS)) % 2) for i in range(count)]
 
 

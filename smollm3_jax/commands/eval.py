@@ -43,7 +43,7 @@ def add(parser: argparse.ArgumentParser) -> None:
         "--max-length", type=count, metavar="N", help="most tokens of a text; default: the model's context"
     )
     how.add_argument("--slots", type=count, metavar="N", help="answers that are generated side by side (default: 16)")
-    out = parser.add_argument_group("what comes of it")
+    out = parser.add_argument_group("output")
     output_help = "gets results and answers as lm-eval writes them; a run that was stopped goes on there"
     out.add_argument("--output", metavar="DIR", help=output_help)
     out.add_argument("--compare", action="store_true", help="the model card's scores beside")
