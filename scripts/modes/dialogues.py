@@ -66,7 +66,7 @@ def record(turns: list[str]) -> dict:
 
 
 def texts(dialogues: list[list[str]], characters: int) -> list[str]:
-    """Dialogues joined into texts of at least `characters` each, with one turn on a line; a shorter rest is left out."""
+    """Dialogues joined into texts of at least `characters` each, a turn on a line; a shorter rest is left out."""
     found, lines = [], []
     for turns in dialogues:
         lines += turns
