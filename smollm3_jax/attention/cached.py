@@ -48,7 +48,7 @@ def cached_attention(
     stored = write(layer, k, v_BTKE, length_B, slot, sharding, table_BN)
     if past is None:
         if slot is None:
-            return decode_attention(q, stored, **of_rows, **where), stored
+            return decode_attention(q, stored, segments_BT=view.segments_BT, **of_rows, **where), stored
         return decode_attention(q, rows(stored, slot, sharding, table_BN), length_B=length_B, **where), stored
     if not past:
         return attention(q, k, v_BTKE, **where), stored
