@@ -28,8 +28,8 @@ def test_what_starts_it_is_alone_on_standard_output(target, capsys):
         assert printed.startswith("#!/bin/bash\n")
     else:
         assert all(yaml.safe_load_all(printed))
-    assert "smollm3 train" in printed or "smollm3" in printed and printed.endswith("\n")
-    assert said.startswith("smollm3: ") and "chips" in said or "2 hosts of 8 H100" in said
+    assert "smollm3" in printed and printed.endswith("\n")
+    assert said.startswith("smollm3: ") and ("2 hosts of 8 H100" if target == "slurm" else "of 4 chips") in said
     assert main(["-q", "launch", target, *TARGETS[target], "--no-plan"]) == 0
     assert capsys.readouterr() == (printed, "")
 

@@ -1,4 +1,4 @@
-"""A real Slurm, of two nodes on this machine: what `smollm3 launch slurm` prints is trained, stopped and gone on with."""
+"""A real Slurm, of two nodes on this machine, that trains what `smollm3 launch slurm` prints."""
 
 import getpass
 import os
