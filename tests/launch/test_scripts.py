@@ -144,6 +144,12 @@ def test_hosts_of_a_tpu_find_each_other(stage, workers):
     assert calls[-1][-6:] == ["--coordinator", "10.0.0.1:8476", "--processes", "3", "--process", "2"]
 
 
+def test_a_host_that_finds_nobody_does_not_train_alone(stage):
+    task = skypilot(train_job("quick", ["run.dir=gs://b/r"]), machine("v5e:4x4"))
+    code, calls = stage(task["run"], DO_curl="exit 6")
+    assert code == 6 and all(call[0] == "curl" for call in calls)
+
+
 def test_a_file_of_settings_comes_along(stage, tmp_path):
     job = of_files(tmp_path)
     _, calls = stage(skypilot(job, machine("v5e:1x1"))["run"])

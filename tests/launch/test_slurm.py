@@ -111,19 +111,19 @@ def slurm(tmp_path_factory):
         [*as_host("node1", folder), "slurmd", "-D"],
         [*as_host("node2", folder), "slurmd", "-D"],
     ]
-    started = []
-    with (folder / "said.txt").open("w") as said:
-        for daemon in daemons:
-            started.append(subprocess.Popen(daemon, env=env, stdout=said, stderr=said))
-            if daemon[0] == "munged":
-                wait_for(lambda: (folder / "munge.socket").exists(), 30)
 
     def run(*words, **more):
         done = subprocess.run(words, env={**env, **more}, cwd=folder, capture_output=True, text=True)
         assert done.returncode == 0, (words, done.stdout, done.stderr, (folder / "said.txt").read_text()[-3000:])
         return done.stdout
 
+    started = []
     try:
+        with (folder / "said.txt").open("w") as said:
+            for daemon in daemons:
+                started.append(subprocess.Popen(daemon, env=env, stdout=said, stderr=said))
+                if daemon[0] == "munged":
+                    wait_for(lambda: (folder / "munge.socket").exists(), 30)
         wait_for(lambda: run("sinfo", "-h", "-t", "idle", "-o", "%D").strip() == "2", 60)
         yield run
     finally:
