@@ -25,7 +25,7 @@ ORDER = (
     ("weights", "pretrained"),
     ("generation",),
     ("chat",),
-    ("serve", "evaluate", "train", "plan"),
+    ("serve", "evaluate", "train", "plan", "launch"),
     (PACKAGE,),  # the public names
     ("commands", "__main__"),
 )

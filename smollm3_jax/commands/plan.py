@@ -56,14 +56,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     decode.add_argument("--cache", type=dtype, choices=("bfloat16", "int8"), default="bfloat16")
 
     serve = plan("serve", _plan_serve, "what a server's cache holds, its modelled speed and its largest context", True)
-    serve.add_argument("--rules", default="serve_tp", choices=STRATEGIES, help="default: serve_tp")
-    serve.add_argument("--slots", type=count, default=SLOTS, metavar="N", help=f"answers side by side ({SLOTS})")
-    context_help = f"most tokens of a prompt and its answer (default: the model's, at most {CONTEXT:,})"
-    serve.add_argument("--context", type=count, metavar="N", help=context_help)
-    pool_help = "tokens that the answers share (default: slots times context, where slots lie on one device)"
-    serve.add_argument("--cache-tokens", type=count, metavar="N", help=pool_help)
-    serve.add_argument("--weights", choices=WEIGHT_SCHEMES, help="default: bfloat16")
-    serve.add_argument("--cache", type=dtype, choices=("bfloat16", "int8"), default="bfloat16")
+    add_serving(serve)
 
     memory = plan("memory", _plan_memory, "weights by format and cache by context, exact to the byte", False)
     memory.add_argument("--batch", type=count, default=1, metavar="ROWS", help="sequences in the cache (default: 1)")
@@ -74,16 +67,30 @@ def add(parser: argparse.ArgumentParser) -> None:
     scale.add_argument("--length", type=count, default=4096, metavar="N", help="tokens of a row (default: 4096)")
 
 
+def add_serving(parser: argparse.ArgumentParser) -> None:
+    """The shape of a server, as of `smollm3 serve`; see `serving_options`."""
+    from sharding.strategies import STRATEGIES
+
+    parser.add_argument("--rules", default="serve_tp", choices=STRATEGIES, help="default: serve_tp")
+    parser.add_argument("--slots", type=count, default=SLOTS, metavar="N", help=f"answers side by side ({SLOTS})")
+    context_help = f"most tokens of a prompt and its answer (default: the model's, at most {CONTEXT:,})"
+    parser.add_argument("--context", type=count, metavar="N", help=context_help)
+    pool_help = "tokens that the answers share (default: slots times context, where slots lie on one device)"
+    parser.add_argument("--cache-tokens", type=count, metavar="N", help=pool_help)
+    parser.add_argument("--weights", choices=WEIGHT_SCHEMES, help="default: bfloat16")
+    parser.add_argument("--cache", type=dtype, choices=("bfloat16", "int8"), default="bfloat16")
+
+
 def run(args: argparse.Namespace) -> int:
     """Runs one of the plans. They need no device: an attached accelerator stays free, and a plug-in that is installed
     to compile is not asked for one."""
     import jax
 
     jax.config.update("jax_platforms", "cpu")
-    return _stopped_by_ctrl_c(lambda: args.plan(args))
+    return stopped_by_ctrl_c(lambda: args.plan(args))
 
 
-def _stopped_by_ctrl_c(work: Callable[[], int]) -> int:
+def stopped_by_ctrl_c(work: Callable[[], int]) -> int:
     """What `work` returns, in a thread of its own: compilers do not come back to Python to hear of a Ctrl-C."""
     result: Future[int] = Future()
 
@@ -142,18 +149,28 @@ def _plan_decode(args: argparse.Namespace) -> int:
 
 
 def _plan_serve(args: argparse.Namespace) -> int:
-    from sharding.mesh import parse_axes
-
     from ..plan.serve import plan_serve
     from ..plan.tables import serve_tables
 
     config = _plan_config(args)
-    context = args.context or min(config.max_position_embeddings, CONTEXT)
-    options = {"axes": parse_axes(args.mesh) if args.mesh else None, "weights": args.weights, "cache": args.cache}
-    options["cache_tokens"] = args.cache_tokens
-    report = plan_serve(config, args.topology, args.rules, args.slots, context, **options, dump=args.dump_hlo)
+    report = plan_serve(config, args.topology, **serving_options(args, config), dump=args.dump_hlo)
     show(args, report, serve_tables)
     return 0
+
+
+def serving_options(args: argparse.Namespace, config: ModelConfig) -> dict[str, Any]:
+    """What `plan_serve` takes, of `add_serving` and --mesh."""
+    from sharding.mesh import parse_axes
+
+    return {
+        "rules": args.rules,
+        "slots": args.slots,
+        "context": args.context or min(config.max_position_embeddings, CONTEXT),
+        "axes": parse_axes(args.mesh) if args.mesh else None,
+        "weights": args.weights,
+        "cache": args.cache,
+        "cache_tokens": args.cache_tokens,
+    }
 
 
 def _show_plan(args: argparse.Namespace, report: dict[str, Any]) -> int:
