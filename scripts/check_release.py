@@ -1,6 +1,6 @@
 """Whether a tag can be released: it is the version, which the changelog's newest heading and CITATION.cff have, too.
 
-    python scripts/check_release.py v0.1.0 --repository https://github.com/OWNER/NAME
+python scripts/check_release.py v0.1.0 --repository https://github.com/OWNER/NAME
 """
 
 import argparse

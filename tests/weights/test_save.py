@@ -646,7 +646,8 @@ def test_conversion_takes_the_text_files_along(hf, tmp_path):
     (source / "generation_config.json").write_text('{"top_k": 3, "eos_token_id": [2, 5], "unknown": null}')
     (source / "training_log.txt").write_text("not part of a model")
     smollm3_jax.convert(source, tmp_path / "out")
-    assert names(tmp_path / "out") == {*texts, "config.json", "generation_config.json", "model.safetensors"}
+    own = {"README.md", "config.json", "generation_config.json", "model.safetensors"}
+    assert names(tmp_path / "out") == {*texts, *own}
     assert {name: (tmp_path / "out" / name).read_bytes().decode() for name in texts} == texts
     generation = json.loads((tmp_path / "out" / "generation_config.json").read_bytes())
     assert generation == {"top_k": 3, "eos_token_id": [2, 5], "unknown": None}
@@ -680,7 +681,7 @@ def test_what_does_not_come_along_is_named(hf, tmp_path, caplog):
     assert {str(path.relative_to(tmp_path / "out")): content for path, content in tree(tmp_path / "out").items()} == {
         **TEXTS,
         "additional_chat_templates": None,
-        **{name: (tmp_path / "out" / name).read_bytes() for name in ("config.json", "model.safetensors")},
+        **{name: (tmp_path / "out" / name).read_bytes() for name in ("README.md", "config.json", "model.safetensors")},
     }
     assert [record.getMessage() for record in caplog.records if "not copied" in record.getMessage()] == [
         f"{source}: no part of the model, so not copied: README.md, eval/"
