@@ -157,7 +157,8 @@ def _open(source: str | Path, folder: str | Path, force: bool) -> Checkpoint:
     checkpoint = open_checkpoint(path)
     if path.is_dir():
         check_links(path)
-        if (left := left_out(path)) and path.resolve() != target:
+        left = [name for name in left_out(path) if name != CARD or not is_ours(path / CARD)]
+        if left and path.resolve() != target:
             more = f" and {len(left) - 10} more" if len(left) > 10 else ""
             log.info("%s: no part of the model, so not copied: %s%s", path, ", ".join(left[:10]), more)
     return checkpoint

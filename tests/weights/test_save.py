@@ -497,7 +497,7 @@ def test_convert_in_place(tmp_path):
     assert main(["convert", str(folder), str(folder), "--force", "--max-shard-size", "100KB"]) == 0
     assert contents(folder) == wanted and "model.safetensors" not in names(folder)
     assert main(["convert", str(folder), str(folder), "--force", "--dtype", "bfloat16"]) == 0
-    assert names(folder) == {"config.json", "model.safetensors"} and names(tmp_path) == {"model"}
+    assert names(folder) == {"README.md", "config.json", "model.safetensors"} and names(tmp_path) == {"model"}
     for name, (tag, _, data) in contents(folder).items():
         assert mapped[name].tobytes() == wanted[name][2]
         assert (tag, data) == ("BF16", mapped[name].astype(ml_dtypes.bfloat16).tobytes())
@@ -527,7 +527,7 @@ def test_to_torch_and_back(dtype, tmp_path):
             wanted_files = set(index["weight_map"].values()) | {"pytorch_model.bin.index.json"}
             assert len(wanted_files) > 3 and index["weight_map"].keys() == wanted.keys()
             assert index["metadata"]["total_size"] == sum(len(data) for _, _, data in wanted.values())
-        assert names(folder) == wanted_files | {"config.json"}
+        assert names(folder) == wanted_files | {"README.md", "config.json"}
         state = {}
         for path in folder.glob("*.bin"):
             state |= torch.load(path, weights_only=True)
@@ -561,7 +561,7 @@ def test_odd_weight_names_do_not_survive_beside_torch_files(tmp_path):
     (folder / "model.safetensors").rename(folder / "weights-a.safetensors")
     (folder / INDEX).write_text(json.dumps({"weight_map": dict.fromkeys(wanted, "weights-a.safetensors")}))
     assert main(["convert", str(folder), str(folder), "--format", "torch", "--force"]) == 0
-    assert names(folder) == {"config.json", "pytorch_model.bin"}
+    assert names(folder) == {"README.md", "config.json", "pytorch_model.bin"}
     assert main(["convert", str(folder), str(tmp_path / "back")]) == 0
     assert contents(tmp_path / "back") == wanted
 
@@ -745,7 +745,7 @@ def test_what_is_there_is_not_overwritten(command, target, hf, tmp_path, capsys)
     assert "is there already" in err and "--force" in err and err.count("\n") == 1
     assert tree(tmp_path) == before
     assert main([*command, str(source), str(folder), "--force"]) == 0
-    assert names(folder) == {"config.json", "model.safetensors", "notes.txt"}
+    assert names(folder) == {"README.md", "config.json", "model.safetensors", "notes.txt"}
 
 
 def test_an_empty_folder_may_be_there(hf, tmp_path):
