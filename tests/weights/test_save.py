@@ -538,7 +538,7 @@ def test_to_torch_and_back(dtype, tmp_path):
     for format, suffix in (("torch", ".bin"), ("safetensors", ".safetensors")):
         arguments = ["--force", "--format", format, "--max-shard-size", "70KB"]
         assert main(["convert", str(original), str(original), *arguments]) == 0
-        assert {path.suffix for path in original.iterdir()} == {".json", suffix}
+        assert {path.suffix for path in original.iterdir()} == {".json", ".md", suffix}
     assert contents(original) == wanted
 
 
