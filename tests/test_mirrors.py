@@ -13,6 +13,7 @@ ELSEWHERE = {
     "config_file.py": "tests/test_config.py reads and writes files",
     "errors.py": "classes alone; whoever raises one has a test of it",
     "file_kind.py": "tests/weights/test_foreign.py",
+    "generation/lines.py": "tests/generation/test_jsonl.py asks with files, tests/test_on_ray.py with batches",
     "generation/requests.py": "tests/generation/test_api.py refuses what is refused, and adds up deltas",
     "generation/sequence.py": "tests/generation/test_api.py: stop texts, thinking, what is handed out",
     "generation/stats.py": "tests/generation/test_api.py",
