@@ -51,6 +51,7 @@ ELSEWHERE = {
     "weights/gguf_tokenizer.py": "tests/weights/test_gguf.py",
     "weights/summary.py": "tests/commands/test_commands.py, in `inspect`",
     "weights/texts.py": "tests/weights/test_save.py",
+    "weights/wheels.py": "tests/evaluate/tasks/test_bfcl.py reads one",
     "weights/torch_files.py": "tests/weights/test_foreign.py",
 }
 
