@@ -25,6 +25,8 @@ from smollm3_jax.generation.api import complete
 from smollm3_jax.generation.requests import Request
 
 ROOT = Path(__file__).resolve().parents[1]
+# Of all processes of a cluster, which would keep a key in the user's home.
+ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "RAY_AUTH_MODE": "disabled"}
 
 
 @pytest.fixture(scope="module")
@@ -147,12 +149,19 @@ class Machine:
     """
 
     def __init__(self, log: Path, *arguments: str):
-        command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--num-cpus=1", *arguments]
-        command += ["--object-store-memory=100000000", "--disable-usage-stats"]
+        command = [
+            sys.executable,
+            "-m",
+            "ray.scripts.scripts",
+            "start",
+            "--block",
+            "--num-cpus=1",
+            "--node-ip-address=127.0.0.1",
+        ]
+        command += ["--object-store-memory=100000000", "--disable-usage-stats", *arguments]
         self.log = log
         with log.open("w") as file:
-            environment = os.environ | {"PYTHONPATH": str(ROOT)}  # for the actors
-            self.process = subprocess.Popen(command, env=environment, stdout=file, stderr=file)
+            self.process = subprocess.Popen(command, env=ENVIRONMENT, stdout=file, stderr=file)
 
     def wait_for(self, words: str) -> None:
         while words not in self.log.read_text():
@@ -196,14 +205,14 @@ def test_two_machines_of_which_one_is_lost(talking, predictor, tmp_path):
     source.write_text("".join(json.dumps(line) + "\n" for line in lines) + "no JSON\n")
     command = [sys.executable, "-m", "smollm3_jax", "generate", "-m", talking, "--input", source, "--slots", "2"]
     command = [*map(str, command), "--temperature", "0", "--output"]
-    run: dict[str, Any] = {"env": os.environ | {"PYTHONPATH": str(ROOT)}, "text": True}
+    run: dict[str, Any] = {"env": ENVIRONMENT, "text": True}
     alone = subprocess.run([*command, str(tmp_path / "alone")], stderr=subprocess.PIPE, **run)
     assert alone.returncode == 3, alone.stderr
 
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
-    head = "--head", f"--port={address.partition(':')[2]}", "--node-ip-address=127.0.0.1", "--include-dashboard=false"
+    head = "--head", f"--port={address.partition(':')[2]}", "--include-dashboard=false"
     machines = [Machine(tmp_path / "head.log", *head)]
     try:
         machines[0].wait_for("Ray runtime started")

@@ -19,7 +19,7 @@ def questions(puzzles: Sequence[str] = PUZZLES, **_: Any) -> dict[str, Any]:
     Args:
       puzzles: names of reasoning-gym's datasets.
     """
-    import reasoning_gym
+    import reasoning_gym  # pyright: ignore[reportMissingImports]
 
     made = [reasoning_gym.create_dataset(name, size=SAMPLES, seed=SEED) for name in puzzles]
     # As texts: the columns of a dataset have one type.
@@ -34,8 +34,8 @@ def questions(puzzles: Sequence[str] = PUZZLES, **_: Any) -> dict[str, Any]:
 
 def score(doc: Mapping[str, str], results: Sequence[str]) -> dict[str, float]:
     """reasoning-gym's own, from 0 to 1, of what stands between the last tags, or else of the whole answer."""
-    from reasoning_gym import get_score_answer_fn
-    from reasoning_gym.utils import extract_answer
+    from reasoning_gym import get_score_answer_fn  # pyright: ignore[reportMissingImports]
+    from reasoning_gym.utils import extract_answer  # pyright: ignore[reportMissingImports]
 
     found = extract_answer(results[0])
     answer = results[0].strip() if found is None else found
