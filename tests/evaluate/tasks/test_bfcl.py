@@ -114,7 +114,7 @@ def _first(options: Any) -> Any:
 @pytest.mark.slow
 @pytest.mark.parametrize("category", CATEGORIES)
 def test_the_answers_of_the_data_are_right(category):
-    """All but six, which the data itself contradicts: BFCL's checker refuses the same."""
+    """All but four, whose types the data itself contradicts: BFCL's checker refuses them too."""
     try:
         docs = bfcl.questions(category, chat=True)["test"]
     except HubError as error:

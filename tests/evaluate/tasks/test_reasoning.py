@@ -40,7 +40,7 @@ def test_right_answers_are_right():
     for doc in found[:30]:
         answer = json.loads(doc["entry"])["answer"]
         assert reasoning.score(doc, [f"So it is <answer>{answer}</answer>."]) == {"score": 1.0}
-        assert reasoning.score(doc, [f"It is not <answer>{answer}x9</answer>."])["score"] < 1
+        assert reasoning.score(doc, ["It is <answer>$</answer>."])["score"] < 0.5
     assert next(iter(reasoning.questions(["chain_sum"])["test"])) == found[0]
 
 
