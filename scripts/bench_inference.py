@@ -1,7 +1,7 @@
 """Inference speed and memory of this package beside its peers, on the CPU, measured in one run.
 
     python scripts/bench_inference.py --model DIR|demo|random-3b [--peer transformers] [--peer llama.cpp]
-        [--dtype bfloat16] [--weights int8] [--rounds 3] [--one-at-a-time] [--out bench.json]
+        [--beside TREE] [--dtype bfloat16] [--weights int8] [--rounds 3] [--one-at-a-time] [--out bench.json]
 
 Every engine is a process of its own (bench_peers.py, bench_llama.mjs) with the same token ids on the same cores.
 Each measurement is made once to warm up, compilation included, then once a round by one engine after the other, so
@@ -17,7 +17,8 @@ engines stay loaded; where they do not fit side by side, --one-at-a-time starts 
 transformers runs with its defaults (generate, sdpa, no torch.compile), in --dtype also where --weights is int8, for
 which it has nothing on a CPU. Where a processor has no bfloat16 instructions, its bfloat16 is slower than its
 float32: measure both. llama.cpp runs --dtype as F32 or BF16 and int8 as Q8_0, in the prebuilt library of npm's
-node-llama-cpp (the script says how to install it), with an f16 cache. The chart needs matplotlib, which is in the
+node-llama-cpp (the script says how to install it), with an f16 cache. TREE is another checkout of this repository,
+measured by its own code. The chart needs matplotlib, which is in the
 extra `bench`.
 """
 
@@ -50,7 +51,7 @@ from smollm3_jax.support import how_to_install
 from smollm3_jax.tokenizer import load_tokenizer
 from smollm3_jax.weights.demo import pull_demo
 
-TRANSFORMERS, LLAMA = "transformers", "llama.cpp"
+TRANSFORMERS, LLAMA, BESIDE = "transformers", "llama.cpp", "beside"
 BUSY = 0.05  # the share of the machine's cores, used by others, from which figures are doubtful
 NODE_VERSION = "3.22.1"
 GGUF_KINDS = {"float32": "F32", "bfloat16": "BF16", "int8": "Q8_0"}
@@ -164,7 +165,9 @@ def engine_command(engine: str, folder: Path, args: argparse.Namespace) -> list[
         file = gguf_of(folder, GGUF_KINDS[args.weights or args.dtype])
         return ["node", str(here / "bench_llama.mjs"), str(install), str(file), str(args.threads)]
     settings = {"engine": engine, "folder": str(folder), "dtype": args.dtype, "threads": args.threads}
-    settings["weights"] = args.weights if engine == OURS else None
+    settings["weights"] = None if engine == TRANSFORMERS else args.weights
+    if engine == BESIDE:
+        here, settings["engine"] = args.beside / "scripts", OURS
     return [sys.executable, str(here / "bench_peers.py"), json.dumps(settings)]
 
 
@@ -249,6 +252,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     positive.__name__ = "positive number"
     parser.add_argument("--model", required=True, help='a Hugging Face folder, "demo" or "random-3b" (writes 6.15 GB)')
     parser.add_argument("--peer", action="append", default=[], choices=[TRANSFORMERS, LLAMA], help="may be repeated")
+    parser.add_argument("--beside", type=Path, metavar="TREE", help="another checkout of this repository")
     parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
     parser.add_argument("--weights", choices=["int8"], help="quantize the weights (default: they are of --dtype)")
     parser.add_argument("--rounds", type=positive, default=3)
@@ -265,6 +269,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, metavar="FILE.json", help="all samples, and a chart in FILE.png")
     args = parser.parse_args(argv)
     args.peer = list(dict.fromkeys(args.peer))
+    if args.beside and not (args.beside / "scripts" / "bench_peers.py").is_file():
+        parser.error(f"--beside: {args.beside} is no checkout with scripts/bench_peers.py")
     if args.threads > cores:
         parser.error(f"--threads is {args.threads}, but there are {cores} cores")
     if args.out and args.out.suffix != ".json":
@@ -293,7 +299,7 @@ def run(args: argparse.Namespace) -> None:
     def say(text: str) -> None:
         console.print(text, markup=False, highlight=False, soft_wrap=True)
 
-    engines = [OURS, *args.peer]
+    engines = [OURS, *args.peer, *([BESIDE] if args.beside else [])]
     if LLAMA in engines:
         node_folder()
     if args.out and importlib.util.find_spec("matplotlib") is None:
@@ -308,11 +314,13 @@ def run(args: argparse.Namespace) -> None:
     start = {}
     for engine in engines:
         command = engine_command(engine, folder, args)
-        start[engine] = lambda engine=engine, command=command: Worker(engine, command, environment)
+        own = _environment(str(args.beside.resolve()), args.threads) if engine == BESIDE else environment
+        start[engine] = lambda engine=engine, command=command, own=own: Worker(engine, command, own)
     samples = measure(start, commands, args.rounds, args.one_at_a_time, say)
 
     weights = {
         OURS: args.weights or args.dtype,
+        BESIDE: args.weights or args.dtype,
         TRANSFORMERS: args.dtype,
         LLAMA: GGUF_KINDS[args.weights or args.dtype],
     }

@@ -1,11 +1,12 @@
 """A training step beside PyTorch's on this machine: seconds, tokens/s and peak memory, in one run.
 
     python scripts/bench_train.py [--model demo|DIR] [--peer transformers] [--dtype float32|bfloat16]
-        [--post-training] [--plan v5e:4x4] [--json]
+        [--beside TREE] [--post-training] [--plan v5e:4x4] [--json]
 
 Each engine is a process of its own that loads once and then takes steps in turn with the other: AdamW, clipping by the
 global norm, rows of random tokens. In bfloat16 PyTorch runs eager autocast over float32 weights; we cast the weights
-once a step. The loss of the first step is printed beside the times: both compute the same one. `--post-training` adds
+once a step. The loss of the first step is printed beside the times: both compute the same one. `--beside` adds the
+step of another checkout of this repository, by its own code. `--post-training` adds
 steps on the same rows with other objectives, and their ratios: fine-tuning, preferences whose reference's sums are
 stored, and fine-tuning of an adapter (rank 16, all projections). `--plan` adds what `smollm3 plan train` models of
 SmolLM3-3B's step on that topology; it runs nowhere.
@@ -29,6 +30,7 @@ ENGINES = ("smollm3_jax", "transformers")
 POST_TRAINING = ("sft", "preference", "lora")
 # What each is compared with.
 BESIDE = {"sft": "smollm3_jax", "preference": "sft", "lora": "sft"}
+OTHER = "beside"
 WARM_UP = 2  # steps that compile, and touch memory for the first time
 
 
@@ -121,17 +123,20 @@ def _peak_bytes() -> int:
     return 0
 
 
-def measure(engines: list[str], settings: dict[str, Any], rounds: int) -> dict[str, list[dict[str, Any]]]:
-    """Steps of each engine, in turn, those that warm up first."""
-    processes = {
-        engine: subprocess.Popen(
-            [sys.executable, HERE, "--serve", engine, json.dumps(settings)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        for engine in engines
-    }
+def measure(
+    engines: list[str], settings: dict[str, Any], rounds: int, beside: Path | None
+) -> dict[str, list[dict[str, Any]]]:
+    """Steps of each engine, in turn, those that warm up first; `beside` is the checkout of the engine "beside"."""
+
+    def start(engine: str) -> subprocess.Popen[str]:
+        script, environment = HERE, dict(os.environ)
+        if engine == OTHER and beside:
+            script, engine = beside / "scripts" / HERE.name, ENGINES[0]
+            environment["PYTHONPATH"] = str(beside)
+        command = [sys.executable, script, "--serve", engine, json.dumps(settings)]
+        return subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    processes = {engine: start(engine) for engine in engines}
     found: dict[str, list[dict[str, Any]]] = {engine: [] for engine in engines}
     for number in range(WARM_UP + rounds):
         for engine, process in processes.items():
@@ -161,6 +166,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="demo", metavar="DIR", help="a model folder (default: demo)")
     parser.add_argument("--peer", action="append", default=[], choices=ENGINES[1:])
+    parser.add_argument("--beside", type=Path, metavar="TREE", help="another checkout of this repository")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--remat", default="dots", help="what ours computes again in the backward pass")
     parser.add_argument("--rows", type=int, default=4)
@@ -170,6 +176,8 @@ def main() -> int:
     parser.add_argument("--plan", metavar="TOPOLOGY", help="add the modelled step of SmolLM3-3B there, like v5e:4x4")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
+    if args.beside and not (args.beside / "scripts" / HERE.name).is_file():
+        parser.error(f"--beside: {args.beside} is no checkout with scripts/{HERE.name}")
     from smollm3_jax.config import ModelConfig
     from smollm3_jax.weights.demo import model_folder
 
@@ -178,7 +186,8 @@ def main() -> int:
     settings = {key: getattr(args, key) for key in ("dtype", "remat", "rows", "length", "post_training")}
     settings |= {"folder": folder, "words": words}
     added = POST_TRAINING if args.post_training else ()
-    found = measure([ENGINES[0], *args.peer, *added], settings, args.rounds)
+    others = [OTHER] if args.beside else []
+    found = measure([ENGINES[0], *args.peer, *others, *added], settings, args.rounds, args.beside)
     rows = {}
     for engine, steps in found.items():
         seconds = statistics.median(step["seconds"] for step in steps[WARM_UP:])
@@ -188,7 +197,7 @@ def main() -> int:
             "peak_bytes": max(step["peak_bytes"] for step in steps),
             "first_loss": steps[0]["loss"],
         }
-    ratios = {f"ours / {peer}": _ratio(rows[ENGINES[0]], rows[peer]) for peer in args.peer}
+    ratios = {f"ours / {peer}": _ratio(rows[ENGINES[0]], rows[peer]) for peer in [*args.peer, *others]}
     ratios |= {f"{one} / {BESIDE[one]}": _ratio(rows[one], rows[BESIDE[one]]) for one in added}
     plan = None
     if args.plan:

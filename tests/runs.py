@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
+PATH = os.pathsep.join([str(ROOT), str(Path(__file__).parent / "without_pictures")])
 
 
 def write_corpus(path, documents=50, seed=0):
@@ -38,7 +39,7 @@ def environment(**more):
     quick = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "true"}
     if "JAX_NUM_CPU_DEVICES" in more:
         quick["JAX_ENABLE_COMPILATION_CACHE"] = "false"  # see compile_cache.enable
-    return {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", **quick, **more}
+    return {**os.environ, "PYTHONPATH": PATH, "JAX_PLATFORMS": "cpu", **quick, **more}
 
 
 def limited(limit):

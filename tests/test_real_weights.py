@@ -84,6 +84,7 @@ def test_it_knows_the_capital_of_france(demo_folder, capsys):
     assert "Paris" in answer["text"] and answer["finish_reason"] == "stop"
 
 
+@FULL
 def test_cached_decoding_equals_the_whole_forward(demo_folder, tokens):
     from smollm3_jax.kv_cache import empty_cache
 

@@ -171,7 +171,7 @@ def test_a_second_signal_ends_it_at_once(tiny, number):
         assert time.monotonic() - begin < 2
 
 
-@pytest.mark.slow
+@FULL
 def test_two_processes_are_one_server(tiny):
     """What both answer together, from pages that hold one long answer, is what one process answers from rows; the
     second ends when the first has drained."""

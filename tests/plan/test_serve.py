@@ -32,6 +32,7 @@ def report():
 
 @needs_libtpu
 @pytest.mark.slow
+@FULL
 def test_what_fits_beside_the_programs(report):
     assert report["fits"] and report["page"] == 256
     hbm, tokens = report["hbm"], report["tokens"]
@@ -51,6 +52,7 @@ def test_what_fits_beside_the_programs(report):
 
 @needs_libtpu
 @pytest.mark.slow
+@FULL
 def test_a_gap_is_a_piece_and_a_call(report):
     prefill, gap, model = report["prefill"], report["gap"], report["modelled"]
     assert prefill["tokens"] == 256

@@ -120,6 +120,7 @@ def test_rounds_are_interleaved(one_at_a_time):
         (["--model", "demo", "--out", "bench.txt"], ".json"),
         (["--model", "demo", "--out", "/nowhere/to/be/bench.json"], "/nowhere/to/be"),
         (["--model", "demo", "--peer", "vllm"], "vllm"),
+        (["--model", "demo", "--beside", "/nowhere/to/be"], "no checkout"),
     ],
 )
 def test_mistakes_are_named(arguments, words, capsys):
@@ -159,11 +160,13 @@ def test_end_to_end(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(bench.os, "sched_setaffinity", lambda *_: None)  # the tests go on in this process
     folder, out = tiny_checkpoint(tmp_path / "tiny", "one_layer"), tmp_path / "bench.json"
     tiny = "--dtype float32 --rounds 1 --prefill 8 600 --batch 1 --prompt 8 --new 400 --threads 1"
-    assert bench.main(["--model", str(folder), *tiny.split(), "--out", str(out)]) == 0
+    itself = ["--beside", str(Path(bench.__file__).parents[1])]
+    assert bench.main(["--model", str(folder), *tiny.split(), *itself, "--out", str(out)]) == 0
     result = json.loads(out.read_text())
     assert [row["what"] for row in result["results"]] == ["load", "prefill 8", "decode, batch 1", "peak memory"]
     assert all(row["values"]["smollm3_jax"] > 0 for row in result["results"])
-    assert result["engines"] == {"smollm3_jax": "smollm3_jax float32"}
+    assert result["engines"] == {"smollm3_jax": "smollm3_jax float32", "beside": "beside float32"}
+    assert result["greedy_agreement"] == {"beside": "401 of 401"}
     assert result["machine"]["cores"] and result["versions"]["jax"]
     assert {sample["round"] for sample in result["samples"]} == {0, 1}
     assert "decode, batch 1" in capsys.readouterr().out

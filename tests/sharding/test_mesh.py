@@ -14,6 +14,7 @@ import rounding
 import tiny
 from hypothesis import given
 from hypothesis import strategies as st
+from proxies import FULL
 
 import smollm3_jax as s3
 from sharding import mesh as mesh_module
@@ -192,9 +193,9 @@ def losses_of(model, tokens):
     return losses
 
 
-@pytest.mark.slow
+@FULL
 def test_two_processes_train_as_one(tmp_path):
-    """From one checkpoint, of which each process reads its own parts. (Four: test_several_processes.py.)"""
+    """From one checkpoint, of which each process reads its own parts. (`smollm3 train`: test_several_processes.py.)"""
     folder = tiny.tiny_checkpoint(tmp_path)
     tokens = np.random.RandomState(0).randint(3, 160, (8, 32)).astype(np.int32)
     model = s3.from_pretrained(folder, stacked=True)

@@ -1,10 +1,12 @@
 import dataclasses
+import json
 import math
 
+import pytest
 from etils import epath
 
 from smollm3_jax.train.run.metrics import as_text
-from smollm3_jax.train.run.report import HELD_OUT, LOSS, curves, summary
+from smollm3_jax.train.run.report import HELD_OUT, LOSS, curves, summary, write_report
 from smollm3_jax.train.settings_file import parse
 
 
@@ -20,3 +22,15 @@ def test_curves_and_what_the_run_came_to(tmp_path):
     assert rows["steps"] == "3 of 9" and rows["last call"] == "24 tokens in 1 s"
     assert rows["loss"] == "at first 3.0000 (step 1), lowest 2.0000 (step 2), last 2.0000 (step 2)"
     assert rows["data"] == "corpus" and "model" not in rows
+
+
+def test_a_picture_where_there_is_matplotlib(tmp_path):
+    pytest.importorskip("matplotlib")
+    lines = [{"step": step, "loss": 9 / step, "seconds": 0.1, "bad": 0, "tokens": 8.0} for step in (1, 2, 3)]
+    (tmp_path / "metrics.jsonl").write_text("".join(map(as_text, lines)))
+    settings = dataclasses.asdict(parse({"run": {"steps": 3}, "data": {"path": "corpus"}}))
+    (tmp_path / "settings.json").write_text(json.dumps(settings))
+    (tmp_path / "environment.json").write_text("{}")
+    write_report(epath.Path(tmp_path))
+    assert "<svg" in (tmp_path / "report.html").read_text()
+    assert (tmp_path / "report.png").read_bytes().startswith(b"\x89PNG")
