@@ -25,6 +25,7 @@ from smollm3_jax.generation.api import complete
 from smollm3_jax.generation.requests import Request
 
 ROOT = Path(__file__).resolve().parents[1]
+PATIENCE = 600  # seconds; a cluster that hangs fails
 # Of all processes of a cluster, which would keep a key in the user's home.
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "RAY_AUTH_MODE": "disabled"}
 
@@ -220,14 +221,16 @@ def test_two_machines_of_which_one_is_lost(talking, predictor, tmp_path):
         machines[1].wait_for("Ray runtime started")
         cluster = [*command, str(target), "--ray", address, "--actors", "2"]
         process = subprocess.Popen(cluster, stderr=subprocess.PIPE, **run)
+        deadline = time.monotonic() + PATIENCE
         while process.poll() is None and not (target.exists() and b"\n" in target.read_bytes()):
+            assert time.monotonic() < deadline
             time.sleep(0.02)
         assert process.poll() is None and target.read_bytes().count(b"\n") < 91
         machines[1].kill()
-        error = process.communicate()[1]
+        error = process.communicate(timeout=PATIENCE)[1]
         assert process.returncode == 3, error
         pipeline = subprocess.run(
-            [sys.executable, "-c", PIPELINE, address, str(talking)], stdout=subprocess.PIPE, **run
+            [sys.executable, "-c", PIPELINE, address, str(talking)], stdout=subprocess.PIPE, timeout=PATIENCE, **run
         )
     finally:
         for machine in machines:
