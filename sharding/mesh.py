@@ -30,6 +30,7 @@ DEFAULT_AXES: dict[str, dict[str, int]] = {
     "fsdp_tp_cp": {"fsdp": -1, "context": 4, "tensor": 4},
     "serve_tp": {"data": -1, "tensor": 4},
     "serve_tp_long": {"tensor": -1},
+    "serve_cp": {"context": -1},
 }
 assert set(DEFAULT_AXES) == set(STRATEGIES)
 

@@ -30,6 +30,9 @@ STRATEGIES: dict[str, Rules] = {
     "serve_tp": {**_TENSOR, "batch": "data"},
     # Serving one long sequence: weights as above, the cache split along the context over every device.
     "serve_tp_long": {**{k: v for k, v in _TENSOR.items() if k != "cache_heads"}, "context": ALL_AXES},
+    # Serving long prompts: pieces of them are split along their length too, and so is the cache, which by its few heads
+    # alone a few devices could share.
+    "serve_cp": {**_TENSOR, "length": "context", "context": "context"},
 }
 
 

@@ -268,7 +268,12 @@ def _put_part(old_KBSx: Array, new_K1Tx: Array, row: Array | int, start: Array) 
 
 
 def read(
-    layer: LayerCache, row: Array, start: Array, length: int, dtype: jnp.dtype, table_BN: Array | None = None
+    layer: LayerCache,
+    row: Array | np.int32,
+    start: Array | np.int32,
+    length: int,
+    dtype: jnp.dtype,
+    table_BN: Array | None = None,
 ) -> tuple[Array, Array]:
     """Keys and values [1, length, K, E] of a row's places from `start` on; inside of shard_map of the device's part.
 
@@ -323,7 +328,7 @@ def _whole_row(x_KBSx: Array, slot: Array, sharding: Sharding | None) -> Array:
     return get(x_KBSx, slot)
 
 
-def _row(x_KBSx: Array, index: Array, length: int, start: Array | int | np.int32 = 0) -> Array:
+def _row(x_KBSx: Array, index: Array | np.int32, length: int, start: Array | int | np.int32 = 0) -> Array:
     sizes = (x_KBSx.shape[0], 1, length, *x_KBSx.shape[3:])
     return jax.lax.dynamic_slice(x_KBSx, _place(index, start, x_KBSx.ndim), sizes)
 

@@ -144,6 +144,7 @@ class SmolLM3(nnx.Module):
         cache: None = None,
         *,
         remat: Callable[..., bool] | None = None,
+        in_order: bool = False,
     ) -> tuple[Array, None]: ...
 
     @overload
@@ -168,6 +169,7 @@ class SmolLM3(nnx.Module):
         slot: Array | None = None,
         past: bool | None = None,
         remat: Callable[..., bool] | None = None,
+        in_order: bool = False,
     ) -> tuple[Array, KVCache | None]:
         """The model up to its final norm: [B, T, D] for `unembed`, and the cache (None without one).
 
@@ -175,8 +177,10 @@ class SmolLM3(nnx.Module):
           slot, past: as for `CacheView`.
           remat: a policy of `jax.checkpoint` for each layer: what its backward pass finds kept, by the names
             that `block` gives; None keeps everything.
+          in_order: where the mesh splits rows, tokens come, and states go, in the order of `sharding.row_order`, with
+            their positions; else in their own.
         """
-        out = _run_layers(self, tokens, positions, segment_ids, cache, slot, past, remat=remat)
+        out = _run_layers(self, tokens, positions, segment_ids, cache, slot, past, remat=remat, in_order=in_order)
         norm = _norm_for(self, tokens, cache)
         return norm(out.x_BTD, self.norm[...], self.config.rms_norm_eps), out.cache
 
@@ -270,12 +274,19 @@ def _run_layers(
     *,
     keep_states: bool = False,
     remat: Callable[..., bool] | None = None,
+    in_order: bool = False,
 ) -> _Layers:
     """Embedding and all blocks."""
     view = None if cache is None else CacheView.of(cache, segments_BT, slot, past)
     if positions_BT is None:
         positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1], dtype=jnp.int32), tokens_BT.shape)
         positions_BT = positions_BT if view is None else positions_BT + view.length_B[:, None]
+    order = None if model.sharding is None else model.sharding.row_order(tokens_BT.shape[1])
+    if in_order or (view is not None and view.past is None):  # a few new tokens are not split
+        order = None
+    if order is not None:
+        tokens_BT, positions_BT = tokens_BT[:, order], positions_BT[:, order]
+        segments_BT = None if segments_BT is None else segments_BT[:, order]
     angles = rope.cos_sin(model.config, positions_BT)
     norm = _norm_for(model, tokens_BT, cache)
 
@@ -295,6 +306,9 @@ def _run_layers(
         return x_BTD, (x_BTD if keep_states else None, cached)
 
     x_BTD, states_LBTD, cached = _layer_by_layer(step, model, _embed(model, tokens_BT), cache, remat)
+    if order is not None:
+        back = np.argsort(order)
+        x_BTD, states_LBTD = x_BTD[:, back], None if states_LBTD is None else states_LBTD[:, :, back]
     if view is None or cache is None:
         return _Layers(x_BTD, states_LBTD, None)
     return _Layers(x_BTD, states_LBTD, view.with_tokens(cache, cached, tokens_BT.shape))

@@ -3,6 +3,7 @@
 Shapes: B batch, T new tokens, S key length, H query heads, K key-value heads, E head width.
 """
 
+import numpy as np
 from jax import Array
 
 from sharding.rules import Sharding
@@ -10,7 +11,7 @@ from sharding.rules import Sharding
 from .. import rope
 from ..kv_cache import CacheView, LayerCache, rows, write
 from .dispatch import attention, decode_attention, decode_step
-from .piece import piece_attention
+from .piece import piece_attention, piece_over_length
 
 
 def cached_attention(
@@ -28,7 +29,8 @@ def cached_attention(
     """Causal attention in one layer.
 
     Args:
-      q_BTHE, k_BTKE, v_BTKE: before RoPE; angles: cos and sin, float32 [B, T, E/2] each.
+      q_BTHE, k_BTKE, v_BTKE: before RoPE; angles: cos and sin, float32 [B, T, E/2] each. A piece of a prompt has its
+        tokens in the order of `sharding.row_order`.
       layer: the cache before these tokens; view: where in it they go.
       use_rope: bool scalar, whether the layer rotates queries and keys.
       window, sharding: as for `attention`.
@@ -44,15 +46,21 @@ def cached_attention(
         done = decode_step(q_BTHE, k_BTKE, v_BTKE, of_layer, layer, **of_rows, **where)
         if done is not None:
             return done
-    q, k = rope.rotate(q_BTHE, *angles, use_rope), rope.rotate(k_BTKE, *angles, use_rope)
-    stored = write(layer, k, v_BTKE, length_B, slot, sharding, table_BN)
+    q, k, v = rope.rotate(q_BTHE, *angles, use_rope), rope.rotate(k_BTKE, *angles, use_rope), v_BTKE
+    order = None if past is None or sharding is None else sharding.row_order(q.shape[1])
+    if order is not None and sharding is not None:
+        # Once: what is written lies otherwise than the queries, and every device looks at all of it.
+        k, v = (sharding.constrain(x, None, None, "kv_heads", None)[:, np.argsort(order)] for x in (k, v))
+    stored = write(layer, k, v, length_B, slot, sharding, table_BN)
     if past is None:
         if slot is None:
-            return decode_attention(q, stored, **of_rows, **where), stored
+            return decode_attention(q, stored, segments_BT=view.segments_BT, **of_rows, **where), stored
         return decode_attention(q, rows(stored, slot, sharding, table_BN), length_B=length_B, **where), stored
-    if not past:
-        return attention(q, k, v_BTKE, **where), stored
+    if order is None and not past:
+        return attention(q, k, v, **where), stored
     # The cache that the piece was written into: the update stays in place.
     assert slot is not None
     place = {"slot": slot, "length": length_B[0], "table_BN": table_BN}
-    return piece_attention(q, k, v_BTKE, stored, **place, **where), stored
+    if order is not None:
+        return piece_over_length(q, k, v, stored if past else None, **place, **where), stored
+    return piece_attention(q, k, v, stored, **place, **where), stored

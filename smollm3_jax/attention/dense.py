@@ -47,15 +47,15 @@ def dense_part(
 ) -> Part:
     """What rows see of one document's keys: causally of their own if `seen` is None, else all of the first `seen`.
 
-    distance: from the first key to the first query, for the window.
+    distance: int32 [T], from the first key to each query, for the window.
     """
     if seen is None or distance is None:
         return Part(*_in_pieces(_mix, q_BTHE, k_BSKE, v_BSKE, (), window, None))
     length, keys = q_BTHE.shape[1], k_BSKE.shape[1]
-    key_1S, query_T1 = jnp.arange(keys, dtype=jnp.int32)[None], jnp.arange(length, dtype=jnp.int32)[:, None]
+    key_1S = jnp.arange(keys, dtype=jnp.int32)[None]
     seen_TS = jnp.broadcast_to(key_1S < seen, (length, keys))
     if window is not None:
-        seen_TS &= distance + query_T1 - key_1S < window
+        seen_TS &= distance[:, None] - key_1S < window
     q_BKGTE, k_BKSE, v_BKSE = _by_head(q_BTHE, k_BSKE, v_BSKE)
     return Part(*(_by_token(x) for x in _mix(q_BKGTE, k_BKSE, v_BKSE, seen_TS[None])))
 

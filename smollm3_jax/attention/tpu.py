@@ -63,6 +63,11 @@ def splash_part(
     if seen is not None:
         of_keys_1S = (jnp.arange(keys, dtype=jnp.int32)[None] < seen).astype(jnp.int32)
         segments = jnp.ones((batch, length), jnp.int32), jnp.broadcast_to(of_keys_1S, (batch, keys))
+    return splash_by(kernel, q_BTHE, k_BSKE, v_BSKE, *segments)
+
+
+def splash_by(kernel: "SplashAttentionKernel", q_BTHE: Array, k_BSKE: Array, v_BSKE: Array, *segments: Array) -> Part:
+    """What a kernel finds that returns normalizers."""
     out_BTHE, (norm_BTH,) = splash(kernel, q_BTHE, k_BSKE, v_BSKE, *segments)
     return Part(out_BTHE.astype(jnp.float32), norm_BTH[..., None])
 
@@ -90,10 +95,15 @@ def splash_over_length(
     def part(kernel: "SplashAttentionKernel", q_BTHE: Array, k_BSKE: Array, v_BSKE: Array, *segments: Array) -> Array:
         return splash(kernel, q_BTHE, whole(k_BSKE), whole(v_BSKE), *segments[:1], *map(whole, segments[1:]))
 
-    tables = kernel.manual_sharding_spec(NamedSharding(sharding.mesh, sharding.spec(None, "length")))
+    tables = split_tables(kernel, sharding)
     q_spec, kv_spec = (sharding.spec(batch, "length", axis, None) for axis in ("heads", kv_axis))
     specs = (tables, q_spec, kv_spec, kv_spec, *[sharding.spec(batch, "length")] * len(segments))
     return sharding.shard_map(part, specs, q_spec)(kernel, q_BTHE, k_BSKE, v_BSKE, *segments)
+
+
+def split_tables(kernel: "SplashAttentionKernel", sharding: Sharding) -> PyTree:
+    """How shard_map cuts the tables of a kernel whose queries lie on several devices."""
+    return kernel.manual_sharding_spec(NamedSharding(sharding.mesh, sharding.spec(None, "length")))
 
 
 @functools.lru_cache(maxsize=64)

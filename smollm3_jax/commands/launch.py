@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 
 def add(parser: argparse.ArgumentParser) -> None:
+    from sharding.strategies import STRATEGIES
+
     targets = parser.add_subparsers(required=True, metavar="TARGET", prog="smollm3 launch")
 
     def target(
@@ -47,6 +49,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     add_model_name(serve)
     _add_image(serve)
     serve.add_argument("--mesh", metavar="AXIS=N,...", help="of all devices; default: by rules")
+    serve.add_argument("--rules", default="serve_tp", choices=STRATEGIES, help="default: serve_tp")
     add_serving(serve)
     serve.add_argument("--replicas", type=count, default=1, metavar="N", help="default: 1")
     drain_help = "for answers that are under way when a pod is to end (default: 120)"

@@ -1,6 +1,7 @@
 """`smollm3 plan`."""
 
 import argparse
+import functools
 import os
 import sys
 import threading
@@ -16,30 +17,12 @@ from .shared import add_model_name, count, dtype, folder, show
 
 
 def add(parser: argparse.ArgumentParser) -> None:
-    from sharding.strategies import AXES, STRATEGIES
-
     plans = parser.add_subparsers(required=True, metavar="PLAN", prog="smollm3 plan")
-
-    def plan(name: str, run: Callable[[argparse.Namespace], int], help: str, compiles: bool) -> argparse.ArgumentParser:
-        usage = f"smollm3 plan {name} [MODEL] [OPTION ...]"
-        sub = plans.add_parser(name, help=help, description=help, usage=usage)
-        sub.set_defaults(plan=run)
-        model_help = f"a model, whose config.json is read; default: the shape of {RELEASE}"
-        add_model_name(sub, help=model_help, needed=False)
-        sub.add_argument("--json", action="store_true")
-        if compiles:
-            sub.add_argument(
-                "--topology", default="v5e:4x4", metavar="CHIP:SHAPE", help="such as v5e:4x4 (the default) or h100:8"
-            )
-            sub.add_argument("--mesh", metavar="AXIS=N,...", help=f"of {', '.join(AXES)}; -1 fills; default: by rules")
-            sub.add_argument("--dump-hlo", type=Path, metavar="FILE", help="write the compiled program")
-        return sub
-
-    train = plan("train", _plan_train, "memory, collectives and modelled time of a training step", True)
+    plan = functools.partial(_add_plan, plans)
+    train = plan("train", _plan_train, "memory, collectives and modelled time of a training step", "fsdp")
     train.add_argument(
         "--slices", type=count, default=1, metavar="N", help="how many slices of this topology (default: 1)"
     )
-    train.add_argument("--rules", default="fsdp", choices=STRATEGIES, help="default: fsdp")
     train.add_argument("--batch", type=count, default=16, metavar="ROWS", help="over all devices (default: 16)")
     train.add_argument("--length", type=count, default=4096, metavar="N", help="tokens of a row (default: 4096)")
     remat_help = "what the backward pass computes again (default: as little as fits)"
@@ -48,37 +31,71 @@ def add(parser: argparse.ArgumentParser) -> None:
     words_help = "as of `smollm3 train`: objective.kind=sft, lora.rank=16, lora.base=int8 and the like"
     train.add_argument("settings", nargs="*", metavar="section.key=value", help=words_help)
 
-    decode = plan("decode", _plan_decode, "memory and modelled time of decoding and prefill", True)
-    decode.add_argument("--rules", default="serve_tp", choices=STRATEGIES, help="default: serve_tp")
+    decode = plan("decode", _plan_decode, "memory and modelled time of decoding and prefill", "serve_tp")
     decode.add_argument("--batch", type=count, default=64, metavar="SLOTS", help="over all devices (default: 64)")
     decode.add_argument("--context", type=count, default=8192, metavar="N", help="tokens of a slot (default: 8192)")
-    decode.add_argument("--weights", choices=WEIGHT_SCHEMES, help="default: bfloat16")
-    decode.add_argument("--cache", type=dtype, choices=("bfloat16", "int8"), default="bfloat16")
+    _add_stored(decode)
 
-    serve = plan("serve", _plan_serve, "what a server's cache holds, its modelled speed and its largest context", True)
+    serve = plan(
+        "serve", _plan_serve, "what a server's cache holds, its modelled speed and its largest context", "serve_tp"
+    )
     add_serving(serve)
 
-    memory = plan("memory", _plan_memory, "weights by format and cache by context, exact to the byte", False)
+    prefill = plan(
+        "prefill", _plan_prefill, "memory and modelled time of a long prompt, split over devices", "serve_cp"
+    )
+    length_help = "tokens of the prompt (default: 65536); for more than the model's context YaRN stretches it"
+    prefill.add_argument("--length", type=count, default=65536, metavar="N", help=length_help)
+    _add_stored(prefill)
+
+    memory = plan("memory", _plan_memory, "weights by format and cache by context, exact to the byte")
     memory.add_argument("--batch", type=count, default=1, metavar="ROWS", help="sequences in the cache (default: 1)")
     memory.add_argument("--out", type=Path, metavar="FILE.png", help="draw it (needs matplotlib)")
 
-    scale = plan("scale", _plan_scale, "a training step on more and more devices (v5e), and SmolLM3's own run", False)
+    scale = plan("scale", _plan_scale, "a training step on more and more devices (v5e), and SmolLM3's own run")
     scale.add_argument("--devices", default="16,64,256", metavar="N,N,...", help="default: 16,64,256")
     scale.add_argument("--length", type=count, default=4096, metavar="N", help="tokens of a row (default: 4096)")
 
 
 def add_serving(parser: argparse.ArgumentParser) -> None:
     """The shape of a server, as of `smollm3 serve`; see `serving_options`."""
-    from sharding.strategies import STRATEGIES
-
-    parser.add_argument("--rules", default="serve_tp", choices=STRATEGIES, help="default: serve_tp")
     parser.add_argument("--slots", type=count, default=SLOTS, metavar="N", help=f"answers side by side ({SLOTS})")
     context_help = f"most tokens of a prompt and its answer (default: the model's, at most {CONTEXT:,})"
     parser.add_argument("--context", type=count, metavar="N", help=context_help)
     pool_help = "tokens that the answers share (default: slots times context, where slots lie on one device)"
     parser.add_argument("--cache-tokens", type=count, metavar="N", help=pool_help)
-    parser.add_argument("--weights", choices=WEIGHT_SCHEMES, help="default: bfloat16")
-    parser.add_argument("--cache", type=dtype, choices=("bfloat16", "int8"), default="bfloat16")
+    _add_stored(parser)
+
+
+def _add_plan(
+    plans: "argparse._SubParsersAction[argparse.ArgumentParser]",
+    name: str,
+    run: Callable[[argparse.Namespace], int],
+    help: str,
+    rules: str | None = None,
+) -> argparse.ArgumentParser:
+    """rules: of a plan that compiles, its default strategy."""
+    from sharding.strategies import AXES, STRATEGIES
+
+    usage = f"smollm3 plan {name} [MODEL] [OPTION ...]"
+    sub = plans.add_parser(name, help=help, description=help, usage=usage)
+    sub.set_defaults(plan=run)
+    model_help = f"a model, whose config.json is read; default: the shape of {RELEASE}"
+    add_model_name(sub, help=model_help, needed=False)
+    sub.add_argument("--json", action="store_true")
+    if rules is not None:
+        sub.add_argument(
+            "--topology", default="v5e:4x4", metavar="CHIP:SHAPE", help="such as v5e:4x4 (the default) or h100:8"
+        )
+        sub.add_argument("--mesh", metavar="AXIS=N,...", help=f"of {', '.join(AXES)}; -1 fills; default: by rules")
+        sub.add_argument("--rules", default=rules, choices=STRATEGIES, help=f"default: {rules}")
+        sub.add_argument("--dump-hlo", type=Path, metavar="FILE", help="write the compiled program")
+    return sub
+
+
+def _add_stored(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("--weights", choices=WEIGHT_SCHEMES, help="default: bfloat16")
+    sub.add_argument("--cache", type=dtype, choices=("bfloat16", "int8"), default="bfloat16")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -171,6 +188,18 @@ def serving_options(args: argparse.Namespace, config: ModelConfig) -> dict[str, 
         "cache": args.cache,
         "cache_tokens": args.cache_tokens,
     }
+
+
+def _plan_prefill(args: argparse.Namespace) -> int:
+    from sharding.mesh import parse_axes
+
+    from ..plan.prefill import plan_prefill
+    from ..plan.tables import prefill_tables
+
+    options = {"axes": parse_axes(args.mesh) if args.mesh else None, "weights": args.weights, "cache": args.cache}
+    report = plan_prefill(_plan_config(args), args.topology, args.rules, args.length, **options, dump=args.dump_hlo)
+    show(args, report, prefill_tables)
+    return 0
 
 
 def _show_plan(args: argparse.Namespace, report: dict[str, Any]) -> int:

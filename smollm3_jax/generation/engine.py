@@ -54,7 +54,7 @@ class Engine:
         that a long prompt keeps nobody waiting; None is every prompt that a slot is free for, which is faster where
         nobody watches.
       piece_sizes: the lengths that pieces of prompts are padded to, ascending; the last is that of whole pieces. None
-        is powers of two (see `prompts`), and programs that are made as they are needed.
+        is powers of two, and programs that are made as they are needed. Where a mesh splits pieces, of each part.
       prefix_tokens: with piece_sizes, how many tokens of prompts are kept at most, in whole pieces, for requests that
         begin alike and have the same `cache_salt`: beside the slots, or in pages of theirs that nobody wants; none
         where a slot's places lie on several devices.
@@ -94,7 +94,7 @@ class Engine:
         for name, value in (("prefix_tokens", prefix_tokens), ("cache_tokens", cache_tokens)):
             if value and self._lazy:
                 raise OptionError(f"{name} is {value}; it needs piece_sizes, such as SERVING_PIECES")
-        self.piece_sizes = sizes_for(model.platform, self.capacity, piece_sizes)
+        self.piece_sizes = sizes_for(model.platform, self.capacity, piece_sizes, model.sharding)
         pool = pool_for(cache_tokens, self.piece_sizes[-1], context, lookup, model.sharding)
         shape = {"slots": slots, "context": context, "steps": steps, "lookup": lookup, "prefill_tokens": prefill_tokens}
         shape |= {"piece_sizes": piece_sizes, "prefix_tokens": prefix_tokens, "cache_tokens": cache_tokens}

@@ -41,9 +41,14 @@ def prefix_pages(tokens: int, piece: int, capacity: int, sharding: Sharding | No
     return pages - pages % (1 if sharding is None else sharding.parts("batch"))
 
 
-def piece_sizes(platform: str, capacity: int, sizes: Sequence[int] | None = None) -> tuple[int, ...]:
+def piece_sizes(
+    platform: str, capacity: int, sizes: Sequence[int] | None = None, sharding: Sharding | None = None
+) -> tuple[int, ...]:
     """The lengths that pieces are padded to in slots of `capacity` tokens, by default powers of two; the last is that
     of whole pieces.
+
+    Args:
+      sizes: on each of the devices that a piece is split over.
 
     Raises:
       OptionError: `sizes` do not ascend, or whole pieces do not divide a slot.
@@ -51,6 +56,7 @@ def piece_sizes(platform: str, capacity: int, sizes: Sequence[int] | None = None
     if sizes is None:
         largest = CHUNK.get(platform, ACCELERATOR_CHUNK)
         sizes = [MIN_PIECE << i for i in range((largest // MIN_PIECE).bit_length())]
+    sizes = [size * (1 if sharding is None else sharding.parts("length")) for size in sizes]
     if not sizes or sorted({*sizes, 0})[1:] != list(sizes) or capacity % min(sizes[-1], capacity):
         raise OptionError(f"piece_sizes is {tuple(sizes)}; they must ascend, and the last must divide {capacity}")
     return (*(size for size in sizes if size < capacity), *((capacity,) if sizes[-1] >= capacity else ()))

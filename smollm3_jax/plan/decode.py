@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +15,11 @@ from sharding import hlo
 from sharding.arrays import ArraySpec, shapes, specs_of
 from sharding.hardware import Chip, chip_of
 from sharding.mesh import device_bytes
-from sharding.products import KernelCost
+from sharding.products import CUDNN_ATTENTION, KernelCost
 from sharding.roofline import Roofline, roofline
 from sharding.rules import Sharding
 
-from ..attention.piece import BLOCK
+from ..attention.piece import BLOCK, DENSE_BLOCK
 from ..config import ModelConfig
 from ..errors import OptionError
 from ..files import write_output
@@ -68,6 +68,19 @@ class DecodeSetting:
     def slots(self) -> Slots:
         return shapes(slot_specs(self.batch, self.config.vocab_size), self.sharding)
 
+    @property
+    def places(self) -> int:
+        """How many tokens of a slot a device has while a piece of a prompt looks at them: all, where it has a part of
+        the piece."""
+        return self.context // (1 if self.sharding.parts("length") > 1 else self.sharding.parts("context"))
+
+    def piece_after(self, found: Sequence[hlo.Operation], past: int) -> Roofline:
+        """The roofline of a piece of a prompt after `past` tokens of it, which its loops go through in blocks."""
+        in_loops = [f"{op.name} {op.target}" for op in found if op.in_loop and op.opcode == "custom-call"]
+        by_kernel = any("splash_mha" in name or CUDNN_ATTENTION in name for name in in_loops)
+        blocks = -(-min(past, self.places) // math.gcd(BLOCK if by_kernel else DENSE_BLOCK, self.places))
+        return roofline(found, self.chip, self.kernel_cost, unknown_trips=blocks)
+
     def scalar(self, *shape: int) -> jax.ShapeDtypeStruct:
         """Of int32, the same on every device."""
         return shapes(ArraySpec(shape, jnp.dtype(jnp.int32), (None,) * len(shape)), self.sharding)
@@ -100,9 +113,10 @@ class DecodeSetting:
             return KernelCost(4 * heads * pages * length * width, device_bytes(self.cache.layers[0]))
         if "splash_mha_fwd" in op.name + op.op_name:
             length = max(math.prod(shape.dims) for shape in op.shapes) // (heads * width)
-            # In a loop it goes through a piece's past, all of which its queries see.
-            places = self.context // self.sharding.parts("context")
-            keys = math.gcd(BLOCK, places) if op.in_loop else length / 2
+            # In a loop it goes through a piece's past, all of which its queries see. A device has as many of a piece's
+            # first tokens as of its last.
+            whole = length * self.sharding.parts("length")
+            keys = math.gcd(BLOCK, self.places) if op.in_loop else whole / 2
             return KernelCost(4 * heads * length * keys * width, 0.0, share=0.5)
         return None
 

@@ -5,7 +5,6 @@ All of it is asked of the engine's own programs: the decode loop of all its slot
 
 import dataclasses
 import functools
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,10 +13,8 @@ from jax.stages import Compiled
 
 from sharding import hlo
 from sharding.mesh import device_bytes
-from sharding.products import CUDNN_ATTENTION
-from sharding.roofline import Roofline, roofline
+from sharding.roofline import Roofline
 
-from ..attention.piece import BLOCK, DENSE_BLOCK
 from ..config import ModelConfig
 from ..errors import OptionError
 from ..files import write_output
@@ -120,19 +117,14 @@ class ServeSetting:
         return self.decode.model_of(self.programs[0])
 
     def piece_after(self, past: int) -> Roofline:
-        """A piece of a prompt after `past` tokens of it, which its loops go through in blocks."""
+        """A piece of a prompt after `past` tokens of it."""
         assert not isinstance(self.programs, DoesNotFit)
-        found = hlo.operations(self.programs[1])
-        in_loops = [f"{op.name} {op.target}" for op in found if op.in_loop and op.opcode == "custom-call"]
-        by_kernel = any("splash_mha" in name or CUDNN_ATTENTION in name for name in in_loops)
-        places = self.decode.context // self.decode.sharding.parts("context")  # of a slot, on one device
-        blocks = -(-min(past, places) // math.gcd(BLOCK if by_kernel else DENSE_BLOCK, places))
-        return roofline(found, self.decode.chip, self.decode.kernel_cost, unknown_trips=blocks)
+        return self.decode.piece_after(hlo.operations(self.programs[1]), past)
 
 
 def _piece_sizes(decode: DecodeSetting) -> tuple[int, ...]:
     """Tokens of the pieces of prompts, each of which has two programs."""
-    return piece_sizes(decode.sharding.platform, decode.context, SERVING_PIECES)
+    return piece_sizes(decode.sharding.platform, decode.context, SERVING_PIECES, decode.sharding)
 
 
 def plan_serve(

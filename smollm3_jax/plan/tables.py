@@ -98,6 +98,29 @@ def serve_tables(report: dict[str, Any]) -> Iterator[RenderableType]:
     yield "assumed: " + "; ".join(report["assumptions"])
 
 
+def prefill_tables(report: dict[str, Any]) -> Iterator[RenderableType]:
+    """What `plan prefill` prints of its report."""
+    stretched = "" if report["yarn"] is None else f", context stretched {three(report['yarn'])} times (YaRN)"
+    yield f"{_where(report)}, weights {report['weights']}, cache {report['cache']}"
+    yield (
+        f"a prompt of {report['prompt']:,} tokens in {_many(report['pieces'], 'piece')} of at most "
+        f"{report['piece']:,}{stretched}"
+    )
+    if not report["fits"]:
+        yield f"does not fit; try {report['change']}"
+    yield _memory(report["hbm"])
+    if report["fits"]:
+        yield _program(report["program"], "last piece")
+        yield _collectives(report["collectives"])
+        yield _times(report["modelled"])
+        yield (
+            f"time to the first token: {_ms(report['time_to_first_token_seconds'])}, the first piece "
+            f"{_ms(report['first_piece_seconds'])}, the last {_ms(report['last_piece_seconds'])}; then "
+            f"{three(report['ms_per_token_after'])} ms a token"
+        )
+    yield "assumed: " + "; ".join(report["assumptions"])
+
+
 def _where(report: dict[str, Any]) -> str:
     mesh = ", ".join(f"{axis} {length}" for axis, length in report["mesh"].items() if length > 1) or "one device"
     return f"{report['topology']}: {_many(report['devices'], 'device')}, rules {report['rules']} ({mesh})"

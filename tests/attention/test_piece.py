@@ -15,9 +15,9 @@ from jax.sharding import Mesh
 from test_attention import normal, scalar, stored
 from test_kv_cache import in_pages
 
-from sharding.rules import Sharding
+from sharding.rules import STRATEGIES, Sharding
 from smollm3_jax import nvidia
-from smollm3_jax.attention import cudnn, piece, piece_attention, tpu
+from smollm3_jax.attention import cudnn, piece, piece_attention, piece_over_length, tpu
 from smollm3_jax.attention.parts import Part, merge
 from smollm3_jax.kv_cache import LayerCache
 
@@ -56,8 +56,13 @@ def worst(
     if page is not None:
         layer, options["table_BN"] = in_pages(layer, page)
 
+    order = None if sharding is None else sharding.row_order(length)
+
     def compute(arrays, slot, length):
-        return piece_attention(*arrays, slot=slot, length=length, **options)
+        if order is None:
+            return piece_attention(*arrays, slot=slot, length=length, **options)
+        q, *others = arrays
+        return piece_over_length(q[:, order], *others, slot=slot, length=length, **options)[:, np.argsort(order)]
 
     got = jax.jit(compute)((q, own_k, own_v, layer), np.int32(1), np.int32(past))
     assert got.dtype == dtype
@@ -174,6 +179,52 @@ def test_several_devices_equal_the_definition(name, past):
     assert worst(past, 8, sharding=sharding) <= 1
     if sharding.parts("batch") * sharding.parts("context") == 1:
         assert worst(past, 8, sharding=sharding, page=8) <= 1
+
+
+# Of a mesh of (context, tensor): a piece in four parts, or in two with heads split too, and places on the first.
+SPLIT = {
+    "four parts": ((4, 1), {}),
+    "two parts, heads": ((2, 2), {}),
+    "two parts, the cache's heads on the other axis": ((2, 2), {"cache_heads": "context", "context": None}),
+    "two parts, all key-value heads everywhere": ((2, 2), {"kv_heads": None, "cache_heads": None}),
+}
+
+
+def split_on(name):
+    shape, changed = SPLIT[name]
+    mesh = Mesh(np.array(jax.devices()[:4]).reshape(shape), ("context", "tensor"))
+    return Sharding.of(mesh, {**STRATEGIES["serve_cp"], **changed})
+
+
+@pytest.mark.parametrize("name", SPLIT)
+@pytest.mark.parametrize(
+    ("past", "length", "more"),
+    [
+        (0, 8, {}),
+        (5, 8, {"window": 4}),
+        pytest.param(24, 8, {"quantized": True}, marks=pytest.mark.slow),
+        (16, 4, {}),  # a token a device, of which four make no pairs
+    ],
+)
+def test_a_piece_split_along_its_length_equals_the_definition(name, past, length, more):
+    assert worst(past, length, sharding=split_on(name), **more) <= 1
+
+
+def test_tokens_in_another_order_are_seen():
+    """As they came, where the rules have them in their order."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(np, "argsort", lambda order: np.arange(len(order)))
+        assert worst(5, 8, sharding=split_on("four parts")) > 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("length", "kernels"), [(1024, 2), (48, 3)])
+def test_splash_of_a_piece_split_along_its_length(length, kernels, as_on_tpu, monkeypatch):
+    """By tables that are split as the queries are; a short piece in two runs on each device."""
+    calls = []
+    monkeypatch.setattr(tpu, "splash", lambda *x, of=tpu.splash: calls.append(x) or of(*x))
+    assert worst(200, length, width=64, capacity=2048, sharding=split_on("four parts"), block=128) <= 1
+    assert len(calls) == kernels + (length == 48) * 2
 
 
 @pytest.mark.slow

@@ -12,7 +12,9 @@ from jax.sharding import Mesh
 from tiny import letters, raw_config
 
 import smollm3_jax as s3
-from sharding.rules import Sharding
+from sharding.mesh import make_mesh
+from sharding.rules import STRATEGIES, Sharding
+from smollm3_jax import rope
 from smollm3_jax.compile_cache import compilations
 from smollm3_jax.generation import prompts
 from smollm3_jax.generation.api import complete
@@ -103,14 +105,45 @@ def test_heads_of_pages_lie_on_several_devices():
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("cache_dtype", "rules"), [(None, "serve_tp"), (None, "serve_tp_long"), ("int8", "serve_tp_long")]
+    ("cache_dtype", "rules"),
+    [(None, "serve_tp"), (None, "serve_tp_long"), ("int8", "serve_tp_long"), (None, "serve_cp"), ("int8", "serve_cp")],
 )
 def test_four_devices_say_what_one_does(cache_dtype, rules, monkeypatch):
     monkeypatch.setattr(prompts, "CHUNK", {"cpu": 16})  # prompts in several pieces
-    mesh = Mesh(np.array(jax.devices()[:4]).reshape(2, 2), ("data", "tensor"))
+    mesh = Mesh(np.array(jax.devices()[:4]).reshape(2, 2), ("context" if rules == "serve_cp" else "data", "tensor"))
     model = new_model()
     bounded = rounding.shaken(functools.partial(outcome, cache_dtype=cache_dtype), model)
     # What is drawn is not so near to another token that rounding chooses.
     (tokens, same), *_ = bounded
     assert same.max() < 0.01 and len(set(tokens)) > 8
+    if rules == "serve_cp":  # in the same pieces: what is before one int8 rounds
+        monkeypatch.setattr(prompts, "CHUNK", {"cpu": 8})
+        monkeypatch.setattr(prompts, "MIN_PIECE", 8)
     assert max(rounding.worst(outcome(on_mesh(model, Sharding.of(mesh, rules)), cache_dtype), bounded)) <= 1
+
+
+def said_of(model, monkeypatch, parts=1):
+    """Of a prompt in three pieces, of which the last is padded: each token's log-probability; then greedy tokens, and
+    theirs."""
+    monkeypatch.setattr(prompts, "CHUNK", {"cpu": 16 // parts})
+    monkeypatch.setattr(prompts, "MIN_PIECE", 16 // parts)
+    params = s3.SamplingParams(max_new_tokens=6, temperature=0, ignore_eos=True, logprobs=0, prompt_logprobs=True)
+    (done,) = complete(model, [Request(PROMPTS[0, :40].tolist(), params)])
+    return np.array(done.token_ids), np.array(
+        [*(done.prompt_logprobs or ()), *(x.logprob for x in done.logprobs or ())]
+    )
+
+
+def test_prompts_split_over_eight_devices_say_what_one_does(monkeypatch):
+    """Two tokens of a piece on each, which are not neighbours; every other layer has no positions."""
+    model = new_model()
+    bounded = rounding.shaken(functools.partial(said_of, monkeypatch=monkeypatch), model)
+    (tokens, same), (logprobs, _) = bounded
+    assert same.max() < 0.01 and len(set(tokens)) > 2 and len(logprobs) == 39 + 6
+    split = on_mesh(model, Sharding.of(make_mesh({"context": 8}), "serve_cp"))
+    assert max(rounding.worst(said_of(split, monkeypatch, 8), bounded)) <= 1
+    # Positions in the order in which tokens came, not in that in which they lie; by rules that nothing is compiled for.
+    cos_sin = rope.cos_sin
+    monkeypatch.setattr(rope, "cos_sin", lambda config, positions: cos_sin(config, jnp.sort(positions, axis=-1)))
+    others = Sharding.of(make_mesh({"context": 8}), {**STRATEGIES["serve_cp"], "rank": None})
+    assert max(rounding.worst(said_of(with_sharding(split, others), monkeypatch, 8), bounded)) > 1

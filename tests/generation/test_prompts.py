@@ -1,9 +1,12 @@
 """Which beginnings of prompts are kept: found again by their tokens and salt, the least recently used dropped first."""
 
+import jax
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sharding.mesh import make_mesh
+from sharding.rules import Sharding
 from smollm3_jax.errors import OptionError
 from smollm3_jax.generation.prompts import Index, piece_sizes
 
@@ -63,6 +66,9 @@ def test_sizes_fit_into_a_slot():
     assert piece_sizes("gpu", 8192) == (16, 32, 64, 128, 256, 512, 1024, 2048)
     assert piece_sizes("cpu", 128, (16, 64, 256)) == (16, 64, 128)
     assert piece_sizes("cpu", 1024, (16, 64, 256)) == (16, 64, 256)
+    split = Sharding.of(make_mesh({"context": 8}, jax.devices()), "serve_cp")  # each device has so much of a piece
+    assert piece_sizes("cpu", 1024, (16, 64), split) == (128, 512)
+    assert piece_sizes("cpu", 65536, sharding=split)[-1] == 4096
     for sizes in ((), (0, 16), (32, 16), (16, 16), (16, 48), (-1,)):  # the last piece would begin before its place
         with pytest.raises(OptionError, match=r"piece_sizes is .*ascend"):
             piece_sizes("cpu", 128, sizes)

@@ -85,7 +85,7 @@ def predictions(model: SmolLM3, batch: Batch, options: StepOptions, by_document:
         whole_BT = jnp.broadcast_to(jnp.array(order, jnp.int32), tokens_BT.shape)
         positions_BT = whole_BT if positions_BT is None else positions_BT[:, order]
         tokens_BT, segments_BT, labels_BT, weights_BT = (x[:, order] for x in arrays)
-    x_BTD, _ = cast.hidden(tokens_BT, positions_BT, segments_BT, remat=REMAT[options.remat])
+    x_BTD, _ = cast.hidden(tokens_BT, positions_BT, segments_BT, remat=REMAT[options.remat], in_order=True)
     head = cast.embed if cast.head is None else cast.head
     return Predictions(x_BTD, head[...], labels_BT, weights_BT, order)
 
