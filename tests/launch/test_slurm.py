@@ -125,7 +125,8 @@ def slurm(tmp_path_factory):
     try:
         with (folder / "said.txt").open("w") as said:
             for daemon in daemons:
-                started.append(subprocess.Popen(daemon, env=env, stdout=said, stderr=said))
+                # (In a session of their own: Ctrl-C is for the tests, which end them.)
+                started.append(subprocess.Popen(daemon, env=env, stdout=said, stderr=said, start_new_session=True))
                 if daemon[0] == "munged":
                     wait_for(lambda: (folder / "munge.socket").exists(), 30)
         wait_for(lambda: run("sinfo", "-h", "-t", "idle", "-o", "%D").strip() == "2", 60)
