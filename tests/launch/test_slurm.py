@@ -1,17 +1,20 @@
 """A real Slurm, of two nodes on this machine, that trains what `smollm3 launch slurm` prints."""
 
+import contextlib
 import getpass
+import io
 import os
 import re
 import shutil
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import tiny
-from runs import ROOT, losses, same_end, wait_for, wait_for_step, write_corpus
+from runs import environment, losses, same_end, wait_for, wait_for_step, write_corpus
 
 from smollm3_jax.commands.main import main
 
@@ -52,14 +55,15 @@ SchedulerParameters=sched_min_interval=0,batch_sched_delay=0
 GresTypes=gpu
 ReturnToService=2
 MpiDefault=none
-KillWait=30
+KillWait=10
 NodeName=node1 NodeAddr=127.0.0.1 Port={ports[1]} CPUs=2 Gres=gpu:1 State=UNKNOWN
 NodeName=node2 NodeAddr=127.0.0.1 Port={ports[2]} CPUs=2 Gres=gpu:1 State=UNKNOWN
 PartitionName=all Nodes=node1,node2 Default=YES MaxTime=INFINITE State=UP
 """
-TOML = """
+STEPS = 100  # enough to be stopped on the way
+TOML = f"""
 [run]
-steps = 40
+steps = {STEPS}
 [model]
 dtype = "float32"
 [data]
@@ -69,7 +73,7 @@ rows = 4
 learning_rate = 1e-3
 warmup_steps = 2
 [checkpoint]
-every = 10
+every = 25
 """
 
 
@@ -121,11 +125,14 @@ def slurm(tmp_path_factory):
     try:
         with (folder / "said.txt").open("w") as said:
             for daemon in daemons:
-                started.append(subprocess.Popen(daemon, env=env, stdout=said, stderr=said))
+                # (In a session of their own: Ctrl-C is for the tests, which end them.)
+                started.append(subprocess.Popen(daemon, env=env, stdout=said, stderr=said, start_new_session=True))
                 if daemon[0] == "munged":
                     wait_for(lambda: (folder / "munge.socket").exists(), 30)
         wait_for(lambda: run("sinfo", "-h", "-t", "idle", "-o", "%D").strip() == "2", 60)
         yield run
+        run("scancel", "--user", getpass.getuser())  # what a test that failed has left would go on without daemons
+        wait_for(lambda: not run("squeue", "-h").strip(), 60)
     finally:
         for process in reversed(started):
             process.terminate()
@@ -150,16 +157,16 @@ def program(path, text):
     path.chmod(0o755)
 
 
-def submitted(slurm, place, run, capsys, *words, bin="bin", **env):
+def submitted(slurm, place, run, bin="bin"):
     """The number of the job that the printed script becomes, on two nodes of one GPU each."""
-    settings = [f"run.dir={run}", f"model.path={place / 'model'}", f"data.path={place / 'corpus.jsonl'}", *words]
+    settings = [f"run.dir={run}", f"model.path={place / 'model'}", f"data.path={place / 'corpus.jsonl'}"]
     launch = ["launch", "slurm", "--topology", "h100:2", "--gpus-per-node", "1", "--no-plan", "--grace", "60"]
-    capsys.readouterr()
-    assert main([*launch, "--config", str(place / "run.toml"), *settings]) == 0
-    script = run.with_suffix(".sh")
-    script.write_text(capsys.readouterr().out)
-    env = {"PATH": f"{place / bin}:{PATH}", "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", **env}
-    return slurm("sbatch", "--parsable", script, JAX_DISABLE_MOST_OPTIMIZATIONS="true", **env).strip()
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        assert main([*launch, "--config", str(place / "run.toml"), *settings]) == 0
+    run.with_suffix(".sh").write_text(printed.getvalue())
+    env = environment(JAX_NUM_CPU_DEVICES="1") | {"PATH": f"{place / bin}:{PATH}"}
+    return slurm("sbatch", "--parsable", run.with_suffix(".sh"), **env).strip()
 
 
 def about(slurm, job):
@@ -167,24 +174,42 @@ def about(slurm, job):
 
 
 def wait_for_state(slurm, job, state, seconds):
-    wait_for(lambda: about(slurm, job)["JobState"] == state, seconds)
+    def there():
+        time.sleep(0.2)  # each question is a process
+        return about(slurm, job)["JobState"] == state
+
+    wait_for(there, seconds)
 
 
-def test_a_job_on_two_nodes_is_stopped_goes_back_to_the_queue_and_ends_as_if_nothing_had_been(slurm, place, capsys):
-    whole = submitted(slurm, place, place / "whole", capsys)
-    wait_for_state(slurm, whole, "COMPLETED", 300)
-    stopped = submitted(slurm, place, place / "stopped", capsys)
-    wait_for_step(place / "stopped", 3, 200)
-    slurm("scancel", "--signal=TERM", stopped)  # as Slurm does --grace seconds before a job's time is up
-    wait_for_state(slurm, stopped, "PENDING", 100)
-    reached = max(losses(place / "stopped"))
-    assert 3 <= reached < 40
-    wait_for_state(slurm, stopped, "COMPLETED", 300)
-    ended = about(slurm, stopped)
-    assert (ended["Restarts"], ended["NumNodes"], ended["ExitCode"]) == ("1", "2", "0:0")
-    said = Path(ended["StdOut"]).read_text()
-    assert "process 0 (this)" in said and "process 1 (this)" in said and f"going on from step {reached}" in said
-    same_end(place / "stopped", place / "whole", 40)
+def finished(slurm, job, restarts):
+    """What a job that has ended well on both nodes has said."""
+    wait_for_state(slurm, job, "COMPLETED", 400)
+    ended = about(slurm, job)
+    assert (ended["Restarts"], ended["NumNodes"], ended["ExitCode"]) == (restarts, "2", "0:0")
+    return Path(ended["StdOut"]).read_text()
+
+
+@pytest.fixture(scope="module")
+def whole(slurm, place):
+    """A run that nothing disturbs, and what it has said."""
+    return place / "whole", finished(slurm, submitted(slurm, place, place / "whole"), "0")
+
+
+def test_a_job_trains_on_two_nodes(whole):
+    run, said = whole
+    assert "process 0 (this)" in said and "process 1 (this)" in said
+    assert max(losses(run)) == STEPS
+
+
+def test_a_job_that_is_stopped_goes_back_to_the_queue_and_ends_as_if_nothing_had_been(slurm, place, whole):
+    job, run = submitted(slurm, place, place / "stopped"), place / "stopped"
+    wait_for_step(run, 3, 200)
+    slurm("scancel", "--signal=TERM", job)  # as Slurm does --grace seconds before a job's time is up
+    wait_for_state(slurm, job, "PENDING", 100)
+    reached = max(losses(run))
+    assert 3 <= reached < STEPS
+    assert f"going on from step {reached}" in finished(slurm, job, "1")
+    same_end(run, whole[0], STEPS)
 
 
 # Stands in for a run that saves when it is told to.
@@ -195,11 +220,11 @@ while true; do sleep 0.1; done
 """
 
 
-def test_a_job_that_is_cancelled_stays_so(slurm, place, capsys):
+def test_a_job_that_is_cancelled_stays_so(slurm, place):
     """Its processes save and exit 75 all the same."""
     (place / "saves").mkdir()
     program(place / "saves" / "smollm3", f"cd {place}\n{SAVES}")
-    job = submitted(slurm, place, place / "cancelled", capsys, bin="saves")
+    job = submitted(slurm, place, place / "cancelled", "saves")
     wait_for(lambda: len(list(place.glob(f"begun.{job}.*"))) == 2, 60)
     slurm("scancel", job)
     wait_for_state(slurm, job, "CANCELLED", 60)
