@@ -159,10 +159,7 @@ def _ratio(one: dict[str, Any], other: dict[str, Any]) -> dict[str, float]:
     return {key: one[key] / other[key] for key in ("tokens_per_second", "peak_bytes")}
 
 
-def main() -> int:
-    if sys.argv[1:2] == ["--serve"]:
-        serve(sys.argv[2], json.loads(sys.argv[3]))
-        return 0
+def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="demo", metavar="DIR", help="a model folder (default: demo)")
     parser.add_argument("--peer", action="append", default=[], choices=ENGINES[1:])
@@ -178,6 +175,14 @@ def main() -> int:
     args = parser.parse_args()
     if args.beside and not (args.beside / "scripts" / HERE.name).is_file():
         parser.error(f"--beside: {args.beside} is no checkout with scripts/{HERE.name}")
+    return args
+
+
+def main() -> int:
+    if sys.argv[1:2] == ["--serve"]:
+        serve(sys.argv[2], json.loads(sys.argv[3]))
+        return 0
+    args = parse()
     from smollm3_jax.config import ModelConfig
     from smollm3_jax.weights.demo import model_folder
 

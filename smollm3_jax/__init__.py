@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from .generation.requests import Request
     from .generation.sampling import SamplingParams
     from .model import SmolLM3
+    from .on_ray import SmolLM3Predictor
     from .pretrained import convert, from_pretrained, load_tokenizer, save_pretrained
     from .tokenizer import Tokenizer
 
@@ -27,6 +28,7 @@ __all__ = [
     "SamplingParams",
     "SmolLM3",
     "SmolLM3Error",
+    "SmolLM3Predictor",
     "Tokenizer",
     "convert",
     "from_pretrained",
@@ -44,6 +46,7 @@ _HOME = {
     "generation.requests": ("Request",),
     "generation.sampling": ("SamplingParams",),
     "model": ("SmolLM3",),
+    "on_ray": ("SmolLM3Predictor",),
     "pretrained": ("convert", "from_pretrained", "load_tokenizer", "save_pretrained"),
     "tokenizer": ("Tokenizer",),
 }

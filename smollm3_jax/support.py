@@ -51,11 +51,23 @@ def unsupported() -> str | None:
     jax, jaxlib = version("jax"), version("jaxlib")
     if jaxlib is None or _number(jaxlib)[:2] != _number(jax or "")[:2]:
         return f"jax {jax} and jaxlib {jaxlib or '(not installed)'} do not belong together: pip install -U jax jaxlib"
-    # PyPI has a `sharding` of its own, which anything may pull in; importing ours would fail with a riddle.
+    return _other_sharding()
+
+
+def _other_sharding() -> str | None:
+    """PyPI has a `sharding` of its own, which anything may pull in; importing ours would fail with a riddle."""
     spec = importlib.util.find_spec("sharding")
-    where = Path(spec.origin).resolve() if spec and spec.origin else Path("(nowhere)")
+    if spec is None or spec.origin is None:
+        return "this project's package `sharding` is missing, or its __init__.py is: install smollm3-jax again"
+    where = Path(spec.origin).resolve()
     if where.parent.parent != Path(__file__).resolve().parent.parent:
         return f"the package `sharding` that Python finds, {where}, is not this project's: pip uninstall sharding"
+    # pip lets two packages write into one folder; who takes one away takes files of the other along.
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        other = importlib.metadata.distribution("sharding").locate_file("sharding/__init__.py")
+        if Path(str(other)).resolve() == where:
+            again = "pip uninstall -y sharding smollm3-jax, and install smollm3-jax again"
+            return f"another package was installed into this project's `sharding`, {where.parent}: {again}"
     return None
 
 

@@ -25,7 +25,7 @@ ORDER = (
     ("weights", "pretrained"),
     ("generation",),
     ("chat",),
-    ("serve", "evaluate", "train", "plan"),
+    ("serve", "evaluate", "train", "plan", "launch", "on_ray"),
     (PACKAGE,),  # the public names
     ("commands", "__main__"),
 )
@@ -34,12 +34,10 @@ LINES_OF_A_FILE, LINES_OF_A_FUNCTION = 400, 60
 KERNEL = "one kernel: what its loops keep in registers has no name outside of them"
 LONG_FILES = {
     "smollm3_jax/model.py": "the model in one piece, and its two calls typed twice",
-    "smollm3_jax/generation/jsonl.py": "a file answered line by line, which goes on where it stopped",
 }
 LONG_FUNCTIONS = {
     "smollm3_jax/attention/paged_gpu.py _paged_attention": KERNEL,
     "smollm3_jax/attention/paged_gpu.py step": KERNEL,
-    "smollm3_jax/generation/jsonl.py run": "one loop over lines, whose answers it writes in order",
     "smollm3_jax/generation/prompt_lookup.py decode_lookup": "a loop's body; a third says what it takes and gives",
     "smollm3_jax/kernels/product_gpu.py product": KERNEL,
     "smollm3_jax/kernels/product_tpu.py product": KERNEL,

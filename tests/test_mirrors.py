@@ -13,6 +13,7 @@ ELSEWHERE = {
     "config_file.py": "tests/test_config.py reads and writes files",
     "errors.py": "classes alone; whoever raises one has a test of it",
     "file_kind.py": "tests/weights/test_foreign.py",
+    "generation/lines.py": "tests/generation/test_jsonl.py asks with files, tests/test_on_ray.py with batches",
     "generation/requests.py": "tests/generation/test_api.py refuses what is refused, and adds up deltas",
     "generation/sequence.py": "tests/generation/test_api.py: stop texts, thinking, what is handed out",
     "generation/stats.py": "tests/generation/test_api.py",
@@ -50,6 +51,7 @@ ELSEWHERE = {
     "weights/gguf_tokenizer.py": "tests/weights/test_gguf.py",
     "weights/summary.py": "tests/commands/test_commands.py, in `inspect`",
     "weights/texts.py": "tests/weights/test_save.py",
+    "weights/wheels.py": "tests/evaluate/tasks/test_bfcl.py reads one",
     "weights/torch_files.py": "tests/weights/test_foreign.py",
 }
 

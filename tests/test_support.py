@@ -334,6 +334,21 @@ def test_foreign_sharding_package(content, smollm3, tmp_path):
         assert "`sharding`" in said and str(foreign) in said and "pip uninstall sharding" in said
 
 
+def test_a_sharding_package_over_this_one(monkeypatch):
+    """pip lets another package overwrite files of this one; taking it away then leaves holes."""
+
+    class Other:
+        def locate_file(self, name):
+            return ROOT / name
+
+    real = support.importlib.metadata.distribution
+    fake = lambda name: Other() if name == "sharding" else real(name)  # noqa: E731
+    monkeypatch.setattr(support.importlib.metadata, "distribution", fake)
+    assert "pip uninstall -y sharding smollm3-jax" in (support.unsupported() or "")
+    monkeypatch.setattr(support.importlib.util, "find_spec", lambda name: None)
+    assert "install smollm3-jax again" in (support.unsupported() or "")
+
+
 # What an import costs
 
 HEAVY = {

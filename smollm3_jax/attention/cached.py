@@ -54,7 +54,7 @@ def cached_attention(
     stored = write(layer, k, v, length_B, slot, sharding, table_BN)
     if past is None:
         if slot is None:
-            return decode_attention(q, stored, **of_rows, **where), stored
+            return decode_attention(q, stored, segments_BT=view.segments_BT, **of_rows, **where), stored
         return decode_attention(q, rows(stored, slot, sharding, table_BN), length_B=length_B, **where), stored
     if order is None and not past:
         return attention(q, k, v, **where), stored

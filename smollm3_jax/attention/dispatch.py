@@ -20,10 +20,10 @@ from jax.sharding import PartitionSpec
 from sharding.rules import Sharding, platform_of
 
 from .. import nvidia, xla_cpu
-from ..kv_cache import AXES, LayerCache, rows
+from ..kv_cache import AXES, LayerCache, capacity_of, rows
 from ..logs import say_once
 from . import gpu
-from .decode import cache_mix, cache_scores, decode_over_context
+from .decode import AT_ONCE, BLOCK, cache_mix, cache_scores, decode_in_blocks, decode_over_context
 from .dense import dense
 from .tpu import LANES, PAGES, paged, splash, splash_kernel, splash_over_length
 
@@ -154,6 +154,7 @@ def decode_attention(
     cache: LayerCache,
     *,
     length_B: Array,
+    segments_BT: Array | None = None,
     table_BN: Array | None = None,
     window: Array | None = None,
     sharding: Sharding | None = None,
@@ -162,6 +163,7 @@ def decode_attention(
 
     Args:
       length_B: how many keys each row held before; query t sees keys up to index length + t.
+      segments_BT: int32; rows that are 0 want nothing, and need not be read. None: all want something.
       table_BN: as for `KVCache`.
       window, sharding: as for `attention`.
 
@@ -189,6 +191,11 @@ def decode_attention(
         q_spec, table_spec = sharding.spec(axis, None, "heads", None), _table_spec(table_BN, axis, sharding)
         specs = (q_spec, _cache_specs(cache, axis, sharding), sharding.spec(axis), table_spec)
         return sharding.shard_map(paged, specs, q_spec)(q_BTHE, cache, length_B, table_BN)
+    places = capacity_of(cache, table_BN)
+    blocks = places % BLOCK == 0 if table_BN is None else page == BLOCK
+    if platform_of(sharding) == "cpu" and sharding is None and places > AT_ONCE and blocks:
+        wanted_B = length_B if segments_BT is None else jnp.where(segments_BT[:, 0] == 0, 0, length_B)
+        return decode_in_blocks(q_BTHE, cache, wanted_B, table_BN, window)
     cache = rows(cache, None, sharding, table_BN)
     scores_KBTGS = cache_scores(q_BTHE, cache, length_B, window)
     out_BTKGE = cache_mix(jax.nn.softmax(scores_KBTGS, axis=-1), cache, q_BTHE.dtype)

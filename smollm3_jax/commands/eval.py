@@ -72,7 +72,7 @@ def run(args: argparse.Namespace) -> int:
     about = _about(args)
     # Before the model is loaded: a mistake in a name shows at once.
     tasks = suite.load_tasks(
-        recipe.tasks, [*args.include_path], {"tokenizer": str(folder(args.model))} | _metadata(args)
+        recipe.tasks, [*args.include_path], {"tokenizer": str(folder(args.model)), "chat": chat} | _metadata(args)
     )
     output = None if args.output is None else Path(args.output)
     with Answers(output, about | {"files": _files(args)}) as answers:

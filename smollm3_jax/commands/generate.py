@@ -3,9 +3,11 @@
 import argparse
 import contextlib
 import dataclasses
+import functools
 import io
 import json
 import logging
+import os
 import re
 import sys
 from collections.abc import Callable
@@ -15,7 +17,17 @@ from typing import TYPE_CHECKING
 from ..errors import OptionError
 from ..progress import busy
 from ..screen_text import plain
-from .shared import add_job, add_model, add_sampling, join_if_asked, opened, sampling_params, say
+from .shared import (
+    add_job,
+    add_model,
+    add_sampling,
+    join_if_asked,
+    load_model,
+    open_model,
+    opened,
+    sampling_params,
+    say,
+)
 
 if TYPE_CHECKING:
     from ..generation.requests import Completion
@@ -55,6 +67,10 @@ def add(parser: argparse.ArgumentParser) -> None:
     many.add_argument("--output", metavar="FILE", help="gets a JSON line for each, as they finish")
     many.add_argument("--slots", type=int, metavar="N", help="sequences side by side, a power of two (default: 16)")
     many.add_argument("--context", type=int, metavar="N", help="most tokens of one, prompt included (default: counted)")
+    ray_help = "answer on a Ray cluster (HOST:PORT, auto, or local to start one): a model in each of its actors"
+    many.add_argument("--ray", metavar="ADDRESS", help=ray_help)
+    actors_help = "with --ray (default: one for each GPU, or TPU chip, or machine)"
+    many.add_argument("--actors", type=int, metavar="N", help=actors_help)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -64,6 +80,10 @@ def run(args: argparse.Namespace) -> int:
         _check_options(args)
     else:
         _check_options_for_many(args)
+    if args.ray is not None:
+        import jax
+
+        jax.config.update("jax_platforms", "cpu")  # this process computes nothing; the devices are the actors'
     join_if_asked(args)
     with opened(args) as model:
         if model is None:
@@ -76,7 +96,7 @@ def _generate(
 ) -> int:
     from ..chat.template import encode_for_answer
     from ..generation.api import stream
-    from ..generation.jsonl import fitted_request
+    from ..generation.lines import fitted_request
     from ..generation.requests import Completion, chat_ends, check_request
     from ..generation.stats import Stats
 
@@ -123,7 +143,7 @@ def _generate(
 
 
 def _check_options(args: argparse.Namespace) -> None:
-    if given := [name for name in ("output", "slots", "context") if getattr(args, name) is not None]:
+    if given := [name for name in ("output", "slots", "context", "ray", "actors") if getattr(args, name) is not None]:
         raise OptionError(f"--{given[0]} is for many prompts: give --input too")
     if args.no_think and not args.chat:
         raise OptionError("--no-think changes the chat template: give --chat too")
@@ -135,7 +155,7 @@ def _check_options(args: argparse.Namespace) -> None:
 
 def _print_json(n: int, prompt: list[int], samples: "list[Completion]", tokenizer: "Tokenizer") -> None:
     """One object: of the one sample, or of all n of them."""
-    from ..generation.jsonl import spell_logprobs, spell_prompt_logprobs
+    from ..generation.lines import spell_logprobs, spell_prompt_logprobs
 
     shared = {"prompt_token_ids": prompt, **spell_prompt_logprobs(samples[0], prompt, tokenizer)}
     results = [
@@ -192,6 +212,12 @@ def _check_options_for_many(args: argparse.Namespace) -> None:
         raise OptionError(f"--{given[0]} is for one prompt: leave it out with --input")
     if args.json_schema is not None:
         raise OptionError('--json-schema is for one prompt: with --input each line may have its "json_schema"')
+    if args.actors is not None and args.ray is None:
+        raise OptionError("--actors are Ray's: give --ray too")
+    if args.ray is not None and (args.mesh or args.rules or args.coordinator):
+        raise OptionError(
+            "--ray has a whole model on one device of each actor: leave out --mesh, --rules, --coordinator"
+        )
 
 
 def _generate_many(
@@ -208,7 +234,13 @@ def _generate_many(
     options = {"chat": args.chat, "thinking": not args.no_think, "fit": args.max_new_tokens is None}
     options["encode_messages"] = encode_for_answer
     with Batch(args.input, args.output, params, settings=settings, **options) as batch:
-        if batch.left:
+        if batch.left and args.ray is not None:
+            from ..on_ray import run_on_ray
+
+            shape = batch.shape(checkpoint.config, checkpoint.generation_config, tokenizer, args.slots, args.context)
+            loading = functools.partial(_load_there, _model_options(args), os.getcwd())
+            run_on_ray(batch, args.ray, loading, shape, actors=args.actors, cache_dtype=args.cache)
+        elif batch.left:
             batch.run(load(), tokenizer, slots=args.slots, context=args.context, cache_dtype=args.cache)
     speed = f"; {batch.stats.line()}" if batch.stats.tokens else ""
     failed = f", {batch.failed} of them errors" if batch.failed else ""
@@ -217,3 +249,20 @@ def _generate_many(
     if args.stats:
         print(f"smollm3: {batch.stats.listed()}", file=sys.stderr)
     return SOME_FAILED if batch.failed else 0
+
+
+def _model_options(args: argparse.Namespace) -> argparse.Namespace:
+    """Those of `add_model`, which a process on another machine can have."""
+    names = ("model", "adapter", "dtype", "weights", "cache", "yarn", "mesh", "rules")
+    return argparse.Namespace(**{name: getattr(args, name) for name in names})
+
+
+def _load_there(args: argparse.Namespace, folder: str) -> "SmolLM3":
+    """The model, with its tokenizer, on a machine where the same paths, from this folder, name the same files."""
+    from ..tokenizer import carry_tokenizer
+
+    with contextlib.chdir(folder) if os.path.isdir(folder) else contextlib.nullcontext():
+        checkpoint, tokenizer = open_model(args)
+        model = load_model(args, checkpoint)
+    carry_tokenizer(model, lambda: tokenizer)
+    return model

@@ -50,7 +50,8 @@ def _main(words: list[str]) -> int:
         _not_a_command(words)
     name, *rest = words
     command, parser = parser_of(name)
-    return _run(name, command, parse(parser, [*rest[:1], *flags, *rest[1:]] if name == "plan" else [*flags, *rest]))
+    first = 1 if name in ("plan", "launch") else 0  # after the word that says of what
+    return _run(name, command, parse(parser, [*rest[:first], *flags, *rest[first:]]))
 
 
 def _not_a_command(words: Sequence[str]) -> None:

@@ -39,12 +39,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     serve = plan(
         "serve", _plan_serve, "what a server's cache holds, its modelled speed and its largest context", "serve_tp"
     )
-    serve.add_argument("--slots", type=count, default=SLOTS, metavar="N", help=f"answers side by side ({SLOTS})")
-    context_help = f"most tokens of a prompt and its answer (default: the model's, at most {CONTEXT:,})"
-    serve.add_argument("--context", type=count, metavar="N", help=context_help)
-    pool_help = "tokens that the answers share (default: slots times context, where slots lie on one device)"
-    serve.add_argument("--cache-tokens", type=count, metavar="N", help=pool_help)
-    _add_stored(serve)
+    add_serving(serve)
 
     prefill = plan(
         "prefill", _plan_prefill, "memory and modelled time of a long prompt, split over devices", "serve_cp"
@@ -60,6 +55,16 @@ def add(parser: argparse.ArgumentParser) -> None:
     scale = plan("scale", _plan_scale, "a training step on more and more devices (v5e), and SmolLM3's own run")
     scale.add_argument("--devices", default="16,64,256", metavar="N,N,...", help="default: 16,64,256")
     scale.add_argument("--length", type=count, default=4096, metavar="N", help="tokens of a row (default: 4096)")
+
+
+def add_serving(parser: argparse.ArgumentParser) -> None:
+    """The shape of a server, as of `smollm3 serve`; see `serving_options`."""
+    parser.add_argument("--slots", type=count, default=SLOTS, metavar="N", help=f"answers side by side ({SLOTS})")
+    context_help = f"most tokens of a prompt and its answer (default: the model's, at most {CONTEXT:,})"
+    parser.add_argument("--context", type=count, metavar="N", help=context_help)
+    pool_help = "tokens that the answers share (default: slots times context, where slots lie on one device)"
+    parser.add_argument("--cache-tokens", type=count, metavar="N", help=pool_help)
+    _add_stored(parser)
 
 
 def _add_plan(
@@ -99,10 +104,10 @@ def run(args: argparse.Namespace) -> int:
     import jax
 
     jax.config.update("jax_platforms", "cpu")
-    return _stopped_by_ctrl_c(lambda: args.plan(args))
+    return stopped_by_ctrl_c(lambda: args.plan(args))
 
 
-def _stopped_by_ctrl_c(work: Callable[[], int]) -> int:
+def stopped_by_ctrl_c(work: Callable[[], int]) -> int:
     """What `work` returns, in a thread of its own: compilers do not come back to Python to hear of a Ctrl-C."""
     result: Future[int] = Future()
 
@@ -161,18 +166,28 @@ def _plan_decode(args: argparse.Namespace) -> int:
 
 
 def _plan_serve(args: argparse.Namespace) -> int:
-    from sharding.mesh import parse_axes
-
     from ..plan.serve import plan_serve
     from ..plan.tables import serve_tables
 
     config = _plan_config(args)
-    context = args.context or min(config.max_position_embeddings, CONTEXT)
-    options = {"axes": parse_axes(args.mesh) if args.mesh else None, "weights": args.weights, "cache": args.cache}
-    options["cache_tokens"] = args.cache_tokens
-    report = plan_serve(config, args.topology, args.rules, args.slots, context, **options, dump=args.dump_hlo)
+    report = plan_serve(config, args.topology, **serving_options(args, config), dump=args.dump_hlo)
     show(args, report, serve_tables)
     return 0
+
+
+def serving_options(args: argparse.Namespace, config: ModelConfig) -> dict[str, Any]:
+    """What `plan_serve` takes, of `add_serving` and --mesh."""
+    from sharding.mesh import parse_axes
+
+    return {
+        "rules": args.rules,
+        "slots": args.slots,
+        "context": args.context or min(config.max_position_embeddings, CONTEXT),
+        "axes": parse_axes(args.mesh) if args.mesh else None,
+        "weights": args.weights,
+        "cache": args.cache,
+        "cache_tokens": args.cache_tokens,
+    }
 
 
 def _plan_prefill(args: argparse.Namespace) -> int:

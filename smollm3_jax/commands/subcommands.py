@@ -32,6 +32,10 @@ COMMANDS = {
         "FILE -m MODEL",
     ),
     "plan": ("what hardware would give: real programs, compiled for it, without it", "{train,decode,memory,scale}"),
+    "launch": (
+        "print what starts a run or a server on rented machines: a manifest, or a script",
+        "{gke-train,gke-serve,slurm,skypilot,tpu-vm} --topology CHIP:SHAPE",
+    ),
     "doctor": ("versions, devices, and whether they are supported", ""),
     "completion": ("print the lines that let a shell complete this command", "{bash,zsh,fish}"),
 }

@@ -1,6 +1,8 @@
 """`smollm3 verify`."""
 
 import argparse
+import shlex
+from typing import Any
 
 from .shared import add_mesh, add_model_name, console, folder, mesh_of, print_json, say
 
@@ -16,6 +18,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prompt", metavar="TEXT", help="the text to compute on (default: a built-in one)")
     add_mesh(parser)
     parser.add_argument("--json", action="store_true")
+    parser.add_argument("--card", action="store_true", help="put the report into the card written with MODEL")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -30,25 +33,44 @@ def run(args: argparse.Namespace) -> int:
         return _goldens(args)
     against = args.against if args.against == "transformers" else folder(args.against)
     report = verify(folder(args.model), against, args.prompt, **mesh_of(args))
+    if args.card:
+        _put_into_card(args, report)
     if args.json:
         print_json(report)
     else:
         say(f"{report['model']} against {report['against']}")
         table = Table(show_header=False)
-        for name in (
-            *("tokens", "max_abs", "max_abs_bound", "mean_abs", "max_logit", "kl", "top1", "top5"),
-            *("greedy_agreement", "greedy_tokens", "first_diverging_layer"),
-        ):
-            value = report[name]
-            table.add_row(name, f"{value:.3g}" if isinstance(value, float) else "none" if value is None else str(value))
-        if report["weights"]:
-            table.add_row("tensors that differ", f"{report['weights']['different']} of {report['weights']['tensors']}")
-        for name, passed in report["checks"].items():
-            table.add_row(f"check: {name}", "passed" if passed else "FAILED")
+        for row in _rows(report):
+            table.add_row(*row)
         console().print(table)
         say(f"tolerance for {report['tolerance']['dtype']}: {report['tolerance']['source']}")
         say("verified" if report["ok"] else "NOT verified")
     return 0 if report["ok"] else VERIFICATION_FAILED
+
+
+def _rows(report: dict[str, Any]) -> list[tuple[str, str]]:
+    rows = []
+    for name in (
+        *("tokens", "max_abs", "max_abs_bound", "mean_abs", "max_logit", "kl", "top1", "top5"),
+        *("greedy_agreement", "greedy_tokens", "first_diverging_layer"),
+    ):
+        value = report[name]
+        rows.append((name, f"{value:.3g}" if isinstance(value, float) else "none" if value is None else str(value)))
+    if report["weights"]:
+        rows.append(("tensors that differ", f"{report['weights']['different']} of {report['weights']['tensors']}"))
+    return rows + [(f"check: {name}", "passed" if passed else "FAILED") for name, passed in report["checks"].items()]
+
+
+def _put_into_card(args: argparse.Namespace, report: dict[str, Any]) -> None:
+    from ..weights.card import add_section, last_part, origin_of
+
+    path = folder(args.model)
+    against = args.against if args.against == "transformers" else origin_of(args.against).name
+    lines = [f"| {name} | {value} |" for name, value in _rows(report)]
+    table = "\n".join(["| measure | |", "|---|---|", *lines])
+    command = shlex.join(["smollm3", "verify", last_part(str(path)), f"--against={against}"])
+    verdict = "verified" if report["ok"] else "**not** verified"
+    add_section(path, "Parity", f"`{command}`: {verdict}, in {report['tolerance']['dtype']}.\n\n{table}")
 
 
 def _goldens(args: argparse.Namespace) -> int:
@@ -58,6 +80,8 @@ def _goldens(args: argparse.Namespace) -> int:
     from ..evaluate.goldens import verify_goldens
     from ..screen_text import plain
 
+    if args.card:
+        raise OptionError("--card takes the report of --against")
     if args.prompt is not None:
         raise OptionError("--goldens brings its own prompt: leave --prompt out")
     report = verify_goldens(folder(args.model), **mesh_of(args))

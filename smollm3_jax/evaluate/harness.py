@@ -7,6 +7,7 @@ HFLM makes them, windows of long texts, stop texts, and thinking, which is not g
 import collections
 import dataclasses
 import datetime
+import json
 import logging
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -30,6 +31,7 @@ from .likelihood import Span, log_likelihoods
 log = logging.getLogger(__name__)
 
 SLOTS = 16
+CONVERSATION = "\0conversation "  # how the text of one begins that is no text; see `conversation`
 MAX_NEW_TOKENS = 256  # where a task does not say, as in lm-eval
 # What a task's generation_kwargs may say beside what lm-eval itself reads -> that it asks for nothing.
 PARAMS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
@@ -102,7 +104,17 @@ class EngineLM(TemplateLM):
         midnight = datetime.datetime.combine(self._answers.date, datetime.time())
         options = {} if self._thinking is None else {"enable_thinking": self._thinking}
         options |= {"special_tokens": self._text.special_tokens, "now": lambda: midnight}
+        *before, asked = chat_history
+        if asked["content"].startswith(CONVERSATION):
+            content = json.loads(asked["content"].removeprefix(CONVERSATION))
+            chat_history, tools = [*before, *content["messages"]], content["tools"]
+            bare = render(self._text.template(), chat_history, add_generation_prompt=add_generation_prompt, **options)
+            options["tools"] = tools
+        else:
+            bare = None
         text = render(self._text.template(), chat_history, add_generation_prompt=add_generation_prompt, **options)
+        if text == bare:
+            raise OptionError("the model's chat template shows no tools, and the task offers some")
         if add_generation_prompt:
             return text
         last = chat_history[-1]["content"].strip()
@@ -240,6 +252,11 @@ class EngineLM(TemplateLM):
                 del running[delta.request]
                 yield number, text[: min(ends, default=len(text))], len(completion.token_ids)
         engine.close()
+
+
+def conversation(messages: Sequence[dict[str, str]], tools: Sequence[dict[str, Any]]) -> str:
+    """What a task's doc_to_text gives for a question that is a conversation with tools: with `chat` it is rendered."""
+    return CONVERSATION + json.dumps({"messages": list(messages), "tools": list(tools)})
 
 
 def after_thinking(text: str) -> str:

@@ -11,51 +11,31 @@ stopped, in whatever way, goes on where it was, and cannot go on with another in
 
 import codecs
 import contextlib
-import dataclasses
-import difflib
 import hashlib
 import json
-import math
 import os
 import stat
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from jax.typing import DTypeLike
 
-from ..config import ModelConfig
-from ..errors import DataError, OptionError, SaveError, SmolLM3Error
+from ..config import GenerationConfig, ModelConfig
+from ..errors import DataError, OptionError, SaveError
 from ..file_kind import what_it_is
 from ..files import locked
 from ..model import SmolLM3
-from ..nesting import check_depth
 from ..progress import busy, tally
 from ..reading import lines, why
 from ..tokenizer import Tokenizer
-from .api import stream
-from .grammar import json_schema
-from .prompts import SERVING_PIECES
-from .requests import Completion, Request, chat_ends, check_request, fitted
+from .lines import MAX_LINE, SAMPLING_FIELDS, LineOptions, Shape, answers, shape_for
 from .sampling import SamplingParams
 from .stats import Stats
 
-SLOTS = 16
-SAMPLING_FIELDS = tuple(field.name for field in dataclasses.fields(SamplingParams))
 # How every answer begins, and so how the torn end of one does.
 BEGINNING = b'{"index": '
-MAX_ERROR = 1000  # characters
-MAX_LINE, MAX_ANSWER = 2**26, 2**28  # bytes; of a line, more than any context holds
-
-
-@dataclasses.dataclass
-class _Line:
-    """An input line that is being answered."""
-
-    index: int
-    id: dict[str, Any]
-    request: Request
-    samples: list[Completion]
+MAX_ANSWER = 2**28  # bytes
 
 
 class Batch:
@@ -80,11 +60,7 @@ class Batch:
         """Looks through both files, and cuts a torn last line off the target.
 
         Args:
-          params: for lines that say nothing else; a line without a seed draws with seed + index * n.
-          encode_messages: chat.template.encode_for_answer; None refuses lines with "messages".
-          chat: a "prompt" is a user's message, and the chat template is applied to it.
-          thinking: what the chat template is told about thinking.
-          fit: params.max_new_tokens is no wish of anybody's: a prompt that leaves less room gets less.
+          params, encode_messages, chat, thinking, fit: as of `LineOptions`.
           settings: what else the answers depend on (JSON): the model above all.
 
         Raises:
@@ -92,12 +68,12 @@ class Batch:
           SaveError: the target cannot be written, another process is writing it, or it is not this batch's.
         """
         self.source, self.target = Path(source), Path(target)
-        self.encode_messages = encode_messages
-        self.params, self.chat, self.thinking, self.fit = params or SamplingParams(), chat, thinking, fit
+        params = params or SamplingParams()
+        self.options = LineOptions(params, encode_messages, chat, thinking, fit)
         self.done = self.failed = 0
         self.stats = Stats()
         # Fields at their defaults stay out, so that a later version with more of them can go on.
-        own, default = vars(self.params), vars(SamplingParams())
+        own, default = vars(params), vars(SamplingParams())
         changed = {name: own[name] for name in SAMPLING_FIELDS if own[name] != default[name]}
         self._salt = json.dumps([changed, chat, thinking, settings], sort_keys=True).encode()
         try:
@@ -142,6 +118,19 @@ class Batch:
     def left(self) -> int:
         return len(self._left)
 
+    def shape(
+        self,
+        config: ModelConfig,
+        generation_config: GenerationConfig,
+        tokenizer: Tokenizer,
+        slots: int | None = None,
+        context: int | None = None,
+    ) -> Shape:
+        """The engine's shape for the lines that are left; arguments and errors as for `run`."""
+        pending = ((index, line) for index, line in self._lines() if index in self._left)
+        with busy("counting tokens"):
+            return shape_for(pending, self.options, config, generation_config, tokenizer, slots, context)
+
     def run(
         self,
         model: SmolLM3,
@@ -162,43 +151,34 @@ class Batch:
         Raises:
           OptionError: an option is out of range.
           OutOfMemoryError: the slots do not fit into memory.
+          DataError, SaveError, KeyboardInterrupt: as for `collect`.
+        """
+        shape = self.shape(model.config, model.generation_config, tokenizer, slots, context)
+        given: dict[str, Any] = {"cache_dtype": cache_dtype, "stats": self.stats}
+        self.collect(answers(model, tokenizer, self.pending(), self.options, shape, **given))
+
+    def pending(self) -> Iterator[tuple[int, bytes]]:
+        """The lines that have no answer, by their numbers."""
+        for index, line in self._lines():
+            if index in self._left:
+                if self._digest(line) != self._left[index]:
+                    raise self._changed()
+                yield index, line
+
+    def collect(self, found: Iterable[Sequence[tuple[int, dict[str, Any]]]]) -> None:
+        """Writes answers as they come, some at a time, of (index, answer).
+
+        Raises:
           DataError: the source has changed since this batch was made, so that lines may be missing; those that were
             read are answered.
           SaveError: an answer could not be written; those before it are.
           KeyboardInterrupt: with a message that says how to go on.
         """
-        as_served = slots is not None and context is not None
-        slots = SLOTS if slots is None else slots
-        if slots < 1:
-            raise OptionError(f"slots is {slots}; it must be at least 1")
-        if context is not None and context < 2:
-            raise OptionError(f"context is {context}; it must be at least 2")
-        if self.chat:
-            tokenizer.template()  # says once, not in every line, that there is none
         try:
-            sequences = self.left * self.params.n
-            if context is None:
-                with busy("counting tokens"):
-                    context, sequences = self._needs(model, tokenizer)
-            slots = slots if as_served else max(1, min(slots, sequences))
-            context = min(context, model.config.max_position_embeddings)
-            running: dict[int, _Line] = {}
-            requests = self._requests(model, tokenizer, context, running)
             with tally("lines", self.done + self.left, self.done) as report:
-                for delta in stream(
-                    model,
-                    requests,
-                    tokenizer=tokenizer,
-                    max_slots=slots,
-                    capacity=context,
-                    piece_sizes=SERVING_PIECES if as_served else None,
-                    cache_dtype=cache_dtype,
-                    stats=self.stats,
-                ):
-                    line = running[delta.request]
-                    line.samples[delta.sample].add(delta)
-                    if all(sample.finish_reason for sample in line.samples):
-                        self._write(line.index, line.id | _answer(running.pop(delta.request), tokenizer))
+                for some in found:
+                    for index, answer in some:
+                        self._write(index, answer)
                     report(self.done, self.stats.tokens)
             self._check_unchanged()
         except KeyboardInterrupt:
@@ -206,92 +186,6 @@ class Batch:
                 f"{self.done} of {self.done + self.left} lines are in {self.target}; "
                 "the same command goes on from there"
             ) from None
-
-    def _needs(self, model: SmolLM3, tokenizer: Tokenizer) -> tuple[int, int]:
-        """Over the lines that can be run: the most tokens of a sequence, and how many sequences."""
-        longest, sequences = 0, 0
-        for index, line in self._lines():
-            if index in self._left:
-                with contextlib.suppress(Exception):  # it is that line's answer, later
-                    request = self._request(index, _parse(line), model, tokenizer)
-                    check_request(model.config, model.generation_config, request, tokenizer)
-                    longest = max(longest, len(request.prompt) + request.params.max_new_tokens)
-                    sequences += request.params.n
-        return longest, sequences
-
-    def _requests(
-        self, model: SmolLM3, tokenizer: Tokenizer, context: int, running: dict[int, _Line]
-    ) -> Iterator[Request]:
-        """The lines that are left, each at its turn: to `running` and out, or answered with what is wrong."""
-        count = 0
-        for index, line in self._lines():
-            if index not in self._left:
-                continue
-            if self._digest(line) != self._left[index]:
-                raise self._changed()
-            name: dict[str, Any] = {}
-            try:
-                fields = _parse(line)
-                name = {"id": fields["id"]} if "id" in fields else {}
-                request = self._request(index, fields, model, tokenizer, context)
-                check_request(model.config, model.generation_config, request, tokenizer, context)
-            except Exception as error:  # whatever it is: the other lines can do nothing about it
-                text = str(error) if isinstance(error, SmolLM3Error) else f"{type(error).__name__}: {error}"
-                text = text if len(text) <= MAX_ERROR else f"{text[:MAX_ERROR]}..."
-                self._write(index, name | {"error": text})
-                continue
-            running[count] = _Line(index, name, request, [Completion.empty() for _ in range(request.params.n)])
-            count += 1
-            yield request
-
-    def _request(
-        self,
-        index: int,
-        fields: Mapping[str, Any],
-        model: SmolLM3,
-        tokenizer: Tokenizer,
-        context: int | None = None,
-    ) -> Request:
-        own = ("id", "prompt", "messages", "json_schema")
-        given = {name: value for name, value in fields.items() if name not in own}
-        if unknown := [name for name in given if name not in SAMPLING_FIELDS]:
-            close = difflib.get_close_matches(unknown[0], SAMPLING_FIELDS, n=1)
-            meant = f"; did you mean {close[0]}?" if close else ""
-            raise OptionError(
-                f"the field {unknown[0]!r} is unknown{meant}; a line has prompt or messages, and may have id, "
-                + ", ".join(("json_schema", *SAMPLING_FIELDS))
-            )
-        if ("prompt" in fields) == ("messages" in fields):
-            raise OptionError('a line needs one of "prompt" and "messages"')
-        biases = given.get("logit_bias")
-        if isinstance(biases, Mapping):  # JSON has no other keys than texts
-            given["logit_bias"] = {
-                int(token) if token.isdecimal() and len(token) < 20 else token: biases[token] for token in biases
-            }
-        seed = (self.params.seed + index * self.params.n) % 2**32
-        params = dataclasses.replace(self.params, **{"seed": seed} | given)
-        prompt, messages = fields.get("prompt"), fields.get("messages")
-        if "prompt" in fields and not isinstance(prompt, str):
-            raise OptionError(f"prompt is a {type(prompt).__name__}; it must be a text")
-        if self.chat and "prompt" in fields:
-            messages = [{"role": "user", "content": prompt}]
-        ids, ends = self._encode(model.config, tokenizer, prompt, messages)
-        fit = self.fit and "max_new_tokens" not in given
-        grammar = json_schema(fields["json_schema"]) if "json_schema" in fields else None
-        request = fitted_request(model.config, ids, params, ends, fit=fit, context=context)
-        return dataclasses.replace(request, grammar=grammar)
-
-    def _encode(
-        self, config: ModelConfig, tokenizer: Tokenizer, prompt: str | None, messages: object
-    ) -> tuple[list[int], tuple[int, ...]]:
-        """Token ids of a line's messages or else of its prompt, and what ends the answer."""
-        limit = config.max_position_embeddings
-        if isinstance(prompt, str) and messages is None:
-            return tokenizer.encode(prompt, context=limit), ()
-        if self.encode_messages is None:
-            raise OptionError('"messages" need a chat template; a line of this batch has a "prompt"')
-        ids = self.encode_messages(tokenizer, messages, context=limit, thinking=self.thinking)
-        return ids, chat_ends(tokenizer, config)
 
     def _lines(self) -> Iterator[tuple[int, bytes]]:
         """The lines that are not blank, by their numbers."""
@@ -384,83 +278,3 @@ class Batch:
     def _unwritable(self, error: Exception) -> SaveError:
         kept = f"; the {self.done} lines in it are kept, and the same command goes on from there" if self.done else ""
         return SaveError(f"{self.target} cannot be written: {why(error)}{kept}")
-
-
-def fitted_request(
-    config: ModelConfig,
-    prompt: Sequence[int],
-    params: SamplingParams,
-    ends: Sequence[int] = (),
-    *,
-    fit: bool = False,
-    context: int | None = None,
-) -> Request:
-    """A request to go on from a prompt's token ids; `fit` as for `Batch`, `context` as for `run`."""
-    limit = min(context or config.max_position_embeddings, config.max_position_embeddings)
-    return Request(prompt, fitted(params, len(prompt), limit) if fit else params, ends)
-
-
-def spell_logprobs(completion: Completion, tokenizer: Tokenizer) -> dict[str, Any]:
-    """The JSON field "logprobs", if it was asked for."""
-    if completion.logprobs is None:
-        return {}
-    entries = [
-        _entry(tokenizer, one.token_id, one.logprob)
-        | {"top": [_entry(tokenizer, token, logprob) for token, logprob in one.top]}
-        for one in completion.logprobs
-    ]
-    return {"logprobs": entries}
-
-
-def spell_prompt_logprobs(completion: Completion, prompt: Sequence[int], tokenizer: Tokenizer) -> dict[str, Any]:
-    """The JSON field "prompt_logprobs", if it was asked for; the first token, which nothing precedes, has null."""
-    if completion.prompt_logprobs is None:
-        return {}
-    values = (None, *completion.prompt_logprobs)
-    return {"prompt_logprobs": [_entry(tokenizer, *pair) for pair in zip(prompt, values, strict=True)]}
-
-
-def _entry(tokenizer: Tokenizer, token: int, logprob: float | None) -> dict[str, Any]:
-    if logprob is not None and not math.isfinite(logprob):  # JSON has no such numbers
-        logprob = None
-    return {"id": token, "token": tokenizer.decode([token], skip_special_tokens=False), "logprob": logprob}
-
-
-def _parse(line: bytes) -> dict[str, Any]:
-    if len(line) > MAX_LINE:
-        raise OptionError(f"the line is longer than {MAX_LINE:,} bytes")
-
-    def refuse(constant: str) -> None:
-        raise ValueError(f"{constant} is not JSON")
-
-    def finite(number: str) -> float:
-        if not math.isfinite(value := float(number)):
-            raise ValueError(f"{number} is beyond every float")
-        return value
-
-    try:
-        fields = json.loads(line, parse_constant=refuse, parse_float=finite)
-    except (ValueError, RecursionError) as error:
-        raise OptionError(f"the line is not JSON: {error}") from None
-    if not isinstance(fields, dict):
-        raise OptionError(f"the line is a JSON {type(fields).__name__}; it must be an object")
-    check_depth(fields, "the line")
-    return fields
-
-
-def _answer(line: _Line, tokenizer: Tokenizer) -> dict[str, Any]:
-    prompt = line.request.prompt
-    assert not isinstance(prompt, str)  # lines are encoded as they are read
-    samples = [
-        {
-            "text": sample.text,
-            "completion_tokens": len(sample.token_ids),
-            "finish_reason": sample.finish_reason,
-            **spell_logprobs(sample, tokenizer),
-        }
-        for sample in line.samples
-    ]
-    shared = {"prompt_tokens": len(prompt), **spell_prompt_logprobs(line.samples[0], prompt, tokenizer)}
-    if len(samples) == 1:
-        return samples[0] | shared
-    return {"samples": samples, "completion_tokens": sum(len(sample.token_ids) for sample in line.samples)} | shared

@@ -2,7 +2,8 @@
 
 import dataclasses
 import logging
-from collections.abc import Mapping
+import shlex
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -10,10 +11,11 @@ import numpy as np
 from ..config import ModelConfig
 from ..errors import CheckpointFormatError, OptionError
 from . import merge_methods as methods
+from .card import Card, last_part, origin_of, shown_name
 from .demo import model_folder
 from .key_map import HFTensor, hf_tensors
 from .load import Checkpoint, common_dtype, open_checkpoint
-from .merge_file import METHODS, Merge, Part, check, value_at
+from .merge_file import METHODS, Merge, Part, as_yaml, check, value_at
 from .quantized import dequantize_tensors
 from .save import check_target, write_folder
 from .stored import StoredTensor, cast
@@ -49,7 +51,30 @@ def merge(asked: Merge, folder: str | Path, max_shard_size: int | str = "5GB", f
         cast(_merged(asked, config, name, hf, {model: of[name] for model, of in plain.items()}), dtype)
         for name, hf in hf_tensors(config).items()
     ]
-    write_folder(Path(folder), config, opened[first].generation_config, tensors, texts, max_shard_size, force=force)
+    card = _card(asked, list(opened), Path(folder))
+    generation = opened[first].generation_config
+    write_folder(Path(folder), config, generation, tensors, texts, max_shard_size, force=force, card=card)
+
+
+def _card(asked: Merge, names: Sequence[str], folder: Path) -> Card:
+    """What is said of a merge: its models, and mergekit's YAML of it."""
+    origins = [origin_of(name) for name in names]
+    own: dict[str, str] = {}
+    for name, of in zip(names, origins, strict=True):  # folders of one name may lie in several
+        own[name] = f"{of.name}-{len(own) + 1}" if of.name in own.values() else of.name
+    recipe = as_yaml(
+        dataclasses.replace(
+            asked,
+            parts=tuple(dataclasses.replace(part, model=own[part.model]) for part in asked.parts),
+            base=own.get(asked.base or "", asked.base),
+            tokenizer=asked.tokenizer and shown_name(asked.tokenizer),
+        )
+    )
+    several = ", ".join(f"`{of.name}`" for of in origins)
+    text = f"`merge.yml`, as mergekit reads it, too:\n\n```yaml\n{recipe}```"
+    command = shlex.join(["smollm3", "merge", "--config", "merge.yml", "--out", last_part(str(folder))])
+    what = f"{several}, merged by {asked.method}."
+    return Card(what, origins, [command], "merge", ["merge", "mergekit"], sections={"Recipe": text})
 
 
 def _plain(checkpoint: Checkpoint) -> Mapping[str, StoredTensor]:

@@ -116,6 +116,30 @@ def read_merge(path: str | Path) -> Merge:
     return merge
 
 
+def as_yaml(merge: Merge) -> str:
+    """What `read_merge` reads as this merge."""
+    import yaml
+
+    shared = {"t": merge.t, "normalize": merge.normalize, "rescale": None if merge.rescale else False}
+    shared |= {"lambda": None if merge.scale == 1.0 else merge.scale}
+    parts = [
+        {"weight": part.weight, "density": part.density if METHODS[merge.method] else None} for part in merge.parts
+    ]
+    table = {
+        "merge_method": merge.method,
+        "base_model": merge.base,
+        "models": [_given(model=p.model, parameters=_given(**own)) for p, own in zip(merge.parts, parts, strict=True)],
+        "parameters": _given(**shared),
+        "dtype": merge.dtype,
+        "tokenizer_source": merge.tokenizer,
+    }
+    return yaml.safe_dump(_given(**table), sort_keys=False, allow_unicode=True)
+
+
+def _given(**entries: Any) -> dict[str, Any]:
+    return {key: value for key, value in entries.items() if value not in (None, {})}
+
+
 def check(merge: Merge) -> None:
     """Raises OptionError where the parts do not make up a merge of this method."""
     names = [part.model for part in merge.parts]

@@ -8,7 +8,7 @@ import functools
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -240,13 +240,18 @@ def adapter_config(base: str, targets: Sequence[str], rank: int, alpha: float, *
 
 
 def write_adapter(
-    folder: Path, config: Mapping[str, Any], parts: Mapping[str, Mapping[str, np.ndarray]], files: Mapping[str, bytes]
+    folder: Path,
+    config: Mapping[str, Any],
+    parts: Mapping[str, Mapping[str, np.ndarray]],
+    files: Mapping[str, bytes],
+    finish: Callable[[Path], None] = lambda new: None,
 ) -> None:
     """Writes a PEFT folder, whole or not at all.
 
     Args:
       parts: Hugging Face's name of a weight -> "a" [r, K], "b" [N, r] and for DoRA "magnitude" [N], float32.
       files: text files that go along: the tokenizer's, the templates.
+      finish: is called with the new folder before that takes its place.
     """
     tensors = []
     for name, arrays in parts.items():
@@ -259,3 +264,4 @@ def write_adapter(
         for name, content in files.items():
             (new / name).parent.mkdir(exist_ok=True)
             write(new / name, content)
+        finish(new)

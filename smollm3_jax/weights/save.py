@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import re
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from ..model import SmolLM3
 from ..paths import user_path
 from ..progress import progress
 from . import hub, safetensors, torch_files
+from .card import CARD, Card, is_ours, last_part, origin, put
 from .gguf_write import check_file, write_gguf
 from .key_map import hf_tensors, locate, parameters
 from .load import Checkpoint, check_dtype, common_dtype, is_gguf, open_checkpoint, with_adapters
@@ -122,8 +124,31 @@ def convert(
         tensors = [cast(tensor, dtype) for tensor in tensors]
         if config.dtype != dtype:
             config = dataclasses.replace(config, dtype=dtype)
-    generation = checkpoint.generation_config
-    write_folder(Path(folder), config, generation, tensors, checkpoint.files, max_shard_size, format, force)
+    generation, card = checkpoint.generation_config, _card_of(source, folder, dtype, format, adapters)
+    write_folder(Path(folder), config, generation, tensors, checkpoint.files, max_shard_size, format, force, card)
+
+
+def _card_of(
+    source: str | Path,
+    folder: str | Path,
+    dtype: str | None,
+    format: str,
+    adapters: Sequence[tuple[Adapter, float]],
+) -> Card:
+    """What is said of a conversion."""
+    of = origin(hub.resolve(source))
+    words = ["smollm3", "merge" if adapters else "convert", of.name, *(() if adapters else (last_part(str(folder)),))]
+    words += [f"--adapter={last_part(str(adapter.folder))}:{scale:g}" for adapter, scale in adapters]
+    words += [f"--out={last_part(str(folder))}"] if adapters else []
+    words += [f"--dtype={dtype}"] if dtype else []
+    words += [f"--format={format}"] if format != FORMATS[0] else []
+    cast = f", in {dtype}" if dtype else ""
+    if not adapters:
+        return Card(f"The weights of `{of.name}`{cast}, rewritten.", [of], [shlex.join(words)])
+    names = ", ".join(f"`{last_part(str(adapter.folder))}` times {scale:g}" for adapter, scale in adapters)
+    what = f"`{of.name}` with adapters folded in{cast}: {names}."
+    datasets = [name for adapter, _ in adapters for name in origin(adapter.folder).datasets]
+    return Card(what, [of], [shlex.join(words)], "finetune", ["lora"], datasets)
 
 
 def _open(source: str | Path, folder: str | Path, force: bool) -> Checkpoint:
@@ -132,7 +157,8 @@ def _open(source: str | Path, folder: str | Path, force: bool) -> Checkpoint:
     checkpoint = open_checkpoint(path)
     if path.is_dir():
         check_links(path)
-        if (left := left_out(path)) and path.resolve() != target:
+        left = [name for name in left_out(path) if name != CARD or not is_ours(path / CARD)]
+        if left and path.resolve() != target:
             more = f" and {len(left) - 10} more" if len(left) > 10 else ""
             log.info("%s: no part of the model, so not copied: %s%s", path, ", ".join(left[:10]), more)
     return checkpoint
@@ -162,8 +188,14 @@ def quantize(
         tensors = quantize_tensors(config, tensors)
     if config.dtype is None:
         config = dataclasses.replace(config, dtype=common_dtype(checkpoint.tensors))
-    generation, texts = checkpoint.generation_config, checkpoint.files
-    write_folder(Path(folder), config, generation, list(tensors.values()), texts, max_shard_size, force=force)
+    generation, texts, of = checkpoint.generation_config, checkpoint.files, origin(hub.resolve(source))
+    words = ["smollm3", "quantize", of.name, last_part(str(folder)), f"--weights={weights}"]
+    command = shlex.join([*words, *([f"--cache={cache}"] if cache else [])])
+    what = f"`{of.name}` with weights in {weights}, which this package reads."
+    card = Card(what, [of], [command], "quantized", [weights], library="smollm3-jax")
+    write_folder(
+        Path(folder), config, generation, list(tensors.values()), texts, max_shard_size, force=force, card=card
+    )
 
 
 def parse_size(size: int | str) -> int:
@@ -229,6 +261,7 @@ def write_folder(
     max_shard_size: int | str = "5GB",
     format: str = "safetensors",
     force: bool = False,
+    card: Card | None = None,
 ) -> None:
     """Writes a model folder beside its final place, and moves it there once it is complete.
 
@@ -236,6 +269,7 @@ def write_folder(
       files: the model's text files, name -> content; those that the folder has go, also where these have none of
         their names. None keeps them.
       force: there may be something in the folder; what is not a model's is kept.
+      card: what its README.md says; one of the user's own stays.
 
     Raises:
       OptionError: the size or the format is none, or `check_target` refuses.
@@ -259,6 +293,7 @@ def write_folder(
             for name, content in (files or {}).items():
                 (new / name).parent.mkdir(exist_ok=True)
                 write(new / name, content)
+            put(card, folder, new, config.model_type)
             _keep_other_files(folder, new, files is None)
     except BlockingIOError:
         raise SaveError(f"{folder} is being written by another process; wait for it, or name another folder") from None
@@ -290,6 +325,7 @@ def _keep_other_files(folder: Path, new: Path, texts: bool) -> None:
     old = _old_weights(folder)
     for path in folder.iterdir():
         replaced = path.name in old or _OLD_MODEL.fullmatch(path.name) or (not texts and is_text_file(path.name))
+        replaced = replaced or (path.name == CARD and is_ours(path))
         if not replaced and not os.path.lexists(new / path.name):
             carry(path, new / path.name)
 

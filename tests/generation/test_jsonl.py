@@ -22,7 +22,7 @@ from smollm3_jax.chat.template import encode_for_answer
 from smollm3_jax.commands.main import main
 from smollm3_jax.config import ModelConfig
 from smollm3_jax.errors import DataError, OptionError, SaveError, TokenizerError
-from smollm3_jax.generation import jsonl
+from smollm3_jax.generation import jsonl, lines
 from smollm3_jax.generation.api import complete
 from smollm3_jax.generation.jsonl import Batch
 from smollm3_jax.generation.requests import Completion, Request
@@ -189,7 +189,7 @@ JSON = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
     max_leaves=8,
 )
-FIELDS = st.sampled_from([*jsonl.SAMPLING_FIELDS, "id", "prompt", "messages", "role", "content", "tool_calls"])
+FIELDS = st.sampled_from([*lines.SAMPLING_FIELDS, "id", "prompt", "messages", "role", "content", "tool_calls"])
 
 
 @settings(max_examples=15, deadline=None, derandomize=True)
@@ -217,7 +217,7 @@ def test_context_limits_lines(model, tokenizer, tmp_path, monkeypatch):
     assert got[1]["completion_tokens"] == 5
     assert got[0]["error"] == "the prompt has 40 tokens; with max_new_tokens 5 that exceeds the room of a slot of 44"
     rooms = []
-    monkeypatch.setattr(jsonl, "stream", lambda *_, capacity, **__: rooms.append(capacity) or [])
+    monkeypatch.setattr(lines, "stream", lambda *_, capacity, **__: rooms.append(capacity) or [])
     for context in (None, 100, 10**9):
         run(model, tokenizer, source, tmp_path / "more", options={"context": context})
     assert rooms == [45, 100, 512]  # what is needed, what is asked for, what the model can
@@ -225,7 +225,8 @@ def test_context_limits_lines(model, tokenizer, tmp_path, monkeypatch):
 
 def test_a_line_without_end(model, tokenizer, tmp_path, monkeypatch):
     """It takes no more memory than a line may, and is answered with what is wrong; the others are as ever."""
-    monkeypatch.setattr(jsonl, "MAX_LINE", 100)
+    for module in (jsonl, lines):
+        monkeypatch.setattr(module, "MAX_LINE", 100)
     monkeypatch.setattr(jsonl, "MAX_ANSWER", 2000)
     long = b'{"prompt": "' + b"w5 " * 1000 + b'"}\n'
     (tmp_path / "in").write_bytes(b'{"prompt": "w5"}\n' + long + b'{"prompt": "w6"}\n')
@@ -412,13 +413,13 @@ def test_the_end_of_a_changed_input_is_not_taken_for_its_end(model, tokenizer, t
 
 def test_a_changed_input_has_exit_code_3(talking, tmp_path, monkeypatch, capsys):
     source = write(tmp_path / "in", {"prompt": "w5"}, {"prompt": "w6"})
-    real = jsonl.stream
+    real = lines.stream
 
     def stream(*arguments: Any, **options: Any):
         yield from real(*arguments, **options)
         write(source, {"prompt": "w5"})
 
-    monkeypatch.setattr(jsonl, "stream", stream)
+    monkeypatch.setattr(lines, "stream", stream)
     command = ["generate", "--model", talking, "--input", source, "--output", tmp_path / "out", "--max-new-tokens", 3]
     assert main([*map(str, command)]) == 3
     assert "has changed while it was read" in capsys.readouterr().err
@@ -455,7 +456,7 @@ def test_a_full_disk(model, tokenizer, tmp_path, monkeypatch):
 # The command's file handling, with answers of many lengths that no model has to think of.
 QUICK = """
 import sys, time
-from smollm3_jax.generation import jsonl
+from smollm3_jax.generation import jsonl, lines
 from smollm3_jax.generation.requests import Delta
 
 def stream(model, requests, **options):
@@ -468,7 +469,7 @@ class Anything:
     encode = lambda self, text, **options: [1]
     config = generation_config = property(lambda self: self)
 
-jsonl.stream = stream
+lines.stream = stream
 with jsonl.Batch(sys.argv[1], sys.argv[2]) as job:
     print("started", flush=True)
     job.run(Anything(), Anything(), context=1000)
@@ -541,7 +542,7 @@ def test_killed_and_interrupted_for_real(talking, tmp_path):
 
 def test_ctrl_c_keeps_what_is_done(talking, tmp_path, monkeypatch, capsys):
     source, target = write(tmp_path / "in", *[{"prompt": f"w{i}"} for i in range(5)]), tmp_path / "out"
-    real = jsonl.stream
+    real = lines.stream
 
     def stream(*arguments: Any, **options: Any):
         for delta in real(*arguments, **options):
@@ -549,7 +550,7 @@ def test_ctrl_c_keeps_what_is_done(talking, tmp_path, monkeypatch, capsys):
                 raise KeyboardInterrupt
             yield delta
 
-    monkeypatch.setattr(jsonl, "stream", stream)
+    monkeypatch.setattr(lines, "stream", stream)
     command = ["generate", "--model", talking, "--input", source, "--output", target, "--max-new-tokens", 3]
     assert main([*map(str, command), "--slots", "1"]) == 130
     message = f"smollm3: interrupted; 2 of 5 lines are in {target}; the same command goes on from there\n"

@@ -555,7 +555,7 @@ def test_missing_tokenizer(tmp_path, capsys):
     assert main(["inspect", str(folder)]) == 0
     assert "text files: none" in capsys.readouterr().out
     assert main(["convert", str(folder), str(tmp_path / "out")]) == 0
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {"config.json", "model.safetensors"}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"README.md", "config.json", "model.safetensors"}
 
 
 @pytest.mark.slow

@@ -497,7 +497,7 @@ def test_convert_in_place(tmp_path):
     assert main(["convert", str(folder), str(folder), "--force", "--max-shard-size", "100KB"]) == 0
     assert contents(folder) == wanted and "model.safetensors" not in names(folder)
     assert main(["convert", str(folder), str(folder), "--force", "--dtype", "bfloat16"]) == 0
-    assert names(folder) == {"config.json", "model.safetensors"} and names(tmp_path) == {"model"}
+    assert names(folder) == {"README.md", "config.json", "model.safetensors"} and names(tmp_path) == {"model"}
     for name, (tag, _, data) in contents(folder).items():
         assert mapped[name].tobytes() == wanted[name][2]
         assert (tag, data) == ("BF16", mapped[name].astype(ml_dtypes.bfloat16).tobytes())
@@ -527,7 +527,7 @@ def test_to_torch_and_back(dtype, tmp_path):
             wanted_files = set(index["weight_map"].values()) | {"pytorch_model.bin.index.json"}
             assert len(wanted_files) > 3 and index["weight_map"].keys() == wanted.keys()
             assert index["metadata"]["total_size"] == sum(len(data) for _, _, data in wanted.values())
-        assert names(folder) == wanted_files | {"config.json"}
+        assert names(folder) == wanted_files | {"README.md", "config.json"}
         state = {}
         for path in folder.glob("*.bin"):
             state |= torch.load(path, weights_only=True)
@@ -538,7 +538,7 @@ def test_to_torch_and_back(dtype, tmp_path):
     for format, suffix in (("torch", ".bin"), ("safetensors", ".safetensors")):
         arguments = ["--force", "--format", format, "--max-shard-size", "70KB"]
         assert main(["convert", str(original), str(original), *arguments]) == 0
-        assert {path.suffix for path in original.iterdir()} == {".json", suffix}
+        assert {path.suffix for path in original.iterdir()} == {".json", ".md", suffix}
     assert contents(original) == wanted
 
 
@@ -561,7 +561,7 @@ def test_odd_weight_names_do_not_survive_beside_torch_files(tmp_path):
     (folder / "model.safetensors").rename(folder / "weights-a.safetensors")
     (folder / INDEX).write_text(json.dumps({"weight_map": dict.fromkeys(wanted, "weights-a.safetensors")}))
     assert main(["convert", str(folder), str(folder), "--format", "torch", "--force"]) == 0
-    assert names(folder) == {"config.json", "pytorch_model.bin"}
+    assert names(folder) == {"README.md", "config.json", "pytorch_model.bin"}
     assert main(["convert", str(folder), str(tmp_path / "back")]) == 0
     assert contents(tmp_path / "back") == wanted
 
@@ -646,7 +646,8 @@ def test_conversion_takes_the_text_files_along(hf, tmp_path):
     (source / "generation_config.json").write_text('{"top_k": 3, "eos_token_id": [2, 5], "unknown": null}')
     (source / "training_log.txt").write_text("not part of a model")
     smollm3_jax.convert(source, tmp_path / "out")
-    assert names(tmp_path / "out") == {*texts, "config.json", "generation_config.json", "model.safetensors"}
+    own = {"README.md", "config.json", "generation_config.json", "model.safetensors"}
+    assert names(tmp_path / "out") == {*texts, *own}
     assert {name: (tmp_path / "out" / name).read_bytes().decode() for name in texts} == texts
     generation = json.loads((tmp_path / "out" / "generation_config.json").read_bytes())
     assert generation == {"top_k": 3, "eos_token_id": [2, 5], "unknown": None}
@@ -680,7 +681,7 @@ def test_what_does_not_come_along_is_named(hf, tmp_path, caplog):
     assert {str(path.relative_to(tmp_path / "out")): content for path, content in tree(tmp_path / "out").items()} == {
         **TEXTS,
         "additional_chat_templates": None,
-        **{name: (tmp_path / "out" / name).read_bytes() for name in ("config.json", "model.safetensors")},
+        **{name: (tmp_path / "out" / name).read_bytes() for name in ("README.md", "config.json", "model.safetensors")},
     }
     assert [record.getMessage() for record in caplog.records if "not copied" in record.getMessage()] == [
         f"{source}: no part of the model, so not copied: README.md, eval/"
@@ -744,7 +745,7 @@ def test_what_is_there_is_not_overwritten(command, target, hf, tmp_path, capsys)
     assert "is there already" in err and "--force" in err and err.count("\n") == 1
     assert tree(tmp_path) == before
     assert main([*command, str(source), str(folder), "--force"]) == 0
-    assert names(folder) == {"config.json", "model.safetensors", "notes.txt"}
+    assert names(folder) == {"README.md", "config.json", "model.safetensors", "notes.txt"}
 
 
 def test_an_empty_folder_may_be_there(hf, tmp_path):

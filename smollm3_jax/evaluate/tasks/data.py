@@ -9,6 +9,7 @@ from typing import Any
 
 from smollm3_jax.errors import OptionError
 from smollm3_jax.pretrained import load_tokenizer
+from smollm3_jax.tokenizer import Tokenizer
 
 # Tokens of a prompt and its answer, and of the answer.
 LENGTHS = (512, 1024, 2048, 4096, 8192, 16384, 32768, 65536, 131072)
@@ -16,12 +17,12 @@ ANSWER = 128
 SAMPLES = 100  # of a length
 # RULER's (arXiv 2404.06654), but for the words that a number belongs to.
 HAYSTACK = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
-NEEDLE = "One of the special magic numbers for {key} is: {value}."
+NEEDLE = "One of the special magic {kind}s for {key} is: {value}."
 PROMPT = (
-    "A special magic number is hidden within the following text. Make sure to memorize it. I will quiz you about the "
-    "number afterwards.\n{context}\nWhat is the special magic number for {key} mentioned in the provided text?"
+    "A special magic {kind} is hidden within the following text. Make sure to memorize it. I will quiz you about the "
+    "{kind} afterwards.\n{context}\nWhat is the special magic {kind} for {key} mentioned in the provided text?"
 )
-PREFIX = "The special magic number for {key} mentioned in the provided text is"
+PREFIX = "The special magic {kind} for {key} mentioned in the provided text is"
 FIRST = ("quiet", "narrow", "golden", "distant", "hollow", "bright", "careful", "frozen", "gentle", "rapid", "wooden")
 SECOND = (
     "harbour",
@@ -41,13 +42,26 @@ SECOND = (
 def texts(language: str, **_: Any) -> dict[str, Any]:
     """The texts of a language."""
     lines = Path(__file__).with_name("languages.jsonl").read_text(encoding="utf-8").splitlines()
-    return _dataset([entry for entry in map(json.loads, lines) if entry["language"] == language])
+    return dataset([entry for entry in map(json.loads, lines) if entry["language"] == language])
 
 
-def niah_single_1(
-    tokenizer: str | None = None, max_seq_lengths: Sequence[int] = (1024,), pretrained: str | None = None, **_: Any
-) -> dict[str, Any]:
+def niah_single_1(**told: Any) -> dict[str, Any]:
     """A number in a text that says the same thing over and over; of several lengths, one question of each in turn.
+
+    told, errors: as for `tokenizer_and_lengths`.
+    """
+    found, lengths = tokenizer_and_lengths(**told)
+    counts = {length: _sentences(found, length) for length in lengths}
+    # Each with its own seed, so that the first questions are the same whatever the lengths are.
+    return dataset(
+        [_question(i, length, count) for i in range(SAMPLES) for length, count in counts.items()],
+    )
+
+
+def tokenizer_and_lengths(
+    tokenizer: str | None = None, max_seq_lengths: Sequence[int] = (1024,), pretrained: str | None = None, **_: Any
+) -> tuple[Tokenizer, Sequence[int]]:
+    """What counts tokens, and how many a question and its answer have.
 
     Args:
       tokenizer, pretrained: a model's name, whose tokens count.
@@ -61,19 +75,16 @@ def niah_single_1(
     name = tokenizer or pretrained
     if name is None:
         raise OptionError('lengths are counted in tokens; say of which model: "tokenizer"')
-    found = load_tokenizer(name)
-    counts = {length: _sentences(found, length) for length in max_seq_lengths}
-    # Each with its own seed, so that the first questions are the same whatever the lengths are.
-    return _dataset(
-        [_question(i, length, count) for i in range(SAMPLES) for length, count in counts.items()],
-    )
+    return load_tokenizer(name), max_seq_lengths
 
 
 def by_length(doc: Mapping[str, Any], results: Sequence[str]) -> dict[str, float]:
-    return {str(doc["max_length"]): float(doc["output"] in results[0])}
+    """The share of what is asked for that the answer names, whatever its case."""
+    asked = [output.lower() in results[0].lower() for output in doc["outputs"]]
+    return {str(doc["max_length"]): sum(asked) / len(asked)}
 
 
-def _sentences(tokenizer: Any, length: int) -> int:
+def _sentences(tokenizer: Tokenizer, length: int) -> int:
     """How many fit, beside the question and its answer; a few tokens are left for what differs between questions."""
 
     def tokens(count: int) -> int:
@@ -87,12 +98,18 @@ def _question(number: int, length: int, count: int) -> dict[str, Any]:
     chance = random.Random(f"niah_single_1 {number} {length}")
     key, value = f"{chance.choice(FIRST)}-{chance.choice(SECOND)}", str(chance.randint(10**6, 10**7 - 1))
     sentences = [HAYSTACK] * count
-    sentences.insert(chance.randrange(count), NEEDLE.format(key=key, value=value))
-    prompt = PROMPT.format(context="\n".join(sentences), key=key)
-    return {"input": prompt, "output": value, "gen_prefix": PREFIX.format(key=key), "max_length": length}
+    sentences.insert(chance.randrange(count), NEEDLE.format(kind="number", key=key, value=value))
+    prompt = PROMPT.format(kind="number", context="\n".join(sentences), key=key)
+    return {
+        "input": prompt,
+        "outputs": [value],
+        "gen_prefix": PREFIX.format(kind="number", key=key),
+        "max_length": length,
+    }
 
 
-def _dataset(entries: list[dict[str, Any]]) -> dict[str, Any]:
+def dataset(entries: list[dict[str, Any]]) -> dict[str, Any]:
+    """As lm-eval takes it from a function: a split, and its rows."""
     import datasets
 
     return {"test": datasets.Dataset.from_list(entries)}

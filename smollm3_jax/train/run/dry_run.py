@@ -13,6 +13,7 @@ from rich.text import Text
 from sharding.hardware import GIB
 
 from ...config import RELEASE, SMOLLM3_3B, ModelConfig
+from ...model import SmolLM3
 from ...paths import is_remote
 from ...screen_text import plain
 from ...weights import demo
@@ -38,11 +39,7 @@ def describe(settings: Settings, trainable: str | None = None) -> dict[str, Any]
         _, stage = stage_at(settings, start)
         tokens = (end - start) * stage.rows * stage.length
         stages.append({**as_table(stage), "steps": end - start, "tokens": tokens})
-    config = model_config(settings)
-    model = abstract_model(config, "float32")
-    if settings.lora.rank:
-        trainable, model = lora.TRAINED, lora.planned(config, settings.lora)
-    parameters, trained = count(model), count(split(model, trainable)[0])
+    model, parameters, trained = counted(settings, model_config(settings), trainable)
     return {
         "steps": settings.run.steps,
         "tokens": sum(stage["tokens"] for stage in stages),
@@ -55,6 +52,14 @@ def describe(settings: Settings, trainable: str | None = None) -> dict[str, Any]
         "missing": missing(settings),
         "settings": as_table(settings),
     }
+
+
+def counted(settings: Settings, config: ModelConfig, trainable: str | None = None) -> tuple[SmolLM3, int, int]:
+    """The model of a run without its arrays, how many parameters it has, and how many are trained."""
+    model = abstract_model(config, "float32")
+    if settings.lora.rank:
+        trainable, model = lora.TRAINED, lora.planned(config, settings.lora)
+    return model, count(model), count(split(model, trainable)[0])
 
 
 def missing(settings: Settings) -> list[str]:

@@ -18,7 +18,10 @@ from ...weights.key_map import abstract_model
 from ...weights.save import check_target, tensors_of, write_folder
 from ...weights.stored import cast
 from ...weights.texts import check_links, is_text_file
+from ..settings import Settings
+from ..settings_file import parse
 from . import checkpoint as checkpoints
+from .card import card_of
 from .checkpoint import Damaged
 from .export_adapter import TrainedAdapter, adapter_of, write_trained
 from .folder import TOKENIZER
@@ -66,15 +69,20 @@ def export(
     found, model = _restored(run, step, average, adapter_of if of_adapter else _model)
     if not is_remote(run):
         check_links(Path(run / TOKENIZER))
+    about = checkpoints.read_about(saved, found[0])
+    settings = Settings()
+    with contextlib.suppress(OptionError):  # of another version, with other settings: the card says less
+        settings = parse(about.get("settings", {}), "the checkpoint")
+    card = card_of(settings, found, folder, dtype, adapter)
     files = {name: (run / TOKENIZER / name).read_bytes() for name in names_in(run / TOKENIZER)}
     if isinstance(model, TrainedAdapter):
-        write_trained(model, folder, files, dtype, force, alone=adapter)
+        write_trained(model, folder, files, dtype, force, card, alone=adapter)
         return found
     dtype = dtype or "float32"
-    config = ModelConfig.from_hf(checkpoints.read_about(saved, found[0])["config"])
+    config = ModelConfig.from_hf(about["config"])
     config = dataclasses.replace(config, dtype=dtype)
     tensors = [cast(tensor, dtype) for tensor in tensors_of(model)]
-    write_folder(folder, config, model.generation_config, tensors, files, force=force)
+    write_folder(folder, config, model.generation_config, tensors, files, force=force, card=card)
     return found
 
 

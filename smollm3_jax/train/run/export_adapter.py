@@ -11,6 +11,7 @@ from etils import epath
 from ...config import ModelConfig
 from ...errors import TrainingError
 from ...weights import demo
+from ...weights.card import Card, put
 from ...weights.key_map import hf_tensors
 from ...weights.load import Checkpoint, common_dtype, open_checkpoint
 from ...weights.peft import Adapter, LowRank, adapter_config, folded, write_adapter
@@ -72,6 +73,7 @@ def write_trained(
     files: Mapping[str, bytes],
     dtype: str | None,
     force: bool,
+    card: Card,
     *,
     alone: bool,
 ) -> None:
@@ -90,14 +92,15 @@ def write_trained(
         more = {"lora_dropout": s.dropout, "use_rslora": s.rslora, "use_dora": s.dora}
         alpha = s.alpha or 2.0 * s.rank
         config = adapter_config(str(adapter.base.resolve()), lora.targets_of(s), s.rank, alpha, **more)
-        write_adapter(folder, config, parts, files)
+        target = folder.resolve()
+        write_adapter(target, config, parts, files, lambda new: put(card, target, new, adapter.config.model_type))
         return
     parts = {name: _low_rank(arrays, lora.scale_of(s)) for name, arrays in adapter.parts.items()}
     target = dtype or common_dtype(adapter.opened.tensors)
     tensors = folded(lora.base_tensors(adapter.opened, s), [(Adapter(folder, None, parts), 1.0)])
     config = dataclasses.replace(adapter.config, quantization=None, dtype=target)
     order = [cast(tensors[name], target) for name in hf_tensors(config)]
-    write_folder(folder, config, adapter.opened.generation_config, order, files, force=force)
+    write_folder(folder, config, adapter.opened.generation_config, order, files, force=force, card=card)
 
 
 def _low_rank(arrays: Mapping[str, np.ndarray], scale: float) -> LowRank:

@@ -25,23 +25,23 @@ def small(tmp_path_factory, release) -> Path:
 
 
 def test_needles_lie_in_texts_of_their_length(small):
-    found = data.niah_single_1(str(small), [512, 1024])["test"]
+    found = data.niah_single_1(tokenizer=str(small), max_seq_lengths=[512, 1024])["test"]
     assert [entry["max_length"] for entry in found][:4] == [512, 1024, 512, 1024]
     tokenizer = tiny.letters()
     for entry in found:
         length = len(tokenizer.encode(entry["input"])) + data.ANSWER
         assert 0.8 * entry["max_length"] <= length <= entry["max_length"]
-        assert entry["input"].count(entry["output"]) == 1 and entry["gen_prefix"].split()[6] in entry["input"]
-        assert data.by_length(entry, [f"{entry['output']}."]) == {str(entry["max_length"]): 1.0}
+        assert entry["input"].count(entry["outputs"][0]) == 1 and entry["gen_prefix"].split()[6] in entry["input"]
+        assert data.by_length(entry, [f"{entry['outputs'][0]}."]) == {str(entry["max_length"]): 1.0}
         assert data.by_length(entry, ["1234"]) == {str(entry["max_length"]): 0.0}
-    places = {entry["input"].index(entry["output"]) * 4 // len(entry["input"]) for entry in found}
+    places = {entry["input"].index(entry["outputs"][0]) * 4 // len(entry["input"]) for entry in found}
     assert places == {0, 1, 2, 3}
     assert (
-        data.niah_single_1(str(small), [1024])["test"][:5]["input"]
+        data.niah_single_1(tokenizer=str(small), max_seq_lengths=[1024])["test"][:5]["input"]
         == [entry["input"] for entry in found if entry["max_length"] == 1024][:5]
     )
     with pytest.raises(OptionError, match="max_seq_lengths is"):
-        data.niah_single_1(str(small), [1000])
+        data.niah_single_1(tokenizer=str(small), max_seq_lengths=[1000])
     with pytest.raises(OptionError, match="of which model"):
         data.niah_single_1()
 

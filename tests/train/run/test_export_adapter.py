@@ -9,6 +9,7 @@ import parity
 import pytest
 import tiny
 from etils import epath
+from huggingface_hub import ModelCard
 from runs import checkpoint_digests, losses, write_corpus
 from safetensors.numpy import load_file, save_file
 
@@ -115,6 +116,14 @@ def test_a_merged_export_is_in_the_bases_dtype_and_rounded_once(place):
     said = json.loads((place / "adapter" / "adapter_config.json").read_text())
     assert (said["r"], said["lora_alpha"], said["bias"], said["peft_type"]) == (4, 8, "none", "LORA")
     assert len(said["target_modules"]) == 7 and said["base_model_name_or_path"] == str(place / "model")
+    for name, library in (("adapter", "peft"), ("merged", "transformers")):
+        text = (place / name / "README.md").read_text()
+        card = ModelCard(text, ignore_metadata_errors=False).data
+        assert (card.library_name, card.get("base_model")) == (library, None)  # nobody knows where it is from
+        assert "lora.rank = 4" in text and "- `corpus.jsonl`\n" in text and str(place) not in text
+    (place / "adapter" / "README.md").write_text("mine")
+    export(run, place / "adapter", adapter=True, force=True)
+    assert (place / "adapter" / "README.md").read_text() == "mine"
     with pytest.raises(OptionError, match="--average"):
         export(run, place / "mean", average=2)
 
