@@ -306,7 +306,8 @@ def test_extras_are_named_as_they_can_be_installed():
     assert support.how_to_install("torch").startswith(
         "pip install 'torch"
     ) and "'transformers" in support.how_to_install("torch")
-    for file in [*(ROOT / "smollm3_jax").rglob("*.py"), *(ROOT / "scripts").rglob("*.py")]:
+    rented = ROOT / "smollm3_jax/launch/scripts.py"  # what machines install that have nothing, unless --setup says how
+    for file in {*(ROOT / "smollm3_jax").rglob("*.py"), *(ROOT / "scripts").rglob("*.py")} - {rented}:
         assert "smollm3-jax[" not in file.read_text(), file
 
 
