@@ -105,9 +105,9 @@ def _first(options: Any) -> Any:
     """What an answer that is allowed says, with fields of objects that have several each."""
     value = next(option for option in options if option != "")
     if isinstance(value, dict):
-        return {name: _first(own) for name, own in value.items() if set(map(str, own)) != {""}}
+        return {name: _first(own) for name, own in value.items() if set(map(str, own)) - {""}}
     if isinstance(value, list) and value and all(isinstance(one, dict) for one in value):
-        return [{name: _first(own) for name, own in one.items() if set(map(str, own)) != {""}} for one in value]
+        return [{name: _first(own) for name, own in one.items() if set(map(str, own)) - {""}} for one in value]
     return value
 
 
@@ -123,7 +123,7 @@ def test_the_answers_of_the_data_are_right(category):
     right = wrong = 0
     for doc in docs:
         calls = [
-            {"name": name, "arguments": {p: _first(o) for p, o in given.items() if set(map(str, o)) != {""}}}
+            {"name": name, "arguments": {p: _first(o) for p, o in given.items() if set(map(str, o)) - {""}}}
             for one in json.loads(doc["wanted"])
             for name, given in one.items()
         ]
