@@ -39,7 +39,7 @@ def ran(path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, devices: int 
     return "".join(output.get("text", "") for output in outputs)
 
 
-@pytest.mark.slow
+@FULL
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_inference(tmp_path, monkeypatch):
     # As many devices as divide the demo's nine heads.

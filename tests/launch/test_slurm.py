@@ -60,7 +60,7 @@ NodeName=node1 NodeAddr=127.0.0.1 Port={ports[1]} CPUs=2 Gres=gpu:1 State=UNKNOW
 NodeName=node2 NodeAddr=127.0.0.1 Port={ports[2]} CPUs=2 Gres=gpu:1 State=UNKNOWN
 PartitionName=all Nodes=node1,node2 Default=YES MaxTime=INFINITE State=UP
 """
-STEPS = 100  # enough to be stopped on the way
+STEPS = 40  # enough to be stopped on the way
 TOML = f"""
 [run]
 steps = {STEPS}
@@ -73,7 +73,7 @@ rows = 4
 learning_rate = 1e-3
 warmup_steps = 2
 [checkpoint]
-every = 25
+every = 10
 """
 
 

@@ -47,6 +47,7 @@ def planned(tmp_path_factory):
 
 @needs_libtpu
 @pytest.mark.slow
+@FULL
 def test_a_piece_on_four_chips(planned):
     report, program = planned
     assert report["fits"] and report["mesh"]["context"] == DEVICES
@@ -69,6 +70,7 @@ def test_a_piece_on_four_chips(planned):
 
 @needs_libtpu
 @pytest.mark.slow
+@FULL
 def test_the_first_token_comes_after_all_pieces(planned):
     report, _ = planned
     first, last = report["first_piece_seconds"], report["last_piece_seconds"]

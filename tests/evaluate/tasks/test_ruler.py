@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import tiny
+from proxies import FULL
 
 from smollm3_jax.commands.main import main
 from smollm3_jax.errors import OptionError
@@ -125,7 +126,7 @@ def test_the_share_that_is_named_counts():
     assert data.by_length(doc, [""]) == {"512": 0.0}
 
 
-@pytest.mark.slow
+@FULL
 def test_the_command_finds_them(small, words, capsys):
     told = json.dumps({"max_seq_lengths": [1024], "tokenizer": words})
     command = ["eval", str(small), "--tasks", "smollm3_ruler", "--limit", "2", "--json", "--metadata", told]
