@@ -12,7 +12,7 @@ TOGETHER := -n 3 --dist loadfile --no-loadscope-reorder
 MARKS := not slow
 PINS := $(wildcard constraints/python$(VERSION).txt)
 
-.PHONY: setup run test test-fast test-slow test-light test-full docs lint goldens clean
+.PHONY: setup run test test-slow test-light test-full docs lint goldens clean
 
 setup: $(VENV)/test.stamp
 
@@ -25,11 +25,8 @@ $(VENV)/%.stamp: pyproject.toml $(PINS)
 run: setup
 	$(CPU) $(BIN)/python scripts/demo.py
 
-# Ten minutes: each part of the package, and one case of what takes long. pyright, one thread, beside it.
+# Ten minutes: each part of the package, and one case of what takes long.
 test: setup
-	$(MAKE) --no-print-directory -j 2 lint test-fast
-
-test-fast: setup
 	$(CPU) $(BIN)/python -m pytest $(TOGETHER) -m '$(MARKS)'
 
 # Half an hour: runs that are killed, several processes, compilers of TPUs, the demo model, every case of the rest.

@@ -116,6 +116,7 @@ def test_a_config_that_never_ends(tmp_path):
             ModelConfig.from_hf(tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("bash") is None, reason="no bash")
 def test_process_substitution(talking):
     command = f"{sys.executable} -m smollm3_jax generate {talking} --temp 0 --max-tokens 3"

@@ -53,6 +53,7 @@ def streaming(port: int) -> Iterator[http.client.HTTPResponse]:
             yield answer
 
 
+@pytest.mark.slow
 def test_it_answers_and_ends_when_its_streams_have(tiny, adapter):
     """S17."""
     options = ("--name", "mine", "--adapter", f"sea={adapter}:0.5", "--log-requests")

@@ -87,6 +87,7 @@ def compare(found: dict[str, Any], output: Path, reference: dict[str, Any]) -> N
                 assert found["results"][task][name] == pytest.approx(value, rel=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.torch
 def test_a_small_model_finds_what_transformers_finds(small, tasks, tmp_path, capsys):
     found = evaluated(small, tasks, tmp_path)

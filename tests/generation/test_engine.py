@@ -189,7 +189,7 @@ def test_a_long_prompt_keeps_nobody_waiting(model, monkeypatch):
     assert calls == ["prefill"] * 4 + ["decode"]
 
 
-@pytest.mark.parametrize("cache_dtype", [None, "int8"])
+@pytest.mark.parametrize("cache_dtype", [None, pytest.param("int8", marks=pytest.mark.slow)])
 def test_a_beginning_that_is_kept_is_not_computed_again(model, cache_dtype, monkeypatch):
     prompt = random_tokens(raw_config("one_layer"), 1, 80)[0].tolist()
     params = s3.SamplingParams(max_new_tokens=5, logprobs=2)

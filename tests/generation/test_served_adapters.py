@@ -78,6 +78,7 @@ def alone(model):
     return functools.cache(lambda kind: answers(Engine(model, **SHAPE), [request(kind)])[0])
 
 
+@pytest.mark.slow
 @settings(max_examples=10)
 @given(
     kinds=st.lists(st.integers(0, 17), min_size=2, max_size=7),

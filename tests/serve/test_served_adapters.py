@@ -43,6 +43,7 @@ def client(running):
         yield it
 
 
+@pytest.mark.slow
 def test_all_models_are_listed(running, client):
     found = {model.id: model for model in client.models.list()}
     assert list(found) == ["tiny", "sea", "land"]

@@ -129,6 +129,7 @@ def test_a_quantized_folder_is_a_base_as_it_is(checkpoint, tmp_path):
 Q = "model.layers.0.self_attn.q_proj.weight"
 
 
+@pytest.mark.slow
 def test_dropout_is_drawn_anew_in_each_step_and_again_in_the_same(checkpoint, batch):
     settings = dataclasses.replace(SETTINGS, dropout=0.5)
     first, second = (steps(model_of(checkpoint, settings), batch, 3) for _ in range(2))

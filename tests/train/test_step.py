@@ -91,6 +91,7 @@ def test_products_have_operands_in_the_compute_dtype_and_sums_in_float32(config,
     assert found == {"bfloat16": {("bf16", "bf16", "f32")}, "float32": {("f32", "f32", "f32")}}
 
 
+@pytest.mark.slow
 def test_micro_batches_equal_the_batch(config, batch):
     def step(model, batch=batch, micro_batches=1):
         """A great rate's update, beside which the parameters' own rounding is small, and the metrics."""

@@ -52,6 +52,7 @@ def test_there_are_texts_in_six_languages():
         assert len(found) == 3 and all(len(entry["text"]) > 200 for entry in found)
 
 
+@pytest.mark.slow
 def test_the_command_finds_them(small, tmp_path, capsys):
     lengths = json.dumps({"max_seq_lengths": [512]})
     common = ["eval", str(small), "--limit", "2", "--json", "--metadata", lengths]

@@ -64,6 +64,7 @@ def test_the_same_batches_from_a_state(corpora):
         np.testing.assert_array_equal(a.segment_ids, b.segment_ids)
 
 
+@pytest.mark.slow
 @given(st.integers(0, 6), st.integers(1, 4), st.sampled_from([1, 2, 4]), st.sampled_from([1, 2, 4]), st.integers(2, 20))
 @settings(max_examples=25, deadline=None)
 def test_batches_do_not_depend_on_the_number_of_hosts(folder, before, after, hosts, later_hosts, length):

@@ -148,6 +148,7 @@ def test_losses_begin_where_they_should(loss):
     assert slopes == {"apo_zero": (-0.25, 0.25), "apo_down": (0, 0.25), "sigmoid": (-0.5, 0.5)}[loss]
 
 
+@pytest.mark.slow
 def test_a_sum_is_of_its_own_segment_and_grows_no_error_with_its_length():
     draw = np.random.RandomState(0)
     values = draw.normal(size=(2, 4096)).astype(np.float32) - 3
@@ -263,6 +264,7 @@ def test_apo_begins_at_one(rules, loss, pairs):
     assert abs(other["loss"] - 1) > 1e-6
 
 
+@pytest.mark.slow
 def test_in_bfloat16_the_first_step_says_what_rounding_makes_of_it(pairs):
     """The reference is the start, packed in another way, and its dtype is that of the step."""
     options, model = StepOptions(dtype="bfloat16"), new_model(1)

@@ -44,7 +44,7 @@ def place(tmp_path):
 @pytest.mark.parametrize(
     "lora",
     [
-        pytest.param({"dropout": 0.1}, id="dropout"),
+        pytest.param({"dropout": 0.1}, id="dropout", marks=pytest.mark.slow),
         pytest.param({"base": "int8", "dora": True}, id="quantized", marks=pytest.mark.slow),
     ],
 )

@@ -39,6 +39,7 @@ def in_folder(settings, folder, steps=4):
     return dataclasses.replace(settings, run=dataclasses.replace(settings.run, dir=str(folder), steps=steps))
 
 
+@pytest.mark.slow
 def test_a_run_of_the_norms_alone(settings, tmp_path):
     whole, parts = tmp_path / "run", tmp_path / "parts"
     train(settings, trainable=NORMS)

@@ -45,6 +45,7 @@ def undisturbed(place, corpus):
     return place / "preferred"
 
 
+@pytest.mark.slow
 def test_a_run_begins_at_its_reference_and_prefers_what_was_chosen(undisturbed):
     first, *_, last = lines_of(undisturbed)
     assert abs(first["loss"] - 1) <= 1e-6 and abs(first["rewards/margins"]) <= 1e-5
