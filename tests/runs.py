@@ -12,6 +12,22 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 PATH = os.pathsep.join([str(ROOT), str(Path(__file__).parent / "without_pictures")])
 
+# Settings of a short run.
+TOML = """
+[run]
+steps = 8
+[model]
+dtype = "float32"
+[data]
+length = 16
+rows = 4
+[optimizer]
+learning_rate = 1e-3
+warmup_steps = 2
+[checkpoint]
+every = 2
+"""
+
 
 def write_corpus(path, documents=50, seed=0):
     draw = random.Random(seed)

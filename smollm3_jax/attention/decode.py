@@ -12,9 +12,9 @@ from sharding.rules import Sharding
 
 from ..kv_cache import AXES, LayerCache
 
-# Places that a CPU reads at a time, and the capacity up to which it reads all at once: half of a long row is read as
-# soon in blocks as all of it at once, of which each block is a copy (9 rows of 8,192 in float32, two cores with
-# AVX-512: 12 ms a layer at once; in blocks 2, 4, 12 and 21 ms where they hold 500, 1,000, 4,000 and 8,000).
+# Places that a CPU reads at a time, and the capacity up to which it reads all of them at once. Each block is copied, so
+# that blocks are faster only while a row is less than half full (9 rows of 8,192 in float32, two cores with AVX-512:
+# 12 ms a layer at once; in blocks 2, 4, 12 and 21 ms where the rows hold 500, 1,000, 4,000 and 8,000).
 BLOCK, AT_ONCE = 256, 2048
 
 

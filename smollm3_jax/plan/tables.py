@@ -66,6 +66,13 @@ def tables(report: dict[str, Any]) -> Iterator[RenderableType]:
     yield "assumed: " + "; ".join(report["assumptions"])
 
 
+def _compiled(report: dict[str, Any], each: str) -> Iterator[RenderableType]:
+    """What a compiled program, run once for `each`, does."""
+    yield _program(report["program"], each)
+    yield _collectives(report["collectives"])
+    yield _times(report["modelled"])
+
+
 def serve_tables(report: dict[str, Any]) -> Iterator[RenderableType]:
     """What `plan serve` prints of its report."""
     yield (
@@ -83,9 +90,7 @@ def serve_tables(report: dict[str, Any]) -> Iterator[RenderableType]:
     yield tokens
     yield f"largest context that fits: {report['largest_context']:,}"
     if "gap" in report:
-        yield _program(report["program"], "token")
-        yield _collectives(report["collectives"])
-        yield _times(report["modelled"])
+        yield from _compiled(report, "token")
         prefill, gap = report["prefill"], report["gap"]
         yield (
             f"a piece of {report['page']:,} tokens of a prompt: {_ms(prefill['first_seconds'])}, at the end of a full "
@@ -110,9 +115,7 @@ def prefill_tables(report: dict[str, Any]) -> Iterator[RenderableType]:
         yield f"does not fit; try {report['change']}"
     yield _memory(report["hbm"])
     if report["fits"]:
-        yield _program(report["program"], "last piece")
-        yield _collectives(report["collectives"])
-        yield _times(report["modelled"])
+        yield from _compiled(report, "last piece")
         yield (
             f"time to the first token: {_ms(report['time_to_first_token_seconds'])}, the first piece "
             f"{_ms(report['first_piece_seconds'])}, the last {_ms(report['last_piece_seconds'])}; then "

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import tiny
-from runs import environment, losses, same_end, wait_for, wait_for_step, write_corpus
+from runs import TOML, environment, losses, same_end, wait_for, wait_for_step, write_corpus
 
 from smollm3_jax.commands.main import main
 
@@ -61,20 +61,6 @@ NodeName=node2 NodeAddr=127.0.0.1 Port={ports[2]} CPUs=2 Gres=gpu:1 State=UNKNOW
 PartitionName=all Nodes=node1,node2 Default=YES MaxTime=INFINITE State=UP
 """
 STEPS = 40  # enough to be stopped on the way
-TOML = f"""
-[run]
-steps = {STEPS}
-[model]
-dtype = "float32"
-[data]
-length = 16
-rows = 4
-[optimizer]
-learning_rate = 1e-3
-warmup_steps = 2
-[checkpoint]
-every = 10
-"""
 
 
 def free_ports(count):
@@ -160,6 +146,7 @@ def program(path, text):
 def submitted(slurm, place, run, bin="bin"):
     """The number of the job that the printed script becomes, on two nodes of one GPU each."""
     settings = [f"run.dir={run}", f"model.path={place / 'model'}", f"data.path={place / 'corpus.jsonl'}"]
+    settings += [f"run.steps={STEPS}", "checkpoint.every=10"]
     launch = ["launch", "slurm", "--topology", "h100:2", "--gpus-per-node", "1", "--no-plan", "--grace", "60"]
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):

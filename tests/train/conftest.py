@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 import rounding
 import tiny
-from runs import train, write_corpus
+from runs import TOML, train, write_corpus
 
 import smollm3_jax as s3
 from smollm3_jax.tokenizer import load_tokenizer
@@ -20,21 +20,6 @@ from smollm3_jax.train.run.stages import rate_of
 from smollm3_jax.train.settings_file import read_settings
 from smollm3_jax.train.state import init_state
 from smollm3_jax.train.step import train_step
-
-TOML = """
-[run]
-steps = 8
-[model]
-dtype = "float32"
-[data]
-length = 16
-rows = 4
-[optimizer]
-learning_rate = 1e-3
-warmup_steps = 2
-[checkpoint]
-every = 2
-"""
 
 
 @pytest.fixture(scope="session")
