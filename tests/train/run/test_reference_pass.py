@@ -89,7 +89,7 @@ def test_a_kill_in_the_reference_pass_changes_no_bit(place, corpus, undisturbed,
     same_end(run, undisturbed, step=STEPS)
 
 
-@pytest.mark.slow
+@FULL
 @pytest.mark.parametrize("seed", SEEDS)
 def test_a_kill_between_steps_changes_no_bit(place, corpus, undisturbed, seed):
     """Nor is the reference computed again: the model that it was of may be gone."""
@@ -156,7 +156,7 @@ def test_an_adapters_reference_is_its_frozen_base(place, tmp_path):
     assert all(name.split(".")[-1] in ("a", "b") for name in arrays if name.startswith("model."))
 
 
-@pytest.mark.slow
+@FULL
 def test_sums_of_another_model_are_not_gone_on_with(place, corpus):
     """Though it has the same name."""
     folder = place / "other-model"
@@ -182,7 +182,7 @@ def test_sums_of_another_model_are_not_gone_on_with(place, corpus):
     assert "its tokenizer.json is not the model's" in said
 
 
-@pytest.mark.slow
+@FULL
 def test_devices_and_micro_batches_train_the_same(place, corpus, undisturbed):
     """Packed over eight devices, and in two parts: the losses of one device within float32's rounding."""
     for name, words, env in (
