@@ -113,7 +113,7 @@ def tensor_parallel(layers, data):
     [
         pytest.param("v6e:2x2", 4, 64, None, "bfloat16", marks=FULL),
         ("v5e:1x1", 1, 8, None, "bfloat16"),
-        ("v5e:1x1", 1, 1, "int8", "int8"),
+        pytest.param("v5e:1x1", 1, 1, "int8", "int8", marks=FULL),
         pytest.param("v6e:2x2", 4, 64, "int8", "int8", marks=FULL),
     ],
 )

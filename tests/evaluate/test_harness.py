@@ -187,6 +187,7 @@ def test_thinking_is_not_graded_and_no_stop_is_looked_for_in_it(small, monkeypat
     assert engine.requests[-1].params.stop == kwargs["until"]
 
 
+@FULL
 def test_samples_of_one_question_differ_and_are_found_again(small, tmp_path):
     model, tokenizer = s3.from_pretrained(small), s3.load_tokenizer(small)
     kwargs = {"do_sample": True, "temperature": 1.5, "top_p": 0.95, "max_gen_toks": 9, "until": []}

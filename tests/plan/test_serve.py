@@ -181,8 +181,8 @@ def test_what_cannot_be_is_refused():
         plan_serve(proxy(1, **SHORT), "v5e:1x1", context=1024, cache_tokens=512)
 
 
+@FULL
 @needs_libtpu
-@pytest.mark.slow
 def test_slots_are_those_of_the_engine():
     """Powers of two that the mesh divides; a context's capacity is one, too."""
     report = plan_serve(proxy(1, **SHORT), "v5e:2x2", slots=5, context=700, axes={"data": 4}, cache="int8")
@@ -191,9 +191,9 @@ def test_slots_are_those_of_the_engine():
     assert report["tokens"]["kept"] == 8 * 700 // 2 // 256 // 4 * 4 * 256
 
 
+@FULL
 @needs_cuda
 @pytest.mark.gpu
-@pytest.mark.slow
 def test_a_server_on_an_h100():
     report = plan_serve(proxy(2, **SHORT), "h100:1", slots=8, context=8192)
     assert report["fits"] and report["hbm"]["total"] < report["hbm"]["limit"] == CHIPS["h100"].hbm

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import rounding
 import tiny
+from proxies import FULL
 
 from sharding.mesh import make_mesh
 from sharding.rules import Sharding
@@ -80,7 +81,7 @@ def test_an_adapter_begins_as_nothing(checkpoint, batch, dora):
         ("", {"float32"}),
         ("bfloat16", {"bfloat16"}),
         ("int8", {"int8", "float32"}),
-        ("int4", {"uint8", "float16", "float32"}),
+        pytest.param("int4", {"uint8", "float16", "float32"}, marks=pytest.mark.slow),
     ],
 )
 def test_a_step_changes_the_adapter_alone_whatever_its_base_is_kept_in(checkpoint, batch, base, dtypes):
@@ -129,7 +130,7 @@ def test_a_quantized_folder_is_a_base_as_it_is(checkpoint, tmp_path):
 Q = "model.layers.0.self_attn.q_proj.weight"
 
 
-@pytest.mark.slow
+@FULL
 def test_dropout_is_drawn_anew_in_each_step_and_again_in_the_same(checkpoint, batch):
     settings = dataclasses.replace(SETTINGS, dropout=0.5)
     first, second = (steps(model_of(checkpoint, settings), batch, 3) for _ in range(2))

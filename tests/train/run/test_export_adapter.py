@@ -10,6 +10,7 @@ import pytest
 import tiny
 from etils import epath
 from huggingface_hub import ModelCard
+from proxies import FULL
 from runs import checkpoint_digests, losses, write_corpus
 from safetensors.numpy import load_file, save_file
 
@@ -45,7 +46,7 @@ def place(tmp_path):
     "lora",
     [
         pytest.param({"dropout": 0.1}, id="dropout", marks=pytest.mark.slow),
-        pytest.param({"base": "int8", "dora": True}, id="quantized", marks=pytest.mark.slow),
+        pytest.param({"base": "int8", "dora": True}, id="quantized", marks=FULL),
     ],
 )
 def test_a_run_goes_on_with_its_adapter_bit_for_bit(place, lora):
@@ -97,6 +98,7 @@ def test_exports_answer_the_same_under_peft(place, capsys, lora):
     assert np.abs(want - base).max() > 0.01 * np.abs(want).max()
 
 
+@pytest.mark.slow
 def test_a_merged_export_is_in_the_bases_dtype_and_rounded_once(place):
     tiny.write_checkpoint(
         place / "model",

@@ -89,7 +89,7 @@ def test_a_kill_in_the_reference_pass_changes_no_bit(place, corpus, undisturbed,
     same_end(run, undisturbed, step=STEPS)
 
 
-@pytest.mark.slow
+@FULL
 @pytest.mark.parametrize("seed", SEEDS)
 def test_a_kill_between_steps_changes_no_bit(place, corpus, undisturbed, seed):
     """Nor is the reference computed again: the model that it was of may be gone."""
@@ -158,8 +158,8 @@ def test_an_adapters_reference_is_its_frozen_base(place, tmp_path):
 
 @pytest.mark.slow
 def test_held_out_pairs_are_measured_as_a_step_measures_them(place, tmp_path):
-    """Each batch is all pairs, a row each, and so are the held-out ones: what is measured after a step is what the next one finds.
-    A run that goes on with others computes the sums that it lacks."""
+    """Each batch is all pairs, a row each, and so are the held-out ones: what is measured after a step is what the next
+    one finds. A run that goes on with others computes the sums that it lacks."""
     for name, seed in (("pairs", 0), ("others", 1)):
         draw = random.Random(seed)
         words = [[f"w{draw.randint(3, 159)}" for _ in range(8)] for _ in range(8)]
@@ -195,7 +195,7 @@ def test_held_out_pairs_are_measured_as_a_step_measures_them(place, tmp_path):
     assert "held-out pairs, loss: held out" in (tmp_path / "run" / "report.html").read_text()
 
 
-@pytest.mark.slow
+@FULL
 def test_sums_of_another_model_are_not_gone_on_with(place, corpus):
     """Though it has the same name."""
     folder = place / "other-model"
@@ -221,7 +221,7 @@ def test_sums_of_another_model_are_not_gone_on_with(place, corpus):
     assert "its tokenizer.json is not the model's" in said
 
 
-@pytest.mark.slow
+@FULL
 def test_devices_and_micro_batches_train_the_same(place, corpus, undisturbed):
     """Packed over eight devices, and in two parts: the losses of one device within float32's rounding."""
     for name, words, env in (
