@@ -130,6 +130,21 @@ def test_a_merged_export_is_in_the_bases_dtype_and_rounded_once(place):
         export(run, place / "mean", average=2)
 
 
+@pytest.mark.slow
+def test_a_merge_of_its_checkpoints_has_the_adapter_in_it(place):
+    """Which export refuses to average: here it is the whole models that are added."""
+    train(settings_in(place))
+    for step in (2, 4):
+        assert export(epath.Path(place / "run"), place / f"step{step}", step=step) == [step]
+    words = {"by-hand": ("{}/step2=0.5", "{}/step4=0.5"), "merged": ("{}/run@2=0.5", "{}/run=0.5")}
+    for name, models in words.items():
+        assert main(["merge", *(word.format(place) for word in models), "--out", str(place / name)]) == 0
+    by_hand, merged = (load_file(place / name / "model.safetensors") for name in words)
+    assert by_hand.keys() == merged.keys() and all((x == by_hand[name]).all() for name, x in merged.items())
+    first = load_file(place / "step2" / "model.safetensors")
+    assert any((x != first[name]).any() for name, x in merged.items())
+
+
 def test_a_run_of_the_whole_model_has_no_adapter(place):
     settings = settings_in(place, steps=1)
     train(dataclasses.replace(settings, lora=type(settings.lora)()))
