@@ -165,5 +165,9 @@ def test_an_adapter_of_smollm3_fits_one_v5e_chip():
 @FULL
 @needs_libtpu
 def test_sixteen_v5e_fine_tune_smollm3_on_rows_of_8192():
-    report = plan_train(RELEASED, "v5e:4x4", "fsdp", 16, 8192, settings=read_words(["objective.kind=sft"]))
+    settings = read_words(["objective.kind=sft"])
+    report = plan_train(RELEASED, "v5e:4x4", "fsdp", 16, 8192, remat="qkv", settings=settings)
     assert report["fits"] and report["trained"] == count_parameters(RELEASED)
+    assert report["hbm"]["total"] <= 11.1 * GB < report["hbm"]["limit"]
+    assert report["program"]["float32_products"] == 0
+    assert report["modelled"]["mfu"] >= 0.5 and report["modelled"]["exposed_collective_seconds"] <= 0.07
