@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from jax.experimental.pallas import tpu as pltpu
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel
 from jax.sharding import Mesh
+from proxies import FULL
 from test_kv_cache import in_pages
 
 from sharding.mesh import make_mesh
@@ -179,7 +180,7 @@ def as_on_tpu(monkeypatch):
     [
         (16, False, 64, "float32"),
         (256, True, 64, "float32"),
-        (1000, True, 128, "bfloat16"),
+        pytest.param(1000, True, 128, "bfloat16", marks=FULL),
     ],
 )
 def test_splash_equals_the_definition(length, documents, width, dtype, as_on_tpu):

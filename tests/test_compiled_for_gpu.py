@@ -9,6 +9,7 @@ import re
 import jax.numpy as jnp
 import pytest
 from h100 import CAPACITY, DEEP, DEPTHS, GB, GIB, MARKS, MIB, Program, cut, decoding, scores
+from proxies import FULL
 
 from sharding import hlo
 from sharding.arrays import total_bytes
@@ -104,6 +105,7 @@ def test_int4_moves_a_quarter(layers):
     assert layers < DEEP or model.bytes <= 2.8 * GB
 
 
+@FULL
 def test_stacked_layers_are_copied():
     """What the bound on bytes is there to see: two layers, stacked as training has them."""
     config = cut(2)

@@ -10,6 +10,7 @@ from collections import Counter
 
 import jax
 import pytest
+from proxies import FULL
 
 from sharding import hlo
 from sharding.mesh import device_bytes
@@ -78,7 +79,7 @@ def test_all_tokens_of_a_call_are_one_cuda_graph(compiled):
     assert "kWhile" in thunks and "kConditional" in thunks
 
 
-@pytest.mark.parametrize(("batch", "cache"), [(1, "bfloat16"), (64, "int8")])
+@pytest.mark.parametrize(("batch", "cache"), [(1, "bfloat16"), pytest.param(64, "int8", marks=FULL)])
 def test_pages_that_lie_anywhere_take_no_launch_more(batch, cache, compiled):
     (_, rows, _), (setting, pages, _) = compiled(2, batch, cache), compiled(2, batch, cache, 256)
     assert launches(rows) == launches(pages)

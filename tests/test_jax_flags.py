@@ -34,7 +34,7 @@ def expected(models: Path) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("words", "flags"),
     [
-        ([], {"JAX_ENABLE_X64": "1", **STRICT}),
+        pytest.param([], {"JAX_ENABLE_X64": "1", **STRICT}, marks=FULL),
         pytest.param(["x64"], OTHERS, marks=FULL),
     ],
     ids=["x64 and strict", "x64 by the caller"],

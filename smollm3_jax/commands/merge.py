@@ -1,9 +1,14 @@
 """`smollm3 merge`."""
 
 import argparse
+from typing import TYPE_CHECKING
 
 from ..config import DTYPES
 from .shared import adapters_of, add_adapter, dtype, folder, say
+
+if TYPE_CHECKING:
+    from ..weights.card import Origin
+    from ..weights.load import Checkpoint
 
 METHODS = ("linear", "slerp", "ties", "dare")
 
@@ -13,7 +18,7 @@ def add(parser: argparse.ArgumentParser) -> None:
         "models",
         nargs="*",
         metavar="MODEL=WEIGHT",
-        help="what to merge (linear and ties divide the weights by their sum)",
+        help="what to merge (linear and ties divide the weights by their sum); of a run RUN@STEP, or RUN, its newest",
     )
     parser.add_argument("--config", metavar="FILE.yml", help="the merge in mergekit's words, or smollm3-merge")
     parser.add_argument("--out", required=True, metavar="DIR", help="the folder to write")
@@ -32,7 +37,7 @@ def add(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from ..errors import OptionError
     from ..train.settings_file import RECIPES
-    from ..weights.merge import merge
+    from ..weights import merge
     from ..weights.merge_file import read_merge
 
     if args.adapter:
@@ -44,9 +49,22 @@ def run(args: argparse.Namespace) -> int:
             raise OptionError("--config says what to merge and how: give it and --out alone")
         shipped = RECIPES / f"{args.config}.yml"
         asked = read_merge(shipped if shipped.is_file() else args.config)
-    merge(asked, args.out, args.max_shard_size, args.force)
+    merge.merge(asked, args.out, args.max_shard_size, args.force, _open)
     say(args.out)
     return 0
+
+
+def _open(name: str) -> "tuple[Checkpoint, Origin]":
+    """A checkpoint of a run, or any other model."""
+    from ..train.run.folder import named_run
+    from ..weights.merge import open_model
+
+    found = named_run(name)
+    if found is None:
+        return open_model(name)
+    from ..train.run.saved_model import open_saved  # with Orbax
+
+    return open_saved(*found)
 
 
 def _fold(args: argparse.Namespace) -> int:

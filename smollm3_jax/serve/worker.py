@@ -22,7 +22,6 @@ from typing import Any, TypeVar
 from ..errors import SmolLM3Error
 from ..generation.device_loop import MAX_STEPS
 from ..generation.engine import Engine
-from ..generation.hosts import leads
 from ..generation.requests import Delta
 from .errors import ApiError
 from .metrics import Metrics
@@ -256,8 +255,7 @@ class Worker:
                             engine.cancel(number)
             if engine.is_idle:
                 continue
-            if not leads():  # the other processes decode as many steps a call as the engine was made with
-                engine.steps = _steps(engine)
+            engine.steps = _steps(engine)
             began = time.monotonic()
             deltas = engine.step()
             going_in = None if engine.prefilling is None else tickets[engine.prefilling][:2]

@@ -61,13 +61,15 @@ log = logging.getLogger(__name__)
 class Checkpoint:
     """A checkpoint that has been found sound, but not read: headers only.
 
-    `tensors` are in Hugging Face's order; `files` are the tokenizer's and template's, name -> content.
+    `tensors` are in Hugging Face's order; `files` are the tokenizer's and template's, name -> content; `stacked`:
+    reading a tensor of one layer reads those of all layers, so read them one after the other.
     """
 
     config: ModelConfig
     generation_config: GenerationConfig
     tensors: dict[str, StoredTensor]
     files: dict[str, bytes]
+    stacked: bool = False
 
 
 def is_gguf(path: Path) -> bool:

@@ -3,7 +3,7 @@
 import dataclasses
 import logging
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +11,7 @@ import numpy as np
 from ..config import ModelConfig
 from ..errors import CheckpointFormatError, OptionError
 from . import merge_methods as methods
-from .card import Card, last_part, origin_of, shown_name
+from .card import Card, Origin, last_part, origin_of, shown_name
 from .demo import model_folder
 from .key_map import HFTensor, hf_tensors
 from .load import Checkpoint, common_dtype, open_checkpoint
@@ -23,11 +23,25 @@ from .stored import StoredTensor, cast
 log = logging.getLogger(__name__)
 
 
-def merge(asked: Merge, folder: str | Path, max_shard_size: int | str = "5GB", force: bool = False) -> None:
+def open_model(name: str) -> tuple[Checkpoint, Origin]:
+    """(a model by the name that a user gives it, what a card says of it)."""
+    return open_checkpoint(model_folder(name)), origin_of(name)
+
+
+def merge(
+    asked: Merge,
+    folder: str | Path,
+    max_shard_size: int | str = "5GB",
+    force: bool = False,
+    open_model: Callable[[str], tuple[Checkpoint, Origin]] = open_model,
+) -> None:
     """Writes what the models become, as `convert` writes a folder: tokenizer, templates and config of the base (or of
     the first model) go along.
 
-    One tensor of each model is in memory at a time, in float32.
+    One tensor of each model is in memory at a time, in float32; of one that is `stacked`, that of all layers.
+
+    Args:
+      open_model: what opens a model by its name.
 
     Raises:
       SmolLM3Error: a model is unsound, or is of another shape than the others; the methods' settings do not fit;
@@ -37,30 +51,34 @@ def merge(asked: Merge, folder: str | Path, max_shard_size: int | str = "5GB", f
     check_target(folder, force)
     names = [part.model for part in asked.parts]
     first = asked.base or names[0]
-    opened = {name: open_checkpoint(model_folder(name)) for name in dict.fromkeys([first, *names])}
+    found = {name: open_model(name) for name in dict.fromkeys([first, *names])}
+    opened = {name: checkpoint for name, (checkpoint, _) in found.items()}
     texts = opened[first].files
     if asked.tokenizer is not None:
         texts = opened.get(asked.tokenizer, opened[first]).files
         if asked.tokenizer not in opened:
-            texts = open_checkpoint(model_folder(asked.tokenizer)).files
+            texts = open_model(asked.tokenizer)[0].files
     dtype = asked.dtype or common_dtype(opened[first].tensors)
     plain = {name: _plain(checkpoint) for name, checkpoint in opened.items()}
     config = dataclasses.replace(opened[first].config, quantization=None, dtype=dtype)
     _check_alike(opened, plain, first)
+    where = hf_tensors(config)
+    if any(checkpoint.stacked for checkpoint in opened.values()):
+        where = dict(sorted(where.items(), key=lambda item: item[1].param))
     tensors = [
         cast(_merged(asked, config, name, hf, {model: of[name] for model, of in plain.items()}), dtype)
-        for name, hf in hf_tensors(config).items()
+        for name, hf in where.items()
     ]
-    card = _card(asked, list(opened), Path(folder))
+    card = _card(asked, {name: origin for name, (_, origin) in found.items()}, Path(folder))
     generation = opened[first].generation_config
     write_folder(Path(folder), config, generation, tensors, texts, max_shard_size, force=force, card=card)
 
 
-def _card(asked: Merge, names: Sequence[str], folder: Path) -> Card:
+def _card(asked: Merge, named: Mapping[str, Origin], folder: Path) -> Card:
     """What is said of a merge: its models, and mergekit's YAML of it."""
-    origins = [origin_of(name) for name in names]
+    origins = list(named.values())
     own: dict[str, str] = {}
-    for name, of in zip(names, origins, strict=True):  # folders of one name may lie in several
+    for name, of in named.items():  # folders of one name may lie in several
         own[name] = f"{of.name}-{len(own) + 1}" if of.name in own.values() else of.name
     recipe = as_yaml(
         dataclasses.replace(

@@ -1,7 +1,9 @@
 """The files of a model folder beside its weights and configs: tokenizer, templates, licence."""
 
+import json
 import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
 
 from ..errors import CheckpointFormatError
@@ -43,6 +45,24 @@ def read_texts(folder: Path) -> dict[str, bytes]:
         except OSError as error:
             raise CheckpointFormatError(f"{path} cannot be read: {why(error)}") from None
     return found
+
+
+def with_one_template(texts: Mapping[str, bytes], template: str) -> dict[str, bytes]:
+    """A model's text files with one chat template for all conversations, and no other one anywhere: there are readers
+    to which tokenizer_config.json's goes before the file.
+
+    Raises:
+      CheckpointFormatError: tokenizer_config.json is not JSON.
+    """
+    config, other = "tokenizer_config.json", ("chat_template.json", f"{TEMPLATES}/")
+    found = {name: content for name, content in texts.items() if not name.startswith(other)}
+    try:
+        content = json.loads(found.get(config, b"{}"))
+    except (ValueError, RecursionError):
+        raise CheckpointFormatError(f"{config} cannot be read as JSON") from None
+    if isinstance(content, dict) and content.pop("chat_template", None) is not None:
+        found[config] = (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
+    return found | {"chat_template.jinja": template.encode()}
 
 
 def left_out(folder: Path) -> list[str]:

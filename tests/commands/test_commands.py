@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 import rounding
+from proxies import FULL
 from tiny import letters_checkpoint, raw_config, talking_checkpoint
 
 import smollm3_jax as s3
@@ -277,11 +278,13 @@ def test_a_mesh_says_what_one_device_says(talking, capsys, options):
     assert answer(capsys, *common, *options) == answer(capsys, *common)
 
 
+@pytest.mark.slow
 def test_two_models_are_compared_on_a_mesh(talking, capsys):
     assert main(["verify", str(talking), "--against", str(talking), "--mesh", "data=4,tensor=2", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["ok"]
 
 
+@FULL
 def test_yarn_stretches_the_context(talking, capsys):
     common = ("--model", talking, "--prompt", "w5 w6 " * 300, "--max-new-tokens", 3)
     assert len(answer(capsys, *common, "--yarn", 2)["token_ids"]) == 3
@@ -289,7 +292,7 @@ def test_yarn_stretches_the_context(talking, capsys):
     assert "600 tokens; with max_new_tokens 3 that exceeds the model's context of 563" in capsys.readouterr().err
 
 
-@pytest.mark.slow
+@FULL
 def test_weights_and_cache(talking, capsys):
     common = ("--model", talking, "--prompt", "w5 w6 w7", "--max-new-tokens", 4, "--logprobs", 0)
     plain = answer(capsys, *common)["logprobs"]

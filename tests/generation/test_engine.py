@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from proxies import FULL
 from tiny import letters, random_tensors, random_tokens, raw_config, tiny_checkpoint, write_checkpoint
 
 import smollm3_jax as s3
@@ -123,7 +124,7 @@ def test_an_answer_is_the_one_given_alone(model, alone, events, prefill_tokens, 
                 assert got == expected, (number, sample)
 
 
-@pytest.mark.parametrize("cache_dtype", [None, pytest.param("int8", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("cache_dtype", [None, pytest.param("int8", marks=FULL)])
 def test_what_gives_way_to_others_answers_the_same(model, cache_dtype):
     """Three pages beside those of the oldest: the younger ones begin again, some of them often."""
     budget = s3.SamplingParams(max_new_tokens=60, temperature=0.9, seed=3, n=2, logprobs=2, max_thinking_tokens=30)
@@ -189,7 +190,7 @@ def test_a_long_prompt_keeps_nobody_waiting(model, monkeypatch):
     assert calls == ["prefill"] * 4 + ["decode"]
 
 
-@pytest.mark.parametrize("cache_dtype", [None, pytest.param("int8", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("cache_dtype", [None, pytest.param("int8", marks=FULL)])
 def test_a_beginning_that_is_kept_is_not_computed_again(model, cache_dtype, monkeypatch):
     prompt = random_tokens(raw_config("one_layer"), 1, 80)[0].tolist()
     params = s3.SamplingParams(max_new_tokens=5, logprobs=2)

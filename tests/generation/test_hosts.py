@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from proxies import FULL
 from tiny import letters_checkpoint, talking_checkpoint
 
 import smollm3_jax as s3
@@ -106,7 +107,7 @@ def model(tmp_path_factory) -> str:
     return str(talking_checkpoint(tmp_path_factory.mktemp("talking") / "m"))
 
 
-@pytest.mark.slow
+@FULL
 def test_a_prompt(model):
     words = (
         "generate",
@@ -161,7 +162,7 @@ def test_answers_that_keep_to_schemas(tmp_path):
     assert all(set(json.loads(text)) <= {*"xyz"} for text in texts[1]), texts
 
 
-@pytest.mark.slow
+@FULL
 def test_a_chat(model):
     """Two turns, each of an engine of its own."""
     words = ("chat", model, "--temp", "0", "--max-tokens", "6")

@@ -9,6 +9,7 @@ import pytest
 import rounding
 from flax import nnx
 from jax.sharding import Mesh
+from proxies import FULL
 from tiny import letters, raw_config
 
 import smollm3_jax as s3
@@ -106,7 +107,13 @@ def test_heads_of_pages_lie_on_several_devices():
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("cache_dtype", "rules"),
-    [(None, "serve_tp"), (None, "serve_tp_long"), ("int8", "serve_tp_long"), (None, "serve_cp"), ("int8", "serve_cp")],
+    [
+        (None, "serve_tp"),
+        (None, "serve_tp_long"),
+        ("int8", "serve_tp_long"),
+        (None, "serve_cp"),
+        pytest.param("int8", "serve_cp", marks=FULL),
+    ],
 )
 def test_four_devices_say_what_one_does(cache_dtype, rules, monkeypatch):
     monkeypatch.setattr(prompts, "CHUNK", {"cpu": 16})  # prompts in several pieces
@@ -134,6 +141,7 @@ def said_of(model, monkeypatch, parts=1):
     )
 
 
+@pytest.mark.slow
 def test_prompts_split_over_eight_devices_say_what_one_does(monkeypatch):
     """Two tokens of a piece on each, which are not neighbours; every other layer has no positions."""
     model = new_model()

@@ -131,7 +131,7 @@ def test_drafts_are_verified_by_the_own_model(model):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("data", "tensor"), [(1, 2), pytest.param(2, 1, marks=FULL)])
+@pytest.mark.parametrize(("data", "tensor"), [pytest.param(1, 2, marks=FULL), pytest.param(2, 1, marks=FULL)])
 def test_two_devices_say_what_one_does(folder, adapters, model, data, tensor):
     """By heads, and by slots; of no more than 12 programs nothing is compiled after the engine is warm."""
     asked = [request(kind) for kind in (2, 5, 8, 7, 4)]

@@ -51,9 +51,9 @@ def cells(part):
     return [part] if isinstance(part, str) else [cell for column in part.columns for cell in column.cells]
 
 
+@FULL
 @needs_cuda
 @pytest.mark.gpu
-@pytest.mark.slow
 def test_what_an_h100_has_no_memory_for_is_refused():
     """The compiler for GPUs compiles it all the same."""
     config = proxy(1, **SHORT)

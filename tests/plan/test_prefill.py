@@ -85,7 +85,7 @@ def test_the_first_token_comes_after_all_pieces(planned):
 
 
 @needs_libtpu
-@pytest.mark.parametrize("window", [None, pytest.param(1024, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("window", [None, pytest.param(1024, marks=FULL)])
 def test_scores_would_be_seen(window):
     """Of attention alone: no kernel takes a window."""
     piece, config, (_, devices) = 2048, proxy(1, **SHORT), topology("v5e:2x2")

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from proxies import FULL
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
 import on_device
@@ -35,13 +36,13 @@ def kinds(out: Path, kind: str) -> list[dict]:
     [
         ("machine", 0, 0),
         ("parity", 12, 0),
-        ("parity_quantized", 8, 0),
+        pytest.param("parity_quantized", 8, 0, marks=FULL),
         ("parity_gradients", 2, 0),
         ("decode", 0, 2),
-        ("decode_quantized", 0, 3),
+        pytest.param("decode_quantized", 0, 3, marks=FULL),
         ("prefill", 0, 2),
         ("training", 0, 1),
-        ("training_deterministic", 1, 2),
+        pytest.param("training_deterministic", 1, 2, marks=FULL),
     ],
 )
 def test_a_part_on_a_tiny_model(part, checks, speeds, tmp_path):

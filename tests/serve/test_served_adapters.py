@@ -54,6 +54,7 @@ def test_all_models_are_listed(running, client):
     assert {"enum": ["tiny", "sea", "land"]} in schemas["ChatRequest"]["properties"]["model"]["anyOf"]
 
 
+@pytest.mark.slow
 def test_each_model_answers_for_itself(client):
     """In all three APIs, streamed or not; what one has kept of a prompt no other finds."""
     texts = {}

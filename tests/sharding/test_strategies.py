@@ -10,6 +10,7 @@ import pytest
 import rounding
 from flax import nnx
 from jax.sharding import NamedSharding
+from proxies import FULL
 from tiny import YARN, random_tensors, raw_config, write_checkpoint
 
 import smollm3_jax as s3
@@ -138,7 +139,7 @@ def answered(model):
     return model(jnp.asarray(TOKENS)), np.array([answer.token_ids for answer in answers]), logprobs
 
 
-@pytest.fixture(scope="module", params=[None, "int8"], ids=["plain", "int8"])
+@pytest.fixture(scope="module")
 def alone(request, folder):
     """How weights are stored, and what one device says with them, with how far others may be from that."""
     bounded = rounding.shaken(answered, s3.from_pretrained(folder, weights=request.param, stacked=True))
@@ -149,7 +150,14 @@ def alone(request, folder):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("rules", SERVING_AXES)
+@pytest.mark.parametrize(
+    ("alone", "rules"),
+    [
+        *((None, rules) for rules in SERVING_AXES),
+        *(pytest.param("int8", rules, marks=[] if rules == "serve_tp" else FULL) for rules in SERVING_AXES),
+    ],
+    indirect=["alone"],
+)
 def test_text_and_logits_are_those_of_one_device(rules, alone, folder):
     """Plain and quantized weights, from the file to where they lie, with the cache on the mesh."""
     weights, bounded = alone

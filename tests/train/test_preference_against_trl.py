@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from proxies import FULL
 
 import smollm3_jax as s3
 from smollm3_jax.train.objectives.preference import Preference, completion_sums
@@ -135,7 +136,7 @@ def ours(folder, loss, **how):
     return np.array(losses), np.array(rewards), {x.name: x.read() for x in tensors_of(jax.device_get(state.model))}
 
 
-@pytest.mark.parametrize("loss", ["apo_zero", "apo_down", "sigmoid"])
+@pytest.mark.parametrize("loss", ["apo_zero", *(pytest.param(x, marks=FULL) for x in ("apo_down", "sigmoid"))])
 def test_twenty_steps_are_those_of_trl(folder, loss, monkeypatch, tmp_path):
     """trl #2469, #7014: packed preferences are gone there, so that SmolLM3's own apo.yaml no longer runs as written:
     packed, ours are what TRL's are with padding."""

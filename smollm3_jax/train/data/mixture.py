@@ -187,23 +187,24 @@ def training_rows(
     }
 
 
-def held_out_rows(settings: Settings, batches: Batches, encode: Callable[..., Any]) -> dict[str, Rows | Windows]:
-    """The documents held out, by name, in their order and once; each call begins anew."""
+def held_out(settings: Settings, batches: Batches) -> dict[str, tuple[Documents, range]]:
+    """(a corpus, the numbers of its documents that are held out), by name."""
     data = settings.data
     if data.eval_path:
         field = data.field if settings.objective.kind == "pretrain" else ""
         whole = Source(path=data.eval_path, field=field, format=data.eval_format)
         words = OptionNames("data.field", "data.eval_format", "data.max_document_bytes")
-        corpora = {"held out": open_documents("held out", whole, data.max_document_bytes, words)}
-        orders = {name: range(len(corpus)) for name, corpus in corpora.items()}
-    elif data.eval_every_nth:
-        corpora = dict(batches.corpora)
-        orders = {name: range(0, len(corpus), data.eval_every_nth) for name, corpus in corpora.items()}
-    else:
-        return {}
+        corpus = open_documents("held out", whole, data.max_document_bytes, words)
+        return {"held out": (corpus, range(len(corpus)))}
+    nth = data.eval_every_nth
+    return {name: (corpus, range(0, len(corpus), nth)) for name, corpus in batches.corpora.items()} if nth else {}
+
+
+def held_out_rows(settings: Settings, batches: Batches, encode: Callable[..., Any]) -> dict[str, Rows | Windows]:
+    """The documents held out, by name, in their order and once; each call begins anew."""
     return {
-        name: _rows(settings, name, corpus, encode, orders[name], len(orders[name]), 1, None)
-        for name, corpus in corpora.items()
+        name: _rows(settings, name, corpus, encode, order, len(order), 1, None)
+        for name, (corpus, order) in held_out(settings, batches).items()
     }
 
 

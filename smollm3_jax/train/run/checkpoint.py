@@ -225,8 +225,44 @@ def restore(folder: epath.Path, step: int, like: T, under: str = "") -> T:
     if differ:
         raise TrainingError(f"checkpoint {step} holds other arrays than this run: {'; '.join(differ[:10])}")
     shapes = {name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding) for name, x in wanted.items()}
-    how = jax.tree.map(lambda x: ocp.ArrayRestoreArgs(sharding=x.sharding, strict=True), shapes)
-    arguments = ocp.args.PyTreeRestore(shapes, restore_args=how, partial_restore=bool(under))
+    found = _read(folder, step, entries, shapes, partial=bool(under))
+    return jax.tree.unflatten(jax.tree.structure(like), [found[name] for name in wanted])
+
+
+def restore_array(folder: epath.Path, step: int, name: str) -> Array:
+    """One array of a checkpoint by its name ("model.layers.q"), verified; in the host's memory unless JAX_PLATFORMS
+    leaves out the CPU. Raises Damaged or TrainingError, as `restore` does."""
+    entries = read_about(folder, step)["arrays"]
+    if name not in entries:
+        raise TrainingError(f"checkpoint {step} holds no {name}")
+    dtype, shape, _ = entries[name]
+    at = jax.sharding.SingleDeviceSharding(host_device())
+    like = jax.ShapeDtypeStruct(tuple(shape), jnp.dtype(dtype), sharding=at)
+    return _read(folder, step, entries, {name: like}, partial=True)[name]
+
+
+def host_device() -> Any:  # a jax.Device, which type checkers do not know
+    """The CPU, unless JAX_PLATFORMS leaves it out."""
+    try:
+        return jax.local_devices(backend="cpu")[0]
+    except RuntimeError:
+        return jax.local_devices()[0]
+
+
+def _read(
+    folder: epath.Path,
+    step: int,
+    entries: Mapping[str, Any],
+    shapes: Mapping[str, jax.ShapeDtypeStruct],
+    partial: bool,
+) -> dict[str, Array]:
+    """The arrays of these names and shapes, verified.
+
+    Args:
+      entries: of the checkpoint's "arrays". partial: they are not all that the checkpoint holds.
+    """
+    how = {name: ocp.ArrayRestoreArgs(sharding=x.sharding, strict=True) for name, x in shapes.items()}
+    arguments = ocp.args.PyTreeRestore(dict(shapes), restore_args=how, partial_restore=partial)
     with raise_everywhere():
         try:
             found = ocp.PyTreeCheckpointHandler().restore(folder / f"{step:08d}" / "state", args=arguments)
@@ -242,7 +278,7 @@ def restore(folder: epath.Path, step: int, like: T, under: str = "") -> T:
     bad = [name for name, good in finite.items() if not good]
     if bad:
         raise TrainingError(f"checkpoint {step}: not all is finite in {', '.join(bad[:10])}")
-    return jax.tree.unflatten(jax.tree.structure(like), [found[name] for name in wanted])
+    return found
 
 
 def named_arrays(tree: PyTree) -> dict[str, Array]:

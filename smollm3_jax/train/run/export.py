@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,8 @@ from .card import card_of
 from .checkpoint import Damaged
 from .export_adapter import TrainedAdapter, adapter_of, write_trained
 from .folder import TOKENIZER
+
+log = logging.getLogger(__name__)
 
 
 def export(
@@ -59,7 +62,7 @@ def export(
         raise OptionError(f"{run} holds no checkpoint")
     if step is not None and step not in there:
         raise OptionError(f"--step {step}: {run} has checkpoints of {', '.join(map(str, there))}")
-    of_adapter = _is_of_adapter(saved, there)
+    of_adapter = is_of_adapter(saved, there)
     if adapter and not of_adapter:
         raise OptionError(f"--adapter: {run} trains the model itself; without --adapter that is what is written")
     if of_adapter and average > 1:
@@ -67,14 +70,14 @@ def export(
             "--average: the mean of adapters' matrices is none of their sums; export each, and merge these"
         )
     found, model = _restored(run, step, average, adapter_of if of_adapter else _model)
-    if not is_remote(run):
-        check_links(Path(run / TOKENIZER))
+    files = texts_of(run)
     about = checkpoints.read_about(saved, found[0])
     settings = Settings()
     with contextlib.suppress(OptionError):  # of another version, with other settings: the card says less
         settings = parse(about.get("settings", {}), "the checkpoint")
+    if settings.data.template and settings.objective.kind != "pretrain":
+        log.info("the chat template is that of the training, %s", settings.data.template)
     card = card_of(settings, found, folder, dtype, adapter)
-    files = {name: (run / TOKENIZER / name).read_bytes() for name in names_in(run / TOKENIZER)}
     if isinstance(model, TrainedAdapter):
         write_trained(model, folder, files, dtype, force, card, alone=adapter)
         return found
@@ -111,11 +114,19 @@ def _restored(
     return found, model
 
 
-def _is_of_adapter(saved: epath.Path, there: list[int]) -> bool:
+def is_of_adapter(saved: epath.Path, there: list[int]) -> bool:
+    """Whether the newest sound checkpoint is of an adapter."""
     for step in reversed(there):
         with contextlib.suppress(Damaged):
             return bool(checkpoints.read_about(saved, step).get("settings", {}).get("lora", {}).get("rank"))
     return False
+
+
+def texts_of(run: epath.Path) -> dict[str, bytes]:
+    """The text files that go with what a run has trained, name -> content."""
+    if not is_remote(run):
+        check_links(Path(run / TOKENIZER))
+    return {name: (run / TOKENIZER / name).read_bytes() for name in names_in(run / TOKENIZER)}
 
 
 def names_in(folder: epath.Path) -> list[str]:
@@ -137,10 +148,6 @@ def _model(folder: epath.Path, step: int) -> SmolLM3:
     config = ModelConfig.from_hf(about["config"])
     generation = GenerationConfig.from_hf(about["generation_config"], config)
     like = abstract_model(config, "float32", generation)
-    try:
-        device = jax.local_devices(backend="cpu")[0]
-    except RuntimeError:
-        device = jax.local_devices()[0]
-    at = jax.sharding.SingleDeviceSharding(device)
+    at = jax.sharding.SingleDeviceSharding(checkpoints.host_device())
     like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), like)
     return checkpoints.restore(folder, step, like, under="model")

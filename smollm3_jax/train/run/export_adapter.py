@@ -95,12 +95,18 @@ def write_trained(
         target = folder.resolve()
         write_adapter(target, config, parts, files, lambda new: put(card, target, new, adapter.config.model_type))
         return
-    parts = {name: _low_rank(arrays, lora.scale_of(s)) for name, arrays in adapter.parts.items()}
     target = dtype or common_dtype(adapter.opened.tensors)
-    tensors = folded(lora.base_tensors(adapter.opened, s), [(Adapter(folder, None, parts), 1.0)])
+    tensors = folded_tensors(adapter)
     config = dataclasses.replace(adapter.config, quantization=None, dtype=target)
     order = [cast(tensors[name], target) for name in hf_tensors(config)]
     write_folder(folder, config, adapter.opened.generation_config, order, files, force=force, card=card)
+
+
+def folded_tensors(adapter: TrainedAdapter) -> dict[str, StoredTensor]:
+    """The base with the adapter in it, by Hugging Face's names: float32, not yet rounded, computed as it is read."""
+    s = adapter.settings
+    parts = {name: _low_rank(arrays, lora.scale_of(s)) for name, arrays in adapter.parts.items()}
+    return folded(lora.base_tensors(adapter.opened, s), [(Adapter(adapter.base, None, parts), 1.0)])
 
 
 def _low_rank(arrays: Mapping[str, np.ndarray], scale: float) -> LowRank:

@@ -13,6 +13,7 @@ lock                              held by the process that trains here
 
 import contextlib
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,9 +23,9 @@ from etils import epath
 
 from ...errors import OptionError
 from ...files import carry, locked, new_folder, write
-from ...paths import is_remote
+from ...paths import is_remote, user_path
 from ...support import SHOWN, version
-from ...weights.texts import check_links, is_text_file, read_texts
+from ...weights.texts import check_links, is_text_file, read_texts, with_one_template
 
 TOKENIZER = "tokenizer"  # the folder of the model's text files there
 
@@ -34,6 +35,21 @@ def run_folder(path: str) -> epath.Path:
     if path.startswith("s3://"):
         raise OptionError(f"{path}: Orbax writes to gs:// and to file systems, not to s3://; mount the bucket")
     return epath.Path(path) if is_remote(path) else epath.Path(os.path.abspath(os.path.expanduser(path)))
+
+
+def named_run(name: str) -> tuple[epath.Path, int | None] | None:
+    """(the folder of a run on this machine, a step or None) that RUN@STEP or RUN names; None for any other name.
+
+    Raises:
+      OptionError: what comes after @ is no step.
+    """
+    for path, step in ((name, None), (name.rpartition("@")[0], name.rpartition("@")[2])):
+        folder = user_path(path)
+        if path and not is_remote(path) and (folder / "checkpoints").is_dir() and not (folder / "config.json").exists():
+            if step is not None and not re.fullmatch("[0-9]{1,15}", step):
+                raise OptionError(f"{name}: after @ comes the step of a checkpoint, a number, as in {path}@500")
+            return run_folder(path), None if step is None else int(step)
+    return None
 
 
 @contextlib.contextmanager
@@ -55,12 +71,18 @@ def only_one(folder: epath.Path) -> Iterator[None]:
         os.close(lock)
 
 
-def keep_texts(source: Path, folder: epath.Path) -> None:
-    """The text files of the model, for exports; whatever else the folder holds stays in it."""
+def keep_texts(source: Path, folder: epath.Path, template: str | None = None) -> None:
+    """The text files of the model, for exports; whatever else the folder holds stays in it.
+
+    Args:
+      template: the chat template that takes the place of the model's own.
+    """
     if not source.is_dir():  # a .gguf
         return
     check_links(source)
     texts = read_texts(source)
+    if template is not None:
+        texts = with_one_template(texts, template)
     try:
         if is_remote(folder):
             for name, content in texts.items():

@@ -21,6 +21,7 @@ from ...files import remove, unfinished
 from ...job import agree, raise_everywhere
 from ...paths import is_remote
 from ...support import version
+from ..data.conversations import read_template
 from ..data.files import refuse_within
 from ..data.mixture import Batches, expanded, sources
 from ..data.prefetch import on_mesh, prefetch
@@ -118,7 +119,7 @@ def _train(run: Run, stop: Stop, allow_restart: bool, allow_changes: bool) -> di
             progress.state = first_state(run)
         with raise_everywhere():
             if jax.process_index() == 0:  # not before a resume has found that the tokenizer is the same
-                keep_texts(run.texts, run.folder / TOKENIZER)
+                keep_texts(run.texts, run.folder / TOKENIZER, _template(settings))
         run.monitor.begin(progress.step, resumed, _about(run))
         if not run.monitor.has_held_out(progress.step):
             evaluate(run, stop)
@@ -140,6 +141,15 @@ def _train(run: Run, stop: Stop, allow_restart: bool, allow_changes: bool) -> di
         if progress.step < settings.run.steps:
             ended = "stopped by a signal" if stopped else "done: the data ended"
     return {**run.monitor.summary(), "step": progress.step, "stopped": stopped, "checkpoint": progress.saved}
+
+
+def _template(settings: Settings) -> str | None:
+    """The chat template that the run trains with, if it is not the model's own: exports have it."""
+    path = settings.data.template
+    if not path or settings.objective.kind == "pretrain":
+        return None
+    log.info("exports have the chat template that conversations are trained with, %s", path)
+    return read_template(path)
 
 
 def _steps(run: Run, stop: Stop) -> str | None:

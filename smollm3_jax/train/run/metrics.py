@@ -44,7 +44,10 @@ def _line(text: bytes) -> dict[str, Any] | None:
     if "held_out" in line:
         found = line["held_out"]
         sound = isinstance(found, dict) and all(
-            isinstance(x, dict) and _is_number(x.get("nats_per_token")) and _is_number(x.get("tokens"))
+            isinstance(x, dict)
+            and ("nats_per_token" in x or "loss" in x)
+            and "tokens" in x
+            and all(map(_is_number, x.values()))
             for x in found.values()
         )
         return line if sound else None

@@ -167,10 +167,18 @@ class Monitor:
         line = {"step": step, "held_out": dict(found)}
         self._remember(line)
         self._append("metrics.jsonl", line)
+        of_text = {name: x["nats_per_token"] for name, x in found.items() if "nats_per_token" in x}
+        of_pairs = {name: x for name, x in found.items() if name not in of_text}
+        numbers = {f"held_out/{name}": x for name, x in of_text.items()}
+        numbers |= {f"held_out/{name}/{key}": value for name, x in of_pairs.items() for key, value in x.items()}
         for backend in self._backends:
-            backend(step, {f"held_out/{name}": x["nats_per_token"] for name, x in found.items()})
-        text = ", ".join(f"{name} {x['nats_per_token']:.4f}" for name, x in found.items())
-        self._say(f"step {step}: held out, nats a token: {text}")
+            backend(step, numbers)
+        if of_text:
+            text = ", ".join(f"{name} {x:.4f}" for name, x in of_text.items())
+            self._say(f"step {step}: held out, nats a token: {text}")
+        for name, x in of_pairs.items():
+            rewards = f"accuracy {x['rewards/accuracies']:.3f}, margin {x['rewards/margins']:.4f}"
+            self._say(f"step {step}: held out, {name}: loss {x['loss']:.4f}, {rewards} ({x['pairs']:,} pairs)")
 
     def event(self, line: Mapping[str, Any]) -> None:
         self._append("events.jsonl", line)

@@ -1,7 +1,7 @@
 """The pass over a run's preferences that computes the reference's sums, before the first step.
 
 It reads the rows that the run's first epoch trains on, as the step does a micro-batch, so that what differs between the
-two is the model alone. What an earlier call has computed is not computed again.
+two is the model alone; and those of held-out pairs. What an earlier call has computed is not computed again.
 """
 
 import dataclasses
@@ -13,6 +13,7 @@ import logging
 import math
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 import numpy as np
@@ -25,16 +26,17 @@ from ...job import agree, raise_everywhere
 from ...model import SmolLM3
 from ...tokenizer import load_tokenizer
 from ..data.conversations import read_template
-from ..data.mixture import training_rows
+from ..data.mixture import held_out, held_out_rows, training_rows
 from ..data.packing import EndOfData, Rows
 from ..data.prefetch import on_mesh
-from ..data.windows import Windows
+from ..data.windows import Item, Windows
 from ..objectives.preference import completion_sums
 from ..options import StepOptions, compiler_options
 from ..reference import Sums, keys_of
-from ..settings import Settings, stage_at, starts
+from ..settings import Settings, Stage, stage_at, starts
 from ..state import Batch
 from .checkpoint import digest, named_arrays
+from .evaluation import held_out_batches
 from .setup import Run, open_model
 from .stop import Stop
 
@@ -72,7 +74,7 @@ def reference_sums(run: Run, stop: Stop) -> Sums | None:
             "dtype": s.model.dtype,
         }
         sums = Sums(run.folder / "reference", about, writes=jax.process_index() == 0)
-        needed = {"files": run.batches.state()["files"], "rows": _rows_needed(run)}
+        needed = _needed(run)
         done = sums.is_done(needed)
     if not done:
         with run.monitor.busy("the reference's sums"):
@@ -142,23 +144,53 @@ def _sums(model: SmolLM3, batch: Batch, *, options: StepOptions, by_document: bo
 
 
 def _batches(run: Run, rows: int) -> Iterator[Batch]:
-    """Batches of `rows` rows with what the run reads of each source, an epoch at most. The last batch of a source is
-    filled with rows of zeros."""
+    """Batches of `rows` rows with what the run reads of each source, an epoch at most, and with what is held out. The
+    last batch of a source is filled with rows of zeros."""
+    for source in (*_trained(run), *_held_out(run)):
+        while part := list(itertools.islice(source, rows)):
+            part += [tuple(map(np.zeros_like, part[0]))] * (rows - len(part))
+            yield Batch(*map(np.stack, zip(*part, strict=True)))  # pyright: ignore[reportArgumentType]
+
+
+def _trained(run: Run) -> Iterator[Iterator[Item]]:
+    """The rows of each source."""
     once = dataclasses.replace(run.settings, data=dataclasses.replace(run.settings.data, epochs=1))
     needed, length = _rows_needed(run), stage_at(run.settings, 0)[1].length
     for name, source in training_rows(once, run.batches.corpora, run.encode).items():
 
-        def read(source: Rows | Windows = source) -> Iterator[tuple[np.ndarray, ...]]:
+        def read(source: Rows | Windows = source) -> Iterator[Item]:
             try:
                 while True:
                     yield source.next(length)
             except EndOfData:
                 return
 
-        limited = itertools.islice(read(), needed[name])
-        while part := list(itertools.islice(limited, rows)):
-            part += [tuple(map(np.zeros_like, part[0]))] * (rows - len(part))
-            yield Batch(*map(np.stack, zip(*part, strict=True)))  # pyright: ignore[reportArgumentType]
+        yield itertools.islice(read(), needed[name])
+
+
+def _held_out(run: Run) -> Iterator[Iterator[Item]]:
+    """The held-out rows of each source, as many as the evaluations of any stage see."""
+    s = run.settings
+    for stage in _evaluated(s):
+        for source in held_out_rows(s, run.batches, run.encode).values():
+            batches = held_out_batches(source, stage, s.eval.tokens)
+            yield (row for x in batches for row in zip(x.tokens, x.segment_ids, x.weights, x.reference, strict=True))
+
+
+def _evaluated(s: Settings) -> list[Stage]:
+    """Stages, one of each number of rows; none where nothing is evaluated."""
+    stages = {stage.rows: stage for stage in (stage_at(s, start)[1] for start in starts(s))}
+    return list(stages.values()) if s.eval.every else []
+
+
+def _needed(run: Run) -> dict[str, Any]:
+    """What the sums have to be of, ready for JSON."""
+    s, needed = run.settings, {"files": run.batches.state()["files"], "rows": _rows_needed(run)}
+    if s.eval.every and (found := held_out(s, run.batches)):
+        files = {name: [list(file) for file in corpus.files] for name, (corpus, _) in found.items()}
+        rows = [stage.rows for stage in _evaluated(s)]
+        needed["held_out"] = {"files": files, "nth": s.data.eval_every_nth, "tokens": s.eval.tokens, "rows": rows}
+    return needed
 
 
 def _rows_needed(run: Run) -> dict[str, int]:

@@ -15,6 +15,12 @@ from .metrics import read_lines
 
 WIDTH, HEIGHT, MARGIN = 720, 256, 64
 LOSS, HELD_OUT = "loss, nats a token", "held-out text, nats a token"
+# What is drawn of held-out pairs: the metric -> its chart's title.
+PAIRS = {
+    "loss": "held-out pairs, loss",
+    "rewards/accuracies": "held-out pairs, share of right rewards",
+    "rewards/margins": "held-out pairs, margin of rewards",
+}
 COLORS = ("#2a6fbb", "#c8553d", "#3a8f5c", "#8a5fb0", "#b8860b", "#4a4a4a", "#d17fa3", "#5fb0b0")
 Curve = Sequence[tuple[float, float]]
 
@@ -71,6 +77,7 @@ def summary(
         "steps": f"{about.get('step', reached):,} of {settings['run']['steps']:,}",
         "loss": course(training),
         **{f"held out: {name}": course(curve) for name, curve in charts[HELD_OUT].items()},
+        **{f"{title}: {name}": course(x) for title in PAIRS.values() for name, x in charts[title].items()},
     }
     if about.get("skipped"):
         rows["left out"] = f"something of {about['skipped']:,} steps, which was not finite; see skipped.jsonl"
@@ -100,16 +107,18 @@ def curves(folder: epath.Path) -> dict[str, dict[str, Curve]]:
     def of(key: str) -> Curve:
         return [(line["step"], line[key]) for line in steps if math.isfinite(line.get(key, math.nan))]
 
+    def of_held_out(key: str) -> dict[str, Curve]:
+        found: dict[str, Curve] = {}
+        for name in names:
+            points = [(x["step"], x["held_out"][name][key]) for x in held_out if key in x["held_out"].get(name, {})]
+            if points:
+                found[name] = [point for point in points if math.isfinite(point[1])]
+        return found
+
     return {
         LOSS: {"training": of("loss")},
-        HELD_OUT: {
-            name: [
-                (x["step"], x["held_out"][name]["nats_per_token"])
-                for x in held_out
-                if math.isfinite(x["held_out"].get(name, {}).get("nats_per_token", math.nan))
-            ]
-            for name in names
-        },
+        HELD_OUT: of_held_out("nats_per_token"),
+        **{title: of_held_out(key) for key, title in PAIRS.items()},
         "gradient norm": {"": of("grad_norm")},
         "learning rate": {"": of("learning_rate")},
         "tokens a second": {"": of("tokens_per_second")},

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import tiny
+from proxies import FULL
 
 from smollm3_jax.commands.main import main
 from smollm3_jax.errors import HubError, OptionError
@@ -134,7 +135,7 @@ def test_the_answers_of_the_data_are_right(category):
     assert right >= CATEGORIES[category] - 3 and wrong == 0
 
 
-@pytest.mark.slow
+@FULL
 def test_the_command_asks_them(small, capsys, entries):
     command = ["eval", str(small), "--tasks", "smollm3_bfcl", "--limit", "2", "--no-think", "--json"]
     assert main([*command, "--gen-kwargs", "max_gen_toks=4"]) == 0

@@ -10,6 +10,7 @@ import rounding
 import tiny
 from flax import nnx
 from jax.sharding import NamedSharding
+from proxies import FULL
 
 import smollm3_jax as s3
 from sharding.mesh import make_mesh
@@ -194,7 +195,8 @@ def test_sums_and_gradients_are_those_of_each_completion_alone(pairs):
     assert min(off(dataclasses.replace(batch, weights=batch.weights / count))) > 1  # sums, not means
 
 
-@pytest.mark.parametrize("loss", ["apo_zero", *(pytest.param(x, marks=pytest.mark.slow) for x in LOSSES[1:])])
+@pytest.mark.slow
+@pytest.mark.parametrize("loss", ["apo_zero", *(pytest.param(x, marks=FULL) for x in LOSSES[1:])])
 def test_packed_is_padded_is_permuted_is_split_into_micro_batches(pairs, loss):
     objective = Preference(loss, BETA)
     batches = {how.__name__: referred(*how(pairs), new_model(0)) for how in (packed, padded, permuted)}

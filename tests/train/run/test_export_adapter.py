@@ -10,6 +10,7 @@ import pytest
 import tiny
 from etils import epath
 from huggingface_hub import ModelCard
+from proxies import FULL
 from runs import checkpoint_digests, losses, write_corpus
 from safetensors.numpy import load_file, save_file
 
@@ -45,7 +46,7 @@ def place(tmp_path):
     "lora",
     [
         pytest.param({"dropout": 0.1}, id="dropout", marks=pytest.mark.slow),
-        pytest.param({"base": "int8", "dora": True}, id="quantized", marks=pytest.mark.slow),
+        pytest.param({"base": "int8", "dora": True}, id="quantized", marks=FULL),
     ],
 )
 def test_a_run_goes_on_with_its_adapter_bit_for_bit(place, lora):
@@ -97,6 +98,7 @@ def test_exports_answer_the_same_under_peft(place, capsys, lora):
     assert np.abs(want - base).max() > 0.01 * np.abs(want).max()
 
 
+@pytest.mark.slow
 def test_a_merged_export_is_in_the_bases_dtype_and_rounded_once(place):
     tiny.write_checkpoint(
         place / "model",
@@ -126,6 +128,21 @@ def test_a_merged_export_is_in_the_bases_dtype_and_rounded_once(place):
     assert (place / "adapter" / "README.md").read_text() == "mine"
     with pytest.raises(OptionError, match="--average"):
         export(run, place / "mean", average=2)
+
+
+@pytest.mark.slow
+def test_a_merge_of_its_checkpoints_has_the_adapter_in_it(place):
+    """Which export refuses to average: here it is the whole models that are added."""
+    train(settings_in(place))
+    for step in (2, 4):
+        assert export(epath.Path(place / "run"), place / f"step{step}", step=step) == [step]
+    words = {"by-hand": ("{}/step2=0.5", "{}/step4=0.5"), "merged": ("{}/run@2=0.5", "{}/run=0.5")}
+    for name, models in words.items():
+        assert main(["merge", *(word.format(place) for word in models), "--out", str(place / name)]) == 0
+    by_hand, merged = (load_file(place / name / "model.safetensors") for name in words)
+    assert by_hand.keys() == merged.keys() and all((x == by_hand[name]).all() for name, x in merged.items())
+    first = load_file(place / "step2" / "model.safetensors")
+    assert any((x != first[name]).any() for name, x in merged.items())
 
 
 def test_a_run_of_the_whole_model_has_no_adapter(place):

@@ -1,15 +1,18 @@
 """What a run writes in its folder: through no link, as private as it was, and nothing in place."""
 
 import dataclasses
+import json
 import os
 import stat
 from pathlib import Path
 
 import pytest
 from etils import epath
-from tiny import tiny_checkpoint
+from tiny import talking_checkpoint, tiny_checkpoint
 
+from smollm3_jax.config import ModelConfig
 from smollm3_jax.errors import CheckpointFormatError, OptionError
+from smollm3_jax.tokenizer import load_tokenizer
 from smollm3_jax.train.run.export import names_in
 from smollm3_jax.train.run.folder import TOKENIZER, keep_texts, only_one
 from smollm3_jax.train.run.monitor import Monitor
@@ -126,6 +129,21 @@ def test_the_text_files_are_replaced_as_one(tmp_path, run, monkeypatch):
     # An export takes along what is below, too.
     assert {"tokenizer.json", "additional_chat_templates/x.jinja"} <= set(names_in(epath.Path(texts)))
     assert [path.name for path in run.iterdir()] == [TOKENIZER]
+
+
+def test_the_template_of_the_training_is_the_only_one(tmp_path, run):
+    """Wherever the model had its own: in tokenizer_config.json, which some readers ask first, or one more for tools."""
+    model, texts = talking_checkpoint(tmp_path / "model"), epath.Path(run / TOKENIZER)
+    (model / "tokenizer_config.json").write_text('{"chat_template": "config", "pad_token": "w7"}')
+    (model / "additional_chat_templates").mkdir()
+    (model / "additional_chat_templates" / "tool_use.jinja").write_text("tools")
+    keep_texts(model, texts)
+    assert len(names_in(texts)) == 4 and (texts / "tokenizer_config.json").read_text().startswith('{"chat')
+    keep_texts(model, texts, "trained {{ messages[0].content }}")
+    assert names_in(texts) == ["chat_template.jinja", "tokenizer.json", "tokenizer_config.json"]
+    assert json.loads((texts / "tokenizer_config.json").read_text()) == {"pad_token": "w7"}
+    tokenizer = load_tokenizer(Path(texts), ModelConfig.from_hf(model))
+    assert tokenizer.template([{"type": "function"}]) == "trained {{ messages[0].content }}"
 
 
 def test_text_files_are_not_written_through_a_link(tmp_path, run, victim):

@@ -23,6 +23,16 @@ def test_numbers_that_are_not_finite_are_null_in_the_file_and_nan_when_read(file
     assert math.isnan(evaluation["held_out"]["a"]["nats_per_token"])
 
 
+@pytest.mark.parametrize(
+    ("of", "is_a_run_s"),
+    [({"loss": 1.0, "pairs": 2, "tokens": 3}, True), ({"loss": 1.0}, False), ({"loss": "1", "tokens": 3}, False)],
+)
+def test_lines_of_held_out_pairs(file, of, is_a_run_s):
+    line = {"step": 1, "held_out": {"a": of}}
+    file.write_text(as_text(line))
+    assert known_lines(file) == (([line], 0) if is_a_run_s else ([], 1))
+
+
 def test_a_torn_last_line_is_passed_over_and_other_lines_are_counted(file):
     file.write_text(as_text(LINE) + '{"step": 2}\n\nnot JSON\n' + json.dumps(LINE)[:20])
     assert known_lines(file) == ([LINE], 2)
