@@ -51,8 +51,7 @@ class Engine:
       steps: how many tokens of each sequence come at a time, at most 16; `Engine.steps` may be set between two steps.
       lookup: how many tokens to draft from the text so far and verify at once (see `prompt_lookup`); 0 is off.
       prefill_tokens: how many tokens of prompts go in between two calls of decoding, in whole pieces: 1 is a piece, so
-        that a long prompt keeps nobody waiting; None is every prompt that a slot is free for, which is faster where
-        nobody watches.
+        that a long prompt keeps nobody waiting; None is every prompt that a slot is free for, which is the fastest.
       piece_sizes: the lengths that pieces of prompts are padded to, ascending; the last is that of whole pieces. None
         is powers of two, and programs that are made as they are needed. Where a mesh splits pieces, of each part.
       prefix_tokens: with piece_sizes, how many tokens of prompts are kept at most, in whole pieces, for requests that

@@ -119,7 +119,8 @@ def _beside(base: Weight, path: str, a_ArK: np.ndarray, b_NAr: np.ndarray, shard
             at = sharding.named(f"{path}.{part}", of.axes, of.shape)
         return nnx.Param(jax.make_array_from_callback(x.shape, at, lambda index: x[index]), axes=of.axes)
 
-    of_a, of_b = _specs(base, path.rpartition(".")[2], *a_ArK.shape[:2], a_ArK.dtype)
+    count, rank, _ = a_ArK.shape
+    of_a, of_b = _specs(base, path.rpartition(".")[2], count, rank, a_ArK.dtype)
     return LoraStack(base, parameter("a", a_ArK, of_a), parameter("b", b_NAr, of_b))
 
 
