@@ -6,12 +6,13 @@ import sys
 from pathlib import Path
 
 import pytest
+from proxies import FULL
 from tiny import chat_checkpoint
 
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts/bench_eval.py"
 
 
-@pytest.mark.slow
+@FULL
 @pytest.mark.torch
 def test_both_are_timed_and_a_slower_one_is_said(tmp_path, release):
     pytest.importorskip("torch")
