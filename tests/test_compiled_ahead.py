@@ -167,10 +167,11 @@ def test_pages_that_lie_anywhere(topology, tensor, batch, cache, layers, raw_con
     slots, width = pages.cache.table.shape
     table = 4 * (slots + -slots % 8) * (width + -width % 128)
     assert most.arguments == least.arguments + table
-    # What is worked out from the table stays in VMEM: no array is in the main memory that is not there with rows. So
-    # more or less of temporaries is how the compiler packs the same arrays: at full depth it is less.
-    assert not in_memory(of_pages) - in_memory(of_rows)
-    packing = 0 if layers == 36 else 32 * 1024
+    # In bfloat16 what is worked out from the table stays in VMEM: no array is in the main memory that is not there with
+    # rows. More or less of temporaries is how the compiler packs the same arrays: at full depth it is less.
+    whole = layers == 36 and cache == "bfloat16"
+    assert cache == "int8" or not in_memory(of_pages) - in_memory(of_rows)
+    packing = 0 if whole else 32 * 1024  # and the writing of int8's scales
     assert most.total - most.code <= least.total - least.code + table + packing
     check_prefill(pages, 256, past=8192)
 

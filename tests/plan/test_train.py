@@ -155,7 +155,7 @@ def test_a_pod_sends_no_more_for_each_device():
 @FULL
 @needs_libtpu
 def test_an_adapter_of_smollm3_fits_one_v5e_chip():
-    """All seven projections at rank 16 on a bfloat16 base, rows of 4,096. Saving all products takes 15.82 GiB of 15.75,
+    """All seven projections at rank 16 on a bfloat16 base, rows of 4,096. With `dots` it takes 15.82 GiB of 15.75,
     which the compiler lets pass; the plan does not."""
     settings = read_words(["objective.kind=sft", "lora.rank=16", "lora.base=bfloat16"])
     report = plan_train(RELEASED, "v5e:1x1", "fsdp", 1, 4096, settings=settings)
