@@ -42,7 +42,7 @@ def test_what_is_found_is_kept(tmp_path):
     assert (tmp_path / "findings" / "0" / "log").read_text() == "why"
 
 
-@pytest.mark.slow
+@FULL
 @pytest.mark.parametrize("what", ["train", "serve"])
 def test_a_minute_of_it(tmp_path, what):
     model = talking_checkpoint(tmp_path / "model")
