@@ -35,7 +35,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("train", "serve"))
     parser.add_argument("--seed", type=int, default=0, help="of the schedule (default: 0)")
-    parser.add_argument("--minutes", type=float, default=30.0, help="after which no new fault begins (default: 30)")
+    parser.add_argument("--minutes", type=float, default=30.0, help="of faults; then no new one begins (default: 30)")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="an empty folder, or none yet")
     parser.add_argument("--model", help="a folder, or demo (default: a SmolLM3 of 4 layers and random weights)")
     parser.add_argument("--each", type=int, metavar="N", help="instead: N faults of each kind, in the kinds' order")

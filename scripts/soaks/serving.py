@@ -278,9 +278,11 @@ def run(soak: Soak, schedule: list[list[Fault]]) -> None:
         with started(soak, number, last["kind"]) as server:
             if not server.port:
                 continue
+            begin = time.monotonic()
             with soak.fault({"kind": "start"}):
                 server.wanted = wanted.setdefault(number % 2, server.probe())
                 _warm(server)
+            soak.until += time.monotonic() - begin  # the minutes are those of faults
             for fault in faults:
                 if soak.is_over:
                     break

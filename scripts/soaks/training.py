@@ -232,6 +232,7 @@ def run(soak: Soak, schedule: list[list[Fault]]) -> None:
     if leg.code:
         soak.found(f"the run that nothing disturbs has ended with {leg.code}: {leg.said[-500:]}")
         return
+    soak.until += time.monotonic() - begin  # the minutes are those of faults
     wanted, names = outcome(whole.folder), names_of(whole.folder)
     size, usual, highest = size_of(whole.folder), leg.highest, 0.0
     soak.say(f"undisturbed: {STEPS} steps in {time.monotonic() - begin:.1f} s, {usual:.0f} MB")
