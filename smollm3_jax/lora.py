@@ -8,8 +8,6 @@ For serving, adapters of several models lie beside one weight, and each sequence
 Shapes: r rank, N output channels, K inputs, A adapters, B sequences, T tokens of each.
 """
 
-import functools
-import math
 from typing import Any, TypeVar
 
 import jax
@@ -103,65 +101,15 @@ def in_dtype(tree: T, dtype: DTypeLike) -> T:
 
 def adapted(x: Array, weight: LoraWeight, contracted: int = 1, sharding: Sharding | None = None) -> Array:
     """As `quantize.linear`, of the weight and its adapter: float32 [..., *out], not yet rounded."""
-    if _is_one_product(x, weight, contracted):
-        arrays = plain(weight.base), weight.a[...], weight.b[...]
-        out: Array = _whole_product(weight.scale, contracted, x, *arrays)
-    else:
-        out = linear(x, weight.base, contracted, sharding=sharding)
-        low = linear(_dropped(x, weight), weight.a, contracted, sharding=sharding, dtype=x.dtype)
-        out = out + jnp.float32(weight.scale) * linear(low, weight.b, sharding=sharding)
+    out = linear(x, weight.base, contracted, sharding=sharding)
+    low = linear(_dropped(x, weight), weight.a, contracted, sharding=sharding, dtype=x.dtype)
+    out = out + jnp.float32(weight.scale) * linear(low, weight.b, sharding=sharding)
     if weight.magnitude is None:
         return out
     # As its authors do: what divides is held fixed in the backward pass.
     length = jax.lax.stop_gradient(lengths(weight, contracted))
     ratio = weight.magnitude[...] / length
     return out * ratio.reshape((1,) * (out.ndim - ratio.ndim) + ratio.shape)
-
-
-def _is_one_product(x: Array, weight: LoraWeight, contracted: int) -> bool:
-    """Whether to add the adapter to the weight: where neither is rounded to fewer bits than the sums have, all inputs
-    are the same for both, and the rows are many. Then the addition, of the output's size, does not go through memory.
-    """
-    exact = not isinstance(weight.base, QuantizedWeight) and weight.base[...].dtype == x.dtype == jnp.float32
-    inputs = math.prod(x.shape[x.ndim - contracted :])
-    return exact and (weight.seed is None or not weight.dropout) and x.size >= inputs**2
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _whole_product(scale: float, contracted: int, x: Array, base: Array, a: Array, b: Array) -> Array:
-    """x (base + scale b a)^T, float32 [..., *out]. Its gradients for a and b take no product of the weight's size."""
-    return jax.lax.dot_general(x, _whole(scale, base, a, b), _over_last(contracted, x.ndim, base.ndim))
-
-
-def _whole(scale: float, base: Array, a: Array, b: Array) -> Array:
-    return base + jnp.float32(scale) * jnp.tensordot(b, a, 1)
-
-
-def _over_last(count: int, *ndims: int) -> Any:
-    """Dimension numbers of a product over the last `count` dimensions of both."""
-    first, second = (tuple(range(ndim - count, ndim)) for ndim in ndims)
-    return (first, second), ((), ())
-
-
-def _whole_forward(scale: float, contracted: int, *arrays: Array) -> tuple[Array, tuple[Array, ...]]:
-    return _whole_product(scale, contracted, *arrays), arrays
-
-
-def _whole_backward(scale: float, contracted: int, kept: tuple[Array, ...], gradient: Array) -> tuple[Array, ...]:
-    x, base, a, b = kept
-    outputs, rows = base.ndim - contracted, range(x.ndim - contracted)
-    over_rows = (tuple(rows), tuple(rows)), ((), ())
-    low = jax.lax.dot_general(x, a, _over_last(contracted, x.ndim, a.ndim))
-    into_low = jnp.float32(scale) * jnp.tensordot(gradient, b, outputs)
-    return (
-        jnp.tensordot(gradient, _whole(scale, base, a, b), outputs),
-        jax.lax.dot_general(gradient, x, over_rows),  # the base is frozen: nothing uses it, and the compiler drops it
-        jax.lax.dot_general(into_low, x, over_rows),
-        jnp.float32(scale) * jax.lax.dot_general(gradient, low, over_rows),
-    )
-
-
-_whole_product.defvjp(_whole_forward, _whole_backward)
 
 
 def adapted_each(x: Array, weight: LoraStack, contracted: int = 1, sharding: Sharding | None = None) -> Array:

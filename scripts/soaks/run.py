@@ -67,9 +67,7 @@ class Run:
         watch.start()
         reached = fault is None or self.reach(process, fault)
         inject(process, reached)
-        try:
-            process.wait(PATIENCE)
-        except subprocess.TimeoutExpired:
+        if not wait_for(lambda: process.poll() is not None, PATIENCE, every=0.02):
             self.soak.found(f"training had not ended after {PATIENCE:.0f} s: {json.dumps(fault)}", self.log)
             process.kill()
         process.wait()

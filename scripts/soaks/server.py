@@ -15,7 +15,7 @@ from typing import Any
 from .common import Soak, log_file, no_reader, resident, wait_for
 
 SLOTS, QUEUE, CONTEXT = 2, 4, 512
-PATIENCE = 120.0  # seconds that an answer, a start or an end may take
+PATIENCE = 600.0  # seconds that an answer, a start or an end may take
 AT_REST = 15.0  # seconds after which nothing may be left of what is over
 GROWTH = 150.0  # MB that a server may grow by once it has answered each kind of request
 PROMPT = "All that glisters is not gold; often have you heard that told. " * 4

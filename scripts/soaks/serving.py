@@ -31,6 +31,8 @@ from .server import (
 
 DISK = 1 << 20  # bytes, of which nothing is wanted
 LIFE = 25  # faults of one process
+# Before it listens, a signal ends it as it ends any process.
+OTHER_CODES = {"SIGKILL": (-9,), "SIGTERM while it loads": (0, -15)}
 # How a client is when it leaves, and how it leaves.
 STATES = ("head", "body", "queued", "prompt", "decoding", "streaming", "n", "logprobs")
 KINDS = ("leaves", "flood", "bad requests", "slow reader", "slow writer", "pause", "log disk full", "clock")
@@ -142,8 +144,8 @@ def _bad_requests(server: Server, fault: Fault) -> None:
         try:
             status = server.ask(method, path, body, **headers)[0]
         except (OSError, http.client.HTTPException):
-            # A body that is too large is not read to its end: the client may see that before the answer.
-            status = 413 if 413 in codes else 0
+            # What is too large is not read to its end: the client may see that before the answer.
+            status = codes[0] if codes[0] in (413, 431) else 0
         server.soak.check(
             status in codes, f"{method} {path} {body[:40]!r} {headers}: {status}, not {codes}", server.log
         )
@@ -171,7 +173,7 @@ def _pause(server: Server, fault: Fault) -> None:
     client = server.open({"stream": True, "max_tokens": 100})
     pause(server.process, fault["for"])
     content = b""
-    while not content.endswith(b"data: [DONE]\n\n\r\n0\r\n\r\n") and (part := client.recv(1 << 16)):
+    while b"[DONE]" not in content and (part := client.recv(1 << 16)):
         content += part
     server.soak.check(b"[DONE]" in content, f"a stream did not end after a pause: {content[-200:]!r}", server.log)
     leave(client)
@@ -237,27 +239,24 @@ def end(server: Server, kind: str) -> None:
                 clients[0].recv(200)
         if kind.startswith("log disk full"):
             stack.enter_context(soak.logs.filled())
-        begin = time.monotonic()
         process.send_signal(signal.SIGKILL if kind == "SIGKILL" else signal.SIGTERM)
         if "two signals" in kind:
             time.sleep(0.5)
             codes = (143,) if process.poll() is None else (0,)
             process.send_signal(signal.SIGTERM)
-        if kind == "SIGKILL":
-            codes = (-9,)
+        if kind in OTHER_CODES:
+            codes = OTHER_CODES[kind]
         if kind == "SIGTERM while it answers":
             content = b""
-            while part := clients[0].recv(1 << 16):
+            while b"[DONE]" not in content and (part := clients[0].recv(1 << 16)):
                 content += part
             soak.check(b"[DONE]" in content, f"SIGTERM has cut a stream: {content[-200:]!r}", server.log)
         # What reads nothing has until --drain-timeout, of 5 s here, and 5 s more to be told.
         most = 3.0 if "two signals" in kind else 20.0 if clients else 8.0
-        if not wait_for(lambda: process.poll() is not None, 60):
-            soak.found(f"{kind}: it has not ended after 60 s", server.log)
+        if not wait_for(lambda: process.poll() is not None, most):
+            soak.found(f"{kind}: it has not ended after {most:.0f} s", server.log)
             process.kill()
-        seconds = time.monotonic() - begin
     soak.check(process.wait() in codes, f"{kind}: exit code {process.returncode}, not of {codes}", server.log)
-    soak.check(seconds < most, f"{kind}: it took {seconds:.1f} s", server.log)
     for client in clients:
         client.close()
 
@@ -288,6 +287,10 @@ def run(soak: Soak, schedule: list[list[Fault]]) -> None:
                 with soak.fault(fault):
                     globals()[f"_{fault['kind'].replace(' ', '_')}"](server, fault)
                     as_before(server, json.dumps(fault))
+                if server.process.poll() is not None:
+                    break
+            if server.process.poll() is not None:
+                continue
             grown.append(resident(server.process.pid) - server.base["MB"])
             with soak.fault(last):
                 _end_of_children(server, last["kind"])
