@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from smollm3_jax.errors import OptionError
-from smollm3_jax.evaluate.tasks.data import HAYSTACK, NEEDLE, PREFIX, PROMPT, SAMPLES, dataset
+from smollm3_jax.evaluate.tasks.data import HAYSTACK, LENGTHS, NEEDLE, PREFIX, PROMPT, SAMPLES, dataset
 from smollm3_jax.evaluate.tasks.data import tokenizer_and_lengths as asked
 
 # (text, what it asks for, how the answer begins) of a question with so much in it.
@@ -99,7 +99,11 @@ def _questions(name: str, answer: int, told: dict[str, Any], make: Make) -> dict
     for length in lengths:
         shortest = tokens(make(_chance(name, length, -1), 1, length)) + answer
         if shortest > length:
-            raise OptionError(f"max_seq_lengths has {length}; the shortest question of {name} has {shortest} tokens")
+            fits = next((one for one in LENGTHS if one >= shortest), LENGTHS[-1])
+            raise OptionError(
+                f"max_seq_lengths has {length}; the shortest question of {name} has {shortest} tokens of this model: "
+                f"leave {name} out, or give --metadata '{{\"max_seq_lengths\": [{fits}]}}'"
+            )
         size = _largest(lambda n, of=length: tokens(make(_chance(name, of, -1), n, of)) + answer <= of)
         made[length] = []
         for number in range(SAMPLES):
