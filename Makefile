@@ -16,10 +16,11 @@ PINS := $(wildcard constraints/python$(VERSION).txt)
 
 setup: $(VENV)/test.stamp
 
-# What was tested is pinned by constraints/; another Python version takes the newest that fits.
+# What was tested is pinned by constraints/; another Python version takes the newest that fits. Python compiles modules as
+# they are imported, a fraction of what is installed.
 $(VENV)/%.stamp: pyproject.toml $(PINS)
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check $(PINS:%=-c %) -e '.[$*]'
+	$(BIN)/pip install --no-compile --quiet --disable-pip-version-check $(PINS:%=-c %) -e '.[$*]'
 	touch $@
 
 run: setup

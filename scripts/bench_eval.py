@@ -11,6 +11,7 @@ smollm3_jax. It needs the extras eval and torch; --batch is HFLM's batch size.
 import argparse
 import json
 import statistics
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -53,7 +54,7 @@ def seconds(run: Any, *arguments: Any, **options: Any) -> float:
     return time.perf_counter() - begin
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True)
     parser.add_argument("--dtype", default="float32")
@@ -82,7 +83,9 @@ def main() -> None:
     Console().print(table)
     if args.out:
         write_output(args.out, json.dumps({**vars(args), "out": None, "figures": figures}, indent=2))
+    slower = [method for method, of in figures.items() if of["ratio"] < 1]
+    return int(args.dtype == "float32" and bool(slower))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 import jax
 from jax.experimental.compilation_cache.compilation_cache import reset_cache
 
-from .files import write
+from .files import unfinished, write
 from .paths import cache_dir
 
 log = logging.getLogger(__name__)
@@ -34,6 +34,7 @@ config: Any = jax.config  # its attributes come into being at run time
 # Loading a small one takes 0.01 s; what is compiled about as fast is not worth a file. JAX's own threshold is 1 s.
 MIN_COMPILE_SECONDS = 0.2
 MAX_BYTES = 2 << 30
+DAY = 86_400.0  # seconds after which nobody is still writing an entry
 
 # How JAX reports that it could not use an entry. It goes on without, unless a filter makes an error of it.
 TROUBLE = re.compile(r"Error (reading|writing) persistent compilation cache entry for '(.*?)': (.*)", re.IGNORECASE)
@@ -182,12 +183,14 @@ def _seal_entries() -> None:
 
 
 def _tidy(folder: Path) -> None:
-    """Removes what was not used for longest, as far as the folder is too large.
+    """Removes what was not used for longest, as far as the folder is too large, and what was not written to its end.
 
     JAX can do that too (jax_compilation_cache_max_size), but then every use takes a lock, which on network
     file systems may be stale, and writes a file beside the entry's; older releases stop writing where one of
     these is missing. Who sets it all the same gets the missing ones.
     """
+    for path in unfinished(folder, DAY):
+        path.unlink(missing_ok=True)
     entries = [(path, path.stat()) for path in folder.glob("*-cache")]
     if config.jax_compilation_cache_max_size != -1:
         for path, _ in entries:

@@ -16,6 +16,7 @@ import re
 import secrets
 import shutil
 import stat
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
@@ -83,13 +84,28 @@ def new_file(path: StrPath) -> Iterator[IO[bytes]]:
     sync(path.parent)
 
 
+def unfinished(folder: StrPath, seconds: float = 0.0) -> list[Path]:
+    """Files of this user's that `write` and `new_file` were ended in the midst of, and that are older than so many
+    seconds; those of a process that still writes are among them."""
+    found = [path for path in Path(folder).glob(".*.tmp") if re.fullmatch(r"\..+\.[0-9a-f]{16}\.tmp", path.name)]
+    stats = [(path, path.lstat()) for path in found]
+    ours = [(path, x) for path, x in stats if stat.S_ISREG(x.st_mode) and x.st_uid == os.geteuid()]
+    return [path for path, x in ours if x.st_mtime <= time.time() - seconds]
+
+
 def append(path: StrPath, content: bytes | str) -> None:
-    """Adds to the end of a file, or makes it, in one write. Raises OSError, as `write` does."""
+    """Adds to the end of a file, or makes it, in one write: all or nothing. Raises OSError, as `write` does."""
     rest = memoryview(content.encode() if isinstance(content, str) else content)
     descriptor = _open(Path(path))
     try:
-        while rest:
-            rest = rest[os.write(descriptor, rest) :]
+        before = os.fstat(descriptor).st_size
+        try:
+            while rest:
+                rest = rest[os.write(descriptor, rest) :]
+        except OSError:
+            if os.fstat(descriptor).st_size > before:
+                os.ftruncate(descriptor, before)  # half a line would make the next one unreadable, too
+            raise
     finally:
         os.close(descriptor)
 

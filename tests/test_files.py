@@ -3,6 +3,7 @@
 import errno
 import os
 import re
+import resource
 import stat
 import subprocess
 import sys
@@ -254,10 +255,33 @@ def test_what_a_user_names(name, base):
     assert tree(base) == {"folder": None, "link": "elsewhere", "file": b"text"}
 
 
+def test_what_kills_left_of_files_is_found(base):
+    """Those of the names that `write` draws alone, and where asked only after a while."""
+    for name in (f".log.{'0' * 16}.tmp", f".log.{'x' * 16}.tmp", ".tmp", "log.tmp", f".new.{'1' * 16}.partial"):
+        files.write(base / name, "half")
+    (base / f".link.{'0' * 16}.tmp").symlink_to("log.tmp")
+    assert [path.name for path in files.unfinished(base)] == [f".log.{'0' * 16}.tmp"]
+    assert files.unfinished(base, 60.0) == []
+
+
 def test_append(base):
     for text in ("a\n", "ä\n"):
         files.append(base / "log", text)
     assert (base / "log").read_text(encoding="utf-8") == "a\nä\n"
+
+
+def test_what_is_appended_is_whole_or_not_there(base):
+    """A disk that is full after three bytes of it."""
+    files.append(base / "log", "a\n")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (5, before[1]))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            files.append(base / "log", "half a line\n")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    files.append(base / "log", "b\n")
+    assert (base / "log").read_text() == "a\nb\n"
 
 
 @pytest.mark.parametrize("name", ["x" * 255, "ä" * 127, "new\nline", "-f"])

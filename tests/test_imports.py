@@ -16,7 +16,8 @@ PACKAGE = "smollm3_jax"
 # imports from its own level or from lower ones; rooms of one level may import each other, but not in a circle.
 ORDER = (
     ("sharding",),
-    ("screen_text", "errors", "job", "paths", "files", "logs", "nesting", "sizes", "reading", "file_kind", "progress"),
+    ("screen_text", "errors", "job", "paths", "files", "logs"),
+    ("streams", "nesting", "sizes", "reading", "file_kind", "progress"),
     ("support", "text_files", "compile_cache"),
     ("config_file", "config"),
     ("nvidia", "xla_cpu", "kernels", "rms_norm", "rope", "quantize", "lora", "tokenizer_files", "tokenizer"),

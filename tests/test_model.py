@@ -15,6 +15,7 @@ import rounding
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 from parity import as_good_in_bfloat16, bound, reference_logits, reference_model
+from proxies import FULL
 from tiny import (
     BASE,
     CONFIGS,
@@ -318,7 +319,7 @@ def test_other_words_for_the_same_config_give_transformers_logits(name, tmp_path
     assert np.abs(got - expected).max() <= bound(expected)
 
 
-@pytest.mark.slow
+@FULL
 @pytest.mark.filterwarnings("error")
 def test_odd_numbers_of_a_config_give_finite_logits_or_an_error(tmp_path):
     """W18, over every number of config.json: what is not refused computes numbers."""

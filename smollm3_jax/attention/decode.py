@@ -13,44 +13,54 @@ from sharding.rules import Sharding
 from ..kv_cache import AXES, LayerCache
 
 # Places that a CPU reads at a time, and the capacity up to which it reads all of them at once. Each block is copied, so
-# that blocks are faster only while a row is less than half full (9 rows of 8,192 in float32, two cores with AVX-512:
-# 12 ms a layer at once; in blocks 2, 4, 12 and 21 ms where the rows hold 500, 1,000, 4,000 and 8,000).
+# that blocks are faster only while rows are less than half full (9 rows of 8,192 in float32, two cores with AVX-512:
+# 15 ms a layer at once; in blocks 2, 13 and 26 ms where all rows hold 500, 4,000 and 8,000, and 4 ms where one holds
+# 7,000 and the others 300).
 BLOCK, AT_ONCE = 256, 2048
 
 
 def decode_in_blocks(
     q_BTHE: Array, cache: LayerCache, length_B: Array, table_BN: Array | None, window: Array | None
 ) -> Array:
-    """Reads no further than the longest row; a block of places after the other, whose parts of the softmax are put
-    together as in FlashAttention (arXiv 2205.14135). A block after a row's end changes no bit of the row's."""
+    """Reads each row to its end and no further; a block of places after the other, whose parts of the softmax are put
+    together as in FlashAttention (arXiv 2205.14135)."""
     batch, length, heads, width = q_BTHE.shape
     kv_heads = cache.k.shape[0]
-    of_scores, of_values = (kv_heads, batch, length, heads // kv_heads), (batch, length, kv_heads, -1, width)
+    zero_KBTG = jnp.zeros((kv_heads, 1, length, heads // kv_heads), jnp.float32)
+    nothing = jnp.zeros((1, length, kv_heads, heads // kv_heads, width), jnp.float32)
 
-    def block(state: tuple[Array, Array, Array, Array]) -> tuple[Array, Array, Array, Array]:
-        start, most_KBTG, total_KBTG, out_BTKGE = state
-        part = _block(cache, start, table_BN)
-        scores_KBTGS = cache_scores(q_BTHE, part, length_B - start, window)
-        new_KBTG = jnp.maximum(most_KBTG, scores_KBTGS.max(axis=-1))
-        # Without a key to see the maximum is the lowest float, and what is added now is taken back by the first key.
-        weights_KBTGS, before_KBTG = jnp.exp(scores_KBTGS - new_KBTG[..., None]), jnp.exp(most_KBTG - new_KBTG)
-        mixed_BTKGE = cache_mix(weights_KBTGS, part, q_BTHE.dtype)
-        total_KBTG = total_KBTG * before_KBTG + weights_KBTGS.sum(axis=-1)
-        return start + BLOCK, new_KBTG, total_KBTG, out_BTKGE * _to_front(before_KBTG) + mixed_BTKGE
+    def of_row(row: Array) -> Array:
+        """[T, H, E]; in here B is 1."""
+        own_BTHE, own_B = (jax.lax.dynamic_slice_in_dim(x, row, 1) for x in (q_BTHE, length_B))
 
-    end = length_B.max() + length
-    zero_KBTG, lowest = jnp.zeros(of_scores, jnp.float32), jnp.finfo(jnp.float32).min
-    first = (jnp.int32(0), zero_KBTG + lowest, zero_KBTG, jnp.zeros(q_BTHE.shape, jnp.float32).reshape(of_values))
-    _, _, total_KBTG, out_BTKGE = jax.lax.while_loop(lambda state: state[0] < end, block, first)
-    return (out_BTKGE / _to_front(total_KBTG)).reshape(q_BTHE.shape).astype(q_BTHE.dtype)
+        def block(state: tuple[Array, Array, Array, Array]) -> tuple[Array, Array, Array, Array]:
+            start, most_KBTG, total_KBTG, out_BTKGE = state
+            part = _block(cache, row, start, table_BN)
+            scores_KBTGS = cache_scores(own_BTHE, part, own_B - start, window)
+            new_KBTG = jnp.maximum(most_KBTG, scores_KBTGS.max(axis=-1))
+            # Without a key to see the maximum is the lowest float, and the first key takes back what is added now.
+            weights_KBTGS, before_KBTG = jnp.exp(scores_KBTGS - new_KBTG[..., None]), jnp.exp(most_KBTG - new_KBTG)
+            mixed_BTKGE = cache_mix(weights_KBTGS, part, q_BTHE.dtype)
+            total_KBTG = total_KBTG * before_KBTG + weights_KBTGS.sum(axis=-1)
+            return start + BLOCK, new_KBTG, total_KBTG, out_BTKGE * _to_front(before_KBTG) + mixed_BTKGE
+
+        first = (jnp.int32(0), zero_KBTG + jnp.finfo(jnp.float32).min, zero_KBTG, nothing)
+        end = own_B[0] + length
+        _, _, total_KBTG, out_BTKGE = jax.lax.while_loop(lambda state: state[0] < end, block, first)
+        return (out_BTKGE / _to_front(total_KBTG)).reshape(length, heads, width)
+
+    return jax.lax.map(of_row, jnp.arange(batch, dtype=jnp.int32)).astype(q_BTHE.dtype)
 
 
-def _block(layer: LayerCache, start: Array, table_BN: Array | None) -> LayerCache:
-    """The places from `start` on of every row, as a cache of its own; with a table, a page of each."""
-    if table_BN is None:
-        return jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, start, BLOCK, axis=2), layer)
-    pages_B = table_BN[:, start // BLOCK]
-    return jax.tree.map(lambda x: jnp.take(x, pages_B, axis=1, mode="clip"), layer)
+def _block(layer: LayerCache, row: Array, start: Array, table_BN: Array | None) -> LayerCache:
+    """The places of a row from `start` on, as a cache of its own; with a table, one page."""
+    zero = jnp.int32(0)
+    at = (row, start) if table_BN is None else (table_BN[row, start // BLOCK], zero)
+
+    def part(x: Array) -> Array:
+        return jax.lax.dynamic_slice(x, (zero, *at, zero)[: x.ndim], (len(x), 1, BLOCK, *x.shape[3:]))
+
+    return jax.tree.map(part, layer)
 
 
 def decode_over_context(

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from types import ModuleType
 
 from ..screen_text import plain
+from ..streams import give_up_stdout, go_on_without_stderr
 from .parsing import Parser, did_you_mean, leaves
 from .subcommands import COMMANDS, parser_of
 
@@ -22,6 +23,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+    go_on_without_stderr()
     try:
         return _main(list(sys.argv[1:] if argv is None else argv))
     except KeyboardInterrupt as interrupt:
@@ -112,7 +114,7 @@ def _run(name: str, command: ModuleType, args: argparse.Namespace) -> int:
             keep_to_the_cpu_without_accelerator()
         return command.run(args)
     except BrokenPipeError:  # the reader of our output has left
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        give_up_stdout()
         return 0
     except Exception as error:
         from sharding.strategies import ShardingError

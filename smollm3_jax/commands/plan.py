@@ -40,6 +40,9 @@ def add(parser: argparse.ArgumentParser) -> None:
         "serve", _plan_serve, "what a server's cache holds, its modelled speed and its largest context", "serve_tp"
     )
     add_serving(serve)
+    serve.add_argument("--adapters", type=count, metavar="N", help="adapters beside the weights (default: none)")
+    rank_help = "of the largest of them; all are on all projections (default: 16)"
+    serve.add_argument("--adapter-rank", type=count, metavar="R", help=rank_help)
 
     prefill = plan(
         "prefill", _plan_prefill, "memory and modelled time of a long prompt, split over devices", "serve_cp"
@@ -169,8 +172,12 @@ def _plan_serve(args: argparse.Namespace) -> int:
     from ..plan.serve import plan_serve
     from ..plan.tables import serve_tables
 
+    if args.adapter_rank and not args.adapters:
+        raise OptionError(f"--adapter-rank is {args.adapter_rank}, of no adapters; say how many: --adapters N")
+    adapters = (args.adapters, args.adapter_rank or 16) if args.adapters else None
     config = _plan_config(args)
-    report = plan_serve(config, args.topology, **serving_options(args, config), dump=args.dump_hlo)
+    options = serving_options(args, config)
+    report = plan_serve(config, args.topology, **options, adapters=adapters, dump=args.dump_hlo)
     show(args, report, serve_tables)
     return 0
 

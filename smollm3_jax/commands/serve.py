@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import OptionError, SupportError
+from ..streams import give_up_stdout
 from .shared import add_job, add_model, count, join_if_asked, leave, opened, say
 
 if TYPE_CHECKING:
@@ -170,4 +171,13 @@ def _serve(
         settings = Settings(args.slots, queue, tokens, keys, hosts, args.allow_origin, args.log_requests)
         return Service(Worker(make, Metrics()), server, parse, settings)
 
-    serve(service, listen(args.host, args.port), say=say, drain_timeout=args.drain_timeout)
+    serve(service, listen(args.host, args.port), say=_tell, drain_timeout=args.drain_timeout)
+
+
+def _tell(text: str) -> None:
+    """The ready line; where nobody can read it, the server goes on."""
+    try:
+        say(text)
+    except OSError as error:
+        log.warning("%s: %s; it could not be written to standard output", text, error.strerror)
+        give_up_stdout()

@@ -16,6 +16,7 @@ from sharding.strategies import STRATEGIES
 
 from ..config import DTYPES, WEIGHT_SCHEMES, with_yarn
 from ..screen_text import UNSEEN, plain
+from ..streams import end_now
 
 MODEL_HELP = "a model folder, a .gguf file, a hub id such as HuggingFaceTB/SmolLM3-3B (or ORG/NAME@REVISION), or demo"
 
@@ -220,8 +221,7 @@ def leave(code: int) -> int:
     import jax
 
     if jax.distributed.is_initialized():
-        sys.stdout.flush()
-        os._exit(code)
+        end_now(code)
     return code
 
 

@@ -3,13 +3,15 @@
 import argparse
 import json
 import logging
-import os
 import shlex
 import sys
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from ..screen_text import plain as plain_text
+from ..streams import end_now
 from .shared import HEARTBEAT, WAIT, add_job, console, join, print_json, show
+
+log = logging.getLogger(__name__)
 
 
 class _List(argparse.Action):
@@ -37,7 +39,9 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--resume", choices=("auto",), help="go on from the newest sound checkpoint, if there is one")
     parser.add_argument("--allow-restart", action="store_true", help="start over if all checkpoints are damaged")
     parser.add_argument("--allow-changes", action="store_true", help="go on with settings or data that have changed")
-    parser.add_argument("--clean", action="store_true", help="remove what broken-off saves left in the run folder")
+    parser.add_argument(
+        "--clean", action="store_true", help="remove whatever is no checkpoint where the run keeps those"
+    )
     parser.add_argument("--dry-run", action="store_true", help="print steps, tokens, stages, mixture and memory")
     parser.add_argument("--json", action="store_true", help="print the result as one JSON object")
     add_job(parser)
@@ -70,17 +74,24 @@ def run(args: argparse.Namespace) -> int:
         allow_changes=args.allow_changes,
         clean=args.clean,
     )
-    if args.json:
-        print_json(plain(result))
-    else:
-        how = "stopped" if result["stopped"] else "done"
-        loss = "none yet" if result["loss"] is None else f"{result['loss']:.4f}"
-        print(f"{how} at step {result['step']}, loss {loss}, checkpoints in {plain_text(settings.run.dir)}/checkpoints")
+    try:
+        _tell(plain(result), settings.run.dir, args.json)
+    except OSError as error:  # a full disk, a reader that has left: the run is what it is
+        log.warning("what the run came to could not be written: %s", error)
     if result["stopped"]:
         print(f"smollm3: to go on: {plain_text(resuming(args))}", file=sys.stderr)
     if jax.distributed.is_initialized():
         jax.distributed.shutdown()  # waits for the others
     leave(STOPPED if result["stopped"] else 0)
+
+
+def _tell(result: dict[str, Any], folder: str, as_json: bool) -> None:
+    if as_json:
+        print_json(result)
+        return
+    how = "stopped" if result["stopped"] else "done"
+    loss = "none yet" if result["loss"] is None else f"{result['loss']:.4f}"
+    print(f"{how} at step {result['step']}, loss {loss}, checkpoints in {plain_text(folder)}/checkpoints")
 
 
 def resuming(args: argparse.Namespace) -> str:
@@ -94,8 +105,5 @@ def resuming(args: argparse.Namespace) -> str:
     return shlex.join(words)
 
 
-def leave(code: int) -> NoReturn:
-    """Ends the process at once: a normal exit waits for threads (data, a failed save) or breaks off in their midst."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
+# A normal exit waits for threads (data, a failed save) or breaks off in their midst.
+leave = end_now

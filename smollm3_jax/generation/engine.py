@@ -48,11 +48,10 @@ class Engine:
       slots: at most this many sequences at a time; see `slots_for`.
       context: the most tokens that a sequence may have, its prompt included.
       cache_dtype: None is what the checkpoint says, or else the activations'; "int8" halves it.
-      steps: how many tokens of each sequence come at a time, at most 16.
+      steps: how many tokens of each sequence come at a time, at most 16; `Engine.steps` may be set between two steps.
       lookup: how many tokens to draft from the text so far and verify at once (see `prompt_lookup`); 0 is off.
       prefill_tokens: how many tokens of prompts go in between two calls of decoding, in whole pieces: 1 is a piece, so
-        that a long prompt keeps nobody waiting; None is every prompt that a slot is free for, which is faster where
-        nobody watches.
+        that a long prompt keeps nobody waiting; None is every prompt that a slot is free for, which is the fastest.
       piece_sizes: the lengths that pieces of prompts are padded to, ascending; the last is that of whole pieces. None
         is powers of two, and programs that are made as they are needed. Where a mesh splits pieces, of each part.
       prefix_tokens: with piece_sizes, how many tokens of prompts are kept at most, in whole pieces, for requests that
@@ -188,7 +187,7 @@ class Engine:
     def step(self) -> list[Delta]:
         """Lets prompts in, and decodes a call's tokens of every sequence that runs: what each of them said."""
         if self._leads:
-            broadcast({"kind": "step", "events": self._events})
+            broadcast({"kind": "step", "events": self._events, "steps": self.steps})
             self._events = []
         with in_step(), self._memory():
             return self._step()
@@ -221,8 +220,9 @@ class Engine:
         if self._leads and not broken():
             broadcast({"kind": "close"})
 
-    def follow(self, events: list[list[Any]]) -> None:
+    def follow(self, events: list[list[Any]], steps: int) -> None:
         """On the other processes: the step that process 0 makes, after what it was asked before."""
+        self.steps = steps
         for kind, content in events:
             if kind == "cancel":
                 self.cancel(content)
@@ -392,7 +392,7 @@ def follow(model: SmolLM3, tokenizer: Tokenizer | None = None) -> None:
                 engine = Engine(model, tokenizer=tokenizer, **said["shape"])
         elif said["kind"] == "step":
             assert engine is not None
-            engine.follow(said["events"])
+            engine.follow(said["events"], said["steps"])
         elif said["kind"] == "warm up":
             assert engine is not None
             engine.warm_up()

@@ -28,6 +28,7 @@ from ..kv_cache import KVCache, cache_specs
 from ..model import SmolLM3
 from ..weights.key_map import abstract_model
 from ..weights.quantized import with_scheme
+from ..weights.served import planned
 from .devices import DoesNotFit, compile_for, sharding_for, topology
 from .report import assumptions, collectives, program, times
 
@@ -47,6 +48,8 @@ class DecodeSetting:
     stacked: bool = False
     # Pages that the rows share, and the tokens of each; None is rows of their own.
     pool: tuple[int, int] | None = None
+    # Adapters beside every projection, and their rank, as a server has them; None is a model without.
+    adapters: tuple[int, int] | None = None
 
     @property
     def chip(self) -> Chip:
@@ -57,6 +60,7 @@ class DecodeSetting:
     @functools.cached_property
     def model(self) -> SmolLM3:
         model = abstract_model(self.config, jnp.bfloat16, stacked=self.stacked, sharding=self.sharding)
+        model = model if self.adapters is None else planned(model, *self.adapters)
         return shapes(specs_of(model), self.sharding)
 
     @functools.cached_property
@@ -66,7 +70,8 @@ class DecodeSetting:
 
     @functools.cached_property
     def slots(self) -> Slots:
-        return shapes(slot_specs(self.batch, self.config.vocab_size), self.sharding)
+        specs = slot_specs(self.batch, self.config.vocab_size, self.adapters is not None)
+        return shapes(specs, self.sharding)
 
     @property
     def places(self) -> int:
@@ -93,8 +98,9 @@ class DecodeSetting:
     def compile_prefill(self, length: int, whole: bool = True) -> Compiled:
         """A prompt of `length` tokens that goes in whole, or a piece of one."""
         tokens = (self.scalar(1, length), self.scalar(length), self.scalar())
+        adapter = None if self.adapters is None else self.scalar()
         return compile_for(
-            *(prefill, self.model, self.cache, self.scalar(), None if whole else self.scalar(), *tokens),
+            *(prefill, self.model, self.cache, self.scalar(), None if whole else self.scalar(), *tokens, adapter),
             sharding=self.sharding,
             what=f"compiling the prefill of {length:,} tokens",
         )

@@ -136,9 +136,10 @@ def compile_for(
             )
             raise DoesNotFit(needed, limit) from None
     chip = chip_of(sharding.mesh.devices.flat[0])
-    # The compiler for TPUs refuses by itself; the one for GPUs does not.
-    if sharding.platform == "gpu" and chip is not None and hlo.memory(compiled).total > chip.hbm:
-        raise DoesNotFit(hlo.memory(compiled).total, chip.hbm)
+    # The compiler for GPUs refuses nothing by itself; the one for TPUs lets a program pass that takes a little more, by
+    # its own report, than there is (15.82 GiB of 15.75, seen of an adapter's step).
+    if chip is not None and (needed := hlo.memory(compiled).total) > chip.hbm:
+        raise DoesNotFit(needed, chip.hbm)
     return compiled
 
 

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 from jax.stages import Compiled
 
 from sharding import hlo
@@ -21,6 +22,7 @@ from ..files import write_output
 from ..generation.device_loop import MAX_STEPS
 from ..generation.places import MIN_CAPACITY, capacity_for, pool_for, pool_tokens, slots_for
 from ..generation.prompts import SERVING_PIECES, kept_tokens, piece_sizes, prefix_pages
+from ..lora import LoraStack
 from ..weights.quantized import with_scheme
 from .decode import DecodeSetting
 from .devices import DoesNotFit, sharding_for, topology
@@ -77,6 +79,16 @@ class ServeSetting:
         """What a token of the cache takes of one device, over the tokens of all devices."""
         return device_bytes(self.decode.cache) / self.tokens
 
+    @property
+    def weights(self) -> dict[str, int]:
+        """Bytes of one device that the model takes: its weights, and the adapters beside them, if there are any."""
+        model = self.decode.model
+        if self.decode.adapters is None:
+            return {"weights": device_bytes(model)}
+        found = jax.tree.leaves(model, is_leaf=lambda x: isinstance(x, LoraStack))
+        adapters = device_bytes([(x.a, x.b) for x in found if isinstance(x, LoraStack)])
+        return {"weights": device_bytes(model) - adapters, "adapters": adapters}
+
     @functools.cached_property
     def programs(self) -> tuple[Compiled, Compiled] | DoesNotFit:
         """The decode loop, and the largest piece of a prompt; or what the compiler says if one of them does not fit."""
@@ -87,11 +99,11 @@ class ServeSetting:
 
     @property
     def beside(self) -> dict[str, int]:
-        """Bytes of one device beside the cache: the weights, the slots' state, and what the programs need."""
+        """Bytes of one device beside the cache: the model, the slots' state, and what the programs need."""
         assert not isinstance(self.programs, DoesNotFit)
         decode, piece = (hlo.memory(compiled) for compiled in self.programs)
         return {
-            "weights": device_bytes(self.decode.model),
+            **self.weights,
             "slots": device_bytes(self.decode.slots),
             "temporaries": max(memory.temporaries + memory.outputs - memory.aliased for memory in (decode, piece)),
             "code": decode.code + 2 * len(_piece_sizes(self.decode)) * piece.code,
@@ -138,6 +150,7 @@ def plan_serve(
     weights: str | None = None,
     cache: str = "bfloat16",
     cache_tokens: int | None = None,
+    adapters: tuple[int, int] | None = None,
     dump: Path | None = None,
 ) -> dict[str, Any]:
     """Compiles a server's engine for a topology, and reports what it can hold and how fast it is.
@@ -145,6 +158,7 @@ def plan_serve(
     Args:
       slots, context, cache_tokens: as `smollm3 serve` takes them.
       weights: a scheme of quantize.py; None is bfloat16. cache: bfloat16 or int8.
+      adapters: how many lie beside the weights, on all projections, and the largest one's rank; None is none.
       dump: a file for the compiled decode loop.
 
     Returns:
@@ -159,7 +173,7 @@ def plan_serve(
     config = config if weights is None else with_scheme(config, weights)
     _, devices = topology(topology_name)
     sharding = sharding_for(config, devices, rules, axes)
-    decode = DecodeSetting(config, sharding, 1, MIN_CAPACITY, cache)
+    decode = DecodeSetting(config, sharding, 1, MIN_CAPACITY, cache, adapters=adapters)
     setting = ServeSetting.of(dataclasses.replace(decode, batch=slots_for(decode.model, slots)), context, cache_tokens)
     if dump is not None and not isinstance(setting.programs, DoesNotFit):
         write_output(dump, setting.programs[0].as_text() or "")
@@ -173,6 +187,7 @@ def plan_serve(
         "capacity": setting.decode.context,
         "weights": weights or "bfloat16",
         "cache": cache,
+        **({} if adapters is None else {"adapters": adapters[0], "adapter_rank": adapters[1]}),
         "page": setting.piece,
         **_fit(setting),
         **_speed(setting),
@@ -187,7 +202,7 @@ def _fit(setting: ServeSetting) -> dict[str, Any]:
     sizes = {"cache": cache} | ({} if decode.pool else {"kept": kept})
     if isinstance(refusal := setting.programs, DoesNotFit):
         limit, total = refusal.limit, refusal.needed
-        sizes["weights"] = device_bytes(decode.model)
+        sizes |= setting.weights
     else:
         limit, room, sizes = decode.chip.hbm, setting.room, sizes | setting.beside
         total = sum(sizes.values())

@@ -79,6 +79,8 @@ def serve_tables(report: dict[str, Any]) -> Iterator[RenderableType]:
         f"{_where(report)}, {_many(report['slots'], 'slot')}, context {report['context']:,}, "
         f"weights {report['weights']}, cache {report['cache']}"
     )
+    if "adapters" in report:
+        yield f"{_many(report['adapters'], 'adapter')} of rank {report['adapter_rank']} on all projections"
     if not report["fits"]:
         yield f"does not fit; try {report['change']}"
     yield _memory(report["hbm"])

@@ -4,7 +4,6 @@ import asyncio
 import contextlib
 import errno
 import logging
-import os
 import signal
 import socket
 import sys
@@ -15,6 +14,7 @@ from typing import Any
 import uvicorn
 
 from ..errors import OptionError
+from ..streams import end_now
 from .app import Service, make_app
 from .connection import Connection
 from .errors import ApiError
@@ -171,10 +171,3 @@ def config_of(app: Any) -> uvicorn.Config:
         timeout_keep_alive=IDLE_SECONDS,
         timeout_graceful_shutdown=LAST_SECONDS,
     )
-
-
-def end_now(code: int) -> None:
-    """Ends the process without waiting for threads that are in the midst of something."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)

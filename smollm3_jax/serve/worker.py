@@ -22,7 +22,6 @@ from typing import Any, TypeVar
 from ..errors import SmolLM3Error
 from ..generation.device_loop import MAX_STEPS
 from ..generation.engine import Engine
-from ..generation.hosts import leads
 from ..generation.requests import Delta
 from .errors import ApiError
 from .metrics import Metrics
@@ -69,7 +68,8 @@ class Worker:
         self.failure: BaseException | None = None
         self.changed, self.failed = asyncio.Event(), asyncio.Event()  # changed: ready, or failed
         self._inbox: queue.SimpleQueue[tuple[str, Any]] = queue.SimpleQueue()
-        self._delivered = time.monotonic()
+        # Seconds since something was delivered, as the watchdog counts them: while the process is stopped it does not.
+        self._quiet = 0.0
         # What says that this process leads others is in its context.
         run = contextvars.copy_context().run
         self._thread = threading.Thread(target=run, args=(self._run,), name="engine", daemon=True)
@@ -199,7 +199,7 @@ class Worker:
     # --- the watchdog -------------------------------------------------------------------------------------
 
     def _touch(self) -> None:
-        self._delivered = time.monotonic()
+        self._quiet = 0.0
 
     def _owed(self) -> list[Ticket]:
         return [ticket for ticket in self.tickets if ticket.state != "received"]
@@ -211,11 +211,13 @@ class Worker:
         if not owed or not self.ready:
             return False
         going_in = sum(ticket.unanswered_tokens for ticket in owed)
-        return time.monotonic() - self._delivered > self._stall + STALL_SECONDS_A_TOKEN * going_in
+        return self._quiet > self._stall + STALL_SECONDS_A_TOKEN * going_in
 
     async def _watchdog(self) -> None:
+        every = min(LOOK_EVERY, self._stall / 4)
         while self.failure is None:
-            await asyncio.sleep(min(LOOK_EVERY, self._stall / 4))
+            await asyncio.sleep(every)
+            self._quiet += every
             if self._is_stalled():
                 self._failed(SmolLM3Error(f"the engine has delivered no token for {self._stall:.0f} s"))
 
@@ -253,8 +255,7 @@ class Worker:
                             engine.cancel(number)
             if engine.is_idle:
                 continue
-            if not leads():  # the other processes decode as many steps a call as the engine was made with
-                engine.steps = _steps(engine)
+            engine.steps = _steps(engine)
             began = time.monotonic()
             deltas = engine.step()
             going_in = None if engine.prefilling is None else tickets[engine.prefilling][:2]

@@ -43,7 +43,8 @@ def train_step(
     key = jax.random.fold_in(jax.random.key(options.seed), state.step)
     ((total, sums), gradients), bad = _gradients(trained, frozen, batch, objective, options, key)
     counts = {name: sums.pop(name) for name in ("tokens", "pairs") if name in sums}
-    counts = {name: jnp.where(x > 0, x, 1) for name, x in counts.items()}  # weights may add up to less than 1
+    # Of nothing the sums are 0, and so are means. Weights may add up to less than 1.
+    counts = {name: jnp.maximum(x, jnp.finfo(jnp.float32).tiny) for name, x in counts.items()}
     count = counts.get("pairs", counts["tokens"])
     gradients = jax.tree.map(lambda x: x / count, gradients)
     if state.model.sharding is not None:

@@ -5,12 +5,14 @@ Shapes: A adapters, r rank, N outputs, K inputs of a projection.
 
 import copy
 import dataclasses
+import itertools
 from collections.abc import Sequence
 
 import jax
 import numpy as np
 from flax import nnx
 
+from sharding.arrays import ArraySpec
 from sharding.rules import Sharding
 
 from ..config import ModelConfig
@@ -18,7 +20,7 @@ from ..errors import CheckpointFormatError, OptionError
 from ..lora import LoraStack
 from ..model import SmolLM3
 from ..quantize import QuantizedWeight, Weight
-from .key_map import hf_tensors
+from .key_map import PROJECTIONS, hf_tensors
 from .peft import Adapter, LowRank, check_base, parse_adapter, read_adapter
 
 
@@ -110,20 +112,41 @@ def _stacked(
 
 def _beside(base: Weight, path: str, a_ArK: np.ndarray, b_NAr: np.ndarray, sharding: Sharding | None) -> LoraStack:
     """A weight with adapters beside it; path: the weight's, "layers.3.q"."""
-    first = base.values if isinstance(base, QuantizedWeight) else base
-    axes = first.get_metadata("axes")
-    split = 1 if path.endswith(".o") else len(axes) - 1  # what comes into o has heads and their width
-    out, inner = base.shape[:split], base.shape[split:]
 
-    def parameter(part: str, x: np.ndarray, *axes: str) -> nnx.Param:
-        at = first[...].sharding
+    def parameter(part: str, x: np.ndarray, of: ArraySpec) -> nnx.Param:
+        x, at = x.reshape(of.shape), _first(base)[...].sharding
         if sharding is not None:
-            at = sharding.named(f"{path}.{part}", axes, x.shape)
-        return nnx.Param(jax.make_array_from_callback(x.shape, at, lambda index: x[index]), axes=axes)
+            at = sharding.named(f"{path}.{part}", of.axes, of.shape)
+        return nnx.Param(jax.make_array_from_callback(x.shape, at, lambda index: x[index]), axes=of.axes)
 
-    count, rank = a_ArK.shape[:2]
-    return LoraStack(
-        base,
-        parameter("a", a_ArK.reshape(count, rank, *inner), "adapters", "rank", *axes[split:]),
-        parameter("b", b_NAr.reshape(*out, count, rank), *axes[:split], "adapters", "rank"),
-    )
+    count, rank, _ = a_ArK.shape
+    of_a, of_b = _specs(base, path.rpartition(".")[2], count, rank, a_ArK.dtype)
+    return LoraStack(base, parameter("a", a_ArK, of_a), parameter("b", b_NAr, of_b))
+
+
+def planned(model: SmolLM3, count: int, rank: int) -> SmolLM3:
+    """What `attach` makes of a model without arrays, of `count` adapters of this rank on all projections."""
+    assert isinstance(model.layers, nnx.List)
+    out = copy.copy(model)
+    layers = [copy.copy(layer) for layer in model.layers]
+    for layer, kind in itertools.product(layers, PROJECTIONS.values()):
+        base = getattr(layer, kind)
+        specs = _specs(base, kind, count, rank, model.dtype)
+        parts = [nnx.Param(jax.ShapeDtypeStruct(of.shape, of.dtype), axes=of.axes) for of in specs]
+        setattr(layer, kind, LoraStack(base, *parts))
+    out.layers = nnx.List(layers)
+    out.adapters = tuple(f"adapter-{1 + i}" for i in range(count))
+    return out
+
+
+def _specs(base: Weight, kind: str, count: int, rank: int, dtype: np.dtype) -> tuple[ArraySpec, ArraySpec]:
+    """Of the a and the b of `count` adapters beside a projection's weight."""
+    axes = _first(base).get_metadata("axes")
+    split = 1 if kind == "o" else len(axes) - 1  # what comes into o has heads and their width
+    of_a = ArraySpec((count, rank, *base.shape[split:]), dtype, ("adapters", "rank", *axes[split:]))
+    return of_a, ArraySpec((*base.shape[:split], count, rank), dtype, (*axes[:split], "adapters", "rank"))
+
+
+def _first(base: Weight) -> nnx.Param:
+    """A weight's numbers, or what stands for them."""
+    return base.values if isinstance(base, QuantizedWeight) else base

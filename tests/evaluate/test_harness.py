@@ -5,14 +5,19 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import rounding
 import tiny
 from proxies import FULL
 
 import smollm3_jax as s3
 from smollm3_jax.commands.main import main
 from smollm3_jax.evaluate.answers import Answers
+from smollm3_jax.evaluate.likelihood import Span, log_likelihoods
 from smollm3_jax.generation.requests import Delta, Request
+from smollm3_jax.weights.load import load, open_checkpoint, with_adapters
+from smollm3_jax.weights.peft import read_adapter
 
 pytest.importorskip("lm_eval", reason="lm-eval is not installed (the extra eval has it)")
 
@@ -40,6 +45,13 @@ def tasks(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def small(tmp_path_factory, release) -> Path:
     return tiny.chat_checkpoint(tmp_path_factory.mktemp("harness") / "small", release / "chat_template.jinja")
+
+
+@pytest.fixture(scope="module")
+def shallow(tmp_path_factory, release) -> Path:
+    """Of one layer, whose programs are compiled sooner."""
+    folder = tmp_path_factory.mktemp("harness") / "shallow"
+    return tiny.chat_checkpoint(folder, release / "chat_template.jinja", num_hidden_layers=1)
 
 
 def evaluated(model: Path, tasks: Path, output: Path, *options: str) -> dict[str, Any]:
@@ -131,6 +143,59 @@ def test_a_run_that_was_stopped_goes_on(small, tasks, tmp_path, monkeypatch):
     shutil.rmtree(next(path for path in (tmp_path / "part").iterdir() if path.is_dir()))
     assert evaluated(small, tasks, tmp_path / "part")["results"] == whole["results"]
     assert added == []
+
+
+def choices(folder: Path, model: s3.SmolLM3, output: Path) -> list[float]:
+    """The log-likelihoods of the choices that a run was asked about, in its order, by the model itself."""
+    tokenizer, spans = s3.load_tokenizer(folder), []
+    for sample in samples(output, "local_choices"):
+        for request in sample["arguments"].values():
+            before, after = (tokenizer.encode(request[name]) for name in ("arg_0", "arg_1"))
+            spans.append(Span([*before, *after], len(before)))
+    found = {number: one for batch in log_likelihoods(model, spans) for number, one in batch.items()}
+    return [found[number][0] for number in range(len(spans))]
+
+
+def written(output: Path) -> list[float]:
+    """The same as the run wrote them."""
+    return [float(value) for sample in samples(output, "local_choices") for value, _ in sample["filtered_resps"]]
+
+
+def answered(folder: Path, model: s3.SmolLM3, output: Path) -> tuple[list[str], list[str]]:
+    """What a run answered, and what the engine answers to the same prompts; a line each."""
+    run = samples(output, "local_answers")
+    prompts = [sample["arguments"]["gen_args_0"]["arg_0"] for sample in run]
+    texts = s3.generate(model, prompts, tokenizer=s3.load_tokenizer(folder), max_new_tokens=24, temperature=0.0)
+    return [sample["filtered_resps"][0] for sample in run], [text.partition("\n")[0] for text in texts]
+
+
+@pytest.mark.parametrize("option", ["--adapter", "--weights"])
+def test_adapters_and_quantized_weights_are_those_of_python(shallow, tasks, tmp_path, option):
+    if option == "--adapter":
+        raw = json.loads((shallow / "config.json").read_text())
+        adapter = read_adapter(tiny.tiny_adapter(tmp_path / "adapter", shallow, raw))
+        value = f"{tmp_path / 'adapter'}:0.5"
+        model = load(with_adapters(open_checkpoint(shallow), [(adapter, 0.5)]), "float32")
+    else:
+        value, model = "int8", s3.from_pretrained(shallow, "float32", weights="int8")
+    found = evaluated(shallow, tasks, tmp_path / "out", option, value)
+    assert written(tmp_path / "out") == choices(shallow, model, tmp_path / "out")
+    run, direct = answered(shallow, model, tmp_path / "out")
+    assert run == direct
+    # The option counts: without it the numbers are others.
+    assert written(tmp_path / "out") != choices(shallow, s3.from_pretrained(shallow, "float32"), tmp_path / "out")
+    assert found["config"]["model_args"][option.removeprefix("--")] == ([value] if option == "--adapter" else value)
+
+
+@pytest.mark.slow
+def test_a_mesh_gives_what_one_device_gives(shallow, tasks, tmp_path):
+    evaluated(shallow, tasks, tmp_path, "--mesh", "data=4,tensor=2")
+    model = s3.from_pretrained(shallow, "float32")
+    bounded = rounding.shaken(lambda model: np.array(choices(shallow, model, tmp_path)), model)[0]
+    assert rounding.within(written(tmp_path), bounded) <= 1
+    assert rounding.within(written(tmp_path)[::-1], bounded) > 1
+    run, direct = answered(shallow, model, tmp_path)
+    assert run == direct
 
 
 class Said:

@@ -142,7 +142,7 @@ def test_many_prompts(model, tmp_path):
     assert one == two and len(one) == len(LINES)
 
 
-@pytest.mark.slow
+@FULL
 def test_answers_that_keep_to_schemas(tmp_path):
     """Each process finds for itself which token may come next."""
     model, file = letters_checkpoint(tmp_path / "m"), tmp_path / "in.jsonl"

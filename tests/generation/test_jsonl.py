@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from proxies import FULL
 from tiny import talking_checkpoint
 
 import smollm3_jax as s3
@@ -476,7 +477,7 @@ with jsonl.Batch(sys.argv[1], sys.argv[2]) as job:
 """
 
 
-@pytest.mark.slow
+@FULL
 def test_killed_at_any_moment(tmp_path):
     moments = random.Random(0)
     source, target = tmp_path / "in", tmp_path / "out"

@@ -1,19 +1,27 @@
 """Topologies of devices that are not there, and the compilers for them."""
 
+import dataclasses
 import importlib.util
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import pytest
 from proxies import needs_cuda, needs_libtpu
 
+from sharding import hlo
+from sharding.arrays import shapes, spec
 from sharding.hardware import CHIPS, chip_of
+from sharding.mesh import make_mesh
+from sharding.rules import Sharding
 from smollm3_jax import support
 from smollm3_jax.commands.main import main
 from smollm3_jax.errors import OptionError, SupportError
-from smollm3_jax.plan.devices import topology
+from smollm3_jax.plan import devices
+from smollm3_jax.plan.devices import DoesNotFit, compile_for, topology
 
 ROOT = Path(__file__).parents[2]
 
@@ -29,6 +37,21 @@ def test_without_the_compiler_an_error_says_where_to_get_it(monkeypatch, capsys)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(SupportError, match=r"pip install 'jax\[tpu\]"):
         topology("v5e:4x4")
+
+
+@needs_libtpu
+def test_a_program_that_takes_more_than_there_is_does_not_fit(monkeypatch):
+    """Also where the compiler has let it pass: of a chip that has less memory than the compiler knows."""
+    chip, found = topology("v5e:1x1")
+    sharding = Sharding.of(make_mesh({"data": 1}, found), "fsdp")
+    numbers = shapes(spec(jnp.float32, x=1024), sharding)
+    twice = jax.jit(lambda x: 2 * x)
+    needed = hlo.memory(compile_for(twice, numbers, sharding=sharding)).total
+    assert needed > 2 * 4 * 1024
+    monkeypatch.setattr(devices, "chip_of", lambda device: dataclasses.replace(chip, hbm=needed - 1))
+    with pytest.raises(DoesNotFit) as refusal:
+        compile_for(twice, numbers, sharding=sharding)
+    assert (refusal.value.needed, refusal.value.limit) == (needed, needed - 1)
 
 
 @needs_cuda

@@ -5,16 +5,19 @@ import types
 import pytest
 from proxies import FULL, SHORT, needs_cuda, needs_libtpu, proxy
 
+from sharding import hlo
 from sharding.arrays import total_bytes
 from sharding.hardware import CHIPS
 from sharding.mesh import device_bytes
+from smollm3_jax.commands.main import main
 from smollm3_jax.errors import OptionError
 from smollm3_jax.generation.device_loop import MAX_STEPS
 from smollm3_jax.kv_cache import cache_specs
 from smollm3_jax.plan import serve
 from smollm3_jax.plan.decode import DecodeSetting
-from smollm3_jax.plan.devices import DoesNotFit
-from smollm3_jax.plan.serve import plan_serve
+from smollm3_jax.plan.devices import DoesNotFit, sharding_for, topology
+from smollm3_jax.plan.serve import ServeSetting, plan_serve
+from smollm3_jax.weights.quantized import with_scheme
 
 # A cache of half of the device's memory, beside two layers, which compile soon.
 SLOTS, CONTEXT = 256, 8192
@@ -173,8 +176,46 @@ def test_rows_hold_every_context_and_what_is_kept_beside_them(uncompiled):
         uncompiled(4 * SLOTS, CONTEXT, cache_tokens=1 << 20, **on_four)
 
 
+# Of one rank, of the seven projections of a layer: inputs and outputs.
+WIDTH, KEYS, INNER = 2048, 512, 11008
+A_RANK = 2 * 2 * WIDTH + 2 * (WIDTH + KEYS) + 3 * (WIDTH + INNER)
+
+
 @needs_libtpu
-def test_what_cannot_be_is_refused():
+def test_adapters_take_what_the_cache_would_have(uncompiled):
+    plain, own = (uncompiled(SLOTS, CONTEXT, adapters=adapters) for adapters in (None, (3, 8)))
+    assert "adapters" not in plain["hbm"] and "adapters" not in plain
+    assert (own["adapters"], own["adapter_rank"]) == (3, 8)
+    assert own["hbm"]["adapters"] == 2 * 3 * 8 * A_RANK * 2
+    assert own["hbm"]["weights"] == plain["hbm"]["weights"]
+    more = own["hbm"]["adapters"] + 4 * SLOTS  # and which of them each slot has
+    assert own["hbm"]["total"] - plain["hbm"]["total"] == more
+    a_token = 2 * 2 * KEYS * 2
+    assert plain["tokens"]["fit"] - own["tokens"]["fit"] == pytest.approx(more / a_token, abs=2)
+
+
+@needs_libtpu
+@pytest.mark.slow
+def test_the_compiled_programs_hold_the_adapters():
+    """As many bytes more among what they take in, and every slot's products with all of them; beside int8 weights."""
+    config, (_, devices) = with_scheme(proxy(1, **SHORT), "int8"), topology("v5e:2x2")
+    slots, sharding = 8, sharding_for(config, devices, "serve_tp", {"tensor": 4})
+    settings = [DecodeSetting(config, sharding, slots, 1024, pool=(32, 256), adapters=one) for one in (None, (4, 16))]
+    plain, own = (setting.compile() for setting in settings)
+    adapters = ServeSetting(settings[1], 1024).weights["adapters"]
+    # Split as the weights are: heads, and what is within the MLP. The model's width, seven times, is not.
+    assert adapters == 4 * 16 * 2 * (7 * WIDTH + (A_RANK - 7 * WIDTH) / 4)
+    assert adapters <= hlo.memory(own).arguments - hlo.memory(plain).arguments <= 1.02 * adapters + 4096
+    flops, before = (setting.model_of(one).flops for setting, one in zip(settings[::-1], (own, plain), strict=True))
+    assert flops - before == pytest.approx(2 * slots * adapters / 2, rel=0.01)
+    piece, before = (hlo.memory(setting.compile_prefill(256, whole=False)) for setting in settings[::-1])
+    assert piece.arguments > before.arguments
+
+
+@needs_libtpu
+def test_what_cannot_be_is_refused(capsys):
+    assert main(["plan", "serve", "--adapter-rank", "8"]) == 2
+    assert "--adapter-rank is 8, of no adapters; say how many: --adapters N" in capsys.readouterr().err
     with pytest.raises(OptionError, match=r"--context is 70000; the model has been trained for 65536"):
         plan_serve(proxy(1, **SHORT), "v5e:1x1", context=70000)
     with pytest.raises(OptionError, match=r"cache_tokens is 512; one sequence of 1024 tokens takes 1024"):

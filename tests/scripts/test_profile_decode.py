@@ -4,13 +4,13 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
+from proxies import FULL
 from tiny import talking_checkpoint
 
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts/profile_decode.py"
 
 
-@pytest.mark.slow
+@FULL
 def test_products_are_found_in_the_profile(tmp_path):
     command = [sys.executable, SCRIPT, "--model", talking_checkpoint(tmp_path / "m"), "--held", "8", "--new", "17"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)

@@ -19,6 +19,7 @@ from serving import Running, Speaker, serving, started
 
 import smollm3_jax as s3
 from smollm3_jax.evaluate.perplexity import perplexity
+from smollm3_jax.generation import grammar
 from smollm3_jax.generation.requests import Delta, Request
 from smollm3_jax.serve.job import Server, parse
 
@@ -38,6 +39,23 @@ def by_its_last_message(server: Server, request: Request) -> str:
     prompt: list[int] = list(request.prompt)  # pyright: ignore[reportAssignmentType]
     last = server.tokenizer.decode(prompt, skip_special_tokens=False).rpartition("<|im_start|>user")[2]
     return next((said for word, said in SAID.items() if word in last), "Hello there.<|im_end|>")
+
+
+def keeping(server: Server, request: Request) -> str:
+    """An answer that keeps to the request's grammar, as every model's does: token by token what soonest ends it."""
+    assert request.grammar is not None
+    words, ids = grammar.vocabulary_of(server.tokenizer), []
+    matcher, closing = words.begin(request.grammar), server.tokenizer.encode('"}]', add_special_tokens=False)
+    while not matcher.is_accepting() and len(ids) < 50:
+        allowed = grammar._ids(grammar._next(matcher, words.tokens, words.end))
+        ids.append(next((token for token in closing if token in allowed), allowed[0]))
+        assert matcher.consume_token(ids[-1])
+    return server.tokenizer.decode(ids, skip_special_tokens=False) + ("<|im_end|>" if matcher.is_accepting() else "")
+
+
+def by_its_grammar(server: Server, request: Request) -> str:
+    """As `by_its_last_message`, where the request has no grammar."""
+    return by_its_last_message(server, request) if request.grammar is None else keeping(server, request)
 
 
 class Failing(Speaker):
@@ -113,22 +131,30 @@ def test_clients_of_npm_and_a_real_model(npm: Path, demo: int):
 # --- schemathesis -----------------------------------------------------------------------------------------
 
 
+@pytest.fixture
+def obedient(server: Server) -> Iterator[Running]:
+    """As `spoken`, and what is asked for by a schema keeps to it."""
+    engine = Failing(server, lambda request, sample: by_its_grammar(server, request), pace=0.002)
+    with serving(lambda: engine, parse, server=server, keys=["secret"], max_queue=64, max_queue_tokens=10**6) as it:
+        yield it
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("examples", [5, pytest.param(500, marks=FULL)])
-def test_schemathesis(spoken: Running, examples: int, tmp_path: Path):
+def test_schemathesis(obedient: Running, examples: int, tmp_path: Path):
     """All that it checks, of every operation, streams too, with good and bad data: never a 500, and all answers as
     they are described. But for one thing: a body may be of the right form and yet be refused, as where a call names a
     tool that nobody offers."""
     needs("schemathesis")
-    command = [Path(sys.executable).with_name("st"), "run", f"http://localhost:{spoken.port}/openapi.json"]
+    command = [Path(sys.executable).with_name("st"), "run", f"http://localhost:{obedient.port}/openapi.json"]
     options = ["--max-examples", str(examples), "--exclude-checks", "positive_data_acceptance", "--continue-on-failure"]
     more = ["--header", "Authorization: Bearer secret", "--no-color", "--request-timeout", "60"]
     done = subprocess.run([*command, *options, *more], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
-    paths = spoken.ask("GET", "/openapi.json", Authorization="Bearer secret")[1]["paths"]
+    paths = obedient.ask("GET", "/openapi.json", Authorization="Bearer secret")[1]["paths"]
     assert f"Tested: {len(paths)}" in done.stdout and "Coverage (in" in done.stdout and "Fuzzing (in" in done.stdout
-    spoken.until(spoken.is_at_rest)
-    assert spoken.service.worker.failure is None
+    obedient.until(obedient.is_at_rest)
+    assert obedient.service.worker.failure is None
 
 
 # --- lm-eval ----------------------------------------------------------------------------------------------

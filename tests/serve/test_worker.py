@@ -226,6 +226,33 @@ def test_a_stalled_engine_is_seen_by_what_it_delivers(how, caplog):
         hold.set()
 
 
+def test_a_process_that_was_stopped_has_not_stalled():
+    """As by `docker pause`, for longer than a token may take: here neither the event loop nor the engine runs."""
+    going, woke = threading.Event(), threading.Event()
+
+    def step(running):
+        going.wait(20)
+        time.sleep(0.01)
+        return [token(number) for number in running]
+
+    def stopped():
+        time.sleep(1.2)
+        woke.set()
+
+    going.set()
+    with serving(lambda: Puppet(step), stall=0.8) as server:
+        stream = server.open(BODY | {"stream": True, "max_tokens": 400})
+        read_some(stream)
+        going.clear()
+        server.loop.call_soon_threadsafe(stopped)
+        assert woke.wait(20)
+        time.sleep(0.05)
+        assert server.ask("GET", "/health")[0] == 200
+        going.set()
+        read_some(stream)
+        assert server.service.worker.failure is None
+
+
 def test_each_prompt_of_a_list_has_time_to_go_in():
     """Long after the first of them has been answered: the second has as many seconds as its tokens need."""
 

@@ -145,7 +145,7 @@ def test_dropout_is_drawn_anew_in_each_step_and_again_in_the_same(checkpoint, ba
 
 @pytest.mark.slow
 @pytest.mark.parametrize("rules", ["fsdp", "tp", "fsdp_tp"])
-@pytest.mark.parametrize("settings", [SETTINGS, LoraSettings(rank=4, dora=True, base="int8")])
+@pytest.mark.parametrize("settings", [SETTINGS, pytest.param(LoraSettings(rank=4, dora=True, base="int8"), marks=FULL)])
 def test_every_strategy_computes_the_same(checkpoint, batch, rules, settings):
     want, _ = steps(model_of(checkpoint, settings), batch, 2)
     losses = rounding.shaken(

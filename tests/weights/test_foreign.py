@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from proxies import FULL
 from refusal import refusal
 from safetensors.numpy import save_file
 from tiny import random_tensors, raw_config, tiny_checkpoint, write_checkpoint
@@ -410,7 +411,7 @@ def test_a_folder_with_a_foreign_name(tmp_path, capsys):
 # The same commands read a file
 
 
-@pytest.mark.slow
+@FULL
 @pytest.mark.torch
 def test_every_command_reads_torch_files_and_a_file_of_weights(tmp_path, capsys):
     from tiny import talking_checkpoint

@@ -17,6 +17,7 @@ import pytest
 from gguf.quants import dequantize, quantize
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from proxies import FULL
 from tokenizers import Tokenizer
 from vocabularies import PRE, TEXTS, gguf_keys_of, trained, vocabulary_keys
 
@@ -668,7 +669,7 @@ def test_smollm3_tokenizer_on_six_languages(full_release, corpus, tmp_path):
     assert_same(ours, theirs, [chat, *TEXTS, *(json.loads(line)["text"] for line in lines)])
 
 
-@pytest.mark.slow
+@FULL
 @pytest.mark.torch
 def test_every_command_reads_the_file_itself(tmp_path, capsys, monkeypatch):
     """Text and logits are those of the folder that it converts to, which transformers reads."""

@@ -13,8 +13,9 @@ import smollm3_jax as s3
 from smollm3_jax.errors import CheckpointFormatError, OptionError
 from smollm3_jax.lora import LoraStack, for_each
 from smollm3_jax.weights import peft
+from smollm3_jax.weights.key_map import abstract_model, parameters
 from smollm3_jax.weights.load import load, open_checkpoint, with_adapters
-from smollm3_jax.weights.served import attach, check_served, read_served
+from smollm3_jax.weights.served import attach, check_served, planned, read_served
 
 RAW = raw_config("plain")
 # Of several ranks, weights and scales; the base between them.
@@ -63,6 +64,21 @@ def test_each_sequence_has_the_numbers_of_its_model(base, folders, weights):
         want = np.asarray(load(folded)(tokens[:1]))[0]
         assert np.abs(want - plain).max() > 0.1 * np.abs(want).max()  # it matters
         np.testing.assert_allclose(got[row], want, rtol=0, atol=1e-5 * np.abs(want).max())
+
+
+@pytest.mark.parametrize("weights", [None, "int8"])
+def test_a_plan_is_of_the_arrays_that_are_served(base, folders, weights):
+    model = load(open_checkpoint(base), weights=weights)
+    served = parameters(attach(model, read_served([str(folders[0]), f"again={folders[0]}"], "base")))
+    without = abstract_model(model.config, model.dtype, stacked=False)
+    own = planned(without, 2, 4)
+    assert len(own.adapters) == 2 and without.adapters == ()
+
+    def described(parameters):
+        return {name: (x.shape, x.dtype, x.get_metadata("axes")) for name, x in parameters.items()}
+
+    assert described(parameters(own)) == described(served)
+    assert sum(name.endswith((".a", ".b")) for name in served) == 2 * 7 * RAW["num_hidden_layers"]
 
 
 def test_names_that_two_models_have_are_refused(folders):

@@ -2,7 +2,6 @@
 
 import queue
 import threading
-import time
 from collections.abc import Callable, Generator
 from typing import Any
 
@@ -59,14 +58,16 @@ def prefetch(
     thread = threading.Thread(target=work, name="batches", daemon=True)
     thread.start()
     try:
-        begin = time.monotonic()
+        look, waited = min(timeout, 0.5), 0.0
         while True:
             try:
-                item = made.get(timeout=min(timeout, 0.5))
+                item = made.get(timeout=look)
             except queue.Empty:
                 if asked():
                     yield None
-                if time.monotonic() - begin > timeout:
+                # Looks are counted, not a clock's seconds, which go on while the whole process is stopped.
+                waited += look
+                if waited >= timeout:
                     raise DataError(f"no batch came within data.timeout={timeout:g} seconds") from None
                 continue
             if item is None or isinstance(item, EndOfData):
@@ -74,7 +75,7 @@ def prefetch(
             if isinstance(item, BaseException):
                 raise item
             yield item
-            begin = time.monotonic()
+            waited = 0.0
     finally:
         left.set()
 

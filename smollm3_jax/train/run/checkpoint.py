@@ -21,6 +21,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 from jax import Array
 from jax.tree_util import KeyPath
+from orbax.checkpoint.utils import TMP_DIR_SUFFIX
 
 from sharding.rules import PyTree
 
@@ -166,6 +167,16 @@ def left_overs(folder: epath.Path) -> list[epath.Path]:
         )
     whole = {f"{step:08d}" for step in steps(folder)}
     return sorted(x for x in folder.iterdir() if x.name not in whole) if folder.is_dir() else []
+
+
+def broken_off(folder: epath.Path) -> list[epath.Path]:
+    """What saves and removals that were ended in their midst left in a folder of checkpoints: what Orbax had not given
+    its name yet, and older steps than the newest of which a part is gone. Nothing where the folder is a link."""
+    if (not is_remote(folder) and os.path.islink(folder)) or not folder.is_dir():
+        return []
+    whole = steps(folder)
+    parts = [x for x in folder.iterdir() if _NAME.fullmatch(x.name) and whole and int(x.name) < whole[-1]]
+    return sorted([*(x for x in parts if int(x.name) not in whole), *folder.glob(f"*[0-9]{TMP_DIR_SUFFIX}*")])
 
 
 def read_about(folder: epath.Path, step: int) -> dict[str, Any]:

@@ -11,13 +11,15 @@ from types import TracebackType
 from typing import Any
 
 import jax
+from etils import epath
 
 from sharding.hardware import chip_of
 
 from ... import compile_cache
 from ...errors import DataError, OptionError, TrainingError
-from ...files import remove
+from ...files import remove, unfinished
 from ...job import agree, raise_everywhere
+from ...paths import is_remote
 from ...support import version
 from ..data.conversations import read_template
 from ..data.files import refuse_within
@@ -54,7 +56,7 @@ def train(
       resume: go on from the newest sound checkpoint of the run folder; from the beginning if it has none.
       allow_restart: begin anew even where all checkpoints are damaged.
       allow_changes: go on though settings or data are not those that the checkpoint was made with.
-      clean: first remove what interrupted saves left, and whatever else is no checkpoint there.
+      clean: first remove whatever is no checkpoint there; what interrupted saves left goes anyway.
       trainable: a regular expression of the names of the parameters to train, as in `TrainState`; the others stay as
         they are. None trains all.
 
@@ -78,10 +80,18 @@ def train(
         if not resume and (folder / "checkpoints").is_dir() and checkpoint.steps(folder / "checkpoints"):
             raise OptionError(f"{folder} holds a run: --resume auto goes on with it, run.dir=FOLDER begins another")
         with raise_everywhere():
-            for left in checkpoint.left_overs(folder / "checkpoints") if clean and jax.process_index() == 0 else ():
-                log.warning("removing %s", left)
-                remove(left)
+            if jax.process_index() == 0:
+                _tidy(folder, clean)
         return _train(set_up(settings, trainable), stop, allow_restart, allow_changes)
+
+
+def _tidy(folder: epath.Path, clean: bool) -> None:
+    """Removes what earlier processes were ended in the midst of, so that it does not add up; the folder is locked."""
+    found = (checkpoint.left_overs if clean else checkpoint.broken_off)(folder / "checkpoints")
+    for left in [*found, *([] if is_remote(folder) else unfinished(folder))]:
+        log.log(logging.WARNING if clean else logging.DEBUG, "removing %s", left)
+        with contextlib.suppress(*(() if clean else (OSError,))):  # what nobody asked to remove stops nobody
+            remove(left)
 
 
 def _train(run: Run, stop: Stop, allow_restart: bool, allow_changes: bool) -> dict[str, Any]:

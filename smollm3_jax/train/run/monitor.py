@@ -277,15 +277,16 @@ class Monitor:
     def _append(self, name: str, line: Mapping[str, Any]) -> None:
         if not self._first:
             return
-        text = as_text(line)
+        self._unwritten[name] = self._unwritten.get(name, "") + as_text(line)
         if is_remote(self._folder):
-            self._unwritten[name] = self._unwritten.get(name, "") + text
             return
-        with self._surviving(name):
-            append(self._folder / name, text)
+        with self._surviving(name):  # what does not fit onto the disk is written when there is room again
+            append(self._folder / name, self._unwritten[name])
+            del self._unwritten[name]
 
     def flush(self) -> None:
-        """Object stores know no appending: there, logs are written again whole, and so less often."""
+        """Writes what is not written yet. Object stores know no appending: there, logs are written again whole, and
+        so less often."""
         for name, text in list(self._unwritten.items()):
             file = self._folder / name
             with self._surviving(name):

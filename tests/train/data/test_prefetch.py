@@ -69,6 +69,12 @@ def test_a_thread_that_fails_or_hangs_is_told_of():
         list(prefetch(only(next=fail), 0, 3, 5, asked=lambda: False))
 
 
+def test_a_process_that_was_stopped_has_not_waited():
+    """As by SIGSTOP, for longer than a batch may take: here by who is asked in between."""
+    slow = only(next=lambda step: time.sleep(0.7) or np.zeros((2, 3)), state=dict)
+    assert [x[0] for x in prefetch(slow, 0, 1, 1.0, asked=lambda: time.sleep(1.2) is not None) if x] == [0]
+
+
 def test_a_batch_goes_onto_one_device_as_it_is():
     tokens: Any = np.arange(6, dtype=np.int32).reshape(2, 3)
     host = Batch(tokens, np.ones_like(tokens))

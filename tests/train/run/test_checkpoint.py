@@ -15,7 +15,16 @@ from hypothesis import strategies as st
 
 from smollm3_jax.errors import OptionError, TrainingError
 from smollm3_jax.train.run import checkpoint
-from smollm3_jax.train.run.checkpoint import Checkpoints, Damaged, digest, left_overs, read_about, restore, steps
+from smollm3_jax.train.run.checkpoint import (
+    Checkpoints,
+    Damaged,
+    broken_off,
+    digest,
+    left_overs,
+    read_about,
+    restore,
+    steps,
+)
 
 
 def digest_of(array):
@@ -127,3 +136,12 @@ def test_what_is_left_over_is_not_sought_through_a_link(tmp_path):
         left_overs(epath.Path(tmp_path / "checkpoints"))
     assert [path.name for path in left_overs(epath.Path(tmp_path / "victim"))] == ["diary.txt"]
     assert left_overs(epath.Path(tmp_path / "none")) == []
+    assert broken_off(epath.Path(tmp_path / "checkpoints")) == broken_off(epath.Path(tmp_path / "none")) == []
+
+
+def test_what_a_kill_left_is_told_from_what_is_whole_or_newer(tmp_path):
+    """C3: A save or a removal that was ended in its midst; what is newer may be of somebody who copies it here."""
+    folder = saved(tmp_path, step=6, x=np.ones(2, np.float32))
+    for name in ("00000004/about", "00000008/about", "00000009.orbax-checkpoint-tmp/state", "00000003", "diary"):
+        (tmp_path / name).mkdir(parents=True)
+    assert [path.name for path in broken_off(folder)] == ["00000003", "00000004", "00000009.orbax-checkpoint-tmp"]

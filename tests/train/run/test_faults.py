@@ -203,6 +203,24 @@ def test_checkpoints_of_older_versions_are_read(place):
     assert "is of format 99; this version reads 1" in train(place, old, *words, code=3)
 
 
+def test_it_goes_on_where_nobody_reads_what_it_says_and_kills_have_left_much(place):
+    """C3, C5: SIGTERM saves, and ends it with 75, too. What earlier processes were ended in the midst of is gone."""
+    run = place / "unread"
+    left = [run / "checkpoints" / "00000003.orbax-checkpoint-tmp", run / f".metrics.jsonl.{'0' * 16}.tmp"]
+    left[0].mkdir(parents=True)
+    left[1].write_text("half a")
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open("/dev/full", "wb") as full:
+        words = command(place, run, "run.steps=100000")
+        process = subprocess.Popen(words, env=environment(), stdout=full, stderr=writer)
+    os.close(writer)
+    wait_for_step(run, 3)
+    process.terminate()
+    assert process.wait(60) == 75
+    assert nothing_is_lost(run) and not any(path.exists() for path in left)
+
+
 def test_a_full_disk_ends_the_run(place):
     """C5: A file where the folder of checkpoints should be."""
     run = place / "full"
@@ -272,8 +290,7 @@ def start_reading(place, name, timeout):
 
 
 def nothing_is_lost(run):
-    (saved,) = (run / "checkpoints").iterdir()
-    return int(saved.name) == max(losses(run))
+    return max(int(saved.name) for saved in (run / "checkpoints").iterdir()) == max(losses(run))
 
 
 @pytest.mark.parametrize("terminated", [pytest.param(False, marks=FULL), True])

@@ -1,7 +1,9 @@
+import errno
 import io
 import json
 import logging
 import math
+import os
 import re
 import sys
 import time
@@ -48,6 +50,21 @@ def test_a_restart_forgets_what_it_computes_again(watch, tmp_path):
     assert "NaN" not in (tmp_path / "metrics.jsonl").read_text()
     again.step(line(5, loss=3.0))
     assert {k: again.summary()[k] for k in ("loss", "tokens", "skipped")} == {"loss": 3.0, "tokens": 8, "skipped": 0}
+
+
+def test_a_disk_that_was_full_for_a_while_lacks_no_line(watch, tmp_path, monkeypatch, caplog):
+    it, own, full = watch(), monitor.append, {2, 3}
+
+    def append(path, text):
+        if step in full:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        own(path, text)
+
+    monkeypatch.setattr(monitor, "append", append)
+    for step in range(1, 5):
+        it.step(line(step))
+    assert [x["step"] for x in read_lines(epath.Path(tmp_path) / "metrics.jsonl")] == [1, 2, 3, 4]
+    assert caplog.text.count("metrics.jsonl could not be written: [Errno 28] No space left on device") == 2
 
 
 def test_it_does_not_grow_with_the_steps(watch):

@@ -1,0 +1,1 @@
+"""What scripts/soak.py does to training and to the server."""
