@@ -54,7 +54,7 @@ def whole(place):
     return place / "whole"
 
 
-@pytest.mark.parametrize(("seed", "kills"), [(0, 2), *(pytest.param(seed, 4, marks=FULL) for seed in (1, 2, 3))])
+@pytest.mark.parametrize(("seed", "kills"), [(0, 1), *(pytest.param(seed, 4, marks=FULL) for seed in (1, 2, 3))])
 def test_kills_at_random_points(whole, place, seed, kills):
     """After as many kills the end is that of the run that nothing disturbs, bit for bit."""
     run, draw = place / f"killed{seed}", random.Random(seed)
