@@ -3,6 +3,7 @@
 import contextlib
 import io
 import os
+import select
 import sys
 from typing import Any, NoReturn
 
@@ -25,6 +26,15 @@ def go_on_without_stderr() -> None:
         if own.fileno() == 2 and not isinstance(own.buffer, _Unfailing):
             raw: Any = _Unfailing(2, "wb", closefd=False)
             sys.stderr = io.TextIOWrapper(raw, own.encoding, own.errors, line_buffering=True)
+
+
+def nobody_reads_stdout() -> bool:
+    """Whether standard output is a pipe or a socket whose reader has left."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):  # a test's or a notebook's own, which has no number
+        poll = select.poll()
+        poll.register(sys.stdout.fileno(), 0)
+        return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
+    return False
 
 
 def give_up_stdout() -> None:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from types import ModuleType
 
 from ..screen_text import plain
-from ..streams import give_up_stdout, go_on_without_stderr
+from ..streams import give_up_stdout, go_on_without_stderr, nobody_reads_stdout
 from .parsing import Parser, did_you_mean, leaves
 from .subcommands import COMMANDS, parser_of
 
@@ -113,10 +113,10 @@ def _run(name: str, command: ModuleType, args: argparse.Namespace) -> int:
             require_supported()
             keep_to_the_cpu_without_accelerator()
         return command.run(args)
-    except BrokenPipeError:  # the reader of our output has left
-        give_up_stdout()
-        return 0
     except Exception as error:
+        if isinstance(error, BrokenPipeError) and nobody_reads_stdout():
+            give_up_stdout()
+            return 0
         from sharding.strategies import ShardingError
 
         from ..errors import OptionError, OutOfMemoryError, lacks_memory

@@ -259,6 +259,15 @@ def test_a_reader_that_leaves_ends_a_table_without_a_word(talking):
     assert (done.returncode, done.stderr) == (0, "")
 
 
+def test_another_pipe_that_breaks_is_an_error(talking, capsys, monkeypatch):
+    def run(_):
+        raise BrokenPipeError(32, "a connection of a library's")
+
+    monkeypatch.setattr("smollm3_jax.commands.inspect.run", run)
+    assert main(["inspect", str(talking)]) == 3
+    assert "a connection of a library's" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("closed", ["1", pytest.param("2", marks=pytest.mark.slow)])
 def test_closed_streams(talking, closed):
     """sys.stdout is None there."""
