@@ -189,7 +189,8 @@ import sys
 import ray
 import smollm3_jax as s3
 
-ray.init(sys.argv[1], logging_level="ERROR")
+# Its driver shows what libtpu logs, too, in whatever process of the machine.
+ray.init(sys.argv[1], logging_level="ERROR", log_to_driver=False)
 rows = ray.data.from_items([{"prompt": f"w{i}", "place": i} for i in range(3)])
 given = {"model": sys.argv[2], "params": {"max_new_tokens": 4, "temperature": 0.0}, "slots": 2, "context": 64}
 found = rows.map_batches(s3.SmolLM3Predictor, fn_constructor_kwargs=given, compute=ray.data.ActorPoolStrategy(size=1))
