@@ -108,12 +108,12 @@ def test_scores_would_be_seen(window):
 @pytest.mark.parametrize(("where", "context"), [("v5e:2x4", 8), ("v5p:2x2x1", 4)])
 @pytest.mark.parametrize("length", [65536, 131072])
 def test_full_depth_fits(where, context, length):
-    """In weights that every device has, a part of the cache, and less than a GiB of what a piece computes."""
+    """In weights that every device has, a part of the cache, and 0.25 to 0.47 GiB of what a piece computes."""
     report = plan_prefill(ModelConfig.from_hf(SMOLLM3_3B), where, length=length)
     hbm = report["hbm"]
     assert report["fits"] and report["mesh"]["context"] == context
     assert hbm["cache"] == pytest.approx(36 * 2 * KV_HEADS * WIDTH * 2 * length / context, rel=1e-3)
-    assert hbm["total"] - hbm["weights"] - hbm["cache"] - hbm["code"] < 2**30
+    assert hbm["total"] - hbm["weights"] - hbm["cache"] - hbm["code"] < 0.55 * 2**30
 
 
 @needs_libtpu
