@@ -23,9 +23,10 @@ KINDS += ("second run",)
 
 
 def draw(chance: random.Random, each: int | None = None) -> list[list[Fault]]:
-    """Runs, each a list of its faults; of `each`, one run with so many of every kind."""
+    """Runs, each a list of its faults; of `each`, as many of every kind, three a run: after more it is at its end."""
     if each:
-        return [[_drawn(chance, kind) for _ in range(each) for kind in KINDS]]
+        faults = [_drawn(chance, kind) for _ in range(each) for kind in KINDS]
+        return [faults[i : i + 3] for i in range(0, len(faults), 3)]
     # Kills come more often than the rest: there are most moments for them.
     kinds = (*KINDS, "kill", "kill", "kill")
     return [[_drawn(chance, chance.choice(kinds)) for _ in range(chance.randint(3, 7))] for _ in range(500)]

@@ -12,6 +12,7 @@ lock                              held by the process that trains here
 """
 
 import contextlib
+import errno
 import os
 import re
 from collections.abc import Iterator
@@ -21,7 +22,7 @@ from typing import Any
 import jax
 from etils import epath
 
-from ...errors import OptionError
+from ...errors import OptionError, TrainingError
 from ...files import carry, locked, new_folder, write
 from ...paths import is_remote, user_path
 from ...support import SHOWN, version
@@ -96,7 +97,9 @@ def keep_texts(source: Path, folder: epath.Path, template: str | None = None) ->
                 if not is_text_file(path.name):
                     carry(path, new / path.name)
     except OSError as error:
-        raise OptionError(f"run.dir: {folder} cannot be written: {error.strerror or error}") from None
+        # A full disk is no mistake in the command.
+        kind = TrainingError if error.errno in (errno.ENOSPC, errno.EDQUOT) else OptionError
+        raise kind(f"run.dir: {folder} cannot be written: {error.strerror or error}") from None
 
 
 def environment() -> dict[str, Any]:

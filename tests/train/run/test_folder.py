@@ -1,6 +1,7 @@
 """What a run writes in its folder: through no link, as private as it was, and nothing in place."""
 
 import dataclasses
+import errno
 import json
 import os
 import stat
@@ -11,7 +12,7 @@ from etils import epath
 from tiny import talking_checkpoint, tiny_checkpoint
 
 from smollm3_jax.config import ModelConfig
-from smollm3_jax.errors import CheckpointFormatError, OptionError
+from smollm3_jax.errors import CheckpointFormatError, OptionError, TrainingError
 from smollm3_jax.tokenizer import load_tokenizer
 from smollm3_jax.train.run.export import names_in
 from smollm3_jax.train.run.folder import TOKENIZER, keep_texts, only_one
@@ -158,3 +159,12 @@ def test_text_files_that_lead_out_of_the_model(tmp_path, run, victim):
     with pytest.raises(CheckpointFormatError, match=r"merges\.txt is a link that leads out"):
         keep_texts(model, epath.Path(run / TOKENIZER))
     assert not list(run.iterdir())
+
+
+def test_a_full_disk_is_no_mistake_of_the_command(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("smollm3_jax.train.run.folder.write", full)
+    with pytest.raises(TrainingError, match="cannot be written: No space left on device"):
+        keep_texts(tiny_checkpoint(tmp_path / "model"), epath.Path(tmp_path / "run" / TOKENIZER))
