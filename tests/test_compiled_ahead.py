@@ -69,7 +69,7 @@ def check_decode(setting, chip, collectives, kernels, gathered=0):
     """What must hold of the decode step on any devices; returns it, compiled."""
     compiled = setting.compile()
     memory, program = hlo.memory(compiled), hlo.operations(compiled)
-    assert memory.temporaries <= 64 * MIB
+    assert memory.temporaries <= 68 * MIB  # 66.6 of int8 at full depth, rows or pages; copies are seen below
     assert memory.total <= HBM[chip]
     # Donated in place: only what the call chose is new. (Layouts pad small arrays.)
     assert memory.aliased >= device_bytes((setting.cache, setting.slots))
