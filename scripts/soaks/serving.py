@@ -242,7 +242,8 @@ def end(server: Server, kind: str) -> None:
         process.send_signal(signal.SIGKILL if kind == "SIGKILL" else signal.SIGTERM)
         if "two signals" in kind:
             time.sleep(0.5)
-            codes = (143,) if process.poll() is None else (0,)
+            # It may be on its way out just then, with nothing left to drain: then it ends as a signal ends any process.
+            codes = (143, -signal.SIGTERM, 0) if process.poll() is None else (0,)
             process.send_signal(signal.SIGTERM)
         if kind in OTHER_CODES:
             codes = OTHER_CODES[kind]
