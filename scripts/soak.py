@@ -72,7 +72,8 @@ def main(argv: list[str] | None = None) -> int:
     finally:
         soak.end()
     report = {
-        "command": f"soak.py {args.what} --seed {args.seed} --minutes {args.minutes:g}",
+        "command": f"soak.py {args.what} --seed {args.seed} --minutes {args.minutes:g}"
+        + (f" --each {args.each}" if args.each else ""),
         "processor": processor(),
         "seconds": round(time.monotonic() - begin, 1),
         "full disks": mounts == "yes",

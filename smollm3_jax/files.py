@@ -85,8 +85,8 @@ def new_file(path: StrPath) -> Iterator[IO[bytes]]:
 
 
 def unfinished(folder: StrPath, seconds: float = 0.0) -> list[Path]:
-    """Files of this user's that `write` and `new_file` were ended in the midst of, and that are older than so many
-    seconds; those of a process that still writes are among them."""
+    """This user's files that `write` or `new_file` has begun and not ended, at least `seconds` old. A process may still
+    be writing them."""
     found = [path for path in Path(folder).glob(".*.tmp") if re.fullmatch(r"\..+\.[0-9a-f]{16}\.tmp", path.name)]
     stats = [(path, path.lstat()) for path in found]
     ours = [(path, x) for path, x in stats if stat.S_ISREG(x.st_mode) and x.st_uid == os.geteuid()]

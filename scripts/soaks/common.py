@@ -80,7 +80,7 @@ class Disk:
 
     @contextlib.contextmanager
     def filled(self, but: int = 0) -> Iterator[None]:
-        """Full but for so many bytes."""
+        """Full, but for `but` bytes."""
         try:
             if self.size and (room := self.free - but) > 0:
                 with log_file(self.folder / "filler") as file:
@@ -133,7 +133,7 @@ class Soak:
 
     @contextlib.contextmanager
     def condition(self, name: str, seconds: float) -> Iterator[None]:
-        """The clock is off ("clock"), or the data are slow ("slow"), by so many seconds."""
+        """Meanwhile the clock is off ("clock"), or each read of the corpus takes longer ("slow"), by `seconds`."""
         write(self.conditions / name, str(seconds))
         try:
             yield
@@ -191,7 +191,7 @@ def log_file(path: Path) -> Iterator[int]:
 
 
 def wait_for(holds: Callable[[], Any], seconds: float, every: float = 0.005) -> bool:
-    """Whether it came to hold in so many seconds, by looks: a machine that is frozen for a while has not waited."""
+    """Whether it holds within `seconds`. Looks are counted, not a clock's seconds: a frozen machine has not waited."""
     for _ in range(int(seconds / every)):
         if holds():
             return True

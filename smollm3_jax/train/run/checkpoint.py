@@ -151,6 +151,23 @@ def steps(folder: epath.Path) -> list[int]:
     return sorted(int(x.name) for x in folder.iterdir() if _NAME.fullmatch(x.name) and _is_whole(x))
 
 
+def steps_of(run: epath.Path, step: int | None, asked: str) -> list[int]:
+    """The steps of a run's checkpoints, in order.
+
+    Args:
+      step: has to be one of them; None asks for none. asked: how an error begins, "--step 5: the run".
+
+    Raises:
+      OptionError: there is no checkpoint, or not that one.
+    """
+    there = steps(run / "checkpoints")
+    if not there:
+        raise OptionError(f"{run} holds no checkpoint")
+    if step is not None and step not in there:
+        raise OptionError(f"{asked} has checkpoints of {', '.join(map(str, there))}")
+    return there
+
+
 def _is_whole(step: epath.Path) -> bool:
     return all((step / part).is_dir() for part in ("state", "about")) and ocp.utils.is_checkpoint_finalized(step)
 

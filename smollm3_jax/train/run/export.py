@@ -57,11 +57,7 @@ def export(
     """
     check_target(folder, force)
     saved = run / "checkpoints"
-    there = checkpoints.steps(saved)
-    if not there:
-        raise OptionError(f"{run} holds no checkpoint")
-    if step is not None and step not in there:
-        raise OptionError(f"--step {step}: {run} has checkpoints of {', '.join(map(str, there))}")
+    there = checkpoints.steps_of(run, step, f"--step {step}: {run}")
     of_adapter = is_of_adapter(saved, there)
     if adapter and not of_adapter:
         raise OptionError(f"--adapter: {run} trains the model itself; without --adapter that is what is written")

@@ -90,8 +90,11 @@ def _tidy(folder: epath.Path, clean: bool) -> None:
     found = (checkpoint.left_overs if clean else checkpoint.broken_off)(folder / "checkpoints")
     for left in [*found, *([] if is_remote(folder) else unfinished(folder))]:
         log.log(logging.WARNING if clean else logging.DEBUG, "removing %s", left)
-        with contextlib.suppress(*(() if clean else (OSError,))):  # what nobody asked to remove stops nobody
+        try:
             remove(left)
+        except OSError:
+            if clean:  # what nobody asked to remove stops no run
+                raise
 
 
 def _train(run: Run, stop: Stop, allow_restart: bool, allow_changes: bool) -> dict[str, Any]:

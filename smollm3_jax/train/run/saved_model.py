@@ -8,7 +8,7 @@ import numpy as np
 from etils import epath
 
 from ...config import GenerationConfig, ModelConfig
-from ...errors import OptionError, TrainingError
+from ...errors import TrainingError
 from ...weights.card import Origin, origin_of
 from ...weights.key_map import HFTensor, hf_tensors
 from ...weights.load import Checkpoint
@@ -35,11 +35,7 @@ def open_saved(run: epath.Path, step: int | None = None) -> tuple[Checkpoint, Or
       TrainingError: it is damaged, which may show only where a tensor is read.
     """
     saved = run / "checkpoints"
-    there = checkpoints.steps(saved)
-    if not there:
-        raise OptionError(f"{run} holds no checkpoint")
-    if step is not None and step not in there:
-        raise OptionError(f"{run}@{step}: the run has checkpoints of {', '.join(map(str, there))}")
+    there = checkpoints.steps_of(run, step, f"{run}@{step}: the run")
     opened = _adapted if is_of_adapter(saved, there) else _whole
     damage = ""
     for candidate in reversed(there) if step is None else [step]:
