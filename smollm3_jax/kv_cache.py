@@ -22,6 +22,7 @@ from jax.typing import DTypeLike
 from sharding.arrays import spec, zeros
 from sharding.rules import PyTree, Sharding, platform_of
 
+from . import xla_cpu
 from .config import ModelConfig
 
 # Logical axes of the cache's arrays, for the rules table.
@@ -180,17 +181,24 @@ def _put(
     table_BN: Array | None,
 ) -> Array:
     """old with new written row by row from index length on; the trailing dimension, if any, is free."""
-    new_KBTx = new_KBTx.astype(old_KBSx.dtype)
-    if platform_of(sharding) == "cpu" and old_KBSx.dtype in (jnp.bfloat16, jnp.float16):
-        # Written as bits: to write into an array of bfloat16 XLA:CPU goes through the whole of it in float32.
-        old_bits, new_bits = (jax.lax.bitcast_convert_type(x, jnp.uint16) for x in (old_KBSx, new_KBTx))
-        put = _put(old_bits, new_bits, length_B, slot, sharding, table_BN)
-        return jax.lax.bitcast_convert_type(put, old_KBSx.dtype)
+    old, new = xla_cpu.as_written((old_KBSx, new_KBTx.astype(old_KBSx.dtype)), platform_of(sharding))
+    return xla_cpu.as_read(_put_in(old, new, length_B, slot, sharding, table_BN), old_KBSx)
+
+
+def _put_in(
+    old_KBSx: Array,
+    new_KBTx: Array,
+    length_B: Array,
+    slot: Array | None,
+    sharding: Sharding | None,
+    table_BN: Array | None,
+) -> Array:
     if table_BN is not None:
         return _put_rows(old_KBSx, new_KBTx, length_B, table_BN)
     one_row = slot is not None or new_KBTx.shape[1] == old_KBSx.shape[1] == 1
     if sharding is None or sharding.parts("batch") * sharding.parts("context") == 1:
-        if one_row:
+        # A token's slice, which is kept and read, XLA:CPU writes twice, each time into a copy of the whole array.
+        if slot is not None or (one_row and (sharding is not None or platform_of(None) != "cpu")):
             start = _place(0 if slot is None else slot, length_B[0], old_KBSx.ndim)
             return jax.lax.dynamic_update_slice(old_KBSx, new_KBTx, start)
         return _put_rows(old_KBSx, new_KBTx, length_B)

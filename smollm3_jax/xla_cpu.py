@@ -9,11 +9,14 @@ Shapes: N output channels, K inputs.
 import functools
 import re
 from pathlib import Path
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.ad_checkpoint import checkpoint_name
+
+T = TypeVar("T")
 
 
 def named(x: Array, name: str, platform: str) -> Array:
@@ -32,14 +35,37 @@ def keeps_bits(x: Array, platform: str) -> bool:
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _through_bits(name: str, x: Array) -> Array:
-    bits = checkpoint_name(jax.lax.bitcast_convert_type(x, jnp.uint16), name)
+    bits = checkpoint_name(_bits(x), name)
     return jax.lax.bitcast_convert_type(bits, x.dtype)
 
 
 @_through_bits.defjvp
 def _through_bits_jvp(name: str, primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
-    bits = checkpoint_name(jax.lax.bitcast_convert_type(primals[0], jnp.uint16), name)
+    bits = checkpoint_name(_bits(primals[0]), name)
     return jax.lax.bitcast_convert_type(bits, primals[0].dtype), tangents[0]
+
+
+# Before, XLA:CPU goes through the whole of an array of 16-bit floats to write a part of it (tried: 0.10.2, 0.11.2).
+WRITES_16_BITS_IN_PLACE = jax.__version_info__ >= (0, 11, 2)
+
+
+def as_written(arrays: T, platform: str) -> T:
+    """A tree of arrays in the form that writes change: of 16-bit floats that a CPU would go through whole, the bits
+    (uint16). A loop that writes carries this form, so that bits become floats only to be read."""
+    if platform != "cpu" or WRITES_16_BITS_IN_PLACE:
+        return arrays
+    return jax.tree.map(lambda x: _bits(x) if x.dtype in (jnp.bfloat16, jnp.float16) else x, arrays)
+
+
+def as_read(written: T, like: T) -> T:
+    """What `as_written` was given; like: arrays of its dtypes."""
+    return jax.tree.map(
+        lambda x, y: x if x.dtype == y.dtype else jax.lax.bitcast_convert_type(x, y.dtype), written, like
+    )
+
+
+def _bits(x: Array) -> Array:
+    return jax.lax.bitcast_convert_type(x, jnp.uint16)
 
 
 @functools.cache
@@ -74,11 +100,15 @@ def one_row_product(x_1K: Array, w_NK: Array) -> Array:
 
 def two_row_integer_product(x_2K: Array, w_NK: Array) -> Array:
     """x w^T of two rows of int8 with an int8 weight, int32 [2, N]: exact, and so the same in every form."""
+    multiply = functools.partial(
+        jax.lax.dot_general, dimension_numbers=(((1,), (1,)), ((), ())), preferred_element_type=jnp.int32
+    )
+    if "amx_tile" in processor():
+        # w x^T is faster; of a third row as well, or XLA, asked for its transpose, makes x w^T of it again.
+        return multiply(w_NK, jnp.pad(x_2K, ((0, 1), (0, 0))))[:, :2].T
     # Larger matrices lose by it where there is no AMX (jax 0.12: 11,008 x 2,048 takes four times as long).
     small = w_NK.size <= 2**23 and "avx512_vnni" in processor()
-    a, b = (w_NK, x_2K) if small or "amx_tile" in processor() else (x_2K, w_NK)
-    out = jax.lax.dot_general(a, b, (((1,), (1,)), ((), ())), preferred_element_type=jnp.int32)
-    return out if a is x_2K else out.T
+    return multiply(w_NK, x_2K).T if small else multiply(x_2K, w_NK)
 
 
 def held_until(x: Array, values: Array) -> Array:

@@ -1,6 +1,7 @@
 """The device's loop against a loop in Python over the whole model, one token at a time."""
 
 import dataclasses
+import re
 from typing import Any
 
 import jax
@@ -110,6 +111,20 @@ def test_every_slot_says_what_the_model_says_alone(model, by_hand):
         # The last token was chosen and not fed.
         assert int(cache.length[i]) == len(prompt) - 1 + limit
     np.testing.assert_array_equal(slots.generated, limits)
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_token_is_written_into_the_cache_as_it_lies(tmp_path, dtype, rows):
+    """XLA:CPU does not copy a layer's cache to write a token into it, neither in the loop nor around it."""
+    model = s3.from_pretrained(tiny_checkpoint(tmp_path / "m", "one_layer"), dtype)
+    one = slot(PROMPTS[0], 9)
+    slots = jax.tree.map(lambda x: np.stack([x] * rows), one)
+    cache = empty_cache(model.config, rows, CAPACITY, model.dtype)
+    compiled = decode.lower(model, cache, slots, np.int32(MAX_STEPS)).compile().as_text() or ""
+    of_layer = ",".join(str(size) for size in cache.layers[0].k.shape)
+    assert re.search(rf"\[{of_layer}\]\S* parameter\(", compiled)
+    assert not re.findall(rf"\[{of_layer}\]\S* copy\(.*", compiled)
 
 
 def test_prefill_says_how_likely_the_prompt_is(model):
