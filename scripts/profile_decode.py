@@ -1,6 +1,7 @@
 """Where a CPU's time goes while a token is decoded: XLA's operations by kind, in milliseconds and as shares.
 
     python scripts/profile_decode.py [--model DIR|demo] [--dtype bfloat16] [--weights int8] [--held 128] [--new 65]
+                                      [--slots 8] [--capacity 8192]
 
 Products of matrices are called "ynn_fusion", "dot" or "convolution"; where they are nearly all, a faster token needs
 a faster product of XLA's, for which `bench_products.py` has the rates. Profiling itself costs time: "a token" is
@@ -19,6 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 import smollm3_jax as s3
+from smollm3_jax.generation.api import complete
 from smollm3_jax.weights.demo import pull_demo
 
 TOP = 12
@@ -44,16 +46,19 @@ def main() -> None:
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--weights", choices=("int8", "int8-g64", "int4"))
     parser.add_argument("--held", type=int, default=128, metavar="N", help="tokens of the prompt")
+    parser.add_argument("--slots", type=int, default=1, metavar="N", help="prompts that are decoded side by side")
+    parser.add_argument("--capacity", type=int, metavar="N", help="places of a slot (default: what is needed)")
     parser.add_argument("--new", type=int, default=65, metavar="N", help="tokens that are decoded")
     args = parser.parse_args()
     folder = pull_demo() if args.model == "demo" else Path(args.model)
     quantized: dict[str, Any] = {} if args.weights is None else {"weights": args.weights}
     model = s3.from_pretrained(folder, args.dtype, **quantized)
-    prompt = [list(range(1, args.held + 1))]
+    shape = {"max_slots": args.slots, "capacity": args.capacity or args.held + args.new}
 
     def seconds(new: int) -> float:
+        params = s3.SamplingParams(max_new_tokens=new, temperature=0.0, ignore_eos=True)
         begin = time.perf_counter()
-        s3.generate(model, prompt, s3.SamplingParams(max_new_tokens=new, temperature=0.0, ignore_eos=True))
+        complete(model, [s3.Request(list(range(1, args.held + 1)), params)] * args.slots, **shape)
         return time.perf_counter() - begin
 
     for new in (1, args.new):  # compilation
@@ -66,7 +71,7 @@ def main() -> None:
             seconds(args.new)
         times, counts = operation_times(next(Path(kept).rglob("*.xplane.pb")), "jit_decode")
     whole = times.total()
-    table = Table("operation", "a token", "ms a token", "share", title=f"{token * 1e3:.1f} ms a token")
+    table = Table("operation", "a token", "ms a token", "share", title=f"{token * 1e3:.1f} ms a token of all slots")
     for kind, taken in times.most_common(TOP):
         per_token = f"{counts[kind] / (args.new - 1):.0f}"
         table.add_row(kind, per_token, f"{taken / (args.new - 1) / 1e6:.2f}", f"{taken / whole:.1%}")
