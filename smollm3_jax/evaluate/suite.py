@@ -10,9 +10,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from lm_eval import evaluator
 from lm_eval.api.group import Group
 from lm_eval.api.task import Task
-from lm_eval.evaluator import simple_evaluate
 from lm_eval.loggers import EvaluationTracker
 from lm_eval.tasks import TaskManager
 from lm_eval.utils import handle_non_serializable
@@ -134,9 +134,11 @@ def evaluate(
         _refuse_unsafe(found)
     tracker = EvaluationTracker(output_path=None if output is None else str(output))
     os.environ.setdefault("DISABLE_MULTIPROC", "1")  # lm-eval's bootstraps would fork a process that has jax's threads
+    # It asks git about the folder that one stands in, which is not the harness's; where that is none, git says "fatal".
+    evaluator.get_git_commit_hash = lambda: None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of other packages', about themselves
-        results: Any = simple_evaluate(
+        results: Any = evaluator.simple_evaluate(
             model=lm,
             model_args=dict(about or {}),
             tasks=list[Any](found),

@@ -71,9 +71,12 @@ def test_all_of_a_prompt_and_each_of_its_instructions():
 
 
 @pytest.mark.slow
-def test_the_command_asks_them(tmp_path: Path, release, capsys):
+def test_the_command_asks_them_outside_of_any_repository(tmp_path: Path, release, capfd, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     small = tiny.chat_checkpoint(tmp_path / "small", release / "chat_template.jinja", max_position_embeddings=4096)
     command = ["eval", str(small), "--tasks", "smollm3_instructions", "--limit", "2", "--no-think", "--json"]
     assert main([*command, "--gen-kwargs", "max_gen_toks=8"]) == 0
-    results = json.loads(capsys.readouterr().out)["results"]["smollm3_instructions"]
+    screen = capfd.readouterr()
+    assert "fatal" not in screen.err
+    results = json.loads(screen.out)["results"]["smollm3_instructions"]
     assert all(0 <= results[f"{name}_acc,none"] <= 1 for name in ("prompt_level_strict", "inst_level_loose"))
