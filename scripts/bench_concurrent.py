@@ -140,10 +140,12 @@ def measure(args: argparse.Namespace) -> dict[str, list[dict[str, float]]]:
             texts = [" ".join(rng.choice(WORDS, size=args.prompt)) for _ in range(args.requests)]
             prompts = [tokenizer.encode(text)[: args.prompt] for text in texts]
             for name, (run, processes) in runs.items():
-                before = sum(map(busy_seconds, processes))
-                rate, used = run(prompts), sum(map(busy_seconds, processes)) - before
-                found = {"rate": rate, "cpu": 1000 * used / (args.requests * args.new)}
-                print(f"round {number}: {name}: {rate:.0f} tokens/s, CPU {found['cpu']:.2f} s", file=sys.stderr)
+                before = [busy_seconds(process) for process in processes]
+                rate = run(prompts)
+                used = [busy_seconds(process) - first for process, first in zip(processes, before, strict=True)]
+                cpu = [1000 * seconds / (args.requests * args.new) for seconds in used]
+                found, of_client = {"rate": rate, "cpu": sum(cpu)}, f"{cpu[1]:.2f} s the client's" if cpu[1:] else ""
+                print(f"round {number}: {name}: {rate:.0f} tokens/s, CPU {sum(cpu):.2f} s {of_client}", file=sys.stderr)
                 rounds[name] += [found] if number else []
     return rounds
 
