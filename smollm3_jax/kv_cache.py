@@ -152,7 +152,9 @@ def write(
         if scale is not None:
             new_BTKE, new_scale_BTK = quantize_rows(new_BTKE)
             new_scale = _put(scale, new_scale_BTK.transpose(2, 0, 1), length_B, slot, sharding, table_BN)
-        return _put(values, new_BTKE.transpose(2, 0, 1, 3), length_B, slot, sharding, table_BN), new_scale
+        new_KBTE = new_BTKE.transpose(2, 0, 1, 3).astype(values.dtype)
+        old, new = xla_cpu.as_written((values, new_KBTE), platform_of(sharding))
+        return xla_cpu.as_read(_put(old, new, length_B, slot, sharding, table_BN), values), new_scale
 
     # Whoever has the row next looks past what a sequence has left there, but no weight times NaN is NaN. Keys may be
     # anything: scores that do not count are replaced.
@@ -181,18 +183,6 @@ def _put(
     table_BN: Array | None,
 ) -> Array:
     """old with new written row by row from index length on; the trailing dimension, if any, is free."""
-    old, new = xla_cpu.as_written((old_KBSx, new_KBTx.astype(old_KBSx.dtype)), platform_of(sharding))
-    return xla_cpu.as_read(_put_in(old, new, length_B, slot, sharding, table_BN), old_KBSx)
-
-
-def _put_in(
-    old_KBSx: Array,
-    new_KBTx: Array,
-    length_B: Array,
-    slot: Array | None,
-    sharding: Sharding | None,
-    table_BN: Array | None,
-) -> Array:
     if table_BN is not None:
         return _put_rows(old_KBSx, new_KBTx, length_B, table_BN)
     one_row = slot is not None or new_KBTx.shape[1] == old_KBSx.shape[1] == 1
