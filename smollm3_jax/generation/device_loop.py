@@ -209,7 +209,8 @@ def decode(model: SmolLM3, cache: KVCache, slots: Slots, steps: Array) -> tuple[
 
     def body(state: tuple) -> tuple:
         step, written, slots, chosen = state
-        segments_B1, held = slots.active.astype(jnp.int32)[:, None], xla_cpu.as_read(written, cache)
+        segments_B1 = slots.active.astype(jnp.int32)[:, None]
+        held = xla_cpu.as_read(written, cache)
         x_B1D, held = model.hidden(slots.token[:, None], segment_ids=segments_B1, cache=held)
         logits_BV = model.unembed(x_B1D[:, 0])
         token_B = _close_thinking(choose(logits_BV, slots.choice, slots.generated), slots)
