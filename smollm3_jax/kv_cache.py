@@ -33,7 +33,7 @@ AXES = ("cache_heads", "batch", "context", "head")
 @dataclasses.dataclass(frozen=True)
 class LayerCache:
     """One layer's keys and values [K, B, S, E]; in an int8 cache with float32 scales [K, B, S], else None. In a pool
-    [K, P, page, E] and [K, P, page]."""
+    [K, P, page, E] and [K, P, page]. Of 16-bit floats it holds the bits where `xla_cpu.held_as` says so."""
 
     k: Array
     v: Array
@@ -123,7 +123,8 @@ def empty_cache(
 
     Writing past the capacity is the caller's mistake: XLA cannot raise.
     """
-    return zeros(cache_specs(config, batch, capacity, dtype), sharding)
+    held = xla_cpu.held_as(dtype, platform_of(sharding))
+    return zeros(cache_specs(config, batch, capacity, held), sharding)
 
 
 def write(
@@ -152,9 +153,8 @@ def write(
         if scale is not None:
             new_BTKE, new_scale_BTK = quantize_rows(new_BTKE)
             new_scale = _put(scale, new_scale_BTK.transpose(2, 0, 1), length_B, slot, sharding, table_BN)
-        new_KBTE = new_BTKE.transpose(2, 0, 1, 3).astype(values.dtype)
-        old, new = xla_cpu.as_written((values, new_KBTE), platform_of(sharding))
-        return xla_cpu.as_read(_put(old, new, length_B, slot, sharding, table_BN), values), new_scale
+        new_KBTE = xla_cpu.as_held(new_BTKE.transpose(2, 0, 1, 3), values.dtype)
+        return _put(values, new_KBTE, length_B, slot, sharding, table_BN), new_scale
 
     # Whoever has the row next looks past what a sequence has left there, but no weight times NaN is NaN. Keys may be
     # anything: scores that do not count are replaced.
@@ -290,7 +290,7 @@ def read(
         return with_layout_constraint(out, Layout(major_to_minor=tuple(range(out.ndim)))) if out.ndim == 4 else out
 
     def part(values: Array, scale: Array | None) -> Array:
-        out = found(values)
+        out = xla_cpu.values_of(found(values))
         out = out if scale is None else out.astype(scale.dtype) * found(scale)[..., None]
         return out.transpose(1, 2, 0, 3).astype(dtype)
 
@@ -365,9 +365,6 @@ def copy_places(
     (row, start), (to, place) = taken, put
 
     def copied(x: Array, y: Array) -> Array:
-        if platform_of(sharding) == "cpu" and y.dtype in (jnp.bfloat16, jnp.float16):  # as in `_put`
-            bits = copied(*(jax.lax.bitcast_convert_type(z, jnp.uint16) for z in (x, y)))
-            return jax.lax.bitcast_convert_type(bits, y.dtype)
         return jax.lax.dynamic_update_slice(y, _row(x, row, length, start), _place(to, place, y.ndim))
 
     def copied_across(x: Array, y: Array, row: Array, start: Array, to: Array, place: Array) -> Array:

@@ -9,14 +9,13 @@ Shapes: N output channels, K inputs.
 import functools
 import re
 from pathlib import Path
-from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jax.ad_checkpoint import checkpoint_name
-
-T = TypeVar("T")
+from jax.typing import DTypeLike
 
 
 def named(x: Array, name: str, platform: str) -> Array:
@@ -47,21 +46,28 @@ def _through_bits_jvp(name: str, primals: tuple[Array], tangents: tuple[Array]) 
 
 # Before, XLA:CPU goes through the whole of an array of 16-bit floats to write a part of it (tried: 0.10.2, 0.11.2).
 WRITES_16_BITS_IN_PLACE = jax.__version_info__ >= (0, 11, 2)
+# What holds the bits of a float there: which tells what they are of.
+_HELD_AS = {jnp.dtype(jnp.bfloat16): jnp.dtype(jnp.uint16), jnp.dtype(jnp.float16): jnp.dtype(jnp.int16)}
+_OF = {held: of for of, held in _HELD_AS.items()}
 
 
-def as_written(arrays: T, platform: str) -> T:
-    """A tree of arrays in the form that writes change: of 16-bit floats that a CPU would go through whole, the bits
-    (uint16). A loop that writes carries this form, so that bits become floats only to be read."""
-    if platform != "cpu" or WRITES_16_BITS_IN_PLACE:
-        return arrays
-    return jax.tree.map(lambda x: _bits(x) if x.dtype in (jnp.bfloat16, jnp.float16) else x, arrays)
+def held_as(dtype: DTypeLike, platform: str) -> np.dtype:
+    """The dtype of an array that is written part by part, and holds values of `dtype`: on a CPU that would go through
+    16-bit floats whole, an integer of their bits."""
+    dtype = jnp.dtype(dtype)
+    return dtype if platform != "cpu" or WRITES_16_BITS_IN_PLACE else _HELD_AS.get(dtype, dtype)
 
 
-def as_read(written: T, like: T) -> T:
-    """What `as_written` was given; like: arrays of its dtypes."""
-    return jax.tree.map(
-        lambda x, y: x if x.dtype == y.dtype else jax.lax.bitcast_convert_type(x, y.dtype), written, like
-    )
+def as_held(x: Array, dtype: np.dtype) -> Array:
+    """Values in the dtype of an array that holds them, which may be one of `held_as`."""
+    of = _OF.get(dtype)
+    return x.astype(dtype) if of is None else jax.lax.bitcast_convert_type(x.astype(of), dtype)
+
+
+def values_of(held: Array) -> Array:
+    """The floats whose bits an array holds; any other array as it is."""
+    of = _OF.get(held.dtype)
+    return held if of is None else jax.lax.bitcast_convert_type(held, of)
 
 
 def _bits(x: Array) -> Array:

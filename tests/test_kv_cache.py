@@ -11,6 +11,7 @@ from tiny import raw_config
 
 from sharding.arrays import shardings, total_bytes
 from sharding.rules import Sharding
+from smollm3_jax import xla_cpu
 from smollm3_jax.config import ModelConfig
 from smollm3_jax.kv_cache import (
     KVCache,
@@ -83,7 +84,8 @@ def test_an_empty_cache_holds_zeros(dtype):
     assert cache.capacity == S and len(cache.layers) == CONFIG.num_hidden_layers
     assert not cache.length.any() and cache.length.dtype == jnp.int32
     for layer in cache.layers:
-        assert layer.k.shape == layer.v.shape == (K, B, S, E) and layer.k.dtype == dtype
+        assert layer.k.shape == layer.v.shape == (K, B, S, E)
+        assert layer.k.dtype == layer.v.dtype == xla_cpu.held_as(dtype, "cpu")
         assert (layer.k_scale is None) == (dtype != "int8")
     leaves = jax.tree.leaves(cache)
     assert not any(x.any() for x in leaves)

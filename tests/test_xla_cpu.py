@@ -50,3 +50,17 @@ def test_what_is_kept_by_its_bits_is_kept_as_them():
         residuals = jax.tree.leaves(jax.vjp(layer, x)[1])
         kept[name] = [r.dtype for r in residuals if r.dtype == jnp.uint16]
     assert kept == {"kept": [jnp.uint16], "other": []}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "int8"])
+def test_what_a_cpu_holds_is_what_it_was_given(dtype, monkeypatch):
+    for in_place in (False, True):
+        monkeypatch.setattr(xla_cpu, "WRITES_16_BITS_IN_PLACE", in_place)
+        held = xla_cpu.held_as(dtype, "cpu")
+        assert held.itemsize == jnp.dtype(dtype).itemsize
+        assert (held == dtype) == (in_place or "float16" not in dtype)
+        assert xla_cpu.held_as(dtype, "tpu") == xla_cpu.held_as(dtype, "gpu") == dtype
+        x = jnp.array([0, -0.0, 1, -127] + ([] if dtype == "int8" else [1e-40, 6e4, np.inf, np.nan]), dtype)
+        kept = xla_cpu.as_held(x, held)
+        assert kept.dtype == held
+        np.testing.assert_array_equal(xla_cpu.values_of(kept).astype(jnp.float32), x.astype(jnp.float32))

@@ -29,7 +29,6 @@ def decode_in_blocks(
     kv_heads = cache.k.shape[0]
     zero_KBTG = jnp.zeros((kv_heads, 1, length, heads // kv_heads), jnp.float32)
     nothing = jnp.zeros((1, length, kv_heads, heads // kv_heads, width), jnp.float32)
-    written = xla_cpu.as_written(cache, "cpu")  # becomes floats a block at a time
 
     def of_row(row: Array) -> Array:
         """[T, H, E]; in here B is 1."""
@@ -37,7 +36,7 @@ def decode_in_blocks(
 
         def block(state: tuple[Array, Array, Array, Array]) -> tuple[Array, Array, Array, Array]:
             start, most_KBTG, total_KBTG, out_BTKGE = state
-            part = xla_cpu.as_read(_block(written, row, start, table_BN), cache)
+            part = _block(cache, row, start, table_BN)
             scores_KBTGS = cache_scores(own_BTHE, part, own_B - start, window)
             new_KBTG = jnp.maximum(most_KBTG, scores_KBTGS.max(axis=-1))
             # Without a key to see the maximum is the lowest float, and the first key takes back what is added now.
@@ -129,4 +128,4 @@ def cache_mix(weights_KBTGS: Array, cache: LayerCache, dtype: DTypeLike) -> Arra
 
 
 def _values(stored: Array, dtype: DTypeLike) -> Array:
-    return stored.astype(dtype) if stored.dtype == jnp.int8 else stored
+    return stored.astype(dtype) if stored.dtype == jnp.int8 else xla_cpu.values_of(stored)

@@ -20,7 +20,6 @@ from jax import Array
 from sharding.arrays import shardings, spec
 from sharding.rules import PyTree, Sharding
 
-from .. import xla_cpu
 from ..kv_cache import KVCache, copy_row
 from ..lora import for_each
 from ..model import SmolLM3
@@ -208,10 +207,9 @@ def decode(model: SmolLM3, cache: KVCache, slots: Slots, steps: Array) -> tuple[
         return (step < steps) & slots.active.any()
 
     def body(state: tuple) -> tuple:
-        step, written, slots, chosen = state
+        step, cache, slots, chosen = state
         segments_B1 = slots.active.astype(jnp.int32)[:, None]
-        held = xla_cpu.as_read(written, cache)
-        x_B1D, held = model.hidden(slots.token[:, None], segment_ids=segments_B1, cache=held)
+        x_B1D, cache = model.hidden(slots.token[:, None], segment_ids=segments_B1, cache=cache)
         logits_BV = model.unembed(x_B1D[:, 0])
         token_B = _close_thinking(choose(logits_BV, slots.choice, slots.generated), slots)
         logprob_B, top_ids, top_logprobs = log_probabilities(logits_BV, token_B, slots.choice.logprobs)
@@ -220,12 +218,11 @@ def decode(model: SmolLM3, cache: KVCache, slots: Slots, steps: Array) -> tuple[
         chosen = jax.tree.map(
             lambda all, x: jax.lax.dynamic_update_slice_in_dim(all, x[:, None], step, axis=1), chosen, new
         )
-        return step + 1, xla_cpu.as_written(held, model.platform), _advance(slots, token_B), chosen
+        return step + 1, cache, _advance(slots, token_B), chosen
 
-    state = jnp.array(0, jnp.int32), xla_cpu.as_written(cache, model.platform), slots, chosen
-    _, written, slots, chosen = jax.lax.while_loop(unfinished, body, state)
-    held = xla_cpu.as_read(written, cache)
-    return held, as_they_came(slots, model.sharding), on_every_host(chosen, model.sharding)
+    state = jnp.array(0, jnp.int32), cache, slots, chosen
+    _, cache, slots, chosen = jax.lax.while_loop(unfinished, body, state)
+    return cache, as_they_came(slots, model.sharding), on_every_host(chosen, model.sharding)
 
 
 def _close_thinking(token_B: Array, slots: Slots) -> Array:

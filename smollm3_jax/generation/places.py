@@ -17,6 +17,7 @@ from jax.typing import DTypeLike
 from sharding.arrays import spec, zeros
 from sharding.rules import Sharding
 
+from .. import xla_cpu
 from ..errors import OptionError
 from ..kv_cache import KVCache, cache_specs
 from ..model import SmolLM3
@@ -53,7 +54,7 @@ def empty(
       pool: pages, and the tokens of each; None is rows.
     """
     history = spec(jnp.int32, batch=slots, places=capacity) if drafts else None
-    cache = cache_specs(model.config, slots, capacity, cache_dtype, pool)
+    cache = cache_specs(model.config, slots, capacity, xla_cpu.held_as(cache_dtype, model.platform), pool)
     of_slots = slot_specs(slots, model.config.vocab_size, bool(model.adapters))
     made = zeros((cache, of_slots, history), model.sharding)
     if model.sharding is not None:

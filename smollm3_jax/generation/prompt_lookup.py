@@ -15,7 +15,6 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from .. import xla_cpu
 from ..kv_cache import KVCache
 from ..lora import for_each
 from ..model import SmolLM3
@@ -82,12 +81,11 @@ def decode_lookup(
         return (count_B.max() < steps) & slots.active.any()
 
     def body(state: tuple) -> tuple:
-        written, slots, history_BS, new_BN, count_B, tally_2 = state
-        held = xla_cpu.as_read(written, cache)
-        length_B = held.length
+        cache, slots, history_BS, new_BN, count_B, tally_2 = state
+        length_B = cache.length
         draft_BD = jax.vmap(functools.partial(_draft, count=draft))(history_BS, length_B)
         tokens_BT = jnp.concatenate([slots.token[:, None], jnp.maximum(draft_BD, 0)], axis=1)
-        x_BTD, held = model.hidden(tokens_BT, cache=held)
+        x_BTD, cache = model.hidden(tokens_BT, cache=cache)
         said_BT = jnp.argmax(model.unembed(x_BTD), axis=-1).astype(jnp.int32)
         agrees_BD = jnp.cumprod(said_BT[:, :-1] == draft_BD, axis=1, dtype=jnp.int32)
         # A sequence ends at its limit, or with the first stop token.
@@ -114,23 +112,22 @@ def decode_lookup(
             generated=slots.generated + kept_B,
             active=slots.active & ~ended_B,
         )
-        written = xla_cpu.as_written(dataclasses.replace(held, length=length_B + kept_B), model.platform)
-        return written, slots, history_BS, new_BN, count_B + kept_B, tally_2
+        cache = dataclasses.replace(cache, length=length_B + kept_B)
+        return cache, slots, history_BS, new_BN, count_B + kept_B, tally_2
 
     state = (
-        xla_cpu.as_written(cache, model.platform),
+        cache,
         slots,
         history_BS,
         jnp.full((batch, MAX_STEPS + draft), -1, jnp.int32),
         jnp.zeros(batch, jnp.int32),
         jnp.zeros(2, jnp.int32),
     )
-    written, slots, history_BS, new_BN, _, tally_2 = jax.lax.while_loop(unfinished, body, state)
-    held = xla_cpu.as_read(written, cache)
+    cache, slots, history_BS, new_BN, _, tally_2 = jax.lax.while_loop(unfinished, body, state)
     slots = as_they_came(slots, model.sharding)
     if model.sharding is not None:
         history_BS = model.sharding.constrain(history_BS, "batch", None)
-    return held, slots, history_BS, *on_every_host((new_BN, tally_2), model.sharding)
+    return cache, slots, history_BS, *on_every_host((new_BN, tally_2), model.sharding)
 
 
 def _draft(history_S: Array, length: Array, count: int) -> Array:

@@ -125,6 +125,8 @@ def test_a_token_is_written_into_the_cache_as_it_lies(tmp_path, dtype, rows):
     of_layer = ",".join(str(size) for size in cache.layers[0].k.shape)
     assert re.search(rf"\[{of_layer}\]\S* parameter\(", compiled)
     assert not re.findall(rf"\[{of_layer}\]\S* copy\(.*", compiled)
+    entry = compiled[compiled.index("\nENTRY") :]
+    assert not re.findall(rf"= \w+\[{of_layer}\]\S* (?!parameter|get-tuple-element).*", entry)
 
 
 def test_prefill_says_how_likely_the_prompt_is(model):
