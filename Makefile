@@ -35,7 +35,7 @@ test-slow: setup
 	$(CPU) $(BIN)/python -m pytest $(TOGETHER) -m slow
 
 # What compilers take longest for, plans, training and decoding at SmolLM3's full depth, for pods too, and more of what
-# is drawn at random. (Compiled for GPUs: FULL=1 make test-light MARKS=gpu, as .ci/run has it.)
+# is drawn at random. (Compiled for GPUs: FULL=1 make test-light MARKS=gpu, on Python 3.12.)
 test-full: setup
 	FULL=1 $(CPU) $(BIN)/python -m pytest $(TOGETHER) -m full
 	FULL=1 $(CPU) $(BIN)/python -m pytest tests/test_docs.py

@@ -230,16 +230,18 @@ def _integer_product(x_RK: Array, w_NK: Array) -> Array:
 
 def lookup(table: Weight, index: Array, dtype: DTypeLike, platform: str | None = None) -> Array:
     """Rows of a weight [N, K]: [*index.shape, K] in dtype; platform as for `linear`."""
+    platform = platform or jax.default_backend()
+    if platform != "cpu" and index.size == 1:
+        # One row would be a slice, for which XLA for TPU first copies a quantized table, and XLA for GPU gathers from
+        # all devices one that they share; two rows are looked up where they lie.
+        return lookup(table, jnp.repeat(index.reshape(1), 2), dtype, platform)[:1].reshape(*index.shape, -1)
     if not isinstance(table, QuantizedWeight):
-        if (platform or jax.default_backend()) != "cpu":
+        if platform != "cpu":
             return table[...][index]
         # Always so, but known only when the program runs: inside a condition XLA:CPU looks up the rows it is
         # asked for, where in a loop it would turn the whole table into float32 ahead, and keep it.
         nothing = jnp.zeros((*index.shape, table.shape[1]), table.dtype)
         return jax.lax.cond(index.min() >= 0, lambda: table[...][index], lambda: nothing)
-    if (platform or jax.default_backend()) == "tpu" and index.size == 1:
-        # One row would be a slice, for which XLA for TPU first copies the whole table; two it gathers in place.
-        return lookup(table, jnp.repeat(index.reshape(1), 2), dtype, platform)[:1].reshape(*index.shape, -1)
     # The barrier keeps XLA:CPU from turning the whole table into floats before it looks up a few rows.
     parts = [part if part is None else part[...][index] for part in (table.values, table.scale, table.minimum)]
     return dequantize(*jax.lax.optimization_barrier(parts)).astype(dtype)

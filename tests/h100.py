@@ -1,8 +1,7 @@
 """SmolLM3-3B compiled for NVIDIA GPUs that are not there: settings, programs, and what to look for in them.
 
 For an H100, with five layers, or with all of them where FULL is set. Bytes and launches are those of `smollm3 plan`:
-kernels count as what they read at full capacity. Bounds are those that the design was made for; see the README's table
-of an H100.
+kernels count as what they read at full capacity. Bounds are those that the design was made for.
 """
 
 import dataclasses
@@ -61,9 +60,9 @@ def cut(layers: int) -> ModelConfig:
     )
 
 
-def decoding(layers: int, batch: int, weights: str | None = None, **options) -> DecodeSetting:
+def decoding(layers: int, batch: int, weights: str | None = None, name: str = "h100:1", **options) -> DecodeSetting:
     config = cut(layers) if weights is None else with_scheme(cut(layers), weights)
-    _, devices = topology("h100:1")
+    _, devices = topology(name)
     return DecodeSetting(config, sharding_for(config, devices, "serve_tp", None), batch, CAPACITY, **options)
 
 

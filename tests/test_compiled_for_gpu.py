@@ -14,7 +14,7 @@ from proxies import FULL
 from sharding import hlo
 from sharding.arrays import total_bytes
 from sharding.mesh import device_bytes
-from smollm3_jax.generation.device_loop import decode
+from smollm3_jax.generation.device_loop import decode, prefill
 from smollm3_jax.kv_cache import cache_specs
 from smollm3_jax.plan.decode import DecodeSetting
 from smollm3_jax.plan.devices import compile_for, sharding_for, topology
@@ -105,6 +105,19 @@ def test_int4_moves_a_quarter(layers):
     assert layers < DEEP or model.bytes <= 2.8 * GB
 
 
+@pytest.mark.parametrize("batch", [1, 16])
+@pytest.mark.parametrize("weights", [None, "int4"])
+def test_four_devices_send_each_other_a_few_rows(batch, weights):
+    """Of a weight or a cache nothing goes from one to another."""
+    setting = decoding(2, batch, weights, "h100:4")
+    compiled = setting.compile()
+    assert hlo.memory(compiled).temporaries <= MIB * batch
+    sent = [op for op in hlo.collectives(hlo.operations(compiled)) if op.in_loop]
+    # A row of logits is the most, a device's part of which goes in and the whole of which comes out.
+    logits = setting.config.vocab_size * jnp.dtype(jnp.float32).itemsize
+    assert len(sent) > 2 * setting.config.num_hidden_layers and max(op.bytes for op in sent) <= 1.26 * logits
+
+
 @FULL
 def test_stacked_layers_are_copied():
     """What the bound on bytes is there to see: two layers, stacked as training has them."""
@@ -122,6 +135,17 @@ def test_stacked_layers_are_copied():
 
 
 # --- prefill ----------------------------------------------------------------------------------------------
+
+
+def test_a_piece_and_its_past_are_one_cuda_graph(tmp_path):
+    setting = decoding(2, 1)
+    piece = (setting.scalar(), setting.scalar(), setting.scalar(1, 2048), setting.scalar(2048), setting.scalar())
+    options = {"xla_dump_to": str(tmp_path)}
+    compile_for(prefill, setting.model, setting.cache, *piece, sharding=setting.sharding, compiler_options=options)
+    thunks = next(tmp_path.glob("*jit_prefill*thunk_sequence_after_thunk_passes.txt")).read_text()
+    found = listed(thunks)
+    assert [kind for indent, kind in found if indent == 0] == ["kCommandBuffer"]
+    assert {"kWhile", "kCuDnn"} <= {kind for _, kind in found}
 
 
 @pytest.mark.parametrize("layers", DEPTHS)

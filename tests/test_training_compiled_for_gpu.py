@@ -57,6 +57,9 @@ def test_a_sharded_step_copies_no_array_of_the_state(sharded_step):
     # Of fewer layers the smallest array of the state is smaller than a layer's weights, gathered.
     large = smallest * DEEP / sharded_step.setting.config.num_hidden_layers
     assert [op.shapes[0].dtype for op in found if op.bytes >= large] in ([], ["bf16"])
+    # Smaller ones: its shares of the layers' gradients, turned likewise, and weights gathered together, cut apart.
+    share = 2 * count_parameters(sharded_step.setting.config) / 8
+    assert sum(op.bytes for op in hlo.moves(sharded_step.operations, 2**20) if op.in_entry) <= 2.2 * share
 
 
 def test_a_sharded_step_multiplies_in_the_compute_dtype(sharded_step):

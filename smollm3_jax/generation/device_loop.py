@@ -26,8 +26,9 @@ from ..model import SmolLM3
 from .hosts import on_every_host
 from .sampling import MAX_LOGPROBS, MAX_STOP_IDS, SamplingState, choose, log_probabilities
 
-# On a GPU all of a call's tokens are one CUDA graph, so that nothing of them is launched by the host; by default a loop
-# is none, and every turn of it waits for the host. Only the whole list of kinds works. Other platforms ignore it.
+# On a GPU a call is one CUDA graph, all tokens of decoding and all of a piece's past, so that nothing of it is launched
+# by the host; by default a loop is none, and every turn of it waits for the host. Only the whole list of kinds works.
+# Other platforms ignore it.
 COMPILER_OPTIONS: dict[str, bool | str] = {
     "xla_gpu_enable_command_buffer": "FUSION,CUBLAS,CUBLASLT,CUDNN,CUSTOM_CALL,DYNAMIC_SLICE_FUSION,CONDITIONAL,WHILE"
 }
@@ -114,7 +115,7 @@ class PromptLogprobs:
     top: Array
 
 
-@functools.partial(jax.jit, static_argnames="logprobs", donate_argnames="cache")
+@functools.partial(jax.jit, static_argnames="logprobs", donate_argnames="cache", compiler_options=COMPILER_OPTIONS)
 def prefill(
     model: SmolLM3,
     cache: KVCache,

@@ -35,7 +35,7 @@ BUFFER_BYTES = 2**17
 
 
 def fits(channels: int, groups: int) -> bool:
-    return channels % CHANNELS == 0 and groups % GROUPS == 0
+    return channels % CHANNELS == 0 and groups >= GROUPS
 
 
 def product(
@@ -56,12 +56,15 @@ def product(
     (rows, inputs), (channels, groups) = x_RK.shape, scale_NG.shape
     padded, width = rows + -rows % 8, GROUPS * inputs // groups
     halves = width // 128  # of a group: 32 numbers, which are columns of the operand for each of its four lanes
-    x = jnp.pad(x_RK, ((0, padded - rows), (0, 0))).reshape(padded, -1, GROUPS, halves, 16, 2)
-    x_RK = x.transpose(0, 1, 3, 4, 2, 5).reshape(padded, inputs)
+    tiles = -(-groups // GROUPS)
+    if groups % GROUPS:  # the last tile is the last four groups, some of which the one before it has
+        x_RK = jnp.concatenate([x_RK[:, : (tiles - 1) * width], x_RK[:, -width:]], axis=1)
+    x = jnp.pad(x_RK, ((0, padded - rows), (0, 0))).reshape(padded, tiles, GROUPS, halves, 16, 2)
+    x_RK = x.transpose(0, 1, 3, 4, 2, 5).reshape(padded, tiles * width)
     values_NGb = values_NB.reshape(channels, groups, -1)
     vectors = values_NGb.shape[2] // 16
     shares = 1 if channels // CHANNELS >= PROGRAMS else SHARES
-    steps = -(-groups // (GROUPS * WARPGROUPS * shares))  # of each warpgroup
+    steps = -(-tiles // (WARPGROUPS * shares))  # of each warpgroup
     most = min(VECTORS // vectors, BUFFER_BYTES // (WARPGROUPS * padded * width * 2))
     ahead = next(n for n in range(max(1, most), 0, -1) if steps % n == 0)
     layout_CL16 = layout()
@@ -76,16 +79,17 @@ def product(
         first = (share * WARPGROUPS + group) * steps
 
         def fetch(i: Array, j: int) -> tuple:
-            """Fetches step i into buffer j. What lies past the last group is moved back, and does not count."""
-            step = jnp.minimum(first + i, groups // GROUPS - 1)
-            at = pl.ds(step * GROUPS, GROUPS)
+            """Fetches step i into buffer j. What lies past the last group is moved back, and what was there before does
+            not count."""
+            tile, start = jnp.minimum(first + i, tiles - 1), jnp.minimum((first + i) * GROUPS, groups - GROUPS)
+            at = pl.ds(start, GROUPS)
             plgpu.copy_gmem_to_smem(
-                x_ref.at[:, pl.ds(step * width, width)], x_smem.at[group, j], arrived.at[group * ahead + j]
+                x_ref.at[:, pl.ds(tile * width, width)], x_smem.at[group, j], arrived.at[group * ahead + j]
             )
             weight = [load(values_ref.at[mine, at, pl.ds(16 * v, 16)], layout=layout_CL16) for v in range(vectors)]
             scales = [ref for ref in (scale_ref, minimum_ref) if ref is not None]
             return (
-                first + i - step,
+                (first + i) * GROUPS - start,
                 weight,
                 [load(ref.at[mine, at], layout=layout_CL16.reduce((2,))) for ref in scales],
             )
@@ -97,7 +101,7 @@ def product(
             def _(i: Array) -> None:
                 fetched = [fetch(i * ahead + j, j) for j in range(ahead)]
                 for j, (past, weight, scales) in enumerate(fetched):
-                    counts_CL = index_CL >= past * GROUPS
+                    counts_CL = index_CL >= past
                     scales = [jnp.where(counts_CL, scale.astype(jnp.float32), 0.0) for scale in scales]
                     unpacked = unpack(weight, scales)
                     plgpu.barrier_wait(arrived.at[group * ahead + j])

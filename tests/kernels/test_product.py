@@ -84,7 +84,8 @@ def test_gpu(scheme, channels, inputs, rows, dtype):
 
 
 @GPU
-@pytest.mark.parametrize(("channels", "inputs", "rows"), [(64, 11008, 3), (128, 1536, 20)])
+# (2,752 inputs are 86 or 43 groups: the last four are not all of a step's.)
+@pytest.mark.parametrize(("channels", "inputs", "rows"), [(64, 11008, 3), (128, 1536, 20), (64, 2752, 9)])
 @pytest.mark.parametrize("scheme", GROUPED)
 def test_tensor_cores(scheme, channels, inputs, rows):
     """Against the product with the weight rounded to bfloat16."""
@@ -331,11 +332,11 @@ def test_compiled_for_h100(scheme, shape, contracted):
 
 
 @GPU
-@pytest.mark.parametrize("rows", [8, 64])
+@pytest.mark.parametrize(("rows", "inputs"), [(8, 11008), (64, 11008), (8, 2752)])
 @pytest.mark.parametrize("scheme", GROUPED)
-def test_tensor_cores_compiled_for_h100(scheme, rows):
+def test_tensor_cores_compiled_for_h100(scheme, rows, inputs):
     """Activations are arranged before, and sums of shares added up after: no weight is copied."""
-    program = program_of("h100:1", scheme, (2048, 11008), 1, rows)
+    program = program_of("h100:1", scheme, (2048, inputs), 1, rows)
     assert [op.target for op in program if op.target] == ["mosaic_gpu_v2"]
     assert not [op for op in program if op.opcode == "copy" and op.shapes[0].bytes > 2**20]
     assert all(shape.bytes <= 2 * rows * 11008 for op in program if op.opcode == "fusion" for shape in op.shapes)
