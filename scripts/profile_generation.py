@@ -1,10 +1,11 @@
-"""Where a CPU's time goes while a token is decoded: XLA's operations by kind, in milliseconds and as shares.
+"""Where a CPU's time goes while a token is decoded, or a prompt is read: XLA's operations by kind.
 
-    python scripts/profile_decode.py [--model DIR|demo] [--dtype bfloat16] [--weights int8] [--held 128] [--new 65]
-                                      [--slots 8] [--capacity 8192]
+    python scripts/profile_generation.py decode [--model DIR|demo] [--dtype bfloat16] [--weights int8] [--held 128]
+                                                [--new 65] [--slots 8] [--capacity 8192]
+    python scripts/profile_generation.py prefill [--held 512] ...
 
 Products of matrices are called "ynn_fusion", "dot" or "convolution"; where they are nearly all, a faster token needs
-a faster product of XLA's, for which `bench_products.py` has the rates. Profiling itself costs time: "a token" is
+a faster product of XLA's, for which `bench_products.py` has the rates. Profiling itself costs time: the title's time is
 measured without it, and the operations' sum is larger.
 """
 
@@ -42,6 +43,7 @@ def operation_times(trace: Path, program: str) -> tuple[Counter[str], Counter[st
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("program", choices=("decode", "prefill"))
     parser.add_argument("--model", default="demo")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--weights", choices=("int8", "int8-g64", "int4"))
@@ -63,18 +65,23 @@ def main() -> None:
 
     for new in (1, args.new):  # compilation
         seconds(new)
-    token = min((seconds(args.new) - seconds(1)) / (args.new - 1) for _ in range(3))
+    if args.program == "decode":
+        of, new, count = "a token of all slots", args.new, args.new - 1
+        taken = min((seconds(new) - seconds(1)) / count for _ in range(3))
+    else:
+        of, new, count = "a prompt and its first token", 1, args.slots
+        taken = min(seconds(new) / count for _ in range(3))
     options = jax.profiler.ProfileOptions()
     options.host_tracer_level, options.python_tracer_level = 2, 0
     with tempfile.TemporaryDirectory(prefix="profile-") as kept:
         with jax.profiler.trace(kept, profiler_options=options):
-            seconds(args.new)
-        times, counts = operation_times(next(Path(kept).rglob("*.xplane.pb")), "jit_decode")
+            seconds(new)
+        times, counts = operation_times(next(Path(kept).rglob("*.xplane.pb")), f"jit_{args.program}")
     whole = times.total()
-    table = Table("operation", "a token", "ms a token", "share", title=f"{token * 1e3:.1f} ms a token of all slots")
-    for kind, taken in times.most_common(TOP):
-        per_token = f"{counts[kind] / (args.new - 1):.0f}"
-        table.add_row(kind, per_token, f"{taken / (args.new - 1) / 1e6:.2f}", f"{taken / whole:.1%}")
+    table = Table("operation", "times", "ms", "share", title=f"{taken * 1e3:.1f} ms {of}")
+    for kind, spent in times.most_common(TOP):
+        table.add_row(kind, f"{counts[kind] / count:.0f}", f"{spent / count / 1e6:.2f}", f"{spent / whole:.1%}")
+    table.add_row("all", "", f"{whole / count / 1e6:.2f}", "100.0%")
     Console().print(table)
 
 
