@@ -253,7 +253,7 @@ def end(server: Server, kind: str) -> None:
                 content += part
             soak.check(b"[DONE]" in content, f"SIGTERM has cut a stream: {content[-200:]!r}", server.log)
         # What reads nothing has until --drain-timeout, of 5 s here, and 5 s more to be told.
-        most = 3.0 if "two signals" in kind else 20.0 if clients else 8.0
+        most = 20.0 if clients and "two signals" not in kind else 8.0
         if not wait_for(lambda: process.poll() is not None, most):
             soak.found(f"{kind}: it has not ended after {most:.0f} s", server.log)
             process.kill()
