@@ -1,7 +1,6 @@
 """SmolLM3-3B compiled for NVIDIA GPUs that are not there: settings, programs, and what to look for in them.
 
-For an H100, with five layers, or with all of them where FULL is set. Bytes and launches are those of `smollm3 plan`:
-kernels count as what they read at full capacity. Bounds are those that the design was made for.
+For an H100, with all layers where a bound is of the whole model. Bytes and launches are those of `smollm3 plan`: kernels count as what they read at full capacity. Bounds are those that the design was made for.
 """
 
 import dataclasses
@@ -12,7 +11,6 @@ import jax
 import numpy as np
 import pytest
 from jax.stages import Compiled
-from proxies import FULL
 
 from sharding import hlo
 from sharding.products import product
@@ -30,10 +28,8 @@ MARKS = [
     pytest.mark.skipif(jax.__version_info__ < (0, 11, 2), reason="kernels for GPUs need jax 0.11.2"),
 ]
 
-# A layer is compiled as often as there is one: all of them take minutes, and five the same kinds of programs. (Four of
-# a matrix of 2048 x 2048 are as many numbers as the scores of a row of 4,096.)
+# SmolLM3-3B's layers.
 DEEP = 36
-DEPTHS = [5, pytest.param(DEEP, marks=FULL)]
 GB, GIB, MIB = 1e9, 2**30, 2**20
 CAPACITY = 8192
 

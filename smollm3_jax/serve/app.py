@@ -279,9 +279,9 @@ async def respond(body: bytes, send: Send) -> None:
 
 def _log(scope: Scope, ticket: Ticket) -> None:
     seconds, asked = time.monotonic() - ticket.arrived, ticket.samples
-    log.info(
-        "%s: %s, prompts %d tokens, samples %d, %.2f s", scope["path"], ticket.state, ticket.tokens, asked, seconds
-    )
+    refused = ticket.error is not None and ticket.error.status < 500
+    state = "refused" if refused else ticket.state
+    log.info("%s: %s, prompts %d tokens, samples %d, %.2f s", scope["path"], state, ticket.tokens, asked, seconds)
 
 
 # --- the other routes -------------------------------------------------------------------------------------
@@ -354,7 +354,10 @@ def make_app(service: Service) -> ASGIApp:
         own: dict[str, Any] = {"allow_methods": ["GET", "POST"], "allow_headers": ["*"]}
         middleware.insert(0, Middleware(CORSMiddleware, allow_origins=settings.origins, **own))
     handlers: dict[Any, Any] = {ApiError: refuse, HTTPException: refuse, ClientDisconnect: nobody, Exception: refuse}
-    return Starlette(routes=list(_routes(service)), middleware=middleware, exception_handlers=handlers)
+    app = Starlette(routes=list(_routes(service)), middleware=middleware, exception_handlers=handlers)
+    # A redirection would name http where a proxy has taken https, and prompt and key would go there.
+    app.router.redirect_slashes = False
+    return app
 
 
 def own_mistake() -> ApiError:

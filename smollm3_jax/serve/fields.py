@@ -56,7 +56,7 @@ class Fields:
             raise bad(f"{where} is {shown(value)}; it must be an object", where)
         self.where = where
         self._fields = {name: inner for name, inner in value.items() if inner is not None}
-        self._names, self._known = list(value), list[str]()
+        self._names, self._known, self._refused = list(value), list[str](), set[str]()
 
     def path(self, name: str) -> str:
         return f"{self.where}.{name}" if self.where else name
@@ -110,6 +110,7 @@ class Fields:
 
     def refuse(self, reasons: Mapping[str, str]) -> None:
         """Fields that would make a difference, but are not done here; their values that ask for nothing pass."""
+        self._refused |= reasons.keys()
         for name, reason in reasons.items():
             value = self.any(name)
             if value is not None and value is not False and value not in ([], {}, ""):
@@ -123,7 +124,7 @@ class Fields:
         """
         for name in self._names:
             if name not in self._known:
-                known = sorted(set(self._known))
+                known = sorted(set(self._known) - self._refused)
                 error = unknown_name(self.where or "the body", name[:60], known, elsewhere or {}, "field")
                 raise bad(str(error), self.path(name), "unknown_parameter")
 

@@ -23,7 +23,8 @@ NUMBERS = ("temperature", "top_p", "min_p", "presence_penalty", "frequency_penal
 WITHOUT_EFFECT = ("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key")
 # What others call a field of a body -> its name here.
 NAMES = {name: meant for name, meant in ELSEWHERE.items() if name not in ("max_tokens", "max_output_tokens")}
-NAMES |= {"max_new_tokens": "max_tokens", "suppress_tokens": "logit_bias (-100 each)", "guided_json": "response_format"}
+NAMES |= {"max_new_tokens": "max_tokens", "suppress_tokens": "logit_bias (-100 each)"}
+NAMES |= {"guided_json": 'response_format ({"type": "json_schema", "json_schema": {"name": ..., "schema": ...}})'}
 NAMES |= {"thinking": "reasoning_effort", "enable_thinking": "chat_template_kwargs", "num_predict": "max_tokens"}
 
 

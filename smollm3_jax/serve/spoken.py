@@ -24,7 +24,7 @@ class Spoken:
             thinks=-1 not in think_ids(server.tokenizer),
             one_text=formed,
         )
-        self._several = wishes.tools.parallel
+        self._several, self._forced = wishes.tools.parallel, wishes.tools.forced
         self.called = False
 
     @property
@@ -37,7 +37,11 @@ class Spoken:
         """What is said now, no two pieces of one kind in a row, and the tokens of it that have log-probabilities."""
         tokens = self.sample.add(delta)
         events = self._parser.feed(delta.text)
-        events += self._parser.finish() if delta.finish_reason is not None else []
+        if delta.finish_reason is not None:
+            rest = self._parser.finish()
+            # What a limit has cut of a call that had to be is no text of the model's.
+            cut = self._forced and delta.finish_reason == "length"
+            events += [event for event in rest if not (cut and isinstance(event, Text))]
         return _joined(event for found in events for event in self._passed(found)), tokens
 
     def _passed(self, event: Event) -> list[Event]:

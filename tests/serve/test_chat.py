@@ -357,6 +357,20 @@ def test_forced_calls_are_grammars(server):
     assert job.requests[0].grammar == grammar.tool_calls(given, names=["now"], parallel=False, style="xml")
 
 
+@pytest.mark.parametrize("whole", ["", CALL + "\n"])
+@pytest.mark.parametrize("choice", ["required", "auto"])
+def test_a_forced_call_that_a_limit_cuts_is_no_text(server, whole, choice):
+    """What a model writes of itself is shown as it is."""
+    text = THOUGHT + whole + CALL[:40]
+    job = chat(server, tools=[WEATHER, NOW], tool_choice=choice, max_tokens=len(ids_of(server.tokenizer, text)))
+    events, body = answer(server, job, text)
+    message = body["choices"][0]["message"]
+    assert body["choices"][0]["finish_reason"] == "length"
+    assert len(message.get("tool_calls") or ()) == bool(whole)
+    assert not message["content"] == (choice == "required")
+    assert ("tool_call>" in json.dumps(events)) == (choice == "auto")
+
+
 def test_formats_are_grammars(server):
     """S10."""
     schema = {"type": "object"}
@@ -522,6 +536,8 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
     ({"messages": [{"role": "user", "content": "Hi", "nam": "Bo"}]}, "messages[0].nam", "no field nam; use name"),
     ({"messages": [*HI, {"role": "system", "content": "x"}]}, "messages[1]", "only messages[0]"),
     ({"messages": [{"role": "user", "content": "\ud800"}]}, "messages", "surrogate"),
+    ({"frobnicate": 5}, "frobnicate", "no field frobnicate; it has"),
+    ({"guided_json": {}}, "guided_json", '"type": "json_schema"'),
     ({"temperature": -1}, "temperature", "0 (greedy) or more"),
     ({"temperature": "1"}, "temperature", "a number"),
     ({"temperature": True}, "temperature", "a number"),
@@ -616,3 +632,8 @@ def test_other_models_are_not_found(server):
     error = refused(server, model="gpt-5")
     assert (error.status, error.code, error.param) == (404, "model_not_found", "model")
     chat(server, model=server.name)
+
+
+def test_fields_that_are_refused_are_not_offered(server):
+    offered = refused(server, frobnicate=5).message.partition("it has ")[2].split(", ")
+    assert {"messages", "temperature", "tools"} <= set(offered) and not {"audio", "functions"} & set(offered)

@@ -166,3 +166,6 @@ def test_paths_and_methods_that_are_not_there(server):
     assert (status, body["error"]["code"]) == (404, "model_not_found")
     assert server.ask("GET", "/v1/models/tiny")[1]["id"] == "tiny"
     assert server.ask("GET", "/v1/models/")[1] == server.ask("GET", "/v1/models")[1]
+    # Not sent on: to http it would be, behind a proxy that has taken https.
+    status, _, headers = server.ask("POST", "/v1/completions/", PROMPT)
+    assert status == 404 and "location" not in headers
