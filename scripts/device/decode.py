@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sharding.arrays import total_bytes
+from smollm3_jax import xla_cpu
 from smollm3_jax.generation.device_loop import MAX_STEPS, Slots, decode
 from smollm3_jax.generation.sampling import MAX_STOP_IDS, SamplingParams, SamplingState
 from smollm3_jax.kv_cache import KVCache, cache_specs, empty_cache
@@ -112,7 +113,7 @@ def random_cache(cache: KVCache) -> KVCache:
             return jax.lax.bitcast_convert_type(jax.random.bits(key, x.shape, jnp.uint8), jnp.int8)
         if x.ndim == 3:
             return jnp.full_like(x, 1 / 73.9)
-        return jax.random.normal(key, x.shape, x.dtype)
+        return xla_cpu.as_held(jax.random.normal(key, x.shape, jnp.bfloat16), x.dtype)
 
     fill = jax.jit(filled, static_argnums=0, donate_argnums=1)
     flat, tree = jax.tree.flatten(cache.layers)
