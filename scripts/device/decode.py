@@ -77,7 +77,7 @@ def one(run: Run, case: str, model: SmolLM3, batch: int, held: int, capacity: in
     )
     here = sharding_for(model.config, jax.devices()[:1], "serve_tp", None)
     setting = DecodeSetting(model.config, here, batch, capacity, cache_dtype)
-    say_modelled(run, case, decode.lower(*arguments()).compile(), setting.model_of)
+    say_modelled(run, case, decode.lower(*arguments()).compile(), lambda compiled: [setting.model_of(compiled)])
 
 
 def decoder(

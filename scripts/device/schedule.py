@@ -50,7 +50,7 @@ PARTS = (
     Part("machine", "second", 60),
     Part("training", "second", 140),
     Part("torch_decode", "second", 90),
-    Part("prefill", "second", 90),
+    Part("prefill", "second", 120),
     Part("torch_training", "second", 90),
     Part("parity_gradients", "second", 80),
     Part("profile_training", "second", 70),
