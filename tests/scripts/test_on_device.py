@@ -12,7 +12,18 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
 import on_device
-from device import benchmarks, modelled, report, schedule
+from device import (
+    benchmarks,
+    decode,
+    modelled,
+    prefill,
+    report,
+    schedule,
+    torch_decode,
+    torch_training,
+    training,
+)
+from device.aims import AIMS, FLOOR, MFU
 from device.run import RESULTS, Run, append, lines, relative, timed
 from device.schedule import PARTS, Part
 
@@ -286,9 +297,32 @@ def test_the_report_fits_a_terminal(tmp_path):
         append(tmp_path, line)
     text = report.table(lines(tmp_path))
     rows = [line for line in text.splitlines() if line.startswith("decode 1 x 512")]
-    assert rows[0].split() == ["decode", "1", "x", "512", "2.5", "2.4", "2.75", "400", "0.80", "2.06"]
+    assert rows[0].split() == ["decode", "1", "x", "512", "2.5", "2.4", "2.75", "400", "0.80", "2.06", "0.80>=0.7"]
     assert rows[1].startswith("decode 1 x 512, gpt-fast's way") and "320" in rows[1]
     assert max(map(len, text.splitlines())) <= 100
+
+
+def test_the_report_says_which_aims_are_met(tmp_path):
+    """Of the floor, of the chip, of a peer's rate, and of our own with plain weights; nothing where one is missing."""
+    int8 = SPEED | {"case": "int8 decode 1 x 512", "tokens_per_second": 600.0}
+    torch_training = PEER | {"case": TRAINING["case"], "engine": "transformers"}
+    for line in (MACHINE, SPEED | {"floor_ms": 1.7}, PEER, int8, TRAINING, torch_training):
+        append(tmp_path, line)
+    text = report.table(lines(tmp_path))
+    aims = [line[90:].strip() for line in text.splitlines() if line.startswith(("decode", "int8", "training"))]
+    assert aims == ["0.68<0.7", "1.25>=1", "1.50<1.6", "0.41>=0.4", "1.25>=1"]
+    alone = report.table([line for line in lines(tmp_path) if line["case"] != SPEED["case"]])
+    assert next(line for line in alone.splitlines() if line.startswith("int8")).endswith("0.80")
+
+
+def test_every_aim_is_of_a_case_that_is_measured():
+    cases = {decode.name_of(batch, held) for batch, held, _ in decode.CASES}
+    cases |= {f"{weights} {decode.name_of(1, 512)}" for weights in ("int8", "int4")}
+    cases |= {prefill.name_of(length, past) for length, past in prefill.CASES}
+    cases |= {f"training {rows} x {training.LENGTH:,}" for rows in training.ROWS}
+    engines = {"ours", torch_decode.ENGINE, torch_training.ENGINE}
+    others = {of for _, of in AIMS.values() if of not in (FLOOR, MFU)}
+    assert AIMS.keys() | others <= {(case, engine) for case in cases for engine in engines}
 
 
 def test_the_readme_has_the_table_of_what_was_measured():
