@@ -109,8 +109,9 @@ def exactly(model: SmolLM3, cache: KVCache, tokens: Array, held: tuple[int, ...]
 
 def by_cpu(model: SmolLM3, cache: KVCache, tokens: Array, held: tuple[int, ...]) -> np.ndarray:
     cpu = jax.devices("cpu")[0]
+    model, cache, tokens = jax.device_put((model, cache, tokens), cpu)
     with jax.default_device(cpu):
-        return np.asarray(exactly(*jax.device_put((model, cache, tokens), cpu), held))
+        return np.asarray(exactly(model, cache, tokens, held))
 
 
 def whole_rows(model: SmolLM3, tokens: Array, held: tuple[int, ...]) -> Array:
