@@ -42,7 +42,7 @@ PARTS = (
     Part("machine", "first", 60),
     Part("parity", "first", 110),
     Part("decode", "first", 140),
-    Part("parity_cache", "first", 70),
+    Part("parity_cache", "first", 80),
     Part("profile_decode", "first", 50),
     Part("torch_parity", "first", 80, memory=0.45),
     Part("decode_quantized", "first", 100),
