@@ -88,9 +88,7 @@ def decoder(
     cache = random_cache(empty_cache(model.config, batch, capacity, jnp.dtype(cache_dtype)))
     state: dict[str, Any] = {"cache": cache, "slots": active_slots(model, batch)}
     steps = jnp.int32(MAX_STEPS)
-    step = decode
-    if not run.cuda_graphs:  # `decode` may ask for them by itself, which goes above XLA_FLAGS
-        step = decode.lower(model, *state.values(), steps).compile({"xla_gpu_enable_command_buffer": ""})
+    step = run.program(decode, model, *state.values(), steps)
 
     def reset() -> None:
         length = jax.block_until_ready(jnp.full((batch,), held, jnp.int32))

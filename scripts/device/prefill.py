@@ -66,9 +66,11 @@ def one(run: Run, case: str, model: SmolLM3, length: int, past: int, chunk: int)
 
     prepared = [arguments(*piece) for piece in todo]
 
+    step = run.program(prefill, model, state["cache"], *prepared[0])
+
     def call() -> None:
         for rest in prepared:
-            state["cache"], _ = prefill(model, state["cache"], *rest)
+            state["cache"], _ = step(model, state["cache"], *rest)
         jax.block_until_ready(state["cache"])
 
     call()

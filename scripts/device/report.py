@@ -43,7 +43,9 @@ def reached(lines: Sequence[dict[str, Any]], speed: dict[str, Any]) -> tuple[flo
     elif of == MFU:
         found = speed.get("mfu")
     else:
-        rates: dict[Any, float] = {(line["case"], line["engine"]): line["tokens_per_second"] for line in of_kind(lines, "speed")}
+        rates: dict[Any, float] = {
+            (line["case"], line["engine"]): line["tokens_per_second"] for line in of_kind(lines, "speed")
+        }
         ours, other = rates.get((speed["case"], "ours")), rates.get(of)
         found = None if ours is None or other is None else ours / other
     return None if found is None else (found, least)

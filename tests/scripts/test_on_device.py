@@ -88,6 +88,15 @@ def test_a_part_on_a_tiny_model(part, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("part", ["decode", "prefill"])
+def test_a_part_is_tried_without_the_graphs_that_its_program_asks_for(part, tmp_path, monkeypatch):
+    monkeypatch.setattr(decode, "TINY_CASES", decode.TINY_CASES[:1])
+    importlib.import_module(f"device.{part}").part(Run(part, tmp_path, tiny=True, cuda_graphs=False))
+    assert not kinds(tmp_path, "error")
+    assert all(line["cuda_graphs"] is False for line in kinds(tmp_path, "speed"))
+
+
+@pytest.mark.slow
 @pytest.mark.torch
 @pytest.mark.skipif(NO_PEERS, reason="PyTorch and transformers are not installed")
 @pytest.mark.parametrize("part", PEERS)
