@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sharding.arrays import total_bytes
+from smollm3_jax import xla_cpu
 from smollm3_jax.generation.device_loop import MAX_STEPS, Slots, decode
 from smollm3_jax.generation.sampling import MAX_STOP_IDS, SamplingParams, SamplingState
 from smollm3_jax.kv_cache import KVCache, cache_specs, empty_cache
@@ -76,7 +77,7 @@ def one(run: Run, case: str, model: SmolLM3, batch: int, held: int, capacity: in
     )
     here = sharding_for(model.config, jax.devices()[:1], "serve_tp", None)
     setting = DecodeSetting(model.config, here, batch, capacity, cache_dtype)
-    say_modelled(run, case, decode.lower(*arguments()).compile(), setting.model_of)
+    say_modelled(run, case, decode.lower(*arguments()).compile(), lambda compiled: [setting.model_of(compiled)])
 
 
 def decoder(
@@ -87,9 +88,7 @@ def decoder(
     cache = random_cache(empty_cache(model.config, batch, capacity, jnp.dtype(cache_dtype)))
     state: dict[str, Any] = {"cache": cache, "slots": active_slots(model, batch)}
     steps = jnp.int32(MAX_STEPS)
-    step = decode
-    if not run.cuda_graphs:  # `decode` may ask for them by itself, which goes above XLA_FLAGS
-        step = decode.lower(model, *state.values(), steps).compile({"xla_gpu_enable_command_buffer": ""})
+    step = run.program(decode, model, *state.values(), steps)
 
     def reset() -> None:
         length = jax.block_until_ready(jnp.full((batch,), held, jnp.int32))
@@ -112,7 +111,7 @@ def random_cache(cache: KVCache) -> KVCache:
             return jax.lax.bitcast_convert_type(jax.random.bits(key, x.shape, jnp.uint8), jnp.int8)
         if x.ndim == 3:
             return jnp.full_like(x, 1 / 73.9)
-        return jax.random.normal(key, x.shape, x.dtype)
+        return xla_cpu.as_held(jax.random.normal(key, x.shape, jnp.bfloat16), x.dtype)
 
     fill = jax.jit(filled, static_argnums=0, donate_argnums=1)
     flat, tree = jax.tree.flatten(cache.layers)

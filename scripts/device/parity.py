@@ -13,6 +13,7 @@ import numpy as np
 from jax import Array
 
 import smollm3_jax as s3
+from smollm3_jax import xla_cpu
 from smollm3_jax.generation.device_loop import prefill
 from smollm3_jax.generation.prompts import pieces
 from smollm3_jax.kv_cache import KVCache, empty_cache
@@ -94,11 +95,16 @@ def decoded(model: SmolLM3, tokens: Array, held: tuple[int, ...], capacity: int)
     for slot, length in enumerate(held):
         whole = [(0, length, capacity)] if length else []
         cache = filled(model, cache, slot, tokens[slot], whole)
+    return following(model, cache, tokens, held)
+
+
+def following(model: SmolLM3, cache: KVCache, tokens: Array, held: tuple[int, ...]) -> Array:
+    """The same from a cache that holds the first `held` tokens of each row, and stays as it is."""
     active = (jnp.array(held) > 0).astype(jnp.int32)[:, None]
     logits = []
     for step in range(STEPS):
-        following = jnp.stack([tokens[slot, length + step] for slot, length in enumerate(held)])[:, None]
-        out, cache = model(following, segment_ids=active, cache=cache)
+        token = jnp.stack([tokens[slot, length + step] for slot, length in enumerate(held)])[:, None]
+        out, cache = model(token, segment_ids=active, cache=cache)
         logits.append(out[:, 0])
     return jnp.stack(logits, axis=1)
 
@@ -121,7 +127,7 @@ def pieces_against_whole(run: Run, model: SmolLM3) -> None:
     for size in (capacity, chunk):
         cache = empty_cache(model.config, 1, capacity, model.dtype)
         cache = filled(model, cache, 0, tokens[0], pieces(length, (size,)))
-        keys.append(jnp.stack([layer.k[:, 0, :length] for layer in cache.layers]))
+        keys.append(jnp.stack([xla_cpu.values_of(layer.k[:, 0, :length]) for layer in cache.layers]))
         out = []
         for step in range(STEPS):
             logits, cache = model(tokens[:, length + step][:, None], cache=cache)

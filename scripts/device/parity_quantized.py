@@ -22,12 +22,12 @@ EXACT_ROWS = 64
 
 
 def part(run: Run) -> None:
-    for scheme in ("int8", "int4"):
+    for scheme in ("int8", "int4", "int8-g64"):
         run.attempt(scheme, one, run, scheme)
 
 
 def one(run: Run, scheme: str) -> None:
-    model = shape.random_model(shape.config(run.tiny, shape.PARITY_LAYERS, scheme))
+    model = shape.random_model(shape.config(run.tiny, shape.FEW_LAYERS, scheme))
     exact, plain = widened(model), dequantized_model(model)
     for rows in TINY_ROWS if run.tiny else ROWS:
         tokens = shape.random_tokens(model.config, 1, rows)

@@ -1,4 +1,5 @@
-"""Prefill at full size, in the pieces that `generate` makes of a prompt, beside the floor of its products."""
+"""Prefill at full size, in the pieces that `generate` makes of a prompt and in larger ones, beside the floor of its
+products."""
 
 import time
 from typing import Any
@@ -9,7 +10,7 @@ from jax import Array
 from jax.stages import Compiled
 
 from sharding import hlo
-from sharding.roofline import Roofline, roofline
+from sharding.roofline import Roofline
 from smollm3_jax.generation.device_loop import prefill
 from smollm3_jax.generation.prompts import ACCELERATOR_CHUNK, piece_sizes, pieces
 from smollm3_jax.kv_cache import empty_cache
@@ -25,28 +26,36 @@ from .run import Run, timed
 # (tokens of the prompt, tokens that the slot holds already)
 CASES = ((8192, 0), (2048, 0), (2048, 8192))
 TINY_CASES = ((128, 0), (64, 128))
-TINY_CHUNK = 64
+# Tokens of a piece: what `generate` has now, and what the first case's prompt is cut into beside: which is best, each
+# kind of machine has to say.
+CHUNK, TINY_CHUNK = ACCELERATOR_CHUNK, 64
+CHUNKS, TINY_CHUNKS = (2048, 4096, 8192), (32, 64, 128)
 
 
 def part(run: Run) -> None:
     model = shape.random_model(shape.config(run.tiny))
-    for length, past in TINY_CASES if run.tiny else CASES:
+    cases, own = (TINY_CASES, TINY_CHUNK) if run.tiny else (CASES, CHUNK)
+    for length, past in cases:
         case = name_of(length, past)
-        run.attempt(case, one, run, case, model, length, past)
+        run.attempt(case, one, run, case, model, length, past, own)
+    length, past = cases[0]
+    for chunk in TINY_CHUNKS if run.tiny else CHUNKS:
+        if chunk != own:
+            case = f"{name_of(length, past)} in pieces of {chunk:,}"
+            run.attempt(case, one, run, case, model, length, past, chunk)
 
 
 def name_of(length: int, past: int) -> str:
     return f"prefill {length:,}" + (f" after {past:,}" if past else "")
 
 
-def one(run: Run, case: str, model: SmolLM3, length: int, past: int) -> None:
+def one(run: Run, case: str, model: SmolLM3, length: int, past: int, chunk: int) -> None:
     begin = time.perf_counter()
     capacity = power_of_two_from(length + past + 1)
-    chunk = TINY_CHUNK if run.tiny else ACCELERATOR_CHUNK
     tokens = shape.random_tokens(model.config, 1, past + length)
     state: dict[str, Any] = {"cache": empty_cache(model.config, 1, capacity, jnp.dtype("bfloat16"))}
-    # As `generate` cuts a prompt of this length, moved to after what the slot holds.
-    sizes = [size for size in piece_sizes("gpu", capacity) if size <= chunk]
+    # As `generate` cuts a prompt of this length, moved to after what the slot holds: the pieces are all alike.
+    sizes = piece_sizes("gpu", capacity, (chunk,))
     todo = [(past + start, count, padded) for start, count, padded in pieces(length, sizes)]
 
     def arguments(start: int, count: int, padded: int) -> tuple[Array | None, ...]:
@@ -57,9 +66,11 @@ def one(run: Run, case: str, model: SmolLM3, length: int, past: int) -> None:
 
     prepared = [arguments(*piece) for piece in todo]
 
+    step = run.program(prefill, model, state["cache"], *prepared[0])
+
     def call() -> None:
         for rest in prepared:
-            state["cache"], _ = prefill(model, state["cache"], *rest)
+            state["cache"], _ = step(model, state["cache"], *rest)
         jax.block_until_ready(state["cache"])
 
     call()
@@ -78,11 +89,12 @@ def one(run: Run, case: str, model: SmolLM3, length: int, past: int) -> None:
         first_seconds=first,
     )
     compiled = prefill.lower(model, state["cache"], *prepared[-1]).compile()
-    start, whole = todo[-1][0], len(todo) == 1
     here = sharding_for(model.config, jax.devices()[:1], "serve_tp", None)
     setting = DecodeSetting(model.config, here, 1, capacity)
 
-    def model_of(compiled: Compiled) -> Roofline:
-        return roofline(hlo.operations(compiled), setting.chip, setting.kernel_cost)
+    def calls_of(compiled: Compiled) -> list[Roofline]:
+        """Of each piece, after those before it."""
+        found = hlo.operations(compiled)
+        return [setting.piece_after(found, start) for start, _, _ in todo]
 
-    say_modelled(run, case if whole else f"{case}: its piece from {start:,} on", compiled, model_of)
+    say_modelled(run, case, compiled, calls_of)

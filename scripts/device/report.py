@@ -3,7 +3,9 @@
 from collections.abc import Sequence
 from typing import Any
 
-NAME_WIDTH = 44
+from .aims import AIMS, FLOOR, MFU
+
+NAME_WIDTH, WIDTHS = 42, (7, 7, 7, 9, 9, 9, 10)
 
 
 def table(lines: Sequence[dict[str, Any]]) -> str:
@@ -33,6 +35,22 @@ def peers(lines: Sequence[dict[str, Any]], case: str) -> list[dict[str, Any]]:
     return [line for line in of_kind(lines, "speed") if line["case"] == case and line["engine"] != "ours"]
 
 
+def reached(lines: Sequence[dict[str, Any]], speed: dict[str, Any]) -> tuple[float, float] | None:
+    """How much of what a row is to reach, and its aim; None without either."""
+    least, of = AIMS.get((speed["case"], speed["engine"]), (0.0, None))
+    if of == FLOOR:
+        found = share_of_floor(speed)
+    elif of == MFU:
+        found = speed.get("mfu")
+    else:
+        rates: dict[Any, float] = {
+            (line["case"], line["engine"]): line["tokens_per_second"] for line in of_kind(lines, "speed")
+        }
+        ours, other = rates.get((speed["case"], "ours")), rates.get(of)
+        found = None if ours is None or other is None else ours / other
+    return None if found is None else (found, least)
+
+
 def _head(lines: Sequence[dict[str, Any]]) -> list[str]:
     out = []
     for line in of_kind(lines, "machine"):
@@ -46,8 +64,8 @@ def _head(lines: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def _speeds(lines: Sequence[dict[str, Any]]) -> list[str]:
-    """A row a case: ours, and each peer's below."""
-    heads = ("ms", "min", "max", "tokens/s", "of floor", "modelled")
+    """A row a case: ours, and each peer's below. An aim stands beside what it is of: met, or not."""
+    heads = ("ms", "min", "max", "tokens/s", "of floor", "modelled", "aim")
     rows = []
     for case in dict.fromkeys(line["case"] for line in of_kind(lines, "speed")):
         engines = [line for line in of_kind(lines, "speed") if line["case"] == case]
@@ -56,6 +74,8 @@ def _speeds(lines: Sequence[dict[str, Any]]) -> list[str]:
             model, share = modelled(lines, case) if ours else None, share_of_floor(line)
             values = [_number(line[key]) for key in ("ms", "ms_min", "ms_max", "tokens_per_second")]
             values += ["" if share is None else f"{share:.2f}", "" if model is None else _number(model["ms"])]
+            aim = reached(lines, line)
+            values.append("" if aim is None else f"{aim[0]:.2f}{'>=' if aim[0] >= aim[1] else '<'}{aim[1]:.2g}")
             rows.append(_row((case if ours else f"{case}, {line['engine']}") + note_of(line), values))
     return [_row("", heads), *rows] if rows else []
 
@@ -104,4 +124,5 @@ def _number(value: float) -> str:
 
 
 def _row(name: str, values: Sequence[str]) -> str:
-    return f"{name[:NAME_WIDTH]:{NAME_WIDTH}}" + "".join(f"{value:>9}" for value in values)
+    cells = "".join(f"{value:>{width}}" for value, width in zip(values, WIDTHS, strict=True))
+    return f"{name[:NAME_WIDTH]:{NAME_WIDTH}}{cells}".rstrip()

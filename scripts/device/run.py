@@ -67,6 +67,13 @@ class Run:
         """A comparison: it passed if the error is at most the bound, which NaN never is."""
         self.say("parity", case, error=error, bound=bound, passed=bool(error <= bound), **values)
 
+    def program(self, function: Any, *arguments: Any) -> Callable[..., Any]:
+        """A jitted function; in a part that is tried without CUDA graphs, compiled for these arguments without those
+        that it asks for by itself, which go above XLA_FLAGS."""
+        if self.cuda_graphs:
+            return function
+        return function.lower(*arguments).compile({"xla_gpu_enable_command_buffer": ""})
+
     def ceiling(self, name: str) -> float | None:
         """What this machine was measured to do at most; None if that failed."""
         found = [x["value"] for x in lines(self.out) if x["kind"] == "ceiling" and x["case"] == name]

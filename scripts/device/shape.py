@@ -19,10 +19,12 @@ from smollm3_jax.train.state import state_shardings
 from smollm3_jax.weights.key_map import abstract_model
 from smollm3_jax.weights.quantized import with_scheme
 
-TINY = {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 4, "num_key_value_heads": 2}
+TINY = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4, "num_key_value_heads": 2}
 TINY |= {"num_hidden_layers": 2, "vocab_size": 512, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
 # Layers of a comparison, at the real width: with and without RoPE, and quickly computed by a CPU in float32.
 PARITY_LAYERS = 4
+# The same where many programs are compared.
+FEW_LAYERS = 2
 
 
 def raw_config(tiny: bool, layers: int | None = None) -> dict[str, Any]:

@@ -84,7 +84,7 @@ def one(run: Run, case: str, rows: int) -> None:
         config, (rows, length) = training.state.model.config, training.batch.tokens.shape
         here = sharding_for(config, jax.devices(), "fsdp", None)
         setting = TrainSetting(config, chip, here, rows, length, StepOptions())
-        say_modelled(run, case, training.compiled, setting.model_of)
+        say_modelled(run, case, training.compiled, lambda compiled: [setting.model_of(compiled)])
 
 
 def say_speed(run: Run, case: str, training: Training, times: dict[str, float], **more: object) -> None:
