@@ -1,6 +1,7 @@
 """SmolLM3-3B compiled for NVIDIA GPUs that are not there: settings, programs, and what to look for in them.
 
-For an H100, with all layers where a bound is of the whole model. Bytes and launches are those of `smollm3 plan`: kernels count as what they read at full capacity. Bounds are those that the design was made for.
+For an H100, with all layers where a bound is of the whole model. Bytes and launches are those of `smollm3 plan`:
+kernels count as what they read at full capacity. Bounds are those that the design was made for.
 """
 
 import dataclasses

@@ -1,3 +1,4 @@
+import dataclasses
 import errno
 import json
 import os
@@ -26,6 +27,7 @@ from smollm3_jax.errors import DataError, OptionError, SaveError, TokenizerError
 from smollm3_jax.generation import jsonl, lines
 from smollm3_jax.generation.api import complete
 from smollm3_jax.generation.jsonl import Batch
+from smollm3_jax.generation.prompts import SERVING_PIECES
 from smollm3_jax.generation.requests import Completion, Request
 from smollm3_jax.tokenizer import Tokenizer, load_tokenizer
 
@@ -152,6 +154,21 @@ BAD = {
     '{"messages": [{"role": "\\ud800", "content": ""}]}': "messages[0].role",
     json.dumps({"prompt": "w5 " * 511}): "511 tokens; with max_new_tokens 5 that exceeds the model's context of 512",
 }
+
+
+def test_with_slots_and_context_prompts_are_cut_as_a_server_cuts_them(model, tokenizer, tmp_path):
+    """So that the bits are those that it would answer."""
+    prompt = [8 + i * i % 89 for i in range(300)]
+    text = " ".join(f"w{token}" for token in prompt)
+    source, target = write(tmp_path / "in.jsonl", {"prompt": text, "logprobs": 1}), tmp_path / "out.jsonl"
+    run(model, tokenizer, source, target, options={"context": 512})
+    got = [entry["logprob"] for entry in answers(target)[0]["logprobs"]]
+    request = Request(prompt, dataclasses.replace(PARAMS, logprobs=1))
+    served, usual = (
+        complete(model, [request], tokenizer=tokenizer, max_slots=2, capacity=512, piece_sizes=sizes)[0].logprobs
+        for sizes in (SERVING_PIECES, None)
+    )
+    assert got == list(served) != list(usual)
 
 
 def test_bad_lines_are_answered_with_errors(model, tokenizer, tmp_path):
