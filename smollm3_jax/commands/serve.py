@@ -1,11 +1,13 @@
 """`smollm3 serve`."""
 
 import argparse
+import contextlib
 import importlib.util
 import ipaddress
 import logging
 import os
 import signal
+import socket
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -75,11 +77,14 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from ..generation.hosts import is_follower
+    from ..job import raise_everywhere
     from ..support import how_to_install
     from ..weights.served import read_served
 
     if missing := [name for name in NEEDED if importlib.util.find_spec(name) is None]:
         raise SupportError(f"{missing[0]} is not installed, which serving needs: {how_to_install('serve')}")
+    from ..serve.run import listen
+
     keys = _keys(args)
     if args.max_queue is not None and args.max_queue < 0:
         raise OptionError(f"--max-queue is {args.max_queue}; it must be 0 (nothing waits) or more")
@@ -90,9 +95,12 @@ def run(args: argparse.Namespace) -> int:
     if is_follower():  # process 0 drains, and then says that it is over
         for number in (signal.SIGTERM, signal.SIGINT):  # Ctrl-C reaches all processes of a terminal
             signal.signal(number, signal.SIG_IGN)
-    with opened(args, adapters) as model:
-        if model is not None:
-            _serve(args, keys, {one.name: str(one.adapter.folder) for one in adapters}, *model)
+    # First, so that a port that is taken is known before a model is fetched.
+    with raise_everywhere():
+        own = contextlib.nullcontext() if is_follower() else listen(args.host, args.port)
+    with own as listening, opened(args, adapters) as model:
+        if model is not None and listening is not None:
+            _serve(args, listening, keys, {one.name: str(one.adapter.folder) for one in adapters}, *model)
     return 0
 
 
@@ -127,6 +135,7 @@ def _is_this_machine(host: str) -> bool:
 
 def _serve(
     args: argparse.Namespace,
+    own: socket.socket,
     keys: list[str],
     adapters: dict[str, str],
     checkpoint: "Checkpoint",
@@ -141,7 +150,7 @@ def _serve(
     from ..serve.app import Service, Settings
     from ..serve.job import Server, parse
     from ..serve.metrics import Metrics
-    from ..serve.run import listen, serve
+    from ..serve.run import serve
     from ..serve.worker import Worker
 
     most = checkpoint.config.max_position_embeddings
@@ -171,7 +180,7 @@ def _serve(
         settings = Settings(args.slots, queue, tokens, keys, hosts, args.allow_origin, args.log_requests)
         return Service(Worker(make, Metrics()), server, parse, settings)
 
-    serve(service, listen(args.host, args.port), say=_tell, drain_timeout=args.drain_timeout)
+    serve(service, own, say=_tell, drain_timeout=args.drain_timeout)
 
 
 def _tell(text: str) -> None:

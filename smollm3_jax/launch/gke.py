@@ -123,9 +123,9 @@ def serving(
             _secret("HF_TOKEN", name, "hf-token", optional=True),
         ],
         "ports": [{"name": "http", "containerPort": PORT}],
-        # It listens at once, and is healthy while it loads and compiles.
+        # It is healthy while it loads and compiles; before, it may have to fetch the model: half an hour at most.
         "readinessProbe": {"httpGet": {"path": "/ready", "port": "http"}, "periodSeconds": 5},
-        "startupProbe": {"httpGet": {"path": "/health", "port": "http"}, "periodSeconds": 5, "failureThreshold": 60},
+        "startupProbe": {"httpGet": {"path": "/health", "port": "http"}, "periodSeconds": 5, "failureThreshold": 360},
         "livenessProbe": {"httpGet": {"path": "/health", "port": "http"}, "periodSeconds": 10, "timeoutSeconds": 5},
         "lifecycle": {"preStop": {"exec": {"command": ["sleep", str(PRE_STOP)]}}},
         "resources": {"limits": {resource: machine.chips_of_a_host}},

@@ -116,8 +116,9 @@ def test_a_port_that_is_taken(tiny, capsys):
     """S18."""
     with listen("127.0.0.1", 0) as own:
         port = own.getsockname()[1]
-        assert main(["serve", str(tiny), "--port", str(port)]) == 2
-    assert f"--port {port} is in use by another program" in capsys.readouterr().err
+        for model in (str(tiny), "nobody/has-fetched-this"):
+            assert main(["serve", model, "--port", str(port)]) == 2
+            assert f"--port {port} is in use by another program" in capsys.readouterr().err
 
 
 def test_a_model_that_is_not_there(tmp_path, capsys):
