@@ -54,7 +54,8 @@ def _description() -> "TextColumn":
 def tally(what: str, total: int, done: int = 0) -> Iterator[Callable[[int, int], None]]:
     """Yields a function to call with how many are done, and how many tokens have been generated for them.
 
-    A file gets a line now and then: who runs something for hours without a terminal looks there.
+    A file gets a line now and then: who runs something for hours without a terminal looks there. Where it has got one,
+    the last one says how many were done at the end.
     """
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -63,16 +64,20 @@ def tally(what: str, total: int, done: int = 0) -> Iterator[Callable[[int, int],
     columns = (_description(), BarColumn(), MofNCompleteColumn())
     columns += (TextColumn("{task.fields[rate]}"), TimeRemainingColumn())
     begin = said = time.monotonic()
+    line = told = ""
     with Progress(*columns, console=console, transient=True, disable=not (shown and console.is_terminal)) as bar:
         task = bar.add_task(plain(what), total=total, completed=done, rate="")
 
         def report(done: int, tokens: int) -> None:
-            nonlocal said
+            nonlocal line, said, told
             now = time.monotonic()
             rate = f"{tokens / max(now - begin, 1e-9):.1f} tokens/s"
             bar.update(task, completed=done, rate=rate)
+            line = f"smollm3: {done} of {total} {plain(what)}, {rate}"
             if shown and not console.is_terminal and now - said >= SECONDS_BETWEEN_LINES:
-                said = now
-                print(f"smollm3: {done} of {total} {plain(what)}, {rate}", file=sys.stderr, flush=True)
+                said, told = now, line
+                print(line, file=sys.stderr, flush=True)
 
         yield report
+    if told and told != line:
+        print(line, file=sys.stderr, flush=True)

@@ -23,7 +23,6 @@ ELSEWHERE = {
     "nesting.py": "tests/chat/test_parse.py and generation/test_jsonl.py",
     "plan/report.py": "tests/plan/test_train.py and test_decode.py",
     "plan/scale.py": "tests/plan/test_tables.py",
-    "progress.py": "tests/weights/test_hub.py and chat/test_terminal.py see the bars",
     "sharding/collectives.py": "tests/sharding/test_roofline.py",
     "sharding/hardware.py": "a table; tests/sharding/test_roofline.py reads it",
     "sharding/products.py": "tests/sharding/test_roofline.py",

@@ -71,9 +71,9 @@ def run(args: argparse.Namespace) -> int:
         tokenizer.template()
     about = _about(args)
     # Before the model is loaded: a mistake in a name shows at once.
-    tasks = suite.load_tasks(
-        recipe.tasks, [*args.include_path], {"tokenizer": str(folder(args.model)), "chat": chat} | _metadata(args)
-    )
+    context = checkpoint.config.max_position_embeddings
+    told = {"tokenizer": str(folder(args.model)), "chat": chat, "max_length": min(args.max_length or context, context)}
+    tasks = suite.load_tasks(recipe.tasks, [*args.include_path], told | _metadata(args))
     output = None if args.output is None else Path(args.output)
     with Answers(output, about | {"files": _files(args)}) as answers:
         options = {"chat": chat, "thinking": True if args.think else False if args.no_think else None}
@@ -95,7 +95,7 @@ def run(args: argparse.Namespace) -> int:
         print_json(results)
         return 0
     mode = ("think" if not args.no_think else "no_think") if chat else "base"
-    console().print(_table(suite.rows(results), mode if args.compare else None))
+    console().print(_table(suite.rows(results), mode if args.compare else None, suite.said_of_cuts(results)))
     if args.compare:
         say("published: the model card's scores, by lighteval and vLLM, whose prompts differ from these")
     if output is not None:
@@ -175,12 +175,12 @@ def _files(args: argparse.Namespace) -> list[tuple[str, int, int]]:
     return found
 
 
-def _table(rows: "Iterable[tuple[str, str, str, float | None, float | None]]", mode: str | None) -> Any:
+def _table(rows: "Iterable[tuple[str, str, str, float | None, float | None]]", mode: str | None, note: str = "") -> Any:
     from rich.table import Table
 
     from ..evaluate.protocols import published
 
-    table = Table("task", "shots", "metric", "value", "±", *(["published, %"] if mode else []))
+    table = Table("task", "shots", "metric", "value", "±", *(["published, %"] if mode else []), caption=note or None)
     for task, shots, metric, value, error in rows:
         shown = ["-" if number is None else f"{number:.4f}" for number in (value, error)]
         table.add_row(

@@ -70,6 +70,8 @@ class EngineLM(TemplateLM):
         self._chat, self._thinking = chat, thinking
         self.max_length = max_length or context
         self._slots, self._cache_dtype = slots, cache_dtype
+        # Prompts, texts whose log-likelihood is asked for, and "..._cut", those of either that lost their beginning.
+        self.counted: collections.Counter[str] = collections.Counter()
 
     @property
     def eot_token_id(self) -> int:
@@ -124,12 +126,13 @@ class EngineLM(TemplateLM):
         return super().loglikelihood(requests, disable_tqdm=disable_tqdm)
 
     def _loglikelihood_tokens(self, requests: list[Any], **_: Any) -> list[tuple[float, bool]]:
-        for (_context, continuation), _before, after in requests:
+        for (_context, continuation), before, after in requests:
             if not 0 < len(after) <= self.max_length:
                 raise OptionError(
                     f"{continuation!r:.80} is {len(after)} tokens after its context; it must be from 1 to max_length, "
                     f"{self.max_length}"
                 )
+            self._count("texts", len(before) + len(after) > self.max_length + 1)
         return self._spans([self._span(before, after) for _, before, after in requests])
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = True) -> list[float]:
@@ -139,6 +142,7 @@ class EngineLM(TemplateLM):
             for window in get_rolling_token_windows(ids, self.prefix_token_id, self.max_length, 1):
                 spans.append(self._span(*make_disjoint_window(window)))
                 owners.append(number)
+            self._count("texts", False)
         sums = [0.0] * len(requests)
         for number, (value, _) in zip(owners, self._spans(spans), strict=True):
             sums[number] += value
@@ -168,6 +172,9 @@ class EngineLM(TemplateLM):
                     done, tokens = done + 1, tokens + count
                     report(done, tokens)
         return [self._answers.get(key) for key in keys]
+
+    def _count(self, what: str, cut: bool) -> None:
+        self.counted.update({what: 1, f"{what}_cut": int(cut)})
 
     def _span(self, before: Sequence[int], after: Sequence[int]) -> Span:
         ids = [*before, *after][-(self.max_length + 1) :]
@@ -205,7 +212,9 @@ class EngineLM(TemplateLM):
         given: dict[str, Any] = {name: kwargs[name] for name in PARAMS if name in kwargs}
         given = {"temperature": 1.0} | given if sample else given | {"temperature": 0.0}
         params = SamplingParams(**given, max_new_tokens=limit)
-        prompt = self.tok_encode(context)[-(self.max_length - limit) :] or [self.prefix_token_id]
+        whole, most = self.tok_encode(context), self.max_length - limit
+        self._count("prompts", len(whole) > most)
+        prompt = whole[-most:] or [self.prefix_token_id]
         return Request(prompt, params, chat_ends(self._text, self._model.config)), until
 
     def _generated(

@@ -114,7 +114,8 @@ def evaluate(
     about: Mapping[str, Any] | None = None,
     output: Path | None = None,
 ) -> dict[str, Any]:
-    """lm-eval's results, ready for JSON.
+    """lm-eval's results, ready for JSON; under "smollm3_jax" the most tokens of a text, and how many of how many
+    prompts and texts lost their beginning to it, which is logged, too.
 
     Args:
       limit: the number of questions of each task; None is all.
@@ -136,6 +137,7 @@ def evaluate(
     os.environ.setdefault("DISABLE_MULTIPROC", "1")  # lm-eval's bootstraps would fork a process that has jax's threads
     # It asks git about the folder that one stands in, which is not the harness's; where that is none, git says "fatal".
     evaluator.get_git_commit_hash = lambda: None
+    lm.counted.clear()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of other packages', about themselves
         results: Any = evaluator.simple_evaluate(
@@ -155,9 +157,27 @@ def evaluate(
             evaluation_tracker=tracker,
         )
     samples = results.pop("samples", None)
+    _add_cuts(results, lm)
     if output is not None:
         _write(tracker, results, samples, output)
     return json.loads(json.dumps(results, default=handle_non_serializable))
+
+
+def _add_cuts(results: dict[str, Any], lm: EngineLM) -> None:
+    """What has lost its beginning, to the results and to the log."""
+    counts = {name: lm.counted[name] for name in ("prompts", "prompts_cut", "texts", "texts_cut")}
+    results["smollm3_jax"] = {"max_length": lm.max_length, **counts}
+    if lost := said_of_cuts(results):
+        log.warning("%s", lost)
+
+
+def said_of_cuts(results: Mapping[str, Any]) -> str:
+    """How many of how many prompts and texts lost their beginning; empty where none did."""
+    counts = results["smollm3_jax"]
+    lost = [
+        f"{counts[f'{what}_cut']} of {counts[what]} {what}" for what in ("prompts", "texts") if counts[f"{what}_cut"]
+    ]
+    return f"{' and '.join(lost)} lost their beginning: max_length is {counts['max_length']} tokens" if lost else ""
 
 
 def _write(tracker: EvaluationTracker, results: Any, samples: Any, output: Path) -> None:

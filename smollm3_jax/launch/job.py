@@ -9,7 +9,6 @@ from pathlib import Path
 from sharding.mesh import DEFAULT_AXES
 
 from ..errors import OptionError
-from ..paths import is_remote
 from ..reading import read_file
 from ..text_files import decode
 from ..train.settings import Settings
@@ -62,10 +61,10 @@ def train_job(
         words = [*words, "mesh.axes=" + ",".join(f"{axis}={length}" for axis, length in axes.items())]
         settings = read_settings(config, words)
     folder = settings.run.dir
-    if not shared and not is_remote(folder) and not folder.startswith("/"):
+    if not shared and not folder.startswith("gs://"):
         raise OptionError(
-            f"run.dir is {folder!r}, a folder of a machine that goes away; let it stay: run.dir=gs://BUCKET/FOLDER, or "
-            "the path of a volume that every host mounts"
+            f"run.dir is {folder!r}, and the machines have no volume that stays: each restart would begin anew. Give "
+            "run.dir=gs://BUCKET/FOLDER (s3:// is not written to by training); folders that hosts share are slurm's"
         )
     is_file = config not in recipes()
     return TrainJob(

@@ -55,6 +55,12 @@ def test_a_server_gets_its_options_and_all_devices(capsys):
     assert service["metadata"]["name"] == deployment["metadata"]["name"] == "it"
 
 
+def test_nodes_of_slurm_share_a_folder(capsys):
+    words = [{"run.dir=gs://bucket/run": "run.dir=/shared/run"}.get(word, word) for word in TARGETS["slurm"]]
+    assert main(["launch", "slurm", *words, "--no-plan"]) == 0
+    assert "run.dir=/shared/run" in capsys.readouterr().out
+
+
 def test_the_grace_may_be_given(capsys):
     assert main(["launch", "slurm", *TARGETS["slurm"], "--no-plan", "--grace", "77"]) == 0
     printed, said = capsys.readouterr()
@@ -67,7 +73,10 @@ def test_the_grace_may_be_given(capsys):
         ("gke-train", {"v5e:4x4": "v5e:3x3"}, 2, "slices of v5e are 1x1, 2x2"),
         ("gke-train", {"v5e:4x4": "h100:8"}, 2, "gke-train is for TPUs"),
         ("gke-train", {"--image": None}, 2, "required: --image"),
-        ("gke-train", {"run.dir=gs://bucket/run": "run.dir=here"}, 2, "run.dir is 'here', a folder of a machine"),
+        ("gke-train", {"run.dir=gs://bucket/run": "run.dir=here"}, 2, "run.dir is 'here', and the machines have"),
+        ("gke-train", {"run.dir=gs://bucket/run": "run.dir=/local"}, 2, "each restart would begin anew"),
+        ("skypilot", {"run.dir=gs://bucket/run": "run.dir=/local"}, 2, "each restart would begin anew"),
+        ("tpu-vm", {"run.dir=gs://bucket/run": "run.dir=/local"}, 2, "each restart would begin anew"),
         ("gke-train", {"quick": "quik"}, 2, "did you mean quick"),
         ("gke-serve", {"v5e:2x2": "v5e:4x4"}, 2, "4 hosts; a Deployment's pods have one each"),
         ("gke-serve", {"HuggingFaceTB/SmolLM3-3B": None}, 2, "name a model"),

@@ -229,6 +229,36 @@ class Said:
         pass
 
 
+def test_what_lost_its_beginning_is_counted_and_said(shallow, tasks, tmp_path, capsys, caplog, monkeypatch):
+    monkeypatch.setattr(
+        harness, "log_likelihoods", lambda _, spans, __: [dict.fromkeys(range(len(spans)), (-1.0, False))]
+    )
+    monkeypatch.setattr(harness, "Engine", lambda *_, **__: Said(["honey"] * 4))
+    common = ["eval", str(shallow), "--tasks", ",".join(TASKS), "--include-path", str(tasks), "--max-length"]
+    assert main([*common, "56", "--json", "--output", str(tmp_path)]) == 0
+    [file] = tmp_path.rglob("results_*.json")
+    found = json.loads(capsys.readouterr().out)["smollm3_jax"]
+    assert json.loads(file.read_text())["smollm3_jax"] == found
+    # As it is asked: a prompt leaves room for 24 tokens; of a text the last token is not given.
+    encode = s3.load_tokenizer(shallow).encode
+    given = [sample["arguments"]["gen_args_0"] for sample in samples(tmp_path, "local_answers")]
+    prompts = [len(encode(one["arg_0"])) > 56 - 24 for one in given]
+    pairs = [one for sample in samples(tmp_path, "local_choices") for one in sample["arguments"].values()]
+    texts = [len(encode(one["arg_0"])) + len(encode(one["arg_1"])) > 56 + 1 for one in pairs]
+    assert 0 < sum(prompts) < len(prompts) and 0 < sum(texts) < len(texts)
+    windows = len(samples(tmp_path, "local_texts"))  # which lose nothing
+    counts = {"prompts": len(prompts), "prompts_cut": sum(prompts)}
+    counts |= {"texts": len(texts) + windows, "texts_cut": sum(texts)}
+    assert found == {"max_length": 56, **counts}
+    note = "{prompts_cut} of {prompts} prompts and {texts_cut} of {texts} texts lost their beginning"
+    note = f"{note.format(**counts)}: max_length is 56 tokens"
+    [warning] = [one.getMessage() for one in caplog.records if "lost their beginning" in one.getMessage()]
+    assert warning == note
+    # Once more, from what is known: the note stands below the table.
+    assert main([*common, "56", "--output", str(tmp_path)]) == 0
+    assert note in " ".join(capsys.readouterr().out.split())
+
+
 def test_thinking_is_not_graded_and_no_stop_is_looked_for_in_it(small, monkeypatch):
     """lm-eval #3576, lighteval #790: what was graded was the thinking, or the answer had ended in it."""
     texts = {

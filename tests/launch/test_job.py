@@ -43,7 +43,9 @@ def test_slices_lie_along_data():
         ("quik", [], "did you mean quick"),
         ("quick", ["run.step=1"], "did you mean run.steps"),
         ("quick", ["run.steps"], "write section.key=value"),
-        ("quick", ["run.dir=runs/x"], "run.dir is 'runs/x', a folder of a machine that goes away"),
+        ("quick", ["run.dir=runs/x"], "run.dir is 'runs/x', and the machines have no volume that stays"),
+        ("quick", ["run.dir=/mnt/x"], "run.dir is '/mnt/x', .*each restart would begin anew. Give run.dir=gs://BUCKET"),
+        ("quick", ["run.dir=s3://bucket/x"], "run.dir is 's3://bucket/x', .*s3:// is not written to by training"),
     ],
 )
 def test_mistakes_are_named(config, words, said):
@@ -53,7 +55,7 @@ def test_mistakes_are_named(config, words, said):
 
 def test_hosts_that_see_these_files_take_any_folder():
     assert train_job("quick", ["run.dir=runs/x"], shared=True).settings.run.dir == "runs/x"
-    assert train_job("quick", ["run.dir=/mnt/x"]).settings.run.dir == "/mnt/x"
+    assert train_job("quick", ["run.dir=/mnt/x"], shared=True).settings.run.dir == "/mnt/x"
 
 
 @pytest.mark.parametrize(

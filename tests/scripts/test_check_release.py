@@ -78,6 +78,7 @@ def test_only_the_job_that_publishes_may_ask_for_identities():
     assert release["permissions"] == {"contents": "read"}
     assert [name for name, job in jobs.items() if "id-token" in job.get("permissions", {})] == ["publish"]
     assert not [step for step in jobs["publish"]["steps"] if "run" in step]
-    assert jobs["publish"]["needs"] == "smoke" and jobs["smoke"]["needs"] == "build"
+    assert jobs["publish"]["needs"] == ["smoke", "test"] and jobs["smoke"]["needs"] == "build"
+    assert [step["run"] for step in jobs["test"]["steps"] if "run" in step] == ["make test"]
     for script in re.findall(r"scripts/\w+\.py", str(jobs)):
         assert (ROOT / script).is_file()

@@ -59,19 +59,32 @@ def niah_single_1(**told: Any) -> dict[str, Any]:
 
 
 def tokenizer_and_lengths(
-    tokenizer: str | None = None, max_seq_lengths: Sequence[int] = (1024,), pretrained: str | None = None, **_: Any
+    tokenizer: str | None = None,
+    max_seq_lengths: Sequence[int] = (1024,),
+    pretrained: str | None = None,
+    max_length: int | None = None,
+    **_: Any,
 ) -> tuple[Tokenizer, Sequence[int]]:
     """What counts tokens, and how many a question and its answer have.
 
     Args:
       tokenizer, pretrained: a model's name, whose tokens count.
       max_seq_lengths: of LENGTHS.
+      max_length: the most tokens of a text that the model is given; None: nobody says.
 
     Raises:
-      OptionError: a length is none of these, or there is no tokenizer.
+      OptionError: a length is none of these, or more than the model is given, or there is no tokenizer.
     """
     if not max_seq_lengths or any(length not in LENGTHS for length in max_seq_lengths):
         raise OptionError(f"max_seq_lengths is {max_seq_lengths}; each must be one of {', '.join(map(str, LENGTHS))}")
+    if max_length is not None and max(max_seq_lengths) > max_length:
+        fits = [length for length in LENGTHS if length <= max_length]
+        smaller = f"--metadata '{{\"max_seq_lengths\": [{fits[-1]}]}}' or shorter, " if fits else ""
+        raise OptionError(
+            f"max_seq_lengths has {max(max_seq_lengths)}, and the model is given {max_length} tokens at most: a longer "
+            f"question would lose its beginning. Give {smaller}--yarn FACTOR, which stretches the model's "
+            "context, or a larger --max-length where that is what limits it"
+        )
     name = tokenizer or pretrained
     if name is None:
         raise OptionError('lengths are counted in tokens; say of which model: "tokenizer"')

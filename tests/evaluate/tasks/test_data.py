@@ -46,6 +46,25 @@ def test_needles_lie_in_texts_of_their_length(small):
         data.niah_single_1()
 
 
+@pytest.mark.parametrize("task", ["smollm3_niah_single_1", "smollm3_fwe"])
+def test_a_length_that_the_model_is_not_given_is_refused(small, capsys, task):
+    """Cut, its questions would be other ones: short, and with the needle or without."""
+
+    def refused(lengths: list[int], *options: str) -> str:
+        told = json.dumps({"max_seq_lengths": lengths})
+        assert main(["eval", str(small), "--tasks", task, "--limit", "1", "--metadata", told, *options]) == 2
+        return capsys.readouterr().err
+
+    said = refused([512, 131072])
+    assert "max_seq_lengths has 131072, and the model is given 2048 tokens at most" in said
+    assert '"max_seq_lengths": [2048]' in said and "--yarn FACTOR" in said and "--max-length" in said
+    assert "is given 1000 tokens at most" in refused([1024], "--max-length", "1000")
+    assert "is given 4096 tokens at most" in refused([8192], "--yarn", "2")
+    assert "Give --yarn FACTOR" in refused([512], "--max-length", "511")
+    words = {"tokenizer": str(small), "max_length": 2048}
+    assert data.tokenizer_and_lengths(max_seq_lengths=[512, 2048], **words)[1] == [512, 2048]
+
+
 def test_there_are_texts_in_six_languages():
     for language in LANGUAGES:
         found = data.texts(language)["test"]
