@@ -21,14 +21,17 @@ from ..train.data.windows import best_fit
 
 
 class Sizes(NamedTuple):
-    """row: the least length of rows; tokens: about how many of a call; judged: whose logits are there at a time."""
+    """row: the least length of rows; tokens: about how many of a call; judged: whose logits are there at a time; steps:
+    how many lengths there are from one power of two to the next."""
 
     row: int
     tokens: int
     judged: int
+    steps: int = 1
 
 
-CPU, ACCELERATOR = Sizes(512, 2048, 128), Sizes(2048, 16384, 512)
+# On a CPU a program is compiled in seconds, and padding takes as long as text does.
+CPU, ACCELERATOR = Sizes(512, 2048, 128, 4), Sizes(2048, 16384, 512)
 
 
 class Span(NamedTuple):
@@ -74,7 +77,7 @@ def batches(spans: Sequence[Span], sizes: Sizes) -> Iterator[Batch]:
     groups = _groups(spans)
     by_length: dict[int, list[list[int]]] = {}
     for group in groups:
-        length = max(sizes.row, power_of_two_from(max(1, len(spans[group[0]].ids) - 1)))
+        length = _row_for(len(spans[group[0]].ids) - 1, sizes)
         by_length.setdefault(length, []).append(group)
     for length in sorted(by_length, reverse=True):
         of_length = by_length[length]
@@ -82,6 +85,14 @@ def batches(spans: Sequence[Span], sizes: Sizes) -> Iterator[Batch]:
         count = max(1, sizes.tokens // length)
         for first in range(0, len(rows), count):
             yield Batch(length, [[of_length[number] for number in row] for row in rows[first : first + count]])
+
+
+def _row_for(tokens: int, sizes: Sizes) -> int:
+    """The length of the rows that a text of this many tokens goes into."""
+    if tokens <= sizes.row:
+        return sizes.row
+    step = max(1, power_of_two_from(tokens) // 2 // sizes.steps)
+    return -(-tokens // step) * step
 
 
 def _groups(spans: Sequence[Span]) -> list[list[int]]:

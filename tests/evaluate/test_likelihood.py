@@ -8,6 +8,7 @@ from tiny import tiny_checkpoint
 
 import smollm3_jax as s3
 from sharding.mesh import make_mesh
+from smollm3_jax.evaluate import likelihood
 from smollm3_jax.evaluate.likelihood import Sizes, Span, batches, log_likelihoods
 
 SMALL = Sizes(row=16, tokens=32, judged=8)
@@ -122,3 +123,11 @@ def test_of_quantized_weights(folder):
     model = s3.from_pretrained(folder, "float32", weights="int8")
     expected = one_by_one(model, random_spans())[0]
     np.testing.assert_allclose(values(collected(model, random_spans(), sizes=SMALL)), expected, rtol=2e-3)
+
+
+@pytest.mark.parametrize(("steps", "most"), [(1, 2.0), (4, 1.25)])
+def test_rows_have_few_lengths_and_little_padding(steps, most):
+    sizes = Sizes(row=512, tokens=2048, judged=128, steps=steps)
+    lengths = [likelihood._row_for(tokens, sizes) for tokens in range(1, 8193)]
+    assert all(tokens <= length <= max(512, most * tokens) for tokens, length in enumerate(lengths, 1))
+    assert len(set(lengths)) == 1 + 4 * steps and max(lengths) == 8192
