@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from proxies import FULL
 
 nbformat: Any = pytest.importorskip("nbformat", reason="nbformat is not installed (the extra test has it)")
 
@@ -41,7 +40,7 @@ def ran(path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, devices: int 
     return "".join(output.get("text", "") for output in outputs)
 
 
-@FULL
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_inference(tmp_path, monkeypatch):
     # As many devices as divide the demo's nine heads.
@@ -50,7 +49,7 @@ def test_inference(tmp_path, monkeypatch):
     assert "The capital of France is Paris." in said and said.count("\n\n") >= 3
 
 
-@FULL
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_fine_tuning(tmp_path, monkeypatch):
     said = ran(ROOT / "notebooks" / "fine-tuning.ipynb", tmp_path, monkeypatch)
