@@ -146,7 +146,8 @@ def test_twenty_steps_are_those_of_trl(folder, loss, monkeypatch, tmp_path):
     assert np.abs(rewards - their_rewards).max() <= 1e-4 < 1e-2 * np.abs(their_rewards).max()
     start = {x.name: x.read() for x in tensors_of(jax.device_get(s3.from_pretrained(folder, dtype="float32")))}
     for name, want in their_params.items():
-        assert np.abs(params[name] - want).max() <= 1e-4 * np.abs(want).max() < np.abs(want - start[name]).max(), name
+        # AdamW divides a gradient by its own size, so that of a small one rounding shows, as the processor rounds.
+        assert np.abs(params[name] - want).max() <= 1e-2 * np.abs(want - start[name]).max(), name
     # Sums by their length are another loss.
     others, _, _ = ours(folder, loss, means=True)
     assert np.abs(others - their_losses)[1:].max() > 1e-3
