@@ -1,6 +1,8 @@
 """`smollm3 launch` as a user calls it."""
 
 import re
+import shlex
+from pathlib import Path
 
 import pytest
 import tiny
@@ -107,3 +109,17 @@ def test_the_plan_says_first_whether_it_fits(tmp_path, capsys):
     printed, said = capsys.readouterr()
     assert re.search(r"smollm3: fits: [\d.]+ GiB of 15.8 a device; modelled, not measured: ", said)
     assert yaml.safe_load(printed)["resources"]["accelerators"] == "tpu-v5litepod-1"
+
+
+PAGE = (Path(__file__).parents[2] / "docs" / "launching.md").read_text()
+TRAINING = re.findall(r"^smollm3 (launch (?!gke-serve).+?--config smollm3-sft .+?)(?: >.*)?$", PAGE, re.MULTILINE)
+
+
+@pytest.mark.parametrize("line", TRAINING)
+def test_what_the_page_prints_starts_a_run(line, capsys):
+    assert main([*shlex.split(line), "--no-plan"]) == 0
+    assert "run.dir=" in capsys.readouterr().out
+
+
+def test_the_page_has_every_target():
+    assert {line.split()[1] for line in TRAINING} == {"gke-train", "slurm", "skypilot", "tpu-vm"}
